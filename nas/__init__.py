@@ -1,0 +1,1 @@
+"""einsum-nas: search over einsum-structured linear layers."""

@@ -1,0 +1,236 @@
+"""Exact FLOPs and parameters of whole models and runs, and the inverse: budget → widths and steps.
+
+The one definition of FLOPs in this project: 1 MAC = 2 FLOPs; every matrix product counts
+(structured layers with their padding, attention over the full context², the output head), and
+element-wise work and table look-ups do not; training = 3 × forward.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from nas.errors import InvalidInput
+from nas.recipe import GptRecipe
+from nas.structure import Structure
+from nas.theta import DENSE, Theta
+
+#: Largest accepted budget, train FLOPs: days on the fastest accelerators, no longer a proxy run.
+MAX_TRAIN_FLOPS = 1e20
+#: Dense references a search runs at least.
+MIN_REFERENCES = 3
+#: Training FLOPs over forward FLOPs: the backward pass computes two products for each.
+TRAIN_OVER_FORWARD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRole:
+    """A structured linear layer of a block: its name and its dimensions."""
+
+    name: str
+    d_in: int
+    d_out: int
+    #: input dimension of the same layer in the base model
+    d_in_base: int
+
+
+def gpt_linears(recipe: GptRecipe, width: int) -> tuple[LinearRole, ...]:
+    """The structured layers of one residual block, in the order they run."""
+    hidden, base = recipe.mlp_ratio * width, recipe.base_width
+    return (
+        LinearRole("query", width, width, base),
+        LinearRole("key", width, width, base),
+        LinearRole("value", width, width, base),
+        LinearRole("attention_out", width, width, base),
+        LinearRole("mlp_in", width, hidden, base),
+        LinearRole("mlp_out", hidden, width, recipe.mlp_ratio * base),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """One proxy run, decided in integers before a tensor exists."""
+
+    theta: Theta
+    width: int
+    depth: int
+    steps: int
+    #: exact training FLOPs of one step of the whole model
+    train_flops_per_step: int
+    #: exact forward FLOPs of the whole model for one token of a full context
+    forward_flops_per_token: float
+    #: trainable parameters of the whole model
+    params: int
+    #: fingerprints of the distinct integer structures, in the order of a block's layers
+    structures: tuple[str, ...]
+    dense: bool
+
+    @property
+    def train_flops(self) -> int:
+        """Exact training FLOPs of the run."""
+        return self.steps * self.train_flops_per_step
+
+
+def structures_of(recipe: GptRecipe, theta: Theta, width: int) -> tuple[Structure, ...]:
+    """The integer structure of each layer of a block."""
+    return tuple(Structure.of(theta, r.d_in, r.d_out) for r in gpt_linears(recipe, width))
+
+
+def forward_flops_per_sequence(recipe: GptRecipe, theta: Theta, width: int) -> int:
+    """Forward FLOPs of the whole model on one sequence of `recipe.context` tokens."""
+    linears = sum(s.macs for s in structures_of(recipe, theta, width))
+    attention = 2 * recipe.context * width  # logits and weighted values, per token
+    head = width * recipe.vocabulary
+    return 2 * recipe.context * (recipe.depth * (linears + attention) + head)
+
+
+def train_flops_per_step(recipe: GptRecipe, theta: Theta, width: int) -> int:
+    """Training FLOPs of the whole model for one step."""
+    return TRAIN_OVER_FORWARD * recipe.batch * forward_flops_per_sequence(recipe, theta, width)
+
+
+def parameters(recipe: GptRecipe, theta: Theta, width: int) -> int:
+    """Trainable parameters: layers, gains, layer norms, embeddings and head."""
+    block = 2 * 2 * width + 2 * 2 * recipe.head_dim  # two norms of the stream, query and key norms
+    for role, s in zip(
+        gpt_linears(recipe, width), structures_of(recipe, theta, width), strict=True
+    ):
+        gains = 0 if role.name in ("query", "key") else (1 if s.is_dense else 2)
+        block += s.params + gains
+    embeddings = (recipe.vocabulary + recipe.context) * width
+    head = recipe.vocabulary * width
+    return recipe.depth * block + embeddings + 2 * width + head
+
+
+def fit_theta(recipe: GptRecipe, theta: Theta, width: int) -> Theta:
+    """The θ nearest to `theta` of which no layer costs more than dense at this width.
+
+    First the rank axis is lowered; where rank 1 is still too dear, the private axes α and ε are
+    raised until each exceeds 1; what is left is dense, which expresses every operator at no
+    higher cost.
+    """
+    canonical = theta.canonical()
+    fitted = _lower_rank(recipe, canonical, width)
+    for size in (2, 3, 4):
+        if fitted is not None:
+            return fitted
+        least = math.log(size + 0.01) / math.log(width)
+        fitted = _lower_rank(recipe, _raise_private(canonical, least).canonical(), width)
+    return fitted or DENSE
+
+
+def _lower_rank(recipe: GptRecipe, theta: Theta, width: int) -> Theta | None:
+    """θ with the largest rank axis, not above its own, at which no layer is degenerate."""
+    for rank in range(max(1, round(width**theta.rho)), 0, -1):
+        rho = theta.rho if rank == round(width**theta.rho) else math.log(rank) / math.log(width)
+        candidate = Theta(*theta.values[:-1], rho)
+        if not any(s.is_degenerate for s in structures_of(recipe, candidate, width)):
+            return candidate
+    return None
+
+
+def _raise_private(theta: Theta, least: float) -> Theta:
+    """θ with alpha and epsilon at least `least`, the other axes of their groups scaled down."""
+
+    def raised(own: float, *others: float) -> tuple[float, ...]:
+        if own >= least or sum(others) == 0:
+            return own, *others
+        scale = (1 - least) / sum(others)
+        return least, *(o * scale for o in others)
+
+    alpha, beta, gamma = raised(theta.alpha, theta.beta, theta.gamma)
+    epsilon, delta, phi = raised(theta.epsilon, theta.delta, theta.phi)
+    return Theta(alpha, beta, gamma, delta, epsilon, phi, 0.0)
+
+
+def _plan(recipe: GptRecipe, theta: Theta, width: int, budget: float) -> RunPlan:
+    per_step = train_flops_per_step(recipe, theta, width)
+    structures = structures_of(recipe, theta, width)
+    return RunPlan(
+        theta=theta,
+        width=width,
+        depth=recipe.depth,
+        steps=int(budget // per_step),
+        train_flops_per_step=per_step,
+        forward_flops_per_token=forward_flops_per_sequence(recipe, theta, width) / recipe.context,
+        params=parameters(recipe, theta, width),
+        structures=tuple(s.fingerprint for s in structures),
+        dense=all(s.is_dense for s in structures),
+    )
+
+
+def admissible(recipe: GptRecipe, theta: Theta, budget: float) -> Iterator[RunPlan]:
+    """The runs of θ within `budget` train FLOPs, one a width, from narrow to wide.
+
+    Each is as long as the budget allows: its FLOPs are at most the budget, and one more step
+    would exceed it.  A width is left out where fewer than `recipe.min_steps` steps fit.
+    """
+    for width in recipe.widths:
+        # layers alone cost at least this, whatever the structure: widths past it are hopeless
+        if recipe.min_steps * _least_step(recipe, width) > budget:
+            return
+        plan = _plan(recipe, fit_theta(recipe, theta, width), width, budget)
+        if plan.steps >= recipe.min_steps:
+            yield plan
+
+
+def _least_step(recipe: GptRecipe, width: int) -> int:
+    """A lower bound of the FLOPs of a step at this width: attention and head without layers."""
+    per_token = recipe.depth * 2 * recipe.context * width + width * recipe.vocabulary
+    return TRAIN_OVER_FORWARD * 2 * recipe.tokens_per_step * per_token
+
+
+@lru_cache(maxsize=4096)
+def plans(recipe: GptRecipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]:
+    """`admissible`, remembered.
+
+    Raises
+    ------
+    InvalidInput
+        The budget admits no width.
+    """
+    found = tuple(admissible(recipe, theta, budget))
+    if not found:
+        raise InvalidInput("train_flops", budget, accepted_budget(recipe))
+    return found
+
+
+def plan_at(recipe: GptRecipe, theta: Theta, position: float, budget: float) -> RunPlan:
+    """The run at `position` ∈ [0, 1] of the logarithmic range of widths that the budget admits."""
+    found = plans(recipe, theta, budget)
+    logs = [math.log(p.width) for p in found]
+    target = logs[0] + position * (logs[-1] - logs[0])
+    right = bisect.bisect_left(logs, target)
+    near = [i for i in (right - 1, right) if 0 <= i < len(logs)]
+    return found[min(near, key=lambda i: abs(logs[i] - target))]
+
+
+def references(recipe: GptRecipe, budget: float, count: int) -> tuple[RunPlan, ...]:
+    """Dense runs at `count` distinct widths (all there are, if fewer), evenly spread in log."""
+    found = plans(recipe, DENSE, budget)
+    if count >= len(found):
+        return found
+    chosen: list[RunPlan] = []
+    for i in range(count):
+        plan = plan_at(recipe, DENSE, i / (count - 1), budget)
+        chosen.append(plan if plan not in chosen else next(p for p in found if p not in chosen))
+    return tuple(sorted(chosen, key=lambda p: p.width))
+
+
+@lru_cache(maxsize=64)
+def minimum_train_flops(recipe: GptRecipe) -> int:
+    """The least budget of a search: its three narrowest dense references at the fewest steps."""
+    width = recipe.widths[MIN_REFERENCES - 1]
+    return recipe.min_steps * train_flops_per_step(recipe, DENSE, width)
+
+
+def accepted_budget(recipe: GptRecipe) -> str:
+    """The budgets of a search, in words."""
+    width = recipe.widths[MIN_REFERENCES - 1]
+    return (
+        f"train FLOPs from {minimum_train_flops(recipe):.4g} ({recipe.min_steps} steps of a dense "
+        f"model of width {width}) to {MAX_TRAIN_FLOPS:.0e}"
+    )

@@ -1,0 +1,52 @@
+"""The errors of einsum-nas. Every one derives from `EinsumNasError`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LONGEST_ECHO = 200  # characters of a caller's value that a message repeats
+
+
+def echo(value: Any) -> str:
+    """`repr` of a caller's value, cut so that no message grows with its input."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "…"
+
+
+class EinsumNasError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class InvalidInput(EinsumNasError, ValueError):
+    """A caller's value that cannot be used: which field, what was given, what is accepted."""
+
+    def __init__(self, field: str, value: Any, accepted: str) -> None:
+        super().__init__(f"{field}: got {echo(value)}; accepted: {accepted}")
+        self.field = field
+        self.value = echo(value)
+        self.accepted = accepted
+
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str]]:
+        return (type(self), (self.field, self.value, self.accepted))
+
+
+class NotFound(EinsumNasError, LookupError):
+    """A search, trial or answer that the store does not hold."""
+
+
+class Conflict(EinsumNasError):
+    """A request that contradicts what is stored, such as cancelling a search that has ended."""
+
+
+class IdempotencyConflict(Conflict):
+    """The same Idempotency-Key was sent before with another body."""
+
+
+class LeaseLost(EinsumNasError):
+    """A write refused because the writer's lease epoch is no longer the current one."""
+
+
+class RunFailed(EinsumNasError):
+    """A proxy run that ended by its own fault, such as a loss that is not finite."""

@@ -1,0 +1,1 @@
+"""Model families whose linear layers are structured."""

@@ -1,0 +1,1 @@
+"""Tasks: data, model family, metric and recipe."""
