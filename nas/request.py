@@ -1,0 +1,148 @@
+"""What a search is asked to do: one validated value, the same for REST, CLI and Python."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nas.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, minimum_train_flops
+from nas.errors import InvalidInput
+from nas.recipe import TEXT, GptRecipe
+
+Sampler = Literal["tpe", "nsga2", "random", "qmc", "gp"]
+Objective = Literal["budget", "pareto"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+RECIPES: dict[str, GptRecipe] = {"text": TEXT}
+MAX_TRIALS = 10_000
+MAX_REFERENCES = 32
+MAX_SEED = 2**31 - 1
+
+
+class SearchRequest(BaseModel):
+    """A search: a task, a budget and how to look.
+
+    Build one with `SearchRequest.checked`, which raises `InvalidInput` for the first bad field.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_max_length=4096
+    )
+
+    task: str = Field("text", description="Task to train: text.", examples=["text"])
+    data: str | None = Field(
+        None,
+        description="Text file or folder to train on instead of the task's default; over REST a "
+        "name inside the service's data folder.",
+    )
+    train_flops: float = Field(
+        description="Budget of each run in train FLOPs (1 MAC = 2 FLOPs, training = 3 × forward).",
+        examples=[3e11],
+    )
+    trials: int = Field(16, description="Candidates to run; dense references come on top.")
+    objective: Objective = Field(
+        "budget",
+        description="budget: least validation loss at the budget. pareto: the run's own budget "
+        "is proposed too, in [budget/32, budget], and loss and train FLOPs are minimised together.",
+    )
+    sampler: Sampler = Field("tpe", description="Optuna sampler that proposes candidates.")
+    seed: int = Field(0, description="Seed of proposals and of every run.")
+    references: int = Field(
+        5, description="Dense runs at distinct widths, on top of trials; fewer only if the "
+        "budget admits fewer widths."
+    )  # fmt: skip
+
+    @property
+    def recipe(self) -> GptRecipe:
+        """Model and training settings of the task."""
+        return RECIPES[self.task]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the request, equal for equal requests."""
+        canonical = json.dumps(self.model_dump(), sort_keys=True, allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @classmethod
+    def checked(cls, values: Any) -> SearchRequest:
+        """Validate plain values.
+
+        Raises
+        ------
+        InvalidInput
+            Names the field, repeats the value and says what is accepted.
+        """
+        if not isinstance(values, dict):
+            raise InvalidInput("body", values, "a JSON object with the fields of a search")
+        try:
+            request = cls(**{str(k): v for k, v in values.items()})
+        except ValidationError as error:
+            raise _explain(error) from None
+        request._check_ranges()
+        return request
+
+    def _check_ranges(self) -> None:
+        if self.task not in RECIPES:
+            raise InvalidInput("task", self.task, " | ".join(RECIPES))
+        if self.data is not None and (not self.data or not _clean_text(self.data)):
+            raise InvalidInput("data", self.data, _ACCEPTED["data"])
+        least = minimum_train_flops(self.recipe)
+        if not (math.isfinite(self.train_flops) and least <= self.train_flops <= MAX_TRAIN_FLOPS):
+            raise InvalidInput("train_flops", self.train_flops, accepted_budget(self.recipe))
+        for field, low, high in (
+            ("trials", 1, MAX_TRIALS),
+            ("references", MIN_REFERENCES, MAX_REFERENCES),
+            ("seed", 0, MAX_SEED),
+        ):
+            if not low <= getattr(self, field) <= high:
+                raise InvalidInput(field, getattr(self, field), _ACCEPTED[field])
+
+
+_ACCEPTED = {
+    "task": " | ".join(RECIPES),
+    "data": "a file or folder name of printable characters",
+    "train_flops": f"a finite number; {accepted_budget(TEXT)}",
+    "trials": f"a whole number from 1 to {MAX_TRIALS}",
+    "objective": " | ".join(OBJECTIVES),
+    "sampler": " | ".join(SAMPLERS),
+    "seed": f"a whole number from 0 to {MAX_SEED}",
+    "references": f"a whole number from {MIN_REFERENCES} to {MAX_REFERENCES}",
+}
+
+
+def _clean_text(text: str) -> bool:
+    """Whether a database and a file system can take the text: no NUL, no lone surrogate."""
+    return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
+
+
+def _explain(error: ValidationError) -> InvalidInput:
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else "body"
+    if first["type"] == "missing":
+        return InvalidInput(field, "nothing", _ACCEPTED[field])
+    if field not in _ACCEPTED:
+        return InvalidInput(field, first["input"], f"only the fields {', '.join(_ACCEPTED)}")
+    return InvalidInput(field, first["input"], _ACCEPTED[field])
+
+
+def data_inside(folder: Path | None, name: str) -> Path:
+    """The path of `name` inside the data folder, for names that came over the network.
+
+    Raises
+    ------
+    InvalidInput
+        No data folder is configured, or the name leads out of it.
+    """
+    if folder is None:
+        raise InvalidInput("data", name, "nothing: this service has no EINSUM_NAS_DATA_DIR")
+    root = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(root / name))
+    if not target.is_relative_to(root):
+        raise InvalidInput("data", name, "a file or folder name inside the service's data folder")
+    return target

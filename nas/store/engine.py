@@ -1,0 +1,75 @@
+"""Engines and transactions for SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.orm import Session
+
+from nas.errors import InvalidInput
+
+_ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
+_BUSY_TIMEOUT_SECONDS = 30
+_STATEMENT_TIMEOUT_MS = 30_000
+
+
+def open_engine(url: str) -> Engine:
+    """An engine with the settings that leases rely on.
+
+    SQLite: WAL, `synchronous=FULL`, foreign keys, busy timeout, and write transactions that take
+    their lock at BEGIN.  PostgreSQL: psycopg, and limits on statements and idle transactions.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise InvalidInput("database_url", "a text that is no URL", _ACCEPTED) from None
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        options = (
+            f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} "
+            f"-c idle_in_transaction_session_timeout={_STATEMENT_TIMEOUT_MS}"
+        )
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 10, "options": options},
+        )
+    if backend != "sqlite":
+        raise InvalidInput("database_url", parsed.render_as_string(), _ACCEPTED)
+    engine = create_engine(parsed, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is not
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Session]:
+    """A session in a write transaction, committed at the end and rolled back on an error."""
+    with Session(engine.execution_options(writes=True), expire_on_commit=False) as session:
+        with session.begin():
+            yield session
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Session]:
+    """A session for reads that see one state of the database."""
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        yield session

@@ -1,0 +1,293 @@
+"""The writes of whoever holds a search: claim, renew, and everything fenced by the epoch.
+
+A claim raises the search's epoch.  Every later write names the epoch it was claimed with and is
+refused with `LeaseLost` once another claim has raised it, so a worker that was away (stopped,
+swapped out, cut off) can do no harm when it comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import delete, or_, select, update
+from sqlalchemy.orm import Session
+
+from nas.errors import LeaseLost
+from nas.store import rows
+from nas.store.engine import writing
+from nas.store.records import (
+    UNFINISHED,
+    Lease,
+    Search,
+    SearchState,
+    StoredPoint,
+    Trial,
+    TrialDraft,
+)
+from nas.store.schema import PointRow, SearchRow, TrialRow
+from nas.store.searches import Store
+
+#: Lost leases and infrastructure errors after which a search is given up.
+MAX_FAILURES = 5
+#: Seconds before a search is tried again after an infrastructure error; doubles each time.
+BACKOFF_SECONDS = 5.0
+_LONGEST_ERROR = 4000
+
+
+class Leases:
+    """Claims on searches, and the writes that only the holder of the current claim may do."""
+
+    def __init__(self, store: Store) -> None:
+        self._engine = store.engine
+
+    def claim(
+        self, worker: str, lease_seconds: float, *, search_id: str | None = None
+    ) -> tuple[Lease, Search] | None:
+        """Take the oldest search that waits or whose lease has run out; None if there is none.
+
+        Parameters
+        ----------
+        worker
+            Name shown to users.
+        lease_seconds
+            Length of the lease, by the database's clock.
+        search_id
+            Claim this search or nothing.
+        """
+        with writing(self._engine) as session:
+            at = rows.now(session)
+            expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
+            waiting = (SearchRow.state == "queued") & (SearchRow.not_before <= at)
+            query = (
+                select(SearchRow)
+                .where(or_(waiting, expired))
+                .order_by(SearchRow.sequence)
+                .limit(1)
+                .with_for_update(skip_locked=True)
+            )
+            if search_id is not None:
+                query = query.where(SearchRow.id == search_id)
+            row = session.scalars(query).one_or_none()
+            if row is None:
+                return None
+            if row.state == "running":
+                row.failures += 1
+                rows.add_event(
+                    session, row.id, "lease_lost", {"worker": row.worker, "failures": row.failures}
+                )
+                if row.cancel_requested or row.failures >= MAX_FAILURES:
+                    reason = f"gave up after {row.failures} lost leases or infrastructure errors"
+                    state: SearchState = "cancelled" if row.cancel_requested else "failed"
+                    self._end(session, row, state, None if row.cancel_requested else reason)
+                    return None
+            row.state, row.worker = "running", worker
+            row.epoch += 1
+            row.lease_until = at + lease_seconds
+            row.started_at = at if row.started_at is None else row.started_at
+            rows.add_event(session, row.id, "claimed", {"worker": worker, "epoch": row.epoch})
+            session.flush()
+            counts = rows.trial_counts(session, [row.id]).get(row.id, {})
+            lease = Lease(row.id, row.epoch, worker, lease_seconds)
+            return lease, rows.to_search(row, counts)
+
+    def renew(self, lease: Lease) -> bool:
+        """Extend the lease by its length from now; True if the search is to be cancelled.
+
+        Raises
+        ------
+        LeaseLost
+            Another worker has claimed the search.
+        """
+        with self._fenced(lease) as (session, row):
+            row.lease_until = rows.now(session) + lease.seconds
+            return row.cancel_requested
+
+    @contextmanager
+    def _fenced(self, lease: Lease) -> Iterator[tuple[Session, SearchRow]]:
+        """A write transaction that holds the search's row at the lease's epoch."""
+        with writing(self._engine) as session:
+            query = select(SearchRow).where(SearchRow.id == lease.search_id).with_for_update()
+            row = session.scalars(query).one_or_none()
+            if row is None or row.epoch != lease.epoch or row.state != "running":
+                raise LeaseLost(
+                    f"search {lease.search_id}: epoch {lease.epoch} of worker {lease.worker} is "
+                    "no longer the current one"
+                )
+            yield session, row
+
+    def set_fingerprint(self, lease: Lease, fingerprint: str) -> str:
+        """Store the fingerprint of the search's data unless it has one; the one stored."""
+        with self._fenced(lease) as (_, row):
+            if row.task_fingerprint is None:
+                row.task_fingerprint = fingerprint
+            return row.task_fingerprint
+
+    def add_trial(self, lease: Lease, draft: TrialDraft) -> Trial:
+        """Commit a planned trial; it is dispatched only after this has returned."""
+        plan = draft.plan
+        with self._fenced(lease) as (session, _):
+            row = TrialRow(
+                search_id=lease.search_id,
+                number=draft.number,
+                kind=draft.kind,
+                state="planned",
+                params=None if draft.params is None else dict(draft.params),
+                sampler_state=dict(draft.sampler_state or {}),
+                unseen=list(draft.unseen),
+                theta=list(plan.theta.values),
+                name=draft.name,
+                structures=list(plan.structures),
+                dense=plan.dense,
+                width=plan.width,
+                depth=plan.depth,
+                steps=plan.steps,
+                train_flops_per_step=plan.train_flops_per_step,
+                train_flops=float(plan.train_flops),
+                forward_flops_per_token=plan.forward_flops_per_token,
+                model_params=plan.params,
+                seed=draft.seed,
+                key=draft.key,
+                attempts=0,
+                epoch=lease.epoch,
+                created_at=rows.now(session),
+            )
+            session.add(row)
+            session.flush()
+            rows.add_event(
+                session, lease.search_id, "trial_planned",
+                {"number": row.number, "name": row.name, "width": row.width, "kind": row.kind},
+            )  # fmt: skip
+            return rows.to_trial(row)
+
+    def start_trial(self, lease: Lease, trial_id: int) -> None:
+        """Mark an unfinished trial as dispatched and drop the points of an interrupted run."""
+        with self._fenced(lease) as (session, _):
+            row = self._trial(session, lease, trial_id)
+            session.execute(delete(PointRow).where(PointRow.trial_id == trial_id))
+            row.state, row.epoch = "running", lease.epoch
+            row.attempts += 1
+            row.started_at = rows.now(session)
+            rows.add_event(
+                session, lease.search_id, "trial_started",
+                {"number": row.number, "attempt": row.attempts},
+            )  # fmt: skip
+
+    def _trial(self, session: Session, lease: Lease, trial_id: int) -> TrialRow:
+        row = session.get(TrialRow, trial_id, with_for_update=True)
+        if row is None or row.search_id != lease.search_id or row.state not in UNFINISHED:
+            raise LeaseLost(f"trial {trial_id} is not an unfinished one of {lease.search_id}")
+        return row
+
+    def add_point(self, lease: Lease, trial_id: int, point: StoredPoint) -> None:
+        """Store one evaluation; a run that began anew after a crash overwrites its own points."""
+        if not (math.isfinite(point.loss) and math.isfinite(point.loss_stderr)):
+            raise ValueError(f"a point needs a finite loss, got {point}")
+        with self._fenced(lease) as (session, _):
+            trial = self._trial(session, lease, trial_id)
+            session.merge(
+                PointRow(
+                    trial_id=trial_id,
+                    step=point.step,
+                    train_flops=point.train_flops,
+                    loss=point.loss,
+                    loss_stderr=point.loss_stderr,
+                    seconds=point.seconds,
+                    window_losses=rows.pack_floats(point.window_losses),
+                )
+            )
+            rows.add_event(
+                session, lease.search_id, "point",
+                {"number": trial.number, "train_flops": point.train_flops, "loss": point.loss},
+            )  # fmt: skip
+
+    def complete_trial(
+        self, lease: Lease, trial_id: int, environment: Mapping[str, Any] | None
+    ) -> None:
+        """End a trial whose last point has been stored."""
+        with self._fenced(lease) as (session, _):
+            row = self._trial(session, lease, trial_id)
+            last = session.get(PointRow, (trial_id, row.steps))
+            if last is None:
+                raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
+            row.loss = last.loss
+            row.environment = None if environment is None else dict(environment)
+            self._finish_trial(session, row, "complete", {"loss": last.loss})
+
+    def fail_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
+        """End a trial with the reason why it has no result; its points stay."""
+        with self._fenced(lease) as (session, _):
+            row = self._trial(session, lease, trial_id)
+            row.error = reason[:_LONGEST_ERROR]
+            self._finish_trial(session, row, "failed", {"error": row.error})
+
+    def stop_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
+        """End a trial before its last step; its points stay, and it never counts as complete."""
+        with self._fenced(lease) as (session, _):
+            row = self._trial(session, lease, trial_id)
+            row.error = reason[:_LONGEST_ERROR]
+            self._finish_trial(session, row, "stopped", {"reason": row.error})
+
+    def _finish_trial(
+        self, session: Session, row: TrialRow, state: str, data: Mapping[str, Any]
+    ) -> None:
+        row.state, row.finished_at = state, rows.now(session)
+        event = {"number": row.number, **data}
+        rows.add_event(session, row.search_id, f"trial_{state}", event)
+
+    def reuse_result(self, lease: Lease, trial_id: int) -> bool:
+        """Complete a trial with the result of an equal run, if the store holds one."""
+        with self._fenced(lease) as (session, _):
+            row = self._trial(session, lease, trial_id)
+            twin = session.scalars(
+                select(TrialRow)
+                .where(
+                    TrialRow.key == row.key,
+                    TrialRow.state == "complete",
+                    TrialRow.reused_from.is_(None),
+                )
+                .order_by(TrialRow.id)
+                .limit(1)
+            ).one_or_none()
+            if twin is None:
+                return False
+            session.execute(delete(PointRow).where(PointRow.trial_id == trial_id))
+            for point in session.scalars(select(PointRow).where(PointRow.trial_id == twin.id)):
+                copy = {c.name: getattr(point, c.name) for c in PointRow.__table__.columns}
+                session.add(PointRow(**{**copy, "trial_id": trial_id}))
+            row.reused_from, row.loss, row.environment = twin.id, twin.loss, twin.environment
+            row.started_at = rows.now(session)
+            self._finish_trial(session, row, "complete", {"loss": row.loss, "reused": True})
+            return True
+
+    def release(self, lease: Lease, state: SearchState, error: str | None = None) -> None:
+        """End the search as succeeded, failed or cancelled."""
+        with self._fenced(lease) as (session, row):
+            self._end(session, row, state, error)
+
+    def _end(self, session: Session, row: SearchRow, state: SearchState, error: str | None) -> None:
+        at = rows.now(session)
+        session.execute(
+            update(TrialRow)
+            .where(TrialRow.search_id == row.id, TrialRow.state.in_(UNFINISHED))
+            .values(state="stopped", error=f"search {state}", finished_at=at)
+        )
+        row.state, row.finished_at, row.lease_until = state, at, None
+        row.error = None if error is None else error[:_LONGEST_ERROR]
+        rows.add_event(session, row.id, state, {} if error is None else {"error": row.error})
+
+    def requeue(self, lease: Lease, error: str) -> None:
+        """Give the search back after an infrastructure error, to be tried again later."""
+        with self._fenced(lease) as (session, row):
+            row.failures += 1
+            if row.failures >= MAX_FAILURES:
+                self._end(session, row, "failed", error)
+                return
+            delay = BACKOFF_SECONDS * 2 ** (row.failures - 1)
+            row.state, row.lease_until = "queued", None
+            row.not_before = rows.now(session) + delay
+            rows.add_event(
+                session, row.id, "requeued", {"error": error[:_LONGEST_ERROR], "seconds": delay}
+            )

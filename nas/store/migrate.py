@@ -1,0 +1,31 @@
+"""Schema migrations, run by Alembic from the package itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection
+
+from nas.store.engine import open_engine
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.attributes["connection"] = connection
+    return config
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the database to `revision`; safe to call again and from several processes."""
+    engine = open_engine(url)
+    try:
+        # one write transaction: a second process waits here and then finds nothing to do
+        with engine.execution_options(writes=True).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7305614)")
+            command.upgrade(_config(connection), revision)
+    finally:
+        engine.dispose()

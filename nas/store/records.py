@@ -1,0 +1,145 @@
+"""What the store gives out: frozen values, detached from any connection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nas.cost import RunPlan
+from nas.request import SearchRequest
+
+SearchState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+TrialState = Literal["planned", "running", "complete", "stopped", "failed"]
+TERMINAL: tuple[SearchState, ...] = ("succeeded", "failed", "cancelled")
+UNFINISHED: tuple[TrialState, ...] = ("planned", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write to one search until it is claimed anew."""
+
+    search_id: str
+    epoch: int
+    worker: str
+    #: length of the lease at each renewal
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrialDraft:
+    """A trial before it is stored."""
+
+    number: int
+    kind: Literal["candidate", "reference"]
+    plan: RunPlan
+    seed: int
+    key: str
+    name: str
+    params: Mapping[str, float] | None = None
+    sampler_state: Mapping[str, Any] | None = None
+    unseen: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPoint:
+    """One evaluation of a trial; see `nas.proxy.Point`."""
+
+    step: int
+    train_flops: float
+    loss: float
+    loss_stderr: float
+    seconds: float
+    #: loss of each validation window; empty where a reader left it out
+    window_losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A stored trial. Times are seconds since 1970, FLOPs are train FLOPs unless named."""
+
+    id: int
+    search_id: str
+    number: int
+    kind: str
+    state: TrialState
+    params: Mapping[str, float] | None
+    sampler_state: Mapping[str, Any]
+    unseen: tuple[int, ...]
+    theta: tuple[float, ...]
+    name: str
+    structures: tuple[str, ...]
+    dense: bool
+    width: int
+    depth: int
+    steps: int
+    train_flops_per_step: int
+    #: exact: steps × train_flops_per_step
+    train_flops: int
+    forward_flops_per_token: float
+    model_params: int
+    seed: int
+    key: str
+    reused_from: int | None
+    attempts: int
+    environment: Mapping[str, Any] | None
+    loss: float | None
+    error: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A stored search with the counts of its trials."""
+
+    id: str
+    sequence: int
+    state: SearchState
+    task: str
+    task_fingerprint: str | None
+    request: SearchRequest
+    data_path: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    cancel_requested: bool
+    error: str | None
+    epoch: int
+    failures: int
+    worker: str | None
+    #: trial state → how many
+    trial_counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of a search's log."""
+
+    id: int
+    search_id: str
+    created_at: float
+    kind: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A point of a curve with what identifies its run: the row that answers are made of."""
+
+    trial_id: int
+    search_id: str
+    number: int
+    kind: str
+    dense: bool
+    name: str
+    theta: tuple[float, ...]
+    width: int
+    seed: int
+    steps: int
+    train_flops: float
+    loss: float
+    loss_stderr: float
+    #: whether it is the last point of a complete run
+    final: bool

@@ -1,0 +1,171 @@
+"""Tables, and the clock that every host shares: the database's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.functions import FunctionElement
+
+
+class Base(DeclarativeBase):
+    """Root of the tables, with constraint names that migrations can refer to."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class database_now(FunctionElement[float]):
+    """The database's wall clock, seconds since 1970-01-01 UTC."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(database_now, "sqlite")
+def _sqlite_now(_element: database_now, _compiler: Any, **_kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(database_now, "postgresql")
+def _postgresql_now(_element: database_now, _compiler: Any, **_kw: Any) -> str:
+    return "EXTRACT(EPOCH FROM clock_timestamp())::double precision"
+
+
+_BIG = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER only
+
+
+class SearchRow(Base):
+    """One search: what was asked, where it stands, and who holds the lease."""
+
+    __tablename__ = "searches"
+
+    #: 32 hex digits
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    #: grows with creation; the key of pagination
+    sequence: Mapped[int] = mapped_column(_BIG, unique=True)
+    state: Mapped[str] = mapped_column(String(16))
+    task: Mapped[str] = mapped_column(String(64))
+    #: fingerprint of the task's data, set when a worker first loads it
+    task_fingerprint: Mapped[str | None] = mapped_column(String(32))
+    #: the SearchRequest
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
+    #: absolute path of the data, None for the default
+    data_path: Mapped[str | None] = mapped_column(String(4096))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255), unique=True)
+    request_digest: Mapped[str] = mapped_column(String(64))
+    #: seconds since 1970, as every other time
+    created_at: Mapped[float] = mapped_column(Float)
+    started_at: Mapped[float | None] = mapped_column(Float)
+    finished_at: Mapped[float | None] = mapped_column(Float)
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    error: Mapped[str | None] = mapped_column(String(4096))
+    #: fencing token: grows with each claim
+    epoch: Mapped[int] = mapped_column(default=0)
+    #: claims that ended in a lost lease or an infrastructure error
+    failures: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[str | None] = mapped_column(String(255))
+    lease_until: Mapped[float | None] = mapped_column(Float)
+    #: not claimed before this time (backoff)
+    not_before: Mapped[float] = mapped_column(Float, default=0.0)
+
+    __table_args__ = (Index("ix_searches_state_sequence", "state", "sequence"),)
+
+
+class TrialRow(Base):
+    """One run of a search: its plan, committed before it is dispatched, and its end."""
+
+    __tablename__ = "trials"
+
+    id: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    search_id: Mapped[str] = mapped_column(ForeignKey("searches.id", ondelete="CASCADE"))
+    number: Mapped[int]
+    #: candidate | reference
+    kind: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(String(16))
+    #: point of the sampler's box, None for a reference
+    params: Mapped[dict[str, float] | None] = mapped_column(JSON)
+    sampler_state: Mapped[dict[str, Any]] = mapped_column(JSON)
+    #: numbers of earlier trials that were still running when this one was proposed
+    unseen: Mapped[list[int]] = mapped_column(JSON)
+    theta: Mapped[list[float]] = mapped_column(JSON)
+    name: Mapped[str] = mapped_column(String(128))
+    structures: Mapped[list[str]] = mapped_column(JSON)
+    dense: Mapped[bool]
+    width: Mapped[int]
+    depth: Mapped[int]
+    steps: Mapped[int] = mapped_column(_BIG)
+    #: exact
+    train_flops_per_step: Mapped[int] = mapped_column(_BIG)
+    #: steps × FLOPs of a step as a double, for sorting; the product of the two columns is exact
+    train_flops: Mapped[float] = mapped_column(Float)
+    forward_flops_per_token: Mapped[float] = mapped_column(Float)
+    model_params: Mapped[int] = mapped_column(_BIG)
+    seed: Mapped[int] = mapped_column(_BIG)
+    #: digest of everything that decides the result
+    key: Mapped[str] = mapped_column(String(64), index=True)
+    #: trial whose result this one shares, because their keys are equal
+    reused_from: Mapped[int | None] = mapped_column(_BIG)
+    #: times it was dispatched
+    attempts: Mapped[int] = mapped_column(default=0)
+    #: epoch of the last write
+    epoch: Mapped[int]
+    #: where it ran: device, threads, execution plan, library versions
+    environment: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    loss: Mapped[float | None] = mapped_column(Float)
+    error: Mapped[str | None] = mapped_column(String(4096))
+    created_at: Mapped[float] = mapped_column(Float)
+    started_at: Mapped[float | None] = mapped_column(Float)
+    finished_at: Mapped[float | None] = mapped_column(Float)
+
+    __table_args__ = (UniqueConstraint("search_id", "number"),)
+
+
+class PointRow(Base):
+    """One evaluation of a trial."""
+
+    __tablename__ = "points"
+
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True
+    )
+    step: Mapped[int] = mapped_column(_BIG, primary_key=True)
+    train_flops: Mapped[float] = mapped_column(Float)
+    loss: Mapped[float] = mapped_column(Float)
+    loss_stderr: Mapped[float] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+    #: loss of each validation window, float32 little-endian, for paired comparisons
+    window_losses: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class EventRow(Base):
+    """Append-only log of what happened to a search."""
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    search_id: Mapped[str] = mapped_column(ForeignKey("searches.id", ondelete="CASCADE"))
+    created_at: Mapped[float] = mapped_column(Float)
+    kind: Mapped[str] = mapped_column(String(32))
+    data: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+    __table_args__ = (Index("ix_events_search_id_id", "search_id", "id"),)

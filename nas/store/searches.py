@@ -1,0 +1,256 @@
+"""Searches as their users see them: create, read, list, cancel, and the rows of answers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from nas.errors import Conflict, IdempotencyConflict, NotFound
+from nas.request import SearchRequest
+from nas.store import rows
+from nas.store.engine import open_engine, reading, writing
+from nas.store.records import TERMINAL, CurvePoint, Event, Search, StoredPoint, Trial
+from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
+
+MAX_PAGE = 500
+
+
+class Store:
+    """Reads, and the writes that need no lease."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = open_engine(url)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+    def ping(self) -> None:
+        """Raise if the database does not answer or its schema is missing."""
+        with reading(self.engine) as session:
+            session.execute(select(SearchRow.id).limit(1))
+
+    def create_search(
+        self,
+        request: SearchRequest,
+        *,
+        data_path: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> tuple[Search, bool]:
+        """Queue a search; (search, whether it is new).
+
+        The same idempotency key with the same request returns the search it made.
+
+        Raises
+        ------
+        IdempotencyConflict
+            The key was used with another request.
+        """
+        for attempt in range(50):
+            try:
+                return self._create(request, data_path, idempotency_key)
+            except IntegrityError:
+                # another transaction took the key or the sequence number in between
+                if attempt == 49:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _create(
+        self, request: SearchRequest, data_path: str | None, key: str | None
+    ) -> tuple[Search, bool]:
+        with writing(self.engine) as session:
+            if key is not None:
+                same_key = select(SearchRow).where(SearchRow.idempotency_key == key)
+                found = session.scalars(same_key).one_or_none()
+                if found is not None:
+                    if found.request_digest != request.digest:
+                        raise IdempotencyConflict(
+                            f"Idempotency-Key {key!r} was used before with another request"
+                        )
+                    counts = rows.trial_counts(session, [found.id])
+                    return rows.to_search(found, counts.get(found.id, {})), False
+            last = session.scalar(select(func.max(SearchRow.sequence))) or 0
+            row = SearchRow(
+                id=uuid.uuid4().hex,
+                sequence=last + 1,
+                state="queued",
+                task=request.task,
+                request=request.model_dump(),
+                data_path=data_path,
+                idempotency_key=key,
+                request_digest=request.digest,
+                created_at=rows.now(session),
+                cancel_requested=False,
+                epoch=0,
+                failures=0,
+                not_before=0.0,
+            )
+            session.add(row)
+            session.flush()
+            rows.add_event(session, row.id, "queued", {})
+            return rows.to_search(row, {}), True
+
+    def search(self, search_id: str) -> Search:
+        """One search; `NotFound` if there is none with this id."""
+        with reading(self.engine) as session:
+            row = self._row(session, search_id)
+            return rows.to_search(row, rows.trial_counts(session, [row.id]).get(row.id, {}))
+
+    def _row(self, session: Session, search_id: str) -> SearchRow:
+        row = session.get(SearchRow, search_id)
+        if row is None:
+            raise NotFound(f"no search {search_id!r}")
+        return row
+
+    def searches(self, *, before: int | None = None, limit: int = 50) -> list[Search]:
+        """The newest searches, or those created before the sequence number `before`."""
+        query = select(SearchRow).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
+        if before is not None:
+            query = query.where(SearchRow.sequence < before)
+        with reading(self.engine) as session:
+            found = session.scalars(query).all()
+            counts = rows.trial_counts(session, [r.id for r in found])
+            return [rows.to_search(r, counts.get(r.id, {})) for r in found]
+
+    def trials(
+        self, search_id: str, *, after: int = -1, limit: int | None = None
+    ) -> list[Trial]:
+        """Trials of a search in the order of their numbers, from past number `after`."""
+        query = (
+            select(TrialRow)
+            .where(TrialRow.search_id == search_id, TrialRow.number > after)
+            .order_by(TrialRow.number)
+        )
+        with reading(self.engine) as session:
+            self._row(session, search_id)
+            return [rows.to_trial(r) for r in session.scalars(query.limit(limit))]
+
+    def trial(self, trial_id: int) -> Trial:
+        """One trial; `NotFound` if there is none with this id."""
+        with reading(self.engine) as session:
+            row = session.get(TrialRow, trial_id)
+            if row is None:
+                raise NotFound(f"no trial {trial_id!r}")
+            return rows.to_trial(row)
+
+    def curve(self, trial_id: int) -> list[StoredPoint]:
+        """The points of a trial in the order of their steps."""
+        query = select(PointRow).where(PointRow.trial_id == trial_id).order_by(PointRow.step)
+        with reading(self.engine) as session:
+            return [rows.to_point(r) for r in session.scalars(query)]
+
+    def events(self, search_id: str, *, after: int = 0, limit: int = MAX_PAGE) -> list[Event]:
+        """Events of a search past the event id `after`, oldest first."""
+        query = (
+            select(EventRow)
+            .where(EventRow.search_id == search_id, EventRow.id > after)
+            .order_by(EventRow.id)
+            .limit(limit)
+        )
+        with reading(self.engine) as session:
+            return [rows.to_event(r) for r in session.scalars(query)]
+
+    def cancel(self, search_id: str) -> Search:
+        """Ask a search to stop: at once if it is queued, else at the holder's next renewal.
+
+        Raises
+        ------
+        NotFound
+            No such search.
+        Conflict
+            It has ended.
+        """
+        with writing(self.engine) as session:
+            row = self._row(session, search_id)
+            if row.state in TERMINAL:
+                raise Conflict(f"search {search_id} has ended: {row.state}")
+            at = rows.now(session)
+            queued = session.execute(
+                update(SearchRow)
+                .where(SearchRow.id == search_id, SearchRow.state == "queued")
+                .values(state="cancelled", cancel_requested=True, finished_at=at)
+            )
+            if queued.rowcount:  # type: ignore[attr-defined]
+                rows.add_event(session, search_id, "cancelled", {})
+            else:
+                running = session.execute(
+                    update(SearchRow)
+                    .where(SearchRow.id == search_id, SearchRow.state == "running")
+                    .values(cancel_requested=True)
+                )
+                if not running.rowcount:  # type: ignore[attr-defined]
+                    raise Conflict(f"search {search_id} has ended")
+                rows.add_event(session, search_id, "cancel_requested", {})
+        return self.search(search_id)
+
+    def curve_points(
+        self,
+        *,
+        search_id: str | None = None,
+        task: str | None = None,
+        fingerprint: str | None = None,
+    ) -> list[CurvePoint]:
+        """Points of complete and running trials; reused, stopped and failed ones are left out.
+
+        A trial that reuses another's result in the same search adds no evidence, so only the one
+        that ran is given.
+        """
+        where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
+        if search_id is not None:
+            where.append(SearchRow.id == search_id)
+        else:
+            where.append(TrialRow.reused_from.is_(None))
+        if task is not None:
+            where.append(SearchRow.task == task)
+        if fingerprint is not None:
+            where.append(SearchRow.task_fingerprint == fingerprint)
+        query: Any = (
+            select(
+                TrialRow.id, TrialRow.search_id, TrialRow.number, TrialRow.kind, TrialRow.dense,
+                TrialRow.name, TrialRow.theta, TrialRow.width, TrialRow.seed, PointRow.step,
+                PointRow.train_flops, PointRow.loss, PointRow.loss_stderr,
+                (PointRow.step == TrialRow.steps) & (TrialRow.state == "complete"),
+            )
+            .join(TrialRow, PointRow.trial_id == TrialRow.id)
+            .join(SearchRow, TrialRow.search_id == SearchRow.id)
+            .where(*where)
+            .order_by(PointRow.train_flops, PointRow.loss, TrialRow.id)
+        )  # fmt: skip
+        with reading(self.engine) as session:
+            if search_id is not None:
+                self._row(session, search_id)
+            return [
+                CurvePoint(*r[:6], tuple(r[6]), *r[7:13], bool(r[13]))
+                for r in session.execute(query)
+            ]
+
+    def window_losses(self, trial_id: int, train_flops: float) -> tuple[float, ...]:
+        """Loss of each validation window at the point of a trial with these FLOPs."""
+        query = select(PointRow.window_losses).where(
+            PointRow.trial_id == trial_id, PointRow.train_flops == train_flops
+        )
+        with reading(self.engine) as session:
+            packed = session.scalars(query).first()
+        return rows.unpack_floats(packed) if packed else ()
+
+    def task_fingerprints(self, task: str) -> Sequence[tuple[str, int]]:
+        """(fingerprint, searches) of a task's data on this store, newest first."""
+        query = (
+            select(SearchRow.task_fingerprint, func.count())
+            .where(SearchRow.task == task, SearchRow.task_fingerprint.is_not(None))
+            .group_by(SearchRow.task_fingerprint)
+            .order_by(func.max(SearchRow.sequence).desc())
+        )
+        with reading(self.engine) as session:
+            return [(str(f), int(n)) for f, n in session.execute(query)]
+
+    def schema_revision(self) -> str | None:
+        """The migration that the database stands at."""
+        with reading(self.engine) as session:
+            revision = session.scalar(text("SELECT version_num FROM alembic_version"))
+            return None if revision is None else str(revision)
