@@ -185,7 +185,10 @@ def _least_step(recipe: GptRecipe, width: int) -> int:
 
 @lru_cache(maxsize=4096)
 def plans(recipe: GptRecipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]:
-    """`admissible`, remembered.
+    """`admissible` without the widths that are too narrow for the budget.
+
+    Those are the ones that would run for more than `recipe.max_steps` steps; at least
+    `MIN_REFERENCES` of the widest are kept.
 
     Raises
     ------
@@ -195,7 +198,8 @@ def plans(recipe: GptRecipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]
     found = tuple(admissible(recipe, theta, budget))
     if not found:
         raise InvalidInput("train_flops", budget, accepted_budget(recipe))
-    return found
+    wide = tuple(p for p in found if p.steps <= recipe.max_steps)
+    return wide if len(wide) >= MIN_REFERENCES else found[-MIN_REFERENCES:]
 
 
 def plan_at(recipe: GptRecipe, theta: Theta, position: float, budget: float) -> RunPlan:

@@ -48,5 +48,9 @@ class LeaseLost(EinsumNasError):
     """A write refused because the writer's lease epoch is no longer the current one."""
 
 
+class StoreUnavailable(EinsumNasError):
+    """The database did not take a statement: locked, full, read-only or out of reach."""
+
+
 class RunFailed(EinsumNasError):
     """A proxy run that ended by its own fault, such as a loss that is not finite."""

@@ -36,6 +36,8 @@ class Point:
     loss_stderr: float
     #: seconds of training, evaluation left out
     seconds: float
+    #: loss of each validation window, nats per token, in the fixed order of the windows
+    window_losses: tuple[float, ...]
 
 
 def evaluation_steps(plan: RunPlan, recipe: GptRecipe) -> list[int]:
@@ -58,8 +60,8 @@ def _windows(
 
 
 @torch.no_grad()
-def _evaluate(model: GPT, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-    """(mean loss, standard error over the windows), nats per token."""
+def _evaluate(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of each window (windows,), nats per token."""
     losses = []
     for x, y in zip(inputs.split(_EVALUATION_BATCH), targets.split(_EVALUATION_BATCH), strict=True):
         logits = model(x)
@@ -67,8 +69,7 @@ def _evaluate(model: GPT, inputs: Tensor, targets: Tensor) -> tuple[float, float
             logits.float().transpose(1, 2), y, reduction="none"
         )
         losses.append(per_token.mean(dim=1))
-    each = torch.cat(losses).double()
-    return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+    return torch.cat(losses).double().cpu()
 
 
 def train(
@@ -118,8 +119,16 @@ def train(
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - started
-            value, stderr = _evaluate(model, inputs, targets)
+            each = _evaluate(model, inputs, targets)
+            value = each.mean().item()
             if not math.isfinite(value):
                 raise RunFailed(f"validation loss is {value} at step {step} of {plan.steps}")
-            yield Point(step, step * plan.train_flops_per_step, value, stderr, seconds)
+            yield Point(
+                step=step,
+                train_flops=step * plan.train_flops_per_step,
+                loss=value,
+                loss_stderr=each.std().item() / math.sqrt(len(each)),
+                seconds=seconds,
+                window_losses=tuple(each.tolist()),
+            )
             started = time.perf_counter()

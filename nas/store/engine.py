@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from nas.errors import InvalidInput
+from nas.errors import InvalidInput, StoreUnavailable
 
 _ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
 _BUSY_TIMEOUT_SECONDS = 30
@@ -61,15 +61,23 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise StoreUnavailable(f"the database is unavailable: {error.orig}") from error
+
+
+@contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
     """A session in a write transaction, committed at the end and rolled back on an error."""
-    with Session(engine.execution_options(writes=True), expire_on_commit=False) as session:
-        with session.begin():
-            yield session
+    writer = engine.execution_options(writes=True)
+    with _translated(), Session(writer, expire_on_commit=False) as session, session.begin():
+        yield session
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
     """A session for reads that see one state of the database."""
-    with Session(engine, expire_on_commit=False) as session, session.begin():
+    with _translated(), Session(engine, expire_on_commit=False) as session, session.begin():
         yield session

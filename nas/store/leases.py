@@ -278,6 +278,12 @@ class Leases:
         row.error = None if error is None else error[:_LONGEST_ERROR]
         rows.add_event(session, row.id, state, {} if error is None else {"error": row.error})
 
+    def hand_back(self, lease: Lease) -> None:
+        """Queue the search again because its worker is shutting down; not a failure."""
+        with self._fenced(lease) as (session, row):
+            row.state, row.lease_until, row.worker = "queued", None, None
+            rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
+
     def requeue(self, lease: Lease, error: str) -> None:
         """Give the search back after an infrastructure error, to be tried again later."""
         with self._fenced(lease) as (session, row):

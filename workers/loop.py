@@ -1,0 +1,191 @@
+"""The worker: claim a search under a lease, run it, release it, look for the next.
+
+A heartbeat thread renews the lease at a third of its length.  If renewal has not succeeded for
+two thirds of it, the watchdog ends the process at once: another worker may soon own the search.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from nas.errors import InvalidInput, LeaseLost, StoreUnavailable
+from nas.settings import Settings
+from nas.store import Lease, Leases, Search, Store
+from nas.tasks.corpus import Corpus, load_corpus
+from workers.session import SearchSession, Signals
+
+_log = logging.getLogger(__name__)
+#: Exit status of a process that its watchdog ended.
+WATCHDOG_STATUS = 75
+
+Runner = Callable[[SearchSession, Corpus, Settings], None]
+
+
+class Heartbeat:
+    """Renews a lease in the background and ends the process when that is no longer possible.
+
+    Parameters
+    ----------
+    kill
+        Ends the process; the default neither flushes nor cleans up, for nothing may be written
+        after the lease can have passed to another worker.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        lease: Lease,
+        signals: Signals,
+        kill: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._leases, self._lease, self._signals, self._kill = leases, lease, signals, kill
+        self._renewed_at = time.monotonic()
+        self._done = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._renew, name="heartbeat", daemon=True),
+            threading.Thread(target=self._watch, name="watchdog", daemon=True),
+        ]
+
+    def __enter__(self) -> Heartbeat:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._threads[0].join(self._lease.seconds)
+
+    def _renew(self) -> None:
+        while not self._done.wait(self._lease.seconds / 3):
+            asked_at = time.monotonic()
+            try:
+                if self._leases.renew(self._lease):
+                    self._signals.cancel.set()
+                self._renewed_at = asked_at
+            except LeaseLost:
+                # released by the run itself just now, or claimed by another worker
+                if not self._done.is_set():
+                    self._signals.lost.set()
+                return
+            except StoreUnavailable as error:
+                _log.warning("lease not renewed: %s", error)
+
+    def _watch(self) -> None:
+        limit = self._lease.seconds * 2 / 3
+        while not self._done.wait(self._lease.seconds / 30):
+            away = time.monotonic() - self._renewed_at
+            if away > limit and not self._signals.lost.is_set():
+                _log.error("lease not renewed for %.1f s: ending this process", away)
+                self._kill(WATCHDOG_STATUS)
+                return
+
+
+class Worker:
+    """Claims searches and runs them, one at a time, until told to stop."""
+
+    def __init__(self, settings: Settings, *, runner: Runner | None = None) -> None:
+        self._settings = settings
+        self._store = Store(settings.resolved_database_url)
+        self._leases = Leases(self._store)
+        self._runner = runner or _ray_runner
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self._shutdown = threading.Event()
+        self._signals: Signals | None = None
+
+    def stop(self) -> None:
+        """End after the trials in flight have been stopped; the search goes back to the queue."""
+        self._shutdown.set()
+        if self._signals is not None:
+            self._signals.shutdown.set()
+
+    def run(self, *, until_idle: bool = False, search_id: str | None = None) -> None:
+        """Work until `stop`.
+
+        Parameters
+        ----------
+        until_idle
+            Return when no search can be claimed.
+        search_id
+            Take this search only.
+        """
+        while not self._shutdown.is_set():
+            try:
+                claimed = self._leases.claim(
+                    self.name, self._settings.lease_seconds, search_id=search_id
+                )
+            except StoreUnavailable as error:
+                _log.warning("no claim: %s", error)
+                claimed = None
+            if claimed is not None:
+                self._work(*claimed)
+            elif until_idle:
+                return
+            else:
+                self._shutdown.wait(self._settings.poll_seconds)
+
+    def _work(self, lease: Lease, search: Search) -> None:
+        signals = Signals()
+        self._signals = signals
+        if self._shutdown.is_set():
+            signals.shutdown.set()
+        _log.info("search %s claimed, epoch %d", search.id, lease.epoch)
+        with Heartbeat(self._leases, lease, signals) as heartbeat:
+            try:
+                self._run_search(lease, search, signals)
+            except LeaseLost as error:
+                _log.warning("%s", error)
+            except InvalidInput as error:
+                self._leases.release(lease, "failed", str(error))
+            except Exception as error:
+                _log.exception("search %s: infrastructure error", search.id)
+                self._give_up(lease, f"{type(error).__name__}: {error}")
+            finally:
+                heartbeat._done.set()
+                self._signals = None
+
+    def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
+        recipe = search.request.recipe
+        corpus = load_corpus(search.data_path, recipe.context + 1)
+        stored = self._leases.set_fingerprint(lease, corpus.fingerprint)
+        if stored != corpus.fingerprint:
+            raise InvalidInput(
+                "data",
+                search.data_path or "the default corpus",
+                f"the data this search began with, fingerprint {stored}; found "
+                f"{corpus.fingerprint}",
+            )
+        session = SearchSession(self._store, lease, search, corpus.fingerprint, signals)
+        self._runner(session, corpus, self._settings)
+        if signals.lost.is_set():
+            raise LeaseLost(f"search {search.id}: claimed by another worker")
+        if signals.shutdown.is_set() and not signals.cancel.is_set():
+            self._leases.hand_back(lease)
+            return
+        session.finish()
+
+    def _give_up(self, lease: Lease, reason: str) -> None:
+        try:
+            self._leases.requeue(lease, reason)
+        except (LeaseLost, StoreUnavailable) as error:
+            _log.warning("search %s not requeued: %s", lease.search_id, error)
+
+
+def _ray_runner(session: SearchSession, corpus: Corpus, settings: Settings) -> None:
+    from workers import runner  # ray takes seconds to import: only once there is work
+
+    runner.start_ray(settings)
+    runner.run_session(session, corpus, settings)
+
+
+def main(settings: Settings, *, until_idle: bool = False, search_id: str | None = None) -> None:
+    """Run a worker in this process; SIGTERM and SIGINT make it hand its search back and end."""
+    worker = Worker(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    worker.run(until_idle=until_idle, search_id=search_id)

@@ -1,0 +1,248 @@
+"""Runs the trials of one session with Ray Tune: FIFO, reused actors, our own Searcher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+# read when ray.tune is imported: no result files, no signal handler, no usage report
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
+os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
+
+from nas.cost import RunPlan
+from nas.errors import EinsumNasError
+from nas.settings import Settings
+from nas.store import StoredPoint, Trial
+from nas.tasks.corpus import Corpus
+from nas.theta import Theta
+from workers.session import SearchSession
+from workers.trainable import ProxyTrainable
+
+_log = logging.getLogger(__name__)
+# it reports that no result files were written, which is how it is set up
+logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+#: Times Ray starts a trial anew after its process died.
+_MAX_PROCESS_FAILURES = 3
+#: Sessions of this process. Tune copies and pickles its searcher and stopper, which therefore
+#: hold only a key of this mapping.
+_sessions: dict[str, SearchSession] = {}
+
+
+def start_ray(settings: Settings) -> None:
+    """Connect to `RAY_ADDRESS`, or start Ray on this machine's loopback interface."""
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=None,
+        num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
+    )
+
+
+def stop_ray() -> None:
+    """Leave the cluster, or end the local one."""
+    ray.shutdown()
+
+
+def run_session(session: SearchSession, corpus: Corpus, settings: Settings) -> None:
+    """Run every trial that the session still has; returns when none is left or it must stop.
+
+    Raises
+    ------
+    LeaseLost
+        Another worker has claimed the search.
+    """
+    remaining = session.prepare()
+    if remaining == 0:
+        return
+    resources = _resources(settings)
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            ProxyTrainable,
+            train_text=corpus.train,
+            validation_text=corpus.validation,
+            threads=settings.cpus_per_trial,
+        ),
+        resources,
+    )
+    key = uuid.uuid4().hex
+    searcher = _SessionSearcher(key)
+    scratch = tempfile.mkdtemp(prefix="einsum-nas-tune-")
+    _sessions[key] = session
+    try:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=remaining,
+                max_concurrent_trials=settings.concurrency or _fitting(resources),
+                reuse_actors=True,
+                trial_dirname_creator=_directory_name,
+            ),
+            run_config=tune.RunConfig(
+                name=session.search.id,
+                storage_path=scratch,
+                stop=_SessionStopper(key),
+                failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
+                verbose=0,
+            ),
+        ).fit()
+    except Exception:
+        # Tune wraps what a searcher raises; the first of our own errors is the cause
+        if isinstance(_errors.get(key), EinsumNasError):
+            raise _errors[key] from None
+        raise
+    finally:
+        _sessions.pop(key, None)
+        _errors.pop(key, None)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+_errors: dict[str, Exception] = {}
+
+
+def _resources(settings: Settings) -> dict[str, float]:
+    """Resources of one trial: a GPU (or a share of one) where the cluster has any."""
+    needs: dict[str, float] = {"CPU": settings.cpus_per_trial}
+    if ray.cluster_resources().get("GPU", 0) > 0:
+        needs["GPU"] = settings.gpus_per_trial
+    return needs
+
+
+def _fitting(resources: dict[str, float]) -> int:
+    """How many trials the cluster holds at once."""
+    have = ray.cluster_resources()
+    return max(1, int(min(have.get(name, 0) / n for name, n in resources.items())))
+
+
+def _directory_name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+class _SessionSearcher(Searcher):
+    """Hands the session's trials to Tune and Tune's results to the session."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self._key = key
+        #: Tune's trial id → ours
+        self._ids: dict[str, int] = {}
+
+    @property
+    def _session(self) -> SearchSession:
+        return _sessions[self._key]
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        with _remembered(self._key):
+            trial = self._session.next_trial()
+            if trial is None:
+                return Searcher.FINISHED if self._session.exhausted else None
+            self._ids[trial_id] = trial.id
+            return trial_config(self._session, trial)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        with _remembered(self._key):
+            report = _read_report(result)
+            if "point" in report and not self._session.signals.lost.is_set():
+                self._session.point(self._ids[trial_id], StoredPoint(**report["point"]))
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        with _remembered(self._key):
+            number = self._ids.pop(trial_id, None)
+            if number is None or self._session.signals.lost.is_set():
+                return
+            report = _read_report(result or {})
+            if error:
+                self._session.fail(number, f"its process died {_MAX_PROCESS_FAILURES + 1} times")
+            elif "failure" in report:
+                self._session.fail(number, report["failure"])
+            elif "environment" in report:
+                self._session.complete(number, report["environment"])
+            # else stopped with the search: it stays unfinished until the search ends
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the store is the only truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing; see `save`."""
+
+
+class _remembered:
+    """Keeps the error that ends the experiment, which Tune would wrap beyond recognition."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, Exception):
+            _log.warning("search ends early: %s", error)
+            _errors.setdefault(self._key, error)
+
+
+class _SessionStopper(Stopper):
+    """Ends every trial once the session is to stop."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self.stop_all()
+
+    def stop_all(self) -> bool:
+        session = _sessions.get(self._key)
+        return session is not None and session.signals.stop
+
+
+def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
+    """A stored trial as the Tune configuration of its actor."""
+    plan = RunPlan(
+        theta=Theta(*trial.theta),
+        width=trial.width,
+        depth=trial.depth,
+        steps=trial.steps,
+        train_flops_per_step=trial.train_flops_per_step,
+        forward_flops_per_token=trial.forward_flops_per_token,
+        params=trial.model_params,
+        structures=trial.structures,
+        dense=trial.dense,
+    )
+    run = {
+        "plan": {**asdict(plan), "theta": trial.theta},
+        "recipe": session.request.recipe.as_dict(),
+        "seed": trial.seed,
+    }
+    return {"run": json.dumps(run)}  # one text: Tune would spell nested values out in file names
+
+
+def _read_report(result: dict[str, Any]) -> dict[str, Any]:
+    """What the trainable reported last; empty before its first report."""
+    report: dict[str, Any] = json.loads(result.get("report", "{}"))
+    return report

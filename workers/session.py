@@ -1,0 +1,203 @@
+"""One claimed search: which trial is next, and what becomes of its results.
+
+Knows nothing of Ray.  Every method that writes goes through the lease, so all of them raise
+`LeaseLost` once another worker has claimed the search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from nas.cost import RunPlan, references
+from nas.errors import StoreUnavailable
+from nas.request import SearchRequest
+from nas.search import PastTrial, propose
+from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft
+from nas.taxonomy import name_of
+
+T = TypeVar("T")
+
+
+def run_key(request: SearchRequest, fingerprint: str, plan: RunPlan, seed: int) -> str:
+    """Digest of everything that decides a run's result: equal keys, equal curves."""
+    decides = {
+        "task": [request.task, fingerprint],
+        "recipe": request.recipe.as_dict(),
+        "depth": plan.depth,
+        "width": plan.width,
+        "steps": plan.steps,
+        "structures": plan.structures,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Signals:
+    """What the heartbeat tells the run, across threads."""
+
+    cancel: threading.Event = field(default_factory=threading.Event)
+    lost: threading.Event = field(default_factory=threading.Event)
+    shutdown: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run should end now."""
+        return self.cancel.is_set() or self.lost.is_set() or self.shutdown.is_set()
+
+
+class SearchSession:
+    """Hands out the trials of one search in order and stores what comes back.
+
+    Parameters
+    ----------
+    fingerprint
+        Fingerprint of the data that the trials will train on.
+    """
+
+    def __init__(
+        self, store: Store, lease: Lease, search: Search, fingerprint: str, signals: Signals
+    ) -> None:
+        self.search, self.request, self.signals = search, search.request, signals
+        self._store, self._lease, self._fingerprint = store, lease, fingerprint
+        self._leases = Leases(store)
+        self._waiting: deque[Trial] = deque()
+        #: key → trials that equal the running one and will share its result
+        self._twins: dict[str, list[Trial]] = {}
+        self._running: dict[int, Trial] = {}
+
+    def _sql(self, write: Callable[..., T], *args: Any) -> T:
+        """Retry while the database is away; the watchdog ends the process if it stays away."""
+        retrying = Retrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            wait=wait_random_exponential(multiplier=0.1, max=2.0),
+            stop=stop_after_delay(self._lease.seconds),
+            reraise=True,
+        )
+        return retrying(write, *args)
+
+    def prepare(self) -> int:
+        """Plan the references and queue what an earlier worker left; how many may still start."""
+        stored = self._sql(self._store.trials, self.search.id)
+        numbers = {t.number for t in stored}
+        plans = references(
+            self.request.recipe, self.request.train_flops, self.request.references
+        )
+        for number, plan in enumerate(plans):
+            if number not in numbers:
+                self._add(number, plan, kind="reference")
+        self._first_candidate = len(plans)
+        stored = self._sql(self._store.trials, self.search.id)
+        self._waiting.extend(t for t in stored if t.state in ("planned", "running"))
+        candidates = sum(t.kind == "candidate" for t in stored)
+        return len(self._waiting) + self.request.trials - candidates
+
+    def _add(self, number: int, plan: RunPlan, *, kind: Any, **proposed: Any) -> Trial:
+        key = run_key(self.request, self._fingerprint, plan, self.request.seed)
+        name = name_of(plan.theta)
+        draft = TrialDraft(number, kind, plan, self.request.seed, key, name, **proposed)
+        return self._sql(self._leases.add_trial, self._lease, draft)
+
+    def next_trial(self) -> Trial | None:
+        """The next trial to run, stored as running; None if none can start now."""
+        while not self.signals.stop:
+            trial = self._waiting.popleft() if self._waiting else self._propose()
+            if trial is None:
+                return None
+            if trial.key in self._twins:
+                self._twins[trial.key].append(trial)
+            elif not self._sql(self._leases.reuse_result, self._lease, trial.id):
+                self._sql(self._leases.start_trial, self._lease, trial.id)
+                self._twins[trial.key] = []
+                self._running[trial.id] = trial
+                return trial
+        return None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no further trial will ever start."""
+        return self.signals.stop or (
+            not self._waiting and not any(self._twins.values()) and self._planned_all()
+        )
+
+    def _candidates(self) -> list[Trial]:
+        stored = self._sql(self._store.trials, self.search.id)
+        return [t for t in stored if t.kind == "candidate"]
+
+    def _planned_all(self) -> bool:
+        return len(self._candidates()) >= self.request.trials
+
+    def _propose(self) -> Trial | None:
+        candidates = self._candidates()
+        if len(candidates) >= self.request.trials:
+            return None
+        number = self._first_candidate + len(candidates)
+        known = {t.key for t in candidates}
+        proposal = propose(
+            self.request,
+            number,
+            [_as_past(t, self.request) for t in candidates],
+            lambda plan: run_key(self.request, self._fingerprint, plan, self.request.seed) in known,
+        )
+        unseen = tuple(t.number for t in candidates if t.state in ("planned", "running"))
+        return self._add(
+            number,
+            proposal.plan,
+            kind="candidate",
+            params=proposal.params,
+            sampler_state=proposal.sampler_state,
+            unseen=unseen,
+        )
+
+    def point(self, trial_id: int, point: StoredPoint) -> None:
+        """Store one evaluation of a running trial."""
+        self._sql(self._leases.add_point, self._lease, trial_id, point)
+
+    def complete(self, trial_id: int, environment: Mapping[str, Any]) -> None:
+        """End a trial that reached its last step, and give its result to its twins."""
+        self._sql(self._leases.complete_trial, self._lease, trial_id, environment)
+        self._settle(trial_id)
+
+    def fail(self, trial_id: int, reason: str) -> None:
+        """End a trial without a result; a waiting twin gets its own run."""
+        self._sql(self._leases.fail_trial, self._lease, trial_id, reason)
+        self._settle(trial_id)
+
+    def _settle(self, trial_id: int) -> None:
+        trial = self._running.pop(trial_id)
+        # back to the queue: `next_trial` finds the result there, or runs the twin itself
+        self._waiting.extendleft(reversed(self._twins.pop(trial.key)))
+
+    def finish(self) -> None:
+        """End the search: cancelled if asked to, else succeeded or failed by its trials."""
+        if self.signals.cancel.is_set():
+            self._sql(self._leases.release, self._lease, "cancelled")
+            return
+        trials = self._sql(self._store.trials, self.search.id)
+        if any(t.state == "complete" and t.kind == "candidate" for t in trials):
+            self._sql(self._leases.release, self._lease, "succeeded")
+        else:
+            reasons = {t.error for t in trials if t.error}
+            why = f"no candidate completed: {'; '.join(sorted(reasons))}"
+            self._sql(self._leases.release, self._lease, "failed", why)
+
+
+def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:
+    assert trial.params is not None
+    if trial.state == "complete" and trial.loss is not None:
+        values: tuple[float, ...] = (trial.loss,)
+        if request.objective == "pareto":
+            # in logarithms both objectives count alike in a hypervolume
+            values = (math.log(trial.loss), math.log(trial.train_flops))
+        return PastTrial(trial.params, "complete", values, trial.sampler_state)
+    state = "running" if trial.state in ("planned", "running") else "failed"
+    return PastTrial(trial.params, state, None, trial.sampler_state)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""The Ray Tune trainable: a proxy run, one evaluation a step, in a reused actor."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray import tune
+
+from nas.cost import RunPlan
+from nas.errors import RunFailed
+from nas.proxy import Point, train
+from nas.recipe import GptRecipe
+from nas.theta import Theta
+
+#: Name of the execution plan of the layers, stored with each trial.
+EXECUTION_PLAN = "a-first"
+
+
+class ProxyTrainable(tune.Trainable):
+    """Runs the plan in its config; reports a point at each evaluation, then its environment.
+
+    What it reports is under the one key `report` as JSON text, because Tune flattens nested
+    results: {"point": …}, {"environment": …} or, for the run's own errors, {"failure": …}.  Only what a fresh process may cure (memory)
+    is raised, so that Ray starts the trial anew.
+    """
+
+    _points: Iterator[Point]
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        train_text: NDArray[np.uint8],
+        validation_text: NDArray[np.uint8],
+        threads: int,
+    ) -> None:
+        self._texts = (train_text, validation_text)
+        self._threads = threads
+        torch.set_num_threads(threads)
+        self._device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        run = json.loads(config["run"])
+        theta, structures = Theta(*run["plan"]["theta"]), tuple(run["plan"]["structures"])
+        plan = RunPlan(**{**run["plan"], "theta": theta, "structures": structures})
+        recipe = GptRecipe(**run["recipe"])
+        self._points = train(plan, recipe, *self._texts, run["seed"], self._device)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            point = next(self._points, None)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except RunFailed as error:
+            return _report("failure", str(error), done=True)
+        except Exception:
+            return _report("failure", traceback.format_exc(limit=-5), done=True)
+        if point is None:
+            return _report("environment", self._environment(), done=True)
+        return _report("point", asdict(point), done=False)
+
+    def _environment(self) -> dict[str, Any]:
+        cuda = self._device == "cuda"
+        return {
+            "device": self._device,
+            "device_name": torch.cuda.get_device_name() if cuda else "",
+            "threads": self._threads,
+            "execution_plan": EXECUTION_PLAN,
+            "torch": torch.__version__,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: an interrupted run starts anew with the same seed."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing; see `save_checkpoint`."""
+
+
+def _report(kind: str, content: Any, *, done: bool) -> dict[str, Any]:
+    return {"report": json.dumps({kind: content}, allow_nan=False), "done": done}
