@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nas.errors import InvalidInput
@@ -126,7 +126,7 @@ def _lower_rank(recipe: GptRecipe, theta: Theta, width: int) -> Theta | None:
     """θ with the largest rank axis, not above its own, at which no layer is degenerate."""
     for rank in range(max(1, round(width**theta.rho)), 0, -1):
         rho = theta.rho if rank == round(width**theta.rho) else math.log(rank) / math.log(width)
-        candidate = Theta(*theta.values[:-1], rho)
+        candidate = replace(theta, rho=rho)
         if not any(s.is_degenerate for s in structures_of(recipe, candidate, width)):
             return candidate
     return None

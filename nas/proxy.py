@@ -63,11 +63,10 @@ def _windows(
 def _evaluate(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean loss of each window (windows,), nats per token."""
     losses = []
-    for x, y in zip(inputs.split(_EVALUATION_BATCH), targets.split(_EVALUATION_BATCH), strict=True):
+    pieces = (torch.split(part, _EVALUATION_BATCH) for part in (inputs, targets))
+    for x, y in zip(*pieces, strict=True):
         logits = model(x)
-        per_token = functional.cross_entropy(
-            logits.float().transpose(1, 2), y, reduction="none"
-        )
+        per_token = functional.cross_entropy(logits.float().transpose(1, 2), y, reduction="none")
         losses.append(per_token.mean(dim=1))
     return torch.cat(losses).double().cpu()
 
@@ -99,9 +98,7 @@ def train(
     fixed = torch.Generator().manual_seed(_VALIDATION_SEED)
     inputs, targets = (
         part.to(device)
-        for part in _windows(
-            validation_text, recipe.validation_sequences, recipe.context, fixed
-        )
+        for part in _windows(validation_text, recipe.validation_sequences, recipe.context, fixed)
     )
     evaluations = set(evaluation_steps(plan, recipe))
     seconds, started = 0.0, time.perf_counter()

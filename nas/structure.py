@@ -46,8 +46,8 @@ class Sizes:
     @property
     def macs_a_first(self) -> int:
         """Multiply-accumulates per token, A contracted first: βγδφρ(α+ε)."""
-        return self.beta * self.gamma * self.delta * self.phi * self.rho * (
-            self.alpha + self.epsilon
+        return (
+            self.beta * self.gamma * self.delta * self.phi * self.rho * (self.alpha + self.epsilon)
         )
 
     @property
@@ -252,9 +252,7 @@ def _axes(dimension: int, exponents: tuple[float, ...]) -> tuple[int, ...]:
             if product < dimension or (best is not None and product > best[0]):
                 continue
             triple = (first, second, third)
-            distance = sum(
-                math.log(n / t) ** 2 for n, t in zip(triple, targets, strict=True)
-            )
+            distance = sum(math.log(n / t) ** 2 for n, t in zip(triple, targets, strict=True))
             if best is None or (product, distance, triple) < best:
                 best = (product, distance, triple)
     assert best is not None  # the largest axis takes whatever the two others leave

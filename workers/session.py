@@ -89,9 +89,7 @@ class SearchSession:
         """Plan the references and queue what an earlier worker left; how many may still start."""
         stored = self._sql(self._store.trials, self.search.id)
         numbers = {t.number for t in stored}
-        plans = references(
-            self.request.recipe, self.request.train_flops, self.request.references
-        )
+        plans = references(self.request.recipe, self.request.train_flops, self.request.references)
         for number, plan in enumerate(plans):
             if number not in numbers:
                 self._add(number, plan, kind="reference")

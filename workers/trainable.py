@@ -28,8 +28,8 @@ class ProxyTrainable(tune.Trainable):
     """Runs the plan in its config; reports a point at each evaluation, then its environment.
 
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
-    results: {"point": …}, {"environment": …} or, for the run's own errors, {"failure": …}.  Only what a fresh process may cure (memory)
-    is raised, so that Ray starts the trial anew.
+    results: {"point": …}, {"environment": …} or, for the run's own errors, {"failure": …}.  Only
+    what a fresh process may cure (memory) is raised, so that Ray starts the trial anew.
     """
 
     _points: Iterator[Point]

@@ -21,7 +21,7 @@ def two_factor_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-    y: Tensor = _TwoFactorProduct.apply(x, a, b)
+    y: Tensor = _TwoFactorProduct.apply(x, a, b)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -58,7 +58,7 @@ class _TwoFactorProduct(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, a, b = (t.contiguous() for t in ctx.saved_tensors)
         gamma, rho, phi, delta, alpha = a.shape

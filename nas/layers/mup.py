@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nas.layers.einsum_linear import EinsumLinear
 
 
 def param_groups(
-    model: nn.Module, lr: float, extra: dict[nn.Parameter, float] | None = None
+    model: nn.Module, lr: float, extra: dict[Tensor, float] | None = None
 ) -> list[dict[str, Any]]:
     """Parameter groups for an Adam-type optimiser, one for each distinct learning rate.
 
@@ -28,7 +28,7 @@ def param_groups(
 
     Source: arXiv:2406.06248, section 3.2.
     """
-    multipliers: dict[nn.Parameter, float] = dict(extra or {})
+    multipliers: dict[Tensor, float] = dict(extra or {})
     for module in model.modules():
         if isinstance(module, EinsumLinear):
             for name, factor in module.factors().items():

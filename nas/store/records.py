@@ -137,9 +137,12 @@ class CurvePoint:
     theta: tuple[float, ...]
     width: int
     seed: int
-    steps: int
+    #: optimiser steps taken at this point
+    step: int
     train_flops: float
     loss: float
     loss_stderr: float
-    #: whether it is the last point of a complete run
-    final: bool
+    #: seconds of training up to this point
+    seconds: float
+    #: whether the run it belongs to has completed
+    complete: bool

@@ -21,9 +21,7 @@ def now(session: Session) -> float:
 
 def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, Any]) -> None:
     """Append to the search's log, in the caller's transaction."""
-    session.add(
-        EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data))
-    )
+    session.add(EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data)))
 
 
 def to_search(row: SearchRow, counts: Mapping[str, int]) -> Search:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy import ColumnElement, func, select, text, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -18,6 +18,9 @@ from nas.store.records import TERMINAL, CurvePoint, Event, Search, StoredPoint, 
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 
 MAX_PAGE = 500
+#: Columns of a curve point, by the table they come from.
+_OF_TRIAL = ("search_id", "number", "kind", "dense", "name", "theta", "width", "seed")
+_OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
 
 
 class Store:
@@ -117,9 +120,7 @@ class Store:
             counts = rows.trial_counts(session, [r.id for r in found])
             return [rows.to_search(r, counts.get(r.id, {})) for r in found]
 
-    def trials(
-        self, search_id: str, *, after: int = -1, limit: int | None = None
-    ) -> list[Trial]:
+    def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
         """Trials of a search in the order of their numbers, from past number `after`."""
         query = (
             select(TrialRow)
@@ -129,6 +130,14 @@ class Store:
         with reading(self.engine) as session:
             self._row(session, search_id)
             return [rows.to_trial(r) for r in session.scalars(query.limit(limit))]
+
+    def reference_count(self, search_id: str) -> int:
+        """Dense references planned for a search; 0 before a worker has begun it."""
+        query = select(func.count()).where(
+            TrialRow.search_id == search_id, TrialRow.kind == "reference"
+        )
+        with reading(self.engine) as session:
+            return session.scalar(query) or 0
 
     def trial(self, trial_id: int) -> Trial:
         """One trial; `NotFound` if there is none with this id."""
@@ -211,10 +220,10 @@ class Store:
             where.append(SearchRow.task_fingerprint == fingerprint)
         query: Any = (
             select(
-                TrialRow.id, TrialRow.search_id, TrialRow.number, TrialRow.kind, TrialRow.dense,
-                TrialRow.name, TrialRow.theta, TrialRow.width, TrialRow.seed, PointRow.step,
-                PointRow.train_flops, PointRow.loss, PointRow.loss_stderr,
-                (PointRow.step == TrialRow.steps) & (TrialRow.state == "complete"),
+                TrialRow.id.label("trial_id"),
+                *(getattr(TrialRow, name) for name in _OF_TRIAL),
+                *(getattr(PointRow, name) for name in _OF_POINT),
+                (TrialRow.state == "complete").label("complete"),
             )
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
@@ -225,18 +234,34 @@ class Store:
             if search_id is not None:
                 self._row(session, search_id)
             return [
-                CurvePoint(*r[:6], tuple(r[6]), *r[7:13], bool(r[13]))
+                CurvePoint(**{**r._mapping, "theta": tuple(r.theta), "complete": bool(r.complete)})
                 for r in session.execute(query)
             ]
 
-    def window_losses(self, trial_id: int, train_flops: float) -> tuple[float, ...]:
-        """Loss of each validation window at the point of a trial with these FLOPs."""
-        query = select(PointRow.window_losses).where(
-            PointRow.trial_id == trial_id, PointRow.train_flops == train_flops
+    def window_losses(self, at: Sequence[CurvePoint]) -> list[tuple[float, ...]]:
+        """Loss of each validation window at each of the given points, in their order."""
+        wanted = [(p.trial_id, p.step) for p in at]
+        query = select(PointRow.trial_id, PointRow.step, PointRow.window_losses).where(
+            tuple_(PointRow.trial_id, PointRow.step).in_(wanted)
         )
         with reading(self.engine) as session:
-            packed = session.scalars(query).first()
-        return rows.unpack_floats(packed) if packed else ()
+            found = {(r[0], r[1]): rows.unpack_floats(r[2]) for r in session.execute(query)}
+        return [found[key] for key in wanted]
+
+    def default_fingerprint(self, task: str) -> str | None:
+        """Fingerprint of the task's default data in the newest search on it that has begun."""
+        query = (
+            select(SearchRow.task_fingerprint)
+            .where(
+                SearchRow.task == task,
+                SearchRow.data_path.is_(None),
+                SearchRow.task_fingerprint.is_not(None),
+            )
+            .order_by(SearchRow.sequence.desc())
+            .limit(1)
+        )
+        with reading(self.engine) as session:
+            return session.scalar(query)
 
     def task_fingerprints(self, task: str) -> Sequence[tuple[str, int]]:
         """(fingerprint, searches) of a task's data on this store, newest first."""

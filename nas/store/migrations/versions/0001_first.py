@@ -37,9 +37,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("idempotency_key", name="uq_searches_idempotency_key"),
         sa.UniqueConstraint("sequence", name="uq_searches_sequence"),
     )
-    op.create_index(
-        "ix_searches_state_sequence", "searches", ["state", "sequence"], unique=False
-    )
+    op.create_index("ix_searches_state_sequence", "searches", ["state", "sequence"], unique=False)
     op.create_table(
         "events",
         sa.Column(
@@ -60,9 +58,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("id", name="pk_events"),
     )
-    op.create_index(
-        "ix_events_search_id_id", "events", ["search_id", "id"], unique=False
-    )
+    op.create_index("ix_events_search_id_id", "events", ["search_id", "id"], unique=False)
     op.create_table(
         "trials",
         sa.Column(
@@ -101,9 +97,7 @@ def upgrade() -> None:
             sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
             nullable=False,
         ),
-        sa.Column(
-            "seed", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False
-        ),
+        sa.Column("seed", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("key", sa.String(length=64), nullable=False),
         sa.Column(
             "reused_from",
@@ -135,9 +129,7 @@ def upgrade() -> None:
             sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
             nullable=False,
         ),
-        sa.Column(
-            "step", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False
-        ),
+        sa.Column("step", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("train_flops", sa.Float(), nullable=False),
         sa.Column("loss", sa.Float(), nullable=False),
         sa.Column("loss_stderr", sa.Float(), nullable=False),

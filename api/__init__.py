@@ -1,0 +1,1 @@
+"""REST service and dashboard. Imports neither torch nor ray nor optuna."""

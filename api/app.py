@@ -1,0 +1,52 @@
+"""The FastAPI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from api import dashboard, events, problems, routes
+from nas.settings import Settings, settings
+from nas.store import Store, upgrade
+
+DESCRIPTION = """
+Neural-architecture search over einsum-structured linear layers: for this task and this compute
+budget, which structure should a model use, and how much does it save over dense?
+
+FLOPs are train FLOPs unless the name says otherwise: 1 MAC = 2 FLOPs, training = 3 × forward, all
+matrix products counted. Losses are nats per character on fixed validation windows.
+"""
+
+
+def create_app(configured: Settings | None = None) -> FastAPI:
+    """The service on the database of `configured`, which is migrated when the service starts."""
+    used = configured or settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        upgrade(used.resolved_database_url)
+        app.state.store = Store(used.resolved_database_url)
+        app.state.settings = used
+        yield
+        app.state.store.close()
+
+    app = FastAPI(
+        title="einsum-nas",
+        version=version("einsum-nas"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        max_body_size=routes.MAX_BODY,
+        docs_url=None,  # its page loads scripts from elsewhere; /openapi.json is the reference
+        redoc_url=None,
+    )
+    problems.install(app)
+    app.include_router(routes.health)
+    app.include_router(routes.router)
+    app.include_router(events.router)
+    app.include_router(dashboard.router)
+    app.mount("/static", StaticFiles(directory=dashboard.STATIC), name="static")
+    return app

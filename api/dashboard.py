@@ -1,0 +1,73 @@
+"""The dashboard: pages from templates, figures as JSON, everything served from here (offline)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.templating import Jinja2Templates
+
+from api import figures
+from api.routes import StoreDep, describe
+from api.schemas import TrialOut
+from nas import answers
+from nas.errors import NotFound
+
+router = APIRouter(include_in_schema=False)
+_HERE = Path(__file__).parent
+STATIC = _HERE / "static"
+_templates = Jinja2Templates(_HERE / "templates")
+#: Trials that the page's table shows.
+_TABLE_ROWS = 500
+_CACHE = {"Cache-Control": "public, max-age=86400"}
+
+
+@router.get("/", response_class=HTMLResponse)
+def index(request: Request, store: StoreDep) -> Response:
+    found = [describe(store, s).model_dump() for s in store.searches(limit=100)]
+    return _templates.TemplateResponse(request, "index.html", {"searches": found})
+
+
+@router.get("/searches/{search_id}", response_class=HTMLResponse)
+def search_page(search_id: str, request: Request, store: StoreDep) -> Response:
+    search = describe(store, store.search(search_id)).model_dump()
+    return _templates.TemplateResponse(request, "search.html", {"search": search})
+
+
+@router.get("/searches/{search_id}/live")
+def search_live(search_id: str, store: StoreDep) -> Response:
+    """Everything the page of a search shows, as one JSON document."""
+    search = store.search(search_id)
+    points = store.curve_points(search_id=search_id)
+    budget = search.request.train_flops
+    try:
+        best: dict[str, Any] | None = answers.get_best(
+            store, search_id=search_id, train_flops=budget
+        )
+    except NotFound:
+        best = None  # nothing has completed yet
+    from plotly.utils import PlotlyJSONEncoder  # plotly only once a page is open
+
+    body = {
+        "search": describe(store, search).model_dump(),
+        "best": best,
+        "scatter": figures.draw_scatter(figures.scatter_data(points), budget),
+        "curves": figures.draw_curves(figures.curves_data(points)),
+        "trials": [TrialOut.of(t).model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
+    }
+    return Response(
+        json.dumps(body, cls=PlotlyJSONEncoder, allow_nan=False), media_type="application/json"
+    )
+
+
+@router.get("/static/plotly.min.js")
+def plotly_script() -> Response:
+    spec = importlib.util.find_spec("plotly")
+    assert spec is not None
+    assert spec.origin is not None
+    script = Path(spec.origin).parent / "package_data" / "plotly.min.js"
+    return FileResponse(script, media_type="text/javascript", headers=_CACHE)

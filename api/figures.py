@@ -1,0 +1,128 @@
+"""The dashboard's figures: for each a data function, which is tested, and a drawing function.
+
+plotly is imported on first use, so that the service starts without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nas.analysis import frontier
+from nas.store import CurvePoint
+
+STRUCTURED, DENSE, OTHER = "#2563eb", "#d97706", "#94a3b8"
+_SHOWN_CURVES = 200  # lines past this cannot be told apart, and slow the page
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A named sequence of points for one trace."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    #: text of each point's tooltip
+    labels: tuple[str, ...]
+
+
+def _label(p: CurvePoint) -> str:
+    return f"#{p.number} {p.name}<br>width {p.width}, {p.step} steps<br>loss {p.loss:.4f}"
+
+
+def _series(name: str, points: Sequence[CurvePoint]) -> Series:
+    return Series(
+        name,
+        tuple(p.train_flops for p in points),
+        tuple(p.loss for p in points),
+        tuple(_label(p) for p in points),
+    )
+
+
+def scatter_data(points: Sequence[CurvePoint]) -> dict[str, Series]:
+    """Every point by kind, and the Pareto fronts of structured and of dense layers."""
+    fronts = frontier(points)
+    return {
+        "structured": _series("structured", [p for p in points if not p.dense]),
+        "dense": _series("dense", [p for p in points if p.dense]),
+        "structured_front": _series("structured front", fronts.structured),
+        "dense_front": _series("dense front (reference)", fronts.dense),
+    }
+
+
+def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
+    """One curve a trial in steps, with whether it is dense; the lowest `_SHOWN_CURVES`."""
+    runs: dict[int, list[CurvePoint]] = {}
+    for p in sorted(points, key=lambda p: p.step):
+        runs.setdefault(p.trial_id, []).append(p)
+    lowest = sorted(runs.values(), key=lambda run: min(p.loss for p in run))[:_SHOWN_CURVES]
+    return [
+        (
+            Series(
+                f"#{run[0].number} {run[0].name}, width {run[0].width}",
+                tuple(float(p.step) for p in run),
+                tuple(p.loss for p in run),
+                tuple(_label(p) for p in run),
+            ),
+            run[0].dense,
+        )
+        for run in sorted(lowest, key=lambda run: run[0].number)
+    ]
+
+
+def _layout(title: str, x_title: str) -> dict[str, Any]:
+    grid = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False}
+    return {
+        "title": {"text": title, "font": {"size": 15}, "x": 0.01, "xanchor": "left"},
+        "xaxis": {"title": {"text": x_title}, "type": "log", "exponentformat": "power", **grid},
+        "yaxis": {
+            "title": {"text": "validation loss (nats per character)"}, "type": "log",
+            "nticks": 8, "tickformat": ".2f", **grid,
+        },
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "color": "#64748b", "size": 12},
+        "margin": {"l": 64, "r": 16, "t": 44, "b": 48},
+        "legend": {"orientation": "h", "y": 1.0, "x": 1.0, "xanchor": "right", "yanchor": "bottom"},
+        "hovermode": "closest",
+        "uirevision": "keep",  # zoom and selection survive the live updates
+    }  # fmt: skip
+
+
+def draw_scatter(data: Mapping[str, Series], budget: float) -> dict[str, Any]:
+    """Loss against train FLOPs, both fronts as lines, the budget as a dotted line."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout=_layout("Loss against compute", "train FLOPs"))
+    for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
+        points, front = data[key], data[f"{key}_front"]
+        figure.add_scatter(
+            x=points.x, y=points.y, text=points.labels, hoverinfo="text", mode="markers",
+            name=points.name, marker={"color": colour, "size": 6, "opacity": 0.45},
+        )  # fmt: skip
+        figure.add_scatter(
+            x=front.x, y=front.y, text=front.labels, hoverinfo="text", mode="lines+markers",
+            name=front.name, line={"color": colour, "width": 2},
+            marker={"size": 8, "color": colour},
+        )  # fmt: skip
+    figure.add_vline(x=budget, line={"dash": "dot", "color": OTHER, "width": 1})
+    return dict(figure.to_plotly_json())
+
+
+def draw_curves(data: Sequence[tuple[Series, bool]]) -> dict[str, Any]:
+    """Learning curves: loss against steps, one line a trial."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout=_layout("Learning curves", "training steps"))
+    seen = set()
+    for series, dense in data:
+        group = "dense" if dense else "structured"
+        figure.add_scatter(
+            x=series.x, y=series.y, text=series.labels, hoverinfo="text", mode="lines",
+            name=group, legendgroup=group, showlegend=group not in seen,
+            opacity=0.9 if dense else 0.55,
+            line={"color": DENSE if dense else STRUCTURED, "width": 2.5 if dense else 1.5},
+        )  # fmt: skip
+        seen.add(group)
+    return dict(figure.to_plotly_json())

@@ -1,0 +1,104 @@
+"""Errors as application/problem+json (RFC 9457), small and the same for every route."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound, StoreUnavailable, echo
+
+_log = logging.getLogger(__name__)
+PROBLEM_JSON = "application/problem+json"
+#: For the OpenAPI document of every route.
+PROBLEM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "field": {"type": "string", "description": "the field that cannot be used"},
+        "value": {"type": "string", "description": "what was given, shortened"},
+        "accepted": {"type": "string", "description": "what is accepted"},
+    },
+}
+_PARAMETER_ACCEPTS = {
+    "d_in": "a whole number from 1 to 16777216",
+    "d_out": "a whole number from 1 to 16777216",
+    "train_flops": "a finite number above 0",
+    "limit": "a whole number from 1 to 500",
+    "cursor": "the `next` of an earlier page",
+    "trial_id": "a whole number",
+    "theta": "seven numbers or a name; see the documentation",
+}
+
+
+def problem(status: int, kind: str, title: str, detail: str, **extra: str) -> JSONResponse:
+    """One problem document."""
+    body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
+    return JSONResponse({**body, **extra}, status, media_type=PROBLEM_JSON)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route for the OpenAPI document."""
+    titles = {404: "Not found", 409: "Conflict", 422: "Invalid input", 503: "Unavailable"}
+    content = {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}
+    return {s: {"description": titles[s], "content": content} for s in statuses}
+
+
+def _invalid(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, InvalidInput)
+    return problem(
+        422, "invalid-input", "Invalid input", str(error),
+        field=error.field, value=error.value, accepted=error.accepted,
+    )  # fmt: skip
+
+
+def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = str(first["loc"][-1]) if first["loc"] else "request"
+    given = "nothing" if first["type"] == "missing" else echo(first.get("input"))
+    accepted = _PARAMETER_ACCEPTS.get(field, str(first["msg"]))
+    return _invalid(request, InvalidInput(field, given, accepted))
+
+
+def _not_found(_request: Request, error: Exception) -> JSONResponse:
+    return problem(404, "not-found", "Not found", str(error))
+
+
+def _conflict(_request: Request, error: Exception) -> JSONResponse:
+    return problem(409, "conflict", "Conflict", str(error))
+
+
+def _idempotency(_request: Request, error: Exception) -> JSONResponse:
+    return problem(422, "idempotency-conflict", "Idempotency-Key used before", echo(str(error)))
+
+
+def _unavailable(_request: Request, error: Exception) -> JSONResponse:
+    _log.error("%s", error)
+    return problem(503, "unavailable", "Service unavailable", "the database is unavailable")
+
+
+def _http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    response = problem(error.status_code, "http", str(error.detail), str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers; the most specific class of an error wins."""
+    app.add_exception_handler(InvalidInput, _invalid)
+    app.add_exception_handler(RequestValidationError, _invalid_parameter)
+    app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(IdempotencyConflict, _idempotency)
+    app.add_exception_handler(Conflict, _conflict)
+    app.add_exception_handler(StoreUnavailable, _unavailable)
+    app.add_exception_handler(HTTPException, _http)

@@ -1,0 +1,202 @@
+"""The REST routes: thin, with neither SQL nor science."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from api.problems import responses
+from api.schemas import SearchOut, SearchPage, TrialDetail, TrialOut, TrialPage
+from nas import answers
+from nas.errors import InvalidInput
+from nas.request import SearchRequest, data_inside
+from nas.settings import Settings
+from nas.store import Search, Store
+from nas.structure import MAX_DIMENSION, inspect_structure
+from nas.tasks.corpus import load_corpus
+from nas.taxonomy import parse_theta
+
+router = APIRouter(prefix="/v1")
+
+MAX_PAGE = 500
+#: Largest request body, bytes.
+MAX_BODY = 64 * 1024
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+_SEARCH_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": SearchRequest.model_json_schema()}},
+    }
+}
+
+
+def get_store(request: Request) -> Store:
+    store: Store = request.app.state.store
+    return store
+
+
+def get_settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+StoreDep = Annotated[Store, Depends(get_store)]
+SettingsDep = Annotated[Settings, Depends(get_settings)]
+
+
+async def read_search_request(request: Request) -> SearchRequest:
+    """The body as a `SearchRequest`; `InvalidInput` if it is none."""
+    body = await request.body()
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        shown = body[:100].decode("utf-8", "replace")
+        raise InvalidInput("body", shown, "a JSON object with the fields of a search") from None
+    return SearchRequest.checked(values)
+
+
+RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
+
+
+def _usable_data(request: SearchRequest, settings: Settings) -> str | None:
+    """The path of the request's data once it is known to hold enough text."""
+    if request.data is None:
+        return None
+    path = data_inside(settings.data_dir, request.data)
+    try:
+        load_corpus(path, request.recipe.context + 1)
+    except InvalidInput as error:
+        # repeat the name that was sent, not where it lies on this host
+        accepted = error.accepted.replace(str(path), request.data)
+        raise InvalidInput("data", request.data, accepted) from None
+    return str(path)
+
+
+def describe(store: Store, search: Search) -> SearchOut:
+    """A search as the service gives it out."""
+    return SearchOut.model_validate(answers.search_dict(store, search))
+
+
+@router.post(
+    "/searches",
+    status_code=201,
+    openapi_extra=_SEARCH_BODY,
+    responses={**responses(422), 200: {"description": "Made before with the same key"}},
+    summary="Submit a search",
+)
+def create_search(
+    body: RequestDep,
+    response: Response,
+    store: StoreDep,
+    settings: SettingsDep,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> SearchOut:
+    data_path = _usable_data(body, settings)
+    search, new = store.create_search(body, data_path=data_path, idempotency_key=idempotency_key)
+    response.status_code = 201 if new else 200
+    response.headers["Location"] = f"/v1/searches/{search.id}"
+    return describe(store, search)
+
+
+@router.post(
+    "/searches/preview",
+    openapi_extra=_SEARCH_BODY,
+    responses=responses(422),
+    summary="What a search would run, without running it",
+)
+def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
+    _usable_data(body, settings)
+    return answers.get_preview(body)
+
+
+@router.get("/searches", responses=responses(422), summary="Searches, newest first")
+def list_searches(store: StoreDep, limit: Limit = 50, cursor: int | None = None) -> SearchPage:
+    found = store.searches(before=cursor, limit=limit)
+    more = len(found) == limit
+    return SearchPage(
+        items=[describe(store, s) for s in found],
+        next=str(found[-1].sequence) if more else None,
+    )
+
+
+@router.get("/searches/{search_id}", responses=responses(404), summary="One search")
+def read_search(search_id: str, store: StoreDep) -> SearchOut:
+    return describe(store, store.search(search_id))
+
+
+@router.get(
+    "/searches/{search_id}/trials", responses=responses(404, 422), summary="Trials of a search"
+)
+def list_trials(search_id: str, store: StoreDep, limit: Limit = 100, cursor: int = -1) -> TrialPage:
+    found = store.trials(search_id, after=cursor, limit=limit)
+    more = len(found) == limit
+    return TrialPage(
+        items=[TrialOut.of(t) for t in found], next=str(found[-1].number) if more else None
+    )
+
+
+@router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
+def cancel_search(search_id: str, store: StoreDep) -> SearchOut:
+    return describe(store, store.cancel(search_id))
+
+
+@router.get("/trials/{trial_id}", responses=responses(404, 422), summary="A trial with its curve")
+def read_trial(trial_id: int, store: StoreDep) -> TrialDetail:
+    return TrialDetail.with_curve(store.trial(trial_id), store.curve(trial_id))
+
+
+@router.get(
+    "/frontier",
+    responses=responses(404, 422),
+    summary="Pareto fronts of a task or a search: loss against train FLOPs",
+)
+def read_frontier(
+    store: StoreDep, task: str | None = None, search: str | None = None
+) -> dict[str, Any]:
+    return answers.get_frontier(store, task=task, search_id=search)
+
+
+@router.get(
+    "/best",
+    responses=responses(404, 422),
+    summary="The best measured structure within a budget of train FLOPs, against dense",
+)
+def read_best(
+    store: StoreDep, train_flops: float, task: str | None = None, search: str | None = None
+) -> dict[str, Any]:
+    return answers.get_best(store, train_flops=train_flops, task=task, search_id=search)
+
+
+@router.get(
+    "/structures",
+    responses=responses(422),
+    summary="Exact sizes, FLOPs, parameters and rank of θ for one layer",
+)
+def read_structure(
+    theta: str,
+    d_in: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
+    d_out: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
+) -> dict[str, Any]:
+    return inspect_structure(parse_theta(theta), d_in, d_out)
+
+
+@router.get("/tasks", summary="Tasks, their recipes and the data that searches have used")
+def list_tasks(store: StoreDep) -> dict[str, Any]:
+    return {"items": answers.get_tasks(store)}
+
+
+health = APIRouter()
+
+
+@health.get("/healthz", summary="The process answers")
+def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@health.get("/readyz", responses=responses(503), summary="The database answers")
+async def readyz(store: StoreDep) -> dict[str, str]:
+    await run_in_threadpool(store.ping)
+    return {"status": "ready"}

@@ -1,0 +1,136 @@
+"""Shapes of what the REST service gives out. Times are seconds since 1970-01-01 UTC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nas.request import SearchRequest
+from nas.store import StoredPoint, Trial
+
+
+class _Out(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class SearchOut(_Out):
+    """A search and how far it is."""
+
+    id: str
+    state: str = Field(description="queued | running | succeeded | failed | cancelled")
+    task: str
+    task_fingerprint: str | None = Field(
+        description="fingerprint of the data, null until a worker has loaded it"
+    )
+    request: SearchRequest
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    cancel_requested: bool
+    error: str | None
+    worker: str | None
+    epoch: int = Field(description="times it was claimed by a worker")
+    trial_counts: dict[str, int] = Field(description="trial state → how many")
+    runs_total: int | None = Field(
+        description="runs of the whole search, references included; null until it is planned"
+    )
+
+
+class SearchPage(_Out):
+    """Searches, newest first."""
+
+    items: list[SearchOut]
+    next: str | None = Field(description="cursor of the next page")
+
+
+class TrialOut(_Out):
+    """One run of a search. FLOPs are train FLOPs and exact."""
+
+    id: int
+    search_id: str
+    number: int
+    kind: str = Field(description="candidate | reference")
+    state: str = Field(description="planned | running | complete | stopped | failed")
+    name: str
+    theta: list[float]
+    dense: bool
+    structures: list[str] = Field(
+        description="d_in x d_out:alpha.beta.gamma.delta.epsilon.phi.rho of a block's layers"
+    )
+    width: int
+    depth: int
+    steps: int
+    train_flops: int
+    train_flops_per_step: int
+    forward_flops_per_token: float
+    params: int = Field(description="trainable parameters of the whole model")
+    seed: int
+    loss: float | None = Field(description="validation loss at the last step, nats per character")
+    error: str | None
+    attempts: int
+    reused_from: int | None = Field(description="trial whose equal run gave this result")
+    unseen: list[int] = Field(description="candidates still running when this was proposed")
+    sampler_params: dict[str, float] | None
+    environment: dict[str, Any] | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+    @classmethod
+    def of(cls, trial: Trial) -> TrialOut:
+        return cls(**_trial_fields(trial))
+
+
+def _trial_fields(trial: Trial) -> dict[str, Any]:
+    same = (
+        "id", "search_id", "number", "kind", "state", "name", "dense", "width", "depth", "steps",
+        "train_flops", "train_flops_per_step", "forward_flops_per_token", "seed", "loss", "error",
+        "attempts", "reused_from", "created_at", "started_at", "finished_at",
+    )  # fmt: skip
+    return {
+        **{name: getattr(trial, name) for name in same},
+        "theta": list(trial.theta),
+        "structures": list(dict.fromkeys(trial.structures)),
+        "params": trial.model_params,
+        "unseen": list(trial.unseen),
+        "sampler_params": None if trial.params is None else dict(trial.params),
+        "environment": None if trial.environment is None else dict(trial.environment),
+    }
+
+
+class TrialPage(_Out):
+    """Trials in the order of their numbers."""
+
+    items: list[TrialOut]
+    next: str | None = Field(description="cursor of the next page")
+
+
+class PointOut(_Out):
+    """One evaluation of a run."""
+
+    step: int
+    train_flops: float
+    loss: float = Field(description="validation loss, nats per character")
+    loss_stderr: float = Field(description="standard error over the validation windows")
+    train_seconds: float = Field(description="seconds of training up to here")
+
+    @classmethod
+    def of(cls, point: StoredPoint) -> PointOut:
+        return cls(
+            step=point.step,
+            train_flops=point.train_flops,
+            loss=point.loss,
+            loss_stderr=point.loss_stderr,
+            train_seconds=point.seconds,
+        )
+
+
+class TrialDetail(TrialOut):
+    """A trial with its curve."""
+
+    curve: list[PointOut]
+
+    @classmethod
+    def with_curve(cls, trial: Trial, curve: list[StoredPoint]) -> TrialDetail:
+        return cls(**_trial_fields(trial), curve=[PointOut.of(p) for p in curve])

@@ -1,0 +1,122 @@
+"use strict";
+// The page of one search: listens to its events and redraws from one JSON document.
+const root = document.getElementById("search");
+const id = root.dataset.id;
+const byId = (name) => document.getElementById(name);
+const TERMINAL = ["succeeded", "failed", "cancelled"];
+const fixed = (x, digits = 4) => x.toFixed(digits).replace("-", "−");
+const signed = (x) => (x >= 0 ? "+" : "") + fixed(x);
+const flops = (x) => x.toPrecision(4).replace(/e\+?/, "e");
+
+function text(name, value) { byId(name).textContent = value; }
+
+function runNote(run) { return `${run.name}, width ${run.width}, ${run.steps} steps`; }
+
+function showBest(best) {
+  if (!best) return;
+  for (const kind of ["structured", "dense"]) {
+    const run = best[`best_${kind}`];
+    if (!run) continue;
+    text(kind, fixed(run.loss));
+    text(`${kind}-note`, runNote(run));
+  }
+  const gap = best.dense_minus_structured;
+  if (gap) {
+    text("difference", signed(gap.difference));
+    const [low, high] = gap.difference_interval;
+    const verdict = low > 0 ? "structured is better" : high < 0 ? "dense is better" : "no clear difference";
+    text("difference-note", `95%: ${signed(low)} to ${signed(high)} — ${verdict}`);
+  }
+  const m = best.multiplier_over_dense;
+  if (m) {
+    const sign = { exact: "", at_least: "≥ ", less_than: "< " }[m.kind];
+    text("multiplier", `${sign}${m.value.toFixed(2)}×`);
+    text("multiplier-note", m.kind === "less_than"
+      ? "structured runs do not reach the best dense loss within the budget"
+      : `compute of dense over structured at the best dense loss; 95%: ${m.interval[0].toFixed(2)} to ${m.interval[1].toFixed(2)}`);
+  }
+}
+
+function cell(row, value, number = false) {
+  const td = row.insertCell();
+  td.textContent = value;
+  if (number) td.className = "n";
+  return td;
+}
+
+function showTrials(trials, best) {
+  const body = document.createElement("tbody");
+  body.id = "trials";
+  for (const t of trials) {
+    const row = body.insertRow();
+    row.className = t.kind;
+    if (best && best.best_structured && best.best_structured.trial_id === t.id) row.classList.add("best");
+    cell(row, t.number, true);
+    cell(row, t.kind === "reference" ? "dense (reference)" : t.name);
+    const th = t.theta.map((v) => v.toFixed(2));
+    cell(row, `${th.slice(0, 3).join(" ")} · ${th.slice(3, 6).join(" ")} · ${th[6]}`).classList.add("mono");
+    const state = document.createElement("span");
+    state.className = `state ${t.state}`;
+    state.textContent = t.reused_from === null ? t.state : `${t.state} (reused)`;
+    if (t.error) state.title = t.error;
+    row.insertCell().append(state);
+    cell(row, t.width, true);
+    cell(row, t.steps.toLocaleString("en"), true);
+    cell(row, flops(t.train_flops), true);
+    cell(row, t.params.toLocaleString("en"), true);
+    cell(row, t.loss === null ? "–" : t.loss.toFixed(4), true);
+  }
+  byId("trials").replaceWith(body);
+}
+
+function showSearch(search) {
+  byId("state").textContent = search.state;
+  byId("state").className = `state ${search.state}`;
+  byId("cancel").hidden = TERMINAL.includes(search.state);
+  if (search.task_fingerprint) text("fingerprint", search.task_fingerprint);
+  byId("error").hidden = !search.error;
+  byId("error").textContent = search.error || "";
+  const counts = search.trial_counts;
+  const done = (counts.complete || 0) + (counts.failed || 0) + (counts.stopped || 0);
+  const total = search.runs_total;
+  byId("bar").style.width = total ? `${(100 * done) / total}%` : "0";
+  const parts = Object.entries(counts).map(([state, n]) => `${n} ${state}`);
+  const until = search.finished_at || Date.now() / 1000;
+  const took = search.started_at ? ` · ${Math.max(0, Math.round(until - search.started_at))} s` : "";
+  text("progress", total ? `${done} of ${total} runs finished (${parts.join(", ")})${took}` : "waiting for a worker");
+}
+
+async function refresh() {
+  const response = await fetch(`/searches/${id}/live`);
+  if (!response.ok) return;
+  const live = await response.json();
+  showSearch(live.search);
+  showBest(live.best);
+  showTrials(live.trials, live.best);
+  const config = { responsive: true, displaylogo: false };
+  for (const name of ["scatter", "curves"]) {
+    await Plotly.react(name, live[name].data, { ...live[name].layout, template: {} }, config);
+  }
+  root.dataset.ready = live.search.state;
+}
+
+let waiting = false;
+function soon() { // many events may come at once: redraw at most once a second
+  if (waiting) return;
+  waiting = true;
+  setTimeout(() => { waiting = false; refresh(); }, 1000);
+}
+
+function follow() {
+  const events = new EventSource(`/v1/searches/${id}/events`);
+  const kinds = ["claimed", "trial_planned", "trial_started", "point", "trial_complete", "trial_failed",
+    "trial_stopped", "lease_lost", "requeued", "handed_back", "cancel_requested"];
+  for (const kind of kinds) events.addEventListener(kind, soon);
+  for (const kind of TERMINAL) events.addEventListener(kind, () => { events.close(); refresh(); });
+}
+
+byId("cancel").addEventListener("click", async () => {
+  await fetch(`/v1/searches/${id}/cancel`, { method: "POST" });
+  soon();
+});
+refresh().then(() => { if (!TERMINAL.includes(root.dataset.ready)) follow(); });

@@ -1,0 +1,6 @@
+"""What the stored curves say: frontiers and the best structure for a budget."""
+
+from nas.analysis.best import Answer, best_for_budget
+from nas.analysis.frontier import Frontier, frontier
+
+__all__ = ["Answer", "Frontier", "best_for_budget", "frontier"]

@@ -1,0 +1,472 @@
+"""The command line, and the composition root: the one module of nas that imports api and workers.
+
+Everything heavy is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nas.errors import EinsumNasError, InvalidInput
+
+if TYPE_CHECKING:
+    from nas.client import RemoteSearch
+    from nas.store import Store
+
+app = typer.Typer(
+    name="einsum-nas",
+    help="Neural-architecture search over einsum-structured linear layers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+db = typer.Typer(help="The database.", no_args_is_help=True)
+app.add_typer(db, name="db")
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+#: The search of `einsum-nas demo`.
+_DEMO: dict[str, Any] = {
+    "task": "text",
+    "train_flops": 1.5e11,
+    "trials": 16,
+    "sampler": "tpe",
+    "seed": 0,
+}
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Server = Annotated[
+    str | None,
+    typer.Option(help="Ask the service at this URL; by default the database is read directly."),
+]
+Task = Annotated[str, typer.Option(help="Task: a name, or name@fingerprint for certain data.")]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Our own errors as one line on stderr; exit status 2 for bad input, 1 otherwise."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except EinsumNasError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, InvalidInput) else 1) from None
+
+    return run
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _local_store() -> Iterator[Store]:
+    from nas.settings import settings
+    from nas.store import Store, upgrade
+
+    url = settings().resolved_database_url
+    upgrade(url)
+    store = Store(url)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@app.command()
+@_reported
+def inspect(
+    theta: Annotated[
+        str, typer.Argument(help='"1/2,0,1/2,0,1/2,1/2,0", decimals, or a name: btt:rho=1/4')
+    ],
+    d_in: Annotated[int, typer.Option(help="Inputs of the layer.")],
+    d_out: Annotated[int, typer.Option(help="Outputs of the layer.")],
+    as_json: Json = False,
+) -> None:
+    """Exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
+    from nas.structure import inspect_structure
+    from nas.taxonomy import parse_theta
+
+    inspected = inspect_structure(parse_theta(theta), d_in, d_out)
+    if as_json:
+        _print_json(inspected)
+    else:
+        from nas.terminal import show_structure
+
+        show_structure(inspected)
+
+
+@app.command()
+@_reported
+def search(
+    train_flops: Annotated[float, typer.Option(help="Budget of each run, train FLOPs.")],
+    task: Annotated[str, typer.Option(help="Task to train.")] = "text",
+    data: Annotated[
+        str | None, typer.Option(help="Text file or folder instead of the default corpus.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Candidates; dense references come on top.")] = 16,
+    sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
+    objective: Annotated[str, typer.Option(help="budget | pareto")] = "budget",
+    seed: Annotated[int, typer.Option(help="Seed of proposals and runs.")] = 0,
+    references: Annotated[int, typer.Option(help="Dense runs at distinct widths.")] = 5,
+    wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a search; with --wait, see it through and show the answer."""
+    from nas.request import SearchRequest
+
+    fields = {
+        "task": task, "data": data, "train_flops": train_flops, "trials": trials,
+        "sampler": sampler, "objective": objective, "seed": seed, "references": references,
+    }  # fmt: skip
+    request = SearchRequest.checked(fields)
+    if server is not None:
+        _search_remotely(server, fields, wait, as_json)
+        return
+    data_path = _checked_data(request.data, request.recipe.context + 1)
+    with _local_store() as store:
+        created, _ = store.create_search(request, data_path=data_path)
+        if wait:
+            _see_through(store, created.id, quiet=as_json)
+            _show_answer(store, created.id, request.train_flops, as_json)
+        elif as_json:
+            _print_json({"id": created.id, "state": created.state})
+        else:
+            print(f"search {created.id} is queued; `einsum-nas worker` or `serve` runs it")
+
+
+def _checked_data(data: str | None, least_characters: int) -> str | None:
+    if data is None:
+        return None
+    from nas.tasks.corpus import load_corpus
+
+    corpus = load_corpus(data, least_characters)
+    print(
+        f"data: {corpus.files} files, {corpus.characters:,} characters, "
+        f"{corpus.files_left_out} files left out, fingerprint {corpus.fingerprint}",
+        file=sys.stderr,
+    )
+    return str(Path(data).resolve())
+
+
+def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:
+    from nas.client import Client
+    from nas.terminal import show_best, show_frontier
+
+    with Client(server) as client:
+        remote = client.search(**fields)
+        if not wait:
+            _print_json(remote.data) if as_json else print(f"search {remote.id} is queued")
+            return
+        remote = _follow(remote, quiet=as_json)
+        _end_unless_succeeded(remote.state, remote.data["error"])
+        if as_json:
+            _print_json({"search": remote.data, "best": remote.best()})
+            return
+        show_frontier(remote.frontier())
+        show_best(remote.best())
+
+
+def _follow(remote: RemoteSearch, *, quiet: bool) -> RemoteSearch:
+    from nas.terminal import search_progress
+
+    if quiet:
+        return remote.wait()
+    with search_progress() as show:
+        return remote.wait(poll_seconds=0.5, progress=lambda s: show(s.data))
+
+
+def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
+    """Wait for a search on the local store, running a worker for it whenever none does."""
+    from contextlib import nullcontext
+
+    from nas.answers import search_dict
+    from nas.store import Search
+    from nas.terminal import search_progress
+
+    child: subprocess.Popen[bytes] | None = None
+    with nullcontext(lambda _: None) if quiet else search_progress() as show:
+        try:
+            while True:
+                current: Search = store.search(search_id)
+                show(search_dict(store, current))
+                if current.finished_at is not None:
+                    return
+                if child is None or child.poll() is not None:
+                    child = _spawn("worker", "--until-idle", "--search", search_id)
+                time.sleep(0.5)
+        finally:
+            _stop_child(child)
+
+
+def _spawn(*arguments: str) -> subprocess.Popen[bytes]:
+    """This program in a process of its own, so that its signals do not reach it twice."""
+    return subprocess.Popen([sys.executable, "-m", "nas.cli", *arguments], start_new_session=True)
+
+
+def _stop_child(child: subprocess.Popen[bytes] | None) -> None:
+    if child is None or child.poll() is not None:
+        return
+    child.terminate()
+    try:
+        child.wait(20)
+    except subprocess.TimeoutExpired:
+        child.kill()
+
+
+def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> None:
+    from nas.answers import get_best, get_frontier, search_dict
+    from nas.terminal import show_best, show_frontier
+
+    ended = store.search(search_id)
+    _end_unless_succeeded(ended.state, ended.error)
+    best = get_best(store, search_id=search_id, train_flops=budget)
+    if as_json:
+        _print_json({"search": search_dict(store, ended), "best": best})
+        return
+    show_frontier(get_frontier(store, search_id=search_id))
+    show_best(best)
+
+
+def _end_unless_succeeded(state: str, error: str | None) -> None:
+    if state != "succeeded":
+        print(f"search {state}{f': {error}' if error else ''}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reported
+def frontier(
+    task: Task = "text",
+    search_id: Annotated[
+        str | None, typer.Option("--search", help="Of this search alone instead of the task.")
+    ] = None,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Pareto front of loss against train FLOPs."""
+    from nas.answers import get_frontier
+    from nas.client import Client
+
+    wanted = {"search": search_id} if search_id else {"task": task}
+    if server is not None:
+        with Client(server) as client:
+            front = client.get("/v1/frontier", **wanted)
+    else:
+        with _local_store() as store:
+            front = get_frontier(store, search_id=search_id, task=wanted.get("task"))
+    if as_json:
+        _print_json(front)
+    else:
+        from nas.terminal import show_frontier
+
+        show_frontier(front)
+
+
+@app.command()
+@_reported
+def best(
+    train_flops: Annotated[float, typer.Option(help="Budget, train FLOPs.")],
+    task: Task = "text",
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """The best measured structure within a budget, against dense."""
+    from nas.answers import get_best
+    from nas.client import Client
+
+    if server is not None:
+        with Client(server) as client:
+            answer = client.best(task=task, train_flops=train_flops)
+    else:
+        with _local_store() as store:
+            answer = get_best(store, task=task, train_flops=train_flops)
+    if as_json:
+        _print_json(answer)
+    else:
+        from nas.terminal import show_best
+
+        show_best(answer)
+
+
+@app.command()
+@_reported
+def worker(
+    until_idle: Annotated[
+        bool, typer.Option("--until-idle", help="End when nothing can be claimed.")
+    ] = False,
+    search_id: Annotated[
+        str | None, typer.Option("--search", help="Take this search only.")
+    ] = None,
+) -> None:
+    """Claim searches and run them."""
+    from nas.settings import settings
+    from nas.store import upgrade
+    from workers.loop import main
+
+    _log_to_stderr()
+    used = settings()
+    upgrade(used.resolved_database_url)
+    main(used, until_idle=until_idle, search_id=search_id)
+
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+Open = Annotated[
+    bool,
+    typer.Option(
+        "--without-access-control",
+        help="Listen on an address others can reach, although this service asks nobody who they "
+        "are.",
+    ),
+]
+
+
+@app.command()
+@_reported
+def api(host: Host = None, port: Port = None, without_access_control: Open = False) -> None:
+    """The REST service and the dashboard."""
+    _log_to_stderr()
+    _run_api(host, port, without_access_control)
+
+
+def _run_api(host: str | None, port: int | None, without_access_control: bool) -> None:
+    import uvicorn
+
+    from api.app import create_app
+    from nas.settings import settings
+
+    used = settings()
+    address = used.host if host is None else host
+    if address not in _LOOPBACK and not without_access_control:
+        raise InvalidInput(
+            "host", address, f"{', '.join(_LOOPBACK)}; or any with --without-access-control"
+        )
+    uvicorn.run(
+        create_app(used),
+        host=address,
+        port=used.port if port is None else port,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+    )
+
+
+@app.command()
+@_reported
+def serve(host: Host = None, port: Port = None, without_access_control: Open = False) -> None:
+    """REST service, dashboard and a worker, in one command."""
+    _log_to_stderr()
+    ended = threading.Event()
+    keeper = threading.Thread(target=_keep_worker, args=(ended,), name="worker-keeper")
+    keeper.start()
+    try:
+        _run_api(host, port, without_access_control)
+    finally:
+        ended.set()
+        keeper.join()
+
+
+def _keep_worker(ended: threading.Event) -> None:
+    """Keep one worker process running; a dead one is replaced after a pause."""
+    child = _spawn("worker")
+    while not ended.wait(1.0):
+        if child.poll() is not None:
+            logging.getLogger(__name__).warning(
+                "worker ended with status %s; starting another", child.returncode
+            )
+            child = _spawn("worker")
+            ended.wait(2.0)
+    _stop_child(child)
+
+
+@app.command()
+@_reported
+def demo(port: Port = None) -> None:
+    """Serve, run a search over the default text, show the answer, and keep serving."""
+    from nas.client import Client
+    from nas.settings import settings
+    from nas.terminal import console, show_best, show_frontier
+
+    used_port = port if port is not None else _free_port(settings().port)
+    url = f"http://127.0.0.1:{used_port}"
+    service = _spawn("serve", "--port", str(used_port))
+    try:
+        with Client(url) as client:
+            _await_ready(client, service)
+            remote = client.search(**_DEMO)
+            console.print(f"search {remote.id}\nlive at {url}/searches/{remote.id}")
+            remote = _follow(remote, quiet=False)
+            _end_unless_succeeded(remote.state, remote.data["error"])
+            show_frontier(remote.frontier())
+            show_best(remote.best())
+        console.print(f"\ndashboard: {url}/searches/{remote.id}")
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            console.print("serving until Ctrl-C")
+            service.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _stop_child(service)
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted` if nothing listens there, else one that the system picks."""
+    for candidate in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise EinsumNasError("no free port on 127.0.0.1")
+
+
+def _await_ready(client: Any, service: subprocess.Popen[bytes]) -> None:
+    from nas.client import ServiceError
+
+    for _ in range(300):
+        if service.poll() is not None:
+            raise EinsumNasError(f"the service ended with status {service.returncode}")
+        try:
+            client.get("/readyz")
+            return
+        except ServiceError:
+            time.sleep(0.2)
+    raise EinsumNasError(f"the service at {client.url} is not ready after 60 s")
+
+
+@db.command("upgrade")
+@_reported
+def db_upgrade() -> None:
+    """Bring the database's schema to this version."""
+    with _local_store() as store:
+        print(f"schema at revision {store.schema_revision()}")
+
+
+def main() -> None:
+    """Entry point of the `einsum-nas` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
