@@ -83,7 +83,7 @@ def _layout(title: str, x_title: str) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "color": "#64748b", "size": 12},
-        "margin": {"l": 64, "r": 16, "t": 44, "b": 48},
+        "margin": {"l": 64, "r": 16, "t": 72, "b": 48},
         "legend": {"orientation": "h", "y": 1.0, "x": 1.0, "xanchor": "right", "yanchor": "bottom"},
         "hovermode": "closest",
         "uirevision": "keep",  # zoom and selection survive the live updates

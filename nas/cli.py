@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 #: The search of `einsum-nas demo`.
 _DEMO: dict[str, Any] = {
     "task": "text",
-    "train_flops": 1.5e11,
+    "train_flops": 2e11,
     "trials": 16,
     "sampler": "tpe",
     "seed": 0,
@@ -228,7 +229,7 @@ def _stop_child(child: subprocess.Popen[bytes] | None) -> None:
         return
     child.terminate()
     try:
-        child.wait(20)
+        child.wait(30)
     except subprocess.TimeoutExpired:
         child.kill()
 
@@ -375,6 +376,8 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
 def serve(host: Host = None, port: Port = None, without_access_control: Open = False) -> None:
     """REST service, dashboard and a worker, in one command."""
     _log_to_stderr()
+    # uvicorn raises the signal that ended it once more; unhandled it would skip what follows
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     ended = threading.Event()
     keeper = threading.Thread(target=_keep_worker, args=(ended,), name="worker-keeper")
     keeper.start()

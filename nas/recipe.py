@@ -63,7 +63,7 @@ class GptRecipe:
         return asdict(self)
 
 
-#: The `text` task on characters: at 1.5e11 train FLOPs 5 to 50 seconds on one CPU core.
+#: The `text` task on characters: at 2e11 train FLOPs 5 to 45 seconds on one CPU core.
 #: The learning rate is the best of 3e-3, 6e-3, 1.2e-2 and 2.4e-2 for dense at the base width.
 TEXT = GptRecipe(
     name="gpt-chars-1",
@@ -81,7 +81,7 @@ TEXT = GptRecipe(
     clip=1.0,
     warmup_steps=50,
     min_steps=150,
-    max_steps=6000,
+    max_steps=4000,
     min_width=16,
     max_width=4096,
     validation_sequences=256,

@@ -9,6 +9,7 @@ the surplus is charged.  1 MAC = 2 FLOPs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -241,23 +242,32 @@ def _axes(dimension: int, exponents: tuple[float, ...]) -> tuple[int, ...]:
         )
         for i, t in zip(order, targets, strict=True)
     ]
-    (low0, high0), (low1, high1), (low2, _) = windows
+    best = _least_waste(dimension, targets, windows)
+    if best is None:  # exponents that sum to a little less than 1 leave too narrow windows
+        widened = [*windows[:2], (windows[2][0], dimension)]
+        best = _least_waste(dimension, targets, widened)
+    assert best is not None  # the largest axis takes whatever the two others leave
+    by_axis = dict(zip(order, best, strict=True))
+    return tuple(by_axis[i] for i in range(3))
+
+
+def _least_waste(
+    dimension: int, targets: Sequence[float], windows: Sequence[tuple[int, int]]
+) -> tuple[int, int, int] | None:
+    """The triple inside `windows` whose product covers `dimension` best; None if none does."""
+    (low0, high0), (low1, high1), (low2, high2) = windows
     best: tuple[int, float, tuple[int, int, int]] | None = None
     for first in range(low0, high0 + 1):
         for second in range(low1, high1 + 1):
             third = max(low2, -(-dimension // (first * second)))
-            if exponents[order[2]] == 0:
-                third = 1
             product = first * second * third
-            if product < dimension or (best is not None and product > best[0]):
+            if third > high2 or (best is not None and product > best[0]):
                 continue
             triple = (first, second, third)
             distance = sum(math.log(n / t) ** 2 for n, t in zip(triple, targets, strict=True))
             if best is None or (product, distance, triple) < best:
                 best = (product, distance, triple)
-    assert best is not None  # the largest axis takes whatever the two others leave
-    by_axis = dict(zip(order, best[2], strict=True))
-    return tuple(by_axis[i] for i in range(3))
+    return None if best is None else best[2]
 
 
 def inspect_structure(theta: Theta, d_in: int, d_out: int) -> dict[str, object]:

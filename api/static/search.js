@@ -52,7 +52,7 @@ function showTrials(trials, best) {
     row.className = t.kind;
     if (best && best.best_structured && best.best_structured.trial_id === t.id) row.classList.add("best");
     cell(row, t.number, true);
-    cell(row, t.kind === "reference" ? "dense (reference)" : t.name);
+    cell(row, t.kind === "reference" ? "dense (reference)" : t.name.split(":")[0]).title = t.name;
     const th = t.theta.map((v) => v.toFixed(2));
     cell(row, `${th.slice(0, 3).join(" ")} · ${th.slice(3, 6).join(" ")} · ${th[6]}`).classList.add("mono");
     const state = document.createElement("span");
@@ -60,11 +60,11 @@ function showTrials(trials, best) {
     state.textContent = t.reused_from === null ? t.state : `${t.state} (reused)`;
     if (t.error) state.title = t.error;
     row.insertCell().append(state);
+    cell(row, t.loss === null ? "–" : t.loss.toFixed(4), true);
     cell(row, t.width, true);
     cell(row, t.steps.toLocaleString("en"), true);
     cell(row, flops(t.train_flops), true);
     cell(row, t.params.toLocaleString("en"), true);
-    cell(row, t.loss === null ? "–" : t.loss.toFixed(4), true);
   }
   byId("trials").replaceWith(body);
 }

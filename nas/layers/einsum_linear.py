@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.layers.contraction import two_factor_product
+from nas.layers.normalization import cap_rms
 from nas.structure import Factor, Structure
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
@@ -108,11 +109,7 @@ class EinsumLinear(nn.Module):
     def _effective(self, name: Factor, gain: Tensor | None) -> Tensor:
         """The factor as it enters the product: capped at its initial RMS and scaled."""
         factor: Tensor = self.factors()[name]
-        if self.normalize:
-            rms = torch.linalg.vector_norm(factor) / factor.numel() ** 0.5
-            scale = (rms / self.structure.init_std(name)).clamp(min=1.0).reciprocal()
-            factor = factor * (scale if gain is None else scale * gain)
-        return factor
+        return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and make: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export EINSUM_NAS_HOME ?= $(CURDIR)/.einsum-nas
+
+.PHONY: demo test lint bench serve clean browser
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.run  ## a search of 16 candidates on real text, its answer and its page
+	$(BIN)/einsum-nas demo
+
+serve: $(VENV)/.run  ## REST service, dashboard and a worker on http://127.0.0.1:8000
+	$(BIN)/einsum-nas serve
+
+test: $(VENV)/.dev browser  ## everything, on SQLite and PostgreSQL, with real Ray and a real browser
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## formatting, style, types and import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.dev  ## ratios measured in one run, as JSON and as tables
+	$(BIN)/python -m benchmarks.proposals
+	$(BIN)/python -m benchmarks.layers
+
+# The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
+	echo "no Chromium found and none could be installed: the browser tests will be skipped"
+
+clean:  ## everything that the commands above made
+	rm -rf $(VENV) .einsum-nas .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

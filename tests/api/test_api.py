@@ -1,0 +1,289 @@
+"""The REST service on a store with known results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.app import create_app
+from nas.cost import RunPlan, plan_at, references
+from nas.request import SearchRequest
+from nas.settings import Settings
+from nas.store import Leases, Store, StoredPoint, TrialDraft
+from nas.taxonomy import name_of, parse_theta
+
+BUDGET = 2e11
+GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
+
+
+@pytest.fixture
+def client(tmp_path: Path, text_folder: Path) -> Iterator[TestClient]:
+    settings = Settings(home=tmp_path, data_dir=text_folder.parent)
+    with TestClient(create_app(settings), raise_server_exceptions=False) as opened:
+        yield opened
+
+
+def plant(client: TestClient) -> str:
+    """A finished search: dense of loss 2.2 at 5 widths, Monarch 2.0, a failed one 1.0."""
+    store: Store = client.app.state.store  # type: ignore[attr-defined]
+    leases = Leases(store)
+    request = SearchRequest.checked(GOOD)
+    search, _ = store.create_search(request)
+    got = leases.claim("w", 60, search_id=search.id)
+    assert got is not None
+    lease = got[0]
+    leases.set_fingerprint(lease, "0011223344556677")
+    recipe = request.recipe
+    monarch = plan_at(recipe, parse_theta("monarch"), 0.5, BUDGET)
+    cheap = plan_at(recipe, parse_theta("low-rank:rho=1/2"), 0.5, BUDGET)
+    runs: list[tuple[RunPlan, float | None]] = [
+        *((p, 2.2 + 0.01 * i) for i, p in enumerate(references(recipe, BUDGET, 5))),
+        (monarch, 2.0), (cheap, None),
+    ]  # fmt: skip
+    for number, (plan, loss) in enumerate(runs):
+        kind: Any = "reference" if plan.dense else "candidate"
+        draft = TrialDraft(number, kind, plan, 0, f"k{number}", name_of(plan.theta))
+        trial = leases.add_trial(lease, draft)
+        leases.start_trial(lease, trial.id)
+        if loss is None:
+            step = plan.steps // 2
+            leases.add_point(lease, trial.id, _point(plan, step, 1.0))
+            leases.fail_trial(lease, trial.id, "loss is nan")
+            continue
+        for step, at in ((plan.steps // 4, loss * 1.3), (plan.steps, loss)):
+            leases.add_point(lease, trial.id, _point(plan, step, at))
+        leases.complete_trial(lease, trial.id, {"device": "cpu"})
+    leases.release(lease, "succeeded")
+    return search.id
+
+
+def _point(plan: RunPlan, step: int, loss: float) -> StoredPoint:
+    windows = tuple(loss + 0.1 * math.sin(i) for i in range(64))
+    mean = sum(windows) / 64
+    return StoredPoint(step, float(step * plan.train_flops_per_step), mean, 0.01, 1.0, windows)
+
+
+def test_create_read_list_and_cancel(client: TestClient) -> None:
+    made = client.post("/v1/searches", json=GOOD)
+    assert made.status_code == 201
+    search = made.json()
+    assert made.headers["location"] == f"/v1/searches/{search['id']}"
+    assert search["state"] == "queued"
+    assert client.get(f"/v1/searches/{search['id']}").json() == search
+    assert client.get("/v1/searches").json()["items"] == [search]
+    assert client.post(f"/v1/searches/{search['id']}/cancel").json()["state"] == "cancelled"
+    again = client.post(f"/v1/searches/{search['id']}/cancel")
+    assert again.status_code == 409
+    assert again.headers["content-type"] == "application/problem+json"
+
+
+def test_an_idempotency_key_makes_one_search(client: TestClient) -> None:
+    key = {"Idempotency-Key": "abc"}
+    first = client.post("/v1/searches", json=GOOD, headers=key)
+    second = client.post("/v1/searches", json=GOOD, headers=key)
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert first.json()["id"] == second.json()["id"]
+    other = client.post("/v1/searches", json={**GOOD, "seed": 3}, headers=key)
+    assert other.status_code == 422
+    assert other.json()["type"] == "urn:einsum-nas:idempotency-conflict"
+
+
+BAD_FIELDS: list[tuple[str, Any]] = [
+    ("train_flops", 0), ("train_flops", -5), ("train_flops", 1e30), ("train_flops", 1e6),
+    ("train_flops", "x"), ("task", "nope"), ("sampler", "nope"), ("objective", "nope"),
+    ("trials", 0), ("trials", 1.5), ("data", "../../etc/passwd"), ("data", "/etc/passwd"),
+    ("data", "missing.txt"), ("data", "empty.txt"), ("data", "texts/accents.txt"),
+    ("data", "a\x00b"), ("nonsense", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
+def test_bad_fields_get_one_clear_error_and_store_nothing(
+    client: TestClient, text_folder: Path, field: str, value: Any
+) -> None:
+    (text_folder.parent / "empty.txt").write_text("")
+    for path in ("/v1/searches", "/v1/searches/preview"):
+        answer = client.post(path, json={**GOOD, field: value})
+        assert answer.status_code == 422
+        assert answer.headers["content-type"] == "application/problem+json"
+        problem = answer.json()
+        assert problem["field"] == field
+        assert str(value)[:4] in problem["value"] or "\\x00" in problem["value"]
+        assert problem["accepted"]
+        assert len(answer.content) < 4096
+        assert str(text_folder.parent) not in answer.text
+    assert client.get("/v1/searches").json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b'"x"', b'{"train_flops": NaN}', b'{"train_flops": 1e999}',
+     b'{"train_flops": -Infinity}', b"[" * 100_000, b'{"task": "\\ud800", "train_flops": 2e11}',
+     b"\xff\xfe", b'{"train_flops": ' + b"9" * 5000 + b"}", b'{"a": "' + b"x" * 60_000 + b'"}'],
+)  # fmt: skip
+def test_bodies_that_are_no_request_are_refused(client: TestClient, body: bytes) -> None:
+    answer = client.post("/v1/searches", content=body)
+    assert answer.status_code == 422, answer.text
+    assert len(answer.content) < 4096
+    assert answer.json()["field"] in ("body", "train_flops", "task", "a")
+    assert client.get("/v1/searches").json()["items"] == []
+
+
+def test_a_huge_body_is_refused(client: TestClient) -> None:
+    answer = client.post("/v1/searches", content=b"x" * 1_000_000)
+    assert answer.status_code == 413
+    assert len(answer.content) < 4096
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/structures?theta=1/2,0,1/4,0,1/2,1/2,0&d_in=8&d_out=8",
+     "/v1/structures?theta=2,0,0,0,1,0,0&d_in=8&d_out=8", "/v1/structures?theta=monarch&d_in=8",
+     "/v1/structures?theta=monarch&d_in=0&d_out=8", "/v1/structures?theta=monarch&d_in=x&d_out=8",
+     "/v1/best?task=text&train_flops=nan", "/v1/best?task=text&train_flops=-1",
+     "/v1/best?task=text",
+     "/v1/best?task=nope&train_flops=1e12", "/v1/best?train_flops=1e12", "/v1/frontier",
+     "/v1/frontier?task=text&search=x", "/v1/searches?limit=0", "/v1/searches?cursor=x",
+     "/v1/trials/x"],
+)  # fmt: skip
+def test_bad_queries_name_the_field(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 422, answer.text
+    assert {"field", "value", "accepted"} <= set(answer.json())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/searches/x", "/v1/searches/x/trials", "/v1/searches/x/events", "/v1/trials/1",
+     "/v1/frontier?search=x", "/v1/best?search=x&train_flops=1e12", "/v1/frontier?task=text",
+     "/searches/x", "/nowhere"],
+)  # fmt: skip
+def test_what_is_not_there_is_a_404_problem(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_trials_come_in_pages_with_exact_flops(client: TestClient) -> None:
+    search = plant(client)
+    first = client.get(f"/v1/searches/{search}/trials?limit=4").json()
+    second = client.get(f"/v1/searches/{search}/trials?limit=4&cursor={first['next']}").json()
+    trials = first["items"] + second["items"]
+    assert [t["number"] for t in trials] == list(range(7))
+    assert second["next"] is None
+    for t in trials:
+        assert t["train_flops"] == t["steps"] * t["train_flops_per_step"]
+        assert BUDGET - t["train_flops_per_step"] < t["train_flops"] <= BUDGET
+    curve = client.get(f"/v1/trials/{trials[5]['id']}").json()["curve"]
+    assert [p["step"] for p in curve] == [trials[5]["steps"] // 4, trials[5]["steps"]]
+
+
+def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) -> None:
+    search = plant(client)
+    for query in (f"search={search}", "task=text", "task=text@0011223344556677"):
+        best = client.get(f"/v1/best?{query}&train_flops={BUDGET}").json()
+        assert best["name"] == "monarch"
+        assert best["expected_loss"] == pytest.approx(2.0, abs=0.01)
+        assert best["interval"][0] < best["expected_loss"] < best["interval"][1]
+        assert best["best_dense"]["loss"] == pytest.approx(2.2, abs=0.01)
+        assert best["dense_minus_structured"]["difference"] == pytest.approx(0.2)
+        # windows move together, so the difference is sure although each loss is not
+        low, high = best["dense_minus_structured"]["difference_interval"]
+        assert low == pytest.approx(0.2)
+        assert high == pytest.approx(0.2)
+        assert best["indistinguishable"] == []
+        assert best["kind"] == "measured"
+    # Monarch goes from 2.6 to 2.0 over a factor of 4 in compute, straight in log-log
+    share = math.log(2.6 / 2.2) / math.log(2.6 / 2.0)
+    multiplier = best["multiplier_over_dense"]
+    assert multiplier["kind"] == "exact"
+    assert multiplier["value"] == pytest.approx(4 ** (1 - share), rel=0.02)
+    assert client.get("/v1/best?task=text&train_flops=1").status_code == 404
+
+
+def test_the_frontier_is_the_non_dominated_set(client: TestClient) -> None:
+    search = plant(client)
+    front = client.get(f"/v1/frontier?search={search}").json()
+    assert front["points"] == 12  # the failed run's point is not among them
+    for key in ("frontier", "structured", "dense"):
+        flops, losses = ([p[k] for p in front[key]] for k in ("train_flops", "loss"))
+        assert flops == sorted(flops)
+        assert losses == sorted(losses, reverse=True)
+    assert {p["name"] for p in front["dense"]} == {"dense"}
+    assert front["frontier"][-1]["name"] == "monarch"
+
+
+def test_preview_runs_nothing(client: TestClient) -> None:
+    preview = client.post("/v1/searches/preview", json=GOOD).json()
+    assert preview["total_runs"] == 2 + 5
+    assert len({r["width"] for r in preview["references"]}) == 5
+    assert all(r["train_flops"] <= BUDGET for r in preview["references"])
+    assert client.get("/v1/searches").json()["items"] == []
+
+
+def test_data_inside_the_folder_is_taken(client: TestClient) -> None:
+    made = client.post("/v1/searches", json={**GOOD, "data": "texts"})
+    assert made.status_code == 201
+    assert made.json()["request"]["data"] == "texts"
+
+
+def test_events_stream_to_their_end_and_resume(client: TestClient) -> None:
+    search = plant(client)
+    stream = client.get(f"/v1/searches/{search}/events").text
+    kinds = [line[7:] for line in stream.splitlines() if line.startswith("event: ")]
+    ids = [int(line[4:]) for line in stream.splitlines() if line.startswith("id: ")]
+    assert kinds[0] == "queued"
+    assert kinds[-1] == "succeeded"
+    assert kinds.count("trial_complete") == 6
+    assert kinds.count("trial_failed") == 1
+    rest = client.get(f"/v1/searches/{search}/events", headers={"Last-Event-ID": str(ids[-3])}).text
+    assert rest.count("event: ") == 2
+
+
+def test_health(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_structures_are_those_of_the_library(client: TestClient) -> None:
+    got = client.get("/v1/structures?theta=monarch&d_in=1024&d_out=1024").json()
+    assert (got["macs"], got["params"], got["rank"]) == (65536, 65536, 1024)
+
+
+def test_the_openapi_document_describes_every_route(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        "/healthz", "/readyz", "/v1/best", "/v1/frontier", "/v1/searches", "/v1/searches/preview",
+        "/v1/searches/{search_id}", "/v1/searches/{search_id}/cancel",
+        "/v1/searches/{search_id}/events", "/v1/searches/{search_id}/trials", "/v1/structures",
+        "/v1/tasks", "/v1/trials/{trial_id}",
+    }  # fmt: skip
+    body = document["paths"]["/v1/searches"]["post"]["requestBody"]
+    assert "train_flops" in json.dumps(body)
+
+
+def test_pages_need_nothing_from_elsewhere(client: TestClient) -> None:
+    search = plant(client)
+    for path in ("/", f"/searches/{search}"):
+        page = client.get(path)
+        assert page.status_code == 200
+        assert "http://" not in page.text
+        assert "https://" not in page.text
+    assert len(client.get("/static/plotly.min.js").content) > 1_000_000
+
+
+def test_the_live_document_holds_the_figures(client: TestClient) -> None:
+    search = plant(client)
+    live = client.get(f"/searches/{search}/live").json()
+    names = [trace["name"] for trace in live["scatter"]["data"]]
+    assert names == ["structured", "structured front", "dense", "dense front (reference)"]
+    assert len(live["curves"]["data"]) == 6
+    assert len(live["trials"]) == 7
+    empty = client.post("/v1/searches", json=GOOD).json()["id"]
+    assert client.get(f"/searches/{empty}/live").json()["best"] is None

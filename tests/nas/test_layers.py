@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nas.layers import EinsumLinear, param_groups
+from nas.structure import Structure
+from nas.theta import Theta
+from tests.nas.test_theta import thetas
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "layers.json").read_text())
+NAMES = ["dense", "monarch", "btt:rho=1/4", "low-rank:rho=1/2", "kronecker",
+         "tensor-train:rho=1/4", "1/2,1/4,1/4,1/4,1/2,1/4,1/4"]  # fmt: skip
+dimensions = st.integers(1, 40)
+
+
+def by_definition(layer: EinsumLinear, x: Tensor) -> Tensor:
+    """y[δ,ε,φ] = Σ B[β,γ,ε,φ,ρ] A[α,γ,δ,φ,ρ] x[α,β,γ], in numpy, from the formula alone."""
+    s, structure = layer.structure.sizes, layer.structure
+    if structure.is_dense:
+        return x @ layer.weight.T
+    a = layer.A.detach().numpy().transpose(4, 0, 3, 2, 1)  # (γ,ρ,φ,δ,α) → (α,γ,δ,φ,ρ)
+    b = layer.B.detach().numpy().transpose(3, 1, 4, 0, 2)  # (φ,γ,ρ,β,ε) → (β,γ,ε,φ,ρ)
+    padded = np.zeros((len(x), structure.padded_in))
+    padded[:, : structure.d_in] = x.detach().numpy()
+    # flattened input is (γ, β, α) with α innermost, flattened output (φ, ε, δ) with δ innermost
+    cube = padded.reshape(-1, s.gamma, s.beta, s.alpha)
+    y = np.einsum("bgefr,agdfr,ngba->nfed", b, a, cube)
+    return torch.from_numpy(y.reshape(len(x), structure.padded_out)[:, : structure.d_out])
+
+
+@settings(max_examples=150, deadline=None)
+@given(thetas(), dimensions, dimensions, st.integers(0, 5))
+def test_forward_is_the_formula(theta: Theta, d_in: int, d_out: int, n: int) -> None:
+    layer = EinsumLinear(theta, d_in, d_out, bias=False, dtype=torch.float64)
+    x = torch.randn(n, d_in, dtype=torch.float64)
+    y = layer(x)
+    assert y.shape == (n, d_out)
+    torch.testing.assert_close(y, by_definition(layer, x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(y, x @ layer.to_matrix().T, rtol=1e-10, atol=1e-10)
+
+
+def test_the_formula_helper_notices_a_wrong_layer() -> None:
+    layer = EinsumLinear("1/2,1/4,1/4,1/4,1/2,1/4,1/4", 24, 36, bias=False, dtype=torch.float64)
+    x = torch.randn(3, 24, dtype=torch.float64)
+    before = by_definition(layer, x)
+    with torch.no_grad():
+        layer.A.copy_(layer.A.flip(4))
+    assert not torch.allclose(layer(x), before)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(12, 20), (13, 7)])
+def test_gradients_against_finite_differences(
+    name: str, shape: tuple[int, int], normalize: bool
+) -> None:
+    layer = EinsumLinear(name, *shape, normalize=normalize, gain=True, dtype=torch.float64)
+    with torch.no_grad():
+        for factor in layer.factors().values():
+            factor.mul_(1.5)  # past the cap, so that normalisation has a gradient
+    x = torch.randn(2, 3, shape[0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_input_reaches_every_output_at_awkward_sizes(name: str) -> None:
+    layer = EinsumLinear(name, 37, 53, bias=False, dtype=torch.float64)
+    assert layer.to_matrix().abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in GOLDEN if r["exact"]], ids=lambda r: f"{r['name']}-{r['d_in']}"
+)
+def test_initialisation_and_rates_are_those_of_the_papers_code(row: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layer = EinsumLinear(Theta.of(row["theta"]), row["d_in"], row["d_out"])  # type: ignore[arg-type]
+    rates = {id(p): g["lr"] for g in param_groups(layer, 1.0) for p in g["params"]}
+    for factor, core in zip(layer.factors().values(), row["cores"], strict=True):  # type: ignore[call-overload]
+        assert factor.numel() == math.prod(core["shape"])
+        assert rates[id(factor)] == pytest.approx(core["adam_lr_mult"], rel=1e-12)
+        # the standard deviation of n normal draws has a relative error of 1/sqrt(2n)
+        error = 5 / math.sqrt(2 * factor.numel())
+        assert factor.std().item() == pytest.approx(core["init_std"], rel=error)
+
+
+def test_learning_rates_follow_the_base_model() -> None:
+    dense = EinsumLinear("dense", 256, 64, d_in_base=64)
+    low_rank = EinsumLinear("low-rank:rho=1/2", 256, 64, d_in_base=64)
+    groups = param_groups(torch.nn.ModuleList([dense, low_rank]), 0.1)
+    rates = {p: g["lr"] for g in groups for p in g["params"]}
+    assert rates[dense.weight] == pytest.approx(0.1 * 64 / 256)
+    assert rates[low_rank.A] == pytest.approx(0.1 * 64 / (2 * 256))
+    assert rates[low_rank.B] == pytest.approx(0.1 * 64 / (2 * 8))
+    assert dense.bias is not None
+    assert rates[dense.bias] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_init_is_the_zero_map_that_can_learn(name: str) -> None:
+    layer = EinsumLinear(name, 24, 30, zero_init=True, normalize=True, gain=True)
+    x = torch.randn(4, 24)
+    assert torch.count_nonzero(layer(x)) == 0
+    layer(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+    last = layer.weight if layer.structure.is_dense else layer.B
+    assert last.grad is not None
+    assert last.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalisation_caps_the_rms_and_leaves_smaller_factors(name: str) -> None:
+    layer = EinsumLinear(name, 32, 32, bias=False, normalize=True, dtype=torch.float64)
+    plain = EinsumLinear(name, 32, 32, bias=False, dtype=torch.float64)
+    for scale in (0.5, 3.0):
+        with torch.no_grad():
+            for f, factor in layer.factors().items():
+                factor.div_(factor.square().mean().sqrt()).mul_(layer.structure.init_std(f) * scale)
+                plain.factors()[f].copy_(factor / max(scale, 1.0))
+        torch.testing.assert_close(layer.to_matrix(), plain.to_matrix())
+
+
+def test_same_generator_same_factors() -> None:
+    layer = EinsumLinear("monarch", 16, 16)
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    first = layer.A.clone()
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    assert torch.equal(first, layer.A)
+
+
+def test_autocast_computes_in_bfloat16_and_trains() -> None:
+    layer = EinsumLinear("btt:rho=1/4", 32, 48)
+    x = torch.randn(5, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert layer.A.grad is not None
+    assert layer.A.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_a_wrong_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"got an input of shape \(2, 9\).*must be 8"):
+        EinsumLinear("monarch", 8, 8)(torch.zeros(2, 9))
+
+
+def test_state_dict_round_trip() -> None:
+    one, other = (EinsumLinear("kronecker", 18, 50) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(3, 18)
+    assert torch.equal(one(x), other(x))
+    assert set(one.state_dict()) == {"A", "B", "bias"}
+    assert set(EinsumLinear("dense", 4, 4).state_dict()) == {"weight", "bias"}
+
+
+@given(thetas(), dimensions, dimensions)
+@settings(max_examples=50, deadline=None)
+def test_parameters_are_counted(theta: Theta, d_in: int, d_out: int) -> None:
+    layer = EinsumLinear(theta, d_in, d_out, bias=False)
+    assert sum(p.numel() for p in layer.parameters()) == Structure.of(theta, d_in, d_out).params

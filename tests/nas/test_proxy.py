@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nas.cost import RunPlan, plan_at
+from nas.errors import RunFailed
+from nas.proxy import Point, evaluation_steps, train
+from nas.recipe import TEXT, GptRecipe
+from nas.taxonomy import parse_theta
+
+TINY = dataclasses.replace(
+    TEXT, context=16, batch=4, min_steps=20, warmup_steps=5, validation_sequences=24
+)
+_RNG = np.random.default_rng(0)
+#: Learnable text: each character is one of the two that follow its predecessor.
+_STEPS = np.cumsum(_RNG.integers(1, 3, size=20_000)) % 96
+TRAIN, VALIDATION = _STEPS[:15_000].astype(np.uint8), _STEPS[15_000:].astype(np.uint8)
+
+
+def plan(text: str, steps: int = 60, width: int = 32, recipe: GptRecipe = TINY) -> RunPlan:
+    found = plan_at(recipe, parse_theta(text), 0.0, 1e10)
+    return dataclasses.replace(found, width=width, steps=steps)
+
+
+def points(text: str, seed: int = 0, recipe: GptRecipe = TINY, steps: int = 60) -> list[Point]:
+    return list(train(plan(text, steps), recipe, TRAIN, VALIDATION, seed))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_same_seed_same_curve_whatever_else_was_drawn() -> None:
+    first = points("btt:rho=1/4")
+    torch.manual_seed(99)
+    torch.rand(7)
+    second = points("btt:rho=1/4")
+    strip = [dataclasses.replace(p, seconds=0.0) for p in first]
+    assert strip == [dataclasses.replace(p, seconds=0.0) for p in second]
+    assert points("btt:rho=1/4", seed=1)[-1].loss != first[-1].loss
+
+
+def test_evaluating_more_often_changes_no_result() -> None:
+    often = points("monarch", recipe=dataclasses.replace(TINY, evaluations=12))
+    seldom = points("monarch", recipe=dataclasses.replace(TINY, evaluations=2))
+    assert len(often) > len(seldom)
+    assert often[-1].loss == seldom[-1].loss
+
+
+@pytest.mark.parametrize("text", ["dense", "monarch", "low-rank:rho=1/2"])
+def test_training_learns(text: str) -> None:
+    curve = points(text, steps=200)
+    # the two equally likely successors bound the loss from below by log 2
+    assert math.log(2) < curve[-1].loss < 0.75 * curve[0].loss < math.log(96)
+
+
+def test_points_carry_exact_flops_and_the_windows() -> None:
+    p = plan("monarch")
+    curve = points("monarch")
+    assert [c.step for c in curve] == evaluation_steps(p, TINY)
+    assert curve[-1].step == p.steps
+    assert curve[-1].train_flops == p.train_flops
+    for c in curve:
+        assert c.train_flops == c.step * p.train_flops_per_step
+        assert len(c.window_losses) == TINY.validation_sequences
+        assert np.mean(c.window_losses) == pytest.approx(c.loss)
+
+
+def test_an_exploding_run_ends_with_its_reason() -> None:
+    wild = dataclasses.replace(TINY, lr=float("inf"))
+    with pytest.raises(RunFailed, match=r"loss is nan at step \d+ of 60"):
+        points("monarch", recipe=wild)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.errors import InvalidInput
+from nas.request import SearchRequest, data_inside
+
+GOOD: dict[str, Any] = {"train_flops": 2e11}
+BAD: list[tuple[str, Any]] = [
+    ("task", "images"), ("task", 3), ("sampler", "cma"), ("objective", "speed"),
+    ("train_flops", 0), ("train_flops", -1.0), ("train_flops", math.nan),
+    ("train_flops", math.inf), ("train_flops", 1e30), ("train_flops", 10**400),
+    ("train_flops", 1e9), ("train_flops", "2e11"), ("train_flops", None), ("train_flops", True),
+    ("trials", 0), ("trials", 10_001), ("trials", 2.5), ("trials", "16"),
+    ("references", 2), ("references", 33), ("seed", -1), ("seed", 2**31),
+    ("data", ""), ("data", "a\x00b"), ("data", "\ud800"), ("data", 5),
+    ("unknown", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_bad_fields_are_named_repeated_and_explained(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        SearchRequest.checked({**GOOD, field: value})
+    error = caught.value
+    assert error.field == field
+    assert error.accepted
+    assert len(str(error)) < 600
+    str(error).encode()  # can be sent and logged
+
+
+def test_a_missing_budget_is_named() -> None:
+    with pytest.raises(InvalidInput, match="train_flops: got nothing; accepted: a finite number"):
+        SearchRequest.checked({})
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_a_body_must_be_an_object(value: Any) -> None:
+    with pytest.raises(InvalidInput, match="body"):
+        SearchRequest.checked(value)
+
+
+def test_equal_requests_have_equal_digests() -> None:
+    one = SearchRequest.checked({**GOOD, "seed": 3})
+    assert one.digest == SearchRequest.checked({"seed": 3, **GOOD, "trials": 16}).digest
+    assert one.digest != SearchRequest.checked({**GOOD, "seed": 4}).digest
+
+
+def test_data_stays_inside_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "ok.txt").write_text("text")
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "link").symlink_to(tmp_path / "secret.txt")
+    assert data_inside(folder, "ok.txt") == folder.resolve() / "ok.txt"
+    for name in ("../secret.txt", str(tmp_path / "secret.txt"), "link", "a/../../secret.txt"):
+        with pytest.raises(InvalidInput) as caught:
+            data_inside(folder, name)
+        assert str(tmp_path / "data") not in str(caught.value)
+    with pytest.raises(InvalidInput, match="no EINSUM_NAS_DATA_DIR"):
+        data_inside(None, "ok.txt")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.errors import InvalidInput
+from nas.taxonomy import name_of, parse_theta, taxonomy
+from nas.theta import AXES, DENSE, Theta
+
+
+@st.composite
+def simplex(draw: st.DrawFn) -> list[float]:
+    """Three shares that sum to 1, any of them often 0."""
+    parts = [draw(st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1)) for _ in range(3)]
+    total = sum(parts)
+    return [1.0, 0.0, 0.0] if total < 1e-3 else [p / total for p in parts]
+
+
+@st.composite
+def thetas(draw: st.DrawFn) -> Theta:
+    rho = draw(st.sampled_from([0.0, 0.25]) | st.floats(0, 1))
+    return Theta(*draw(simplex()), *draw(simplex()), rho)
+
+
+@given(thetas())
+def test_canonical_form_is_one_of_two_and_stable(theta: Theta) -> None:
+    canonical = theta.canonical()
+    assert canonical == theta.swapped().canonical()
+    assert canonical == canonical.canonical()
+    assert canonical in (theta, theta.swapped(), DENSE)
+    assert min(canonical.alpha, canonical.epsilon) >= min(canonical.beta, canonical.delta)
+
+
+@given(thetas())
+def test_text_reads_back(theta: Theta) -> None:
+    again = Theta.parse(",".join(f"{v:.17f}" for v in theta.values))
+    assert again.values == pytest.approx(theta.values, abs=1e-15)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "x", None, True])
+@pytest.mark.parametrize("axis", range(7))
+def test_exponents_off_their_range_are_refused(axis: int, value: object) -> None:
+    values: list[object] = [0.5, 0, 0.5, 0, 0.5, 0.5, 0]
+    values[axis] = value
+    with pytest.raises(InvalidInput) as caught:
+        Theta(*values)  # type: ignore[arg-type]
+    assert caught.value.field == f"theta.{AXES[axis]}"
+
+
+def test_sums_are_checked_with_the_tolerance_of_the_papers() -> None:
+    assert Theta(0.33, 0, 0.67, 0, 0.33, 0.66, 0).phi == 0.66
+    with pytest.raises(InvalidInput, match=r"alpha=0.5, beta=0, gamma=0.4 \(sum 0.9\)"):
+        Theta(0.5, 0, 0.4, 0, 0.5, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1,0", "1/0,0,1,0,1,0,0", "nope", "btt:sigma=1", "monarch:rho=1/2", "btt:rho=2",
+     "1/2,0,1/2,0,1/2,1/2,0,0", "1e999999999,0,0,0,1,0,0", "nan,0,1,0,1,0,0", "low-rank:rho=",
+     "\x00", "9" * 1000, "dense,"],
+)  # fmt: skip
+def test_bad_texts_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_theta(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "omega", "psi", "nu"),
+    [
+        ("monarch", 0, 1, 1 / 2),
+        ("dense", 0, 1, 1),
+        ("kronecker", 1 / 2, 1, 1 / 2),
+        ("low-rank:rho=1/4", 0, 1 / 4, 1 / 4),
+        ("btt:alpha=4/5,epsilon=4/5,rho=1/10", 0, 1 / 2, 3 / 10),
+        # the figure's Tensor-Train example, at its canonical form
+        ("1/3,2/3,0,3/4,1/4,0,0", 1 / 4, 7 / 12, 1 / 3),
+    ],
+)
+def test_taxonomy_of_worked_examples(text: str, omega: float, psi: float, nu: float) -> None:
+    got = taxonomy(parse_theta(text))
+    assert (got.omega, got.psi, got.nu) == pytest.approx((omega, psi, nu))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("dense", "dense"),
+        ("monarch", "monarch"),
+        ("btt:rho=0", "monarch"),
+        ("btt:rho=1/4", "btt:alpha=1/2,epsilon=1/2,rho=1/4"),
+        ("low-rank:rho=1/2", "low-rank:rho=1/2"),
+        ("btt:alpha=1,epsilon=1,rho=1/8", "low-rank:rho=1/8"),
+        ("kronecker", "kronecker:alpha=1/2,epsilon=1/2"),
+        ("tensor-train:rho=1/4", "tensor-train:alpha=1/2,epsilon=1/2,rho=1/4"),
+        ("1/2,1/4,1/4,1/4,1/2,1/4,0", "einsum"),
+        ("0,1/2,1/2,0,1/2,1/2,1/4", "dense"),
+    ],
+)
+def test_names_are_the_most_specific(text: str, name: str) -> None:
+    assert name_of(parse_theta(text)) == name
+    assert name_of(parse_theta(text).swapped()) == name
+
+
+@given(thetas())
+def test_names_read_back(theta: Theta) -> None:
+    name = name_of(theta)
+    if name not in ("einsum", "dense") and "." not in name:
+        assert name_of(parse_theta(name)) == name

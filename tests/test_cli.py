@@ -1,0 +1,120 @@
+"""The command line as its users meet it: real processes, exit codes, output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nas.client import RemoteSearch
+from nas.store import Store
+from tests.conftest import SMALL_SEARCH, Service, service_environment
+
+
+def cli(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nas.cli", *arguments],
+        env=service_environment(home), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
+    (["inspect", "1/2,0,1/4,0,1/2,1/2,0", "--d-in", "8", "--d-out", "8"],
+     ["alpha=0.5, beta=0, gamma=0.25 (sum 0.75)", "alpha + beta + gamma = 1"]),
+    (["inspect", "2,0,0,0,1,0,0", "--d-in", "8", "--d-out", "8"], ["theta.alpha", "2.0", "0 to 1"]),
+    (["inspect", "nope", "--d-in", "8", "--d-out", "8"], ["theta", "nope", "monarch"]),
+    (["inspect", "monarch", "--d-in", "0", "--d-out", "8"], ["d_in", "0", "from 1 to 16777216"]),
+    (["search", "--train-flops", "1e6"], ["train_flops", "1000000.0", "train FLOPs from"]),
+    (["search", "--train-flops", "0"], ["train_flops", "0.0", "train FLOPs from"]),
+    (["search", "--train-flops", "-1e11"], ["train_flops", "-100000000000.0", "train FLOPs from"]),
+    (["search", "--train-flops", "nan"], ["train_flops", "nan", "a finite number"]),
+    (["search", "--train-flops", "1e30"], ["train_flops", "1e+30", "to 1e+20"]),
+    (["search", "--train-flops", "x"], ["--train-flops", "x"]),
+    (["search", "--train-flops", "2e11", "--task", "nope"], ["task", "nope", "text"]),
+    (["search", "--train-flops", "2e11", "--sampler", "cma"], ["sampler", "cma", "tpe | nsga2"]),
+    (["search", "--train-flops", "2e11", "--objective", "x"], ["objective", "budget | pareto"]),
+    (["search", "--train-flops", "2e11", "--trials", "0"], ["trials", "0", "from 1 to"]),
+    (["search", "--train-flops", "2e11", "--data", "/no/such/file"], ["data", "does not exist"]),
+    (["best", "--train-flops", "nan"], ["train_flops", "nan", "above 0"]),
+    (["best", "--train-flops", "1e12", "--task", "nope"], ["task", "nope", "text"]),
+    (["api", "--host", "0.0.0.0"], ["host", "0.0.0.0", "127.0.0.1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_COMMANDS, ids=lambda v: " ".join(v)[:40])
+def test_bad_input_is_one_clear_error_with_status_2(
+    tmp_path: Path, arguments: list[str], expected: list[str]
+) -> None:
+    done = cli(tmp_path, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    for text in expected:
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    if (tmp_path / "einsum-nas.db").exists():
+        store = Store(f"sqlite:///{tmp_path / 'einsum-nas.db'}")
+        assert store.searches() == []
+        store.close()
+
+
+def test_filtered_and_empty_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "accents.txt").write_text("\u00e9" * 5000, encoding="utf-8")
+    for name in ("empty.txt", "accents.txt"):
+        done = cli(tmp_path, "search", "--train-flops", "2e11", "--data", str(tmp_path / name))
+        assert done.returncode == 2
+        assert "0 files with 0 characters are usable and 1 files were left out" in done.stderr
+
+
+def test_inspect_gives_every_name_of_the_contract(tmp_path: Path) -> None:
+    theta = "1/2,0,1/2,0,1/2,1/2,0"
+    done = cli(tmp_path, "inspect", theta, "--d-in", "1024", "--d-out", "1024", "--json")
+    got = json.loads(done.stdout)
+    assert {
+        "theta", "canonical_theta", "sizes", "einsum", "contraction", "macs", "flops", "params",
+        "rank", "omega", "psi", "nu",
+    } <= set(got)  # fmt: skip
+    assert list(got["sizes"]) == ["alpha", "beta", "gamma", "delta", "epsilon", "phi", "rho"]
+    assert (got["macs"], got["flops"], got["rank"]) == (65536, 131072, 1024)
+
+
+def test_reading_an_empty_store_says_so(tmp_path: Path) -> None:
+    done = cli(tmp_path, "best", "--train-flops", "1e12")
+    assert done.returncode == 1
+    assert "no search on the default data of task 'text' has begun here" in done.stderr
+
+
+def test_a_search_is_queued_without_wait(tmp_path: Path) -> None:
+    done = cli(tmp_path, "search", "--train-flops", "2e11", "--json")
+    assert json.loads(done.stdout)["state"] == "queued"
+    assert "schema at revision 0001" in cli(tmp_path, "db", "upgrade").stdout
+
+
+def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSearch) -> None:
+    budget = str(SMALL_SEARCH["train_flops"])
+    local = cli(service.home, "best", "--train-flops", budget, "--json")
+    remote = cli(service.home, "best", "--train-flops", budget, "--json", "--server", service.url)
+    assert json.loads(local.stdout) == json.loads(remote.stdout)
+    best = json.loads(local.stdout)
+    assert {
+        "theta", "canonical_theta", "width", "train_flops", "expected_loss", "interval",
+        "multiplier_over_dense", "indistinguishable", "evidence", "kind",
+    } <= set(best)  # fmt: skip
+    front = json.loads(cli(service.home, "frontier", "--json", "--server", service.url).stdout)
+    assert front["frontier"][-1]["loss"] == best["expected_loss"]
+
+
+def test_search_with_wait_runs_its_own_worker(tmp_path: Path, text_folder: Path) -> None:
+    done = cli(
+        tmp_path, "search", "--train-flops", "5e10", "--trials", "1", "--references", "3",
+        "--data", str(text_folder), "--wait", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "12 files, 36,000 characters, 2 files left out" in done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["search"]["state"] == "succeeded"
+    assert answer["search"]["trial_counts"] == {"complete": 4}
+    assert answer["best"]["evidence"]["trials"] == 4

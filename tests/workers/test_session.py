@@ -1,0 +1,201 @@
+"""The order of trials and what becomes of their results, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.errors import LeaseLost
+from nas.request import SearchRequest
+from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, upgrade
+from workers.session import SearchSession, Signals
+
+FINGERPRINT = "f" * 16
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    upgrade(url)
+    opened = Store(url)
+    yield opened
+    opened.close()
+
+
+def begin(store: Store, **fields: Any) -> tuple[SearchSession, Lease, Search]:
+    request = SearchRequest.checked({"train_flops": 2e11, "trials": 5, "references": 3, **fields})
+    search, _ = store.create_search(request)
+    got = Leases(store).claim("w", 60)
+    assert got is not None
+    lease, claimed = got
+    assert claimed.id == search.id
+    return SearchSession(store, lease, claimed, FINGERPRINT, Signals()), lease, claimed
+
+
+def resume(store: Store, search: Search) -> SearchSession:
+    """Another worker takes the search over, as after a crash."""
+    Leases(store).hand_back(Lease(search.id, search.epoch, "w", 60))
+    got = Leases(store).claim("w2", 60)
+    assert got is not None
+    return SearchSession(store, got[0], got[1], FINGERPRINT, Signals())
+
+
+def finish(session: SearchSession, trial: Trial) -> None:
+    loss = 2.0 + abs(trial.width - 48) / 100
+    point = StoredPoint(trial.steps, trial.train_flops, loss, 0.01, 1.0, (loss,))
+    session.point(trial.id, point)
+    session.complete(trial.id, {"device": "cpu"})
+
+
+def drain(session: SearchSession) -> list[Trial]:
+    done = []
+    while (trial := session.next_trial()) is not None:
+        finish(session, trial)
+        done.append(trial)
+    return done
+
+
+def test_references_come_first_and_every_number_once(store: Store) -> None:
+    session, _, search = begin(store)
+    assert session.prepare() == 8
+    done = drain(session)
+    assert [t.number for t in done] == list(range(8))
+    assert [t.kind for t in done] == ["reference"] * 3 + ["candidate"] * 5
+    assert session.exhausted
+    session.finish()
+    assert store.search(search.id).state == "succeeded"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "qmc"])
+def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
+    store: Store, sampler: str
+) -> None:
+    whole, _, first_search = begin(store, sampler=sampler, trials=14)
+    whole.prepare()
+    drain(whole)
+    whole.finish()
+    expected = [(t.number, t.params, t.key) for t in store.trials(first_search.id)]
+
+    # the same search again, on data of another fingerprint so that nothing is reused
+    broken, _, search = begin(store, sampler=sampler, trials=14)
+    broken._fingerprint = "e" * 16
+    broken.prepare()
+    for _ in range(9):
+        trial = broken.next_trial()
+        assert trial is not None
+        finish(broken, trial)
+    assert broken.next_trial() is not None  # dies while this one runs
+    finished = {t.id: t for t in store.trials(search.id) if t.state == "complete"}
+
+    resumed = resume(store, search)
+    resumed._fingerprint = "e" * 16
+    assert resumed.prepare() == 3 + 14 - 9
+    drain(resumed)
+    got = [(t.number, t.params) for t in store.trials(search.id)]
+    assert got == [(n, p) for n, p, _ in expected]
+    for trial_id, before in finished.items():
+        assert store.trial(trial_id) == before
+
+
+def test_a_dead_workers_session_can_write_nothing(store: Store) -> None:
+    session, _, search = begin(store)
+    session.prepare()
+    trial = session.next_trial()
+    assert trial is not None
+    resume(store, search)
+    with pytest.raises(LeaseLost):
+        finish(session, trial)
+    with pytest.raises(LeaseLost):
+        session.next_trial()
+
+
+def test_the_same_search_again_runs_nothing(store: Store) -> None:
+    session, _, _ = begin(store)
+    session.prepare()
+    drain(session)
+    session.finish()
+    again, _, search = begin(store)
+    again.prepare()
+    assert drain(again) == []
+    again.finish()
+    trials = store.trials(search.id)
+    assert {t.state for t in trials} == {"complete"}
+    assert all(t.reused_from is not None for t in trials)
+
+
+def test_a_twin_waits_for_the_running_one_and_shares_its_result(store: Store) -> None:
+    session, _, search = begin(store, trials=1)
+    session.prepare()
+    twin = session._add(3, _plan_of(store.trials(search.id)[0], session), kind="candidate")
+    session._waiting.append(twin)
+    running = [session.next_trial() for _ in range(3)]
+    assert all(running)
+    assert session.next_trial() is None
+    assert not session.exhausted
+    first = running[0]
+    assert first is not None
+    finish(session, first)
+    assert session.next_trial() is None
+    assert store.trial(twin.id).reused_from == first.id
+
+
+def _plan_of(trial: Trial, session: SearchSession) -> Any:
+    from nas.cost import references
+
+    plans = references(session.request.recipe, session.request.train_flops, 3)
+    return next(p for p in plans if p.width == trial.width)
+
+
+def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(store: Store) -> None:
+    session, _, search = begin(store)
+    session.prepare()
+    count = 0
+    while (trial := session.next_trial()) is not None:
+        if trial.kind == "candidate" and count == 0:
+            session.fail(trial.id, "loss is nan at step 3")
+            count += 1
+        else:
+            finish(session, trial)
+    session.finish()
+    assert store.search(search.id).state == "succeeded"
+    (failed,) = [t for t in store.trials(search.id) if t.state == "failed"]
+    assert failed.error == "loss is nan at step 3"
+
+
+def test_a_search_without_any_result_has_failed(store: Store) -> None:
+    session, _, search = begin(store)
+    session.prepare()
+    while (trial := session.next_trial()) is not None:
+        session.fail(trial.id, "out of memory")
+    session.finish()
+    ended = store.search(search.id)
+    assert (ended.state, ended.error) == ("failed", "no candidate completed: out of memory")
+
+
+def test_cancelling_stops_what_is_left(store: Store) -> None:
+    session, _, search = begin(store)
+    session.prepare()
+    trial = session.next_trial()
+    assert trial is not None
+    session.signals.cancel.set()
+    assert session.next_trial() is None
+    assert session.exhausted
+    session.finish()
+    assert store.search(search.id).state == "cancelled"
+    assert {t.state for t in store.trials(search.id)} == {"stopped"}
+
+
+def test_trials_record_what_their_ask_had_not_seen(store: Store) -> None:
+    session, _, _ = begin(store)
+    session.prepare()
+    for _ in range(3):
+        trial = session.next_trial()
+        assert trial is not None
+        finish(session, trial)
+    first, second = session.next_trial(), session.next_trial()
+    assert first is not None
+    assert second is not None
+    assert (first.unseen, second.unseen) == ((), (first.number,))
