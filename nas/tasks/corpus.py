@@ -138,4 +138,4 @@ def _split(texts: list[bytes], left_out: int) -> Corpus:
 
 
 def _tokens(texts: list[bytes]) -> NDArray[np.uint8]:
-    return _TOKEN_OF_BYTE[np.frombuffer(b"\n".join(texts), dtype=np.uint8)]
+    return _TOKEN_OF_BYTE[np.frombuffer(b"".join(texts), dtype=np.uint8)]

@@ -32,15 +32,17 @@ def outcome(req: SearchRequest, p: Proposal) -> PastTrial:
     return PastTrial(json.loads(json.dumps(p.params)), "complete", values, state)
 
 
-def known_in(seen: list[RunPlan]) -> Callable[[RunPlan], bool]:
-    return lambda plan: (plan.structures, plan.steps) in {(p.structures, p.steps) for p in seen}
+def known_in(req: SearchRequest, past: list[PastTrial]) -> Callable[[RunPlan], bool]:
+    plans = [plan_of(req.recipe, req.train_flops, t.params) for t in past]
+    seen = {(p.structures, p.steps) for p in plans}
+    return lambda plan: (plan.structures, plan.steps) in seen
 
 
 def run(req: SearchRequest, count: int, past: list[PastTrial] | None = None) -> list[Proposal]:
     history = list(past or [])
     proposals: list[Proposal] = []
     for number in range(len(history), count):
-        p = propose(req, number, history, known_in([q.plan for q in proposals]))
+        p = propose(req, number, history, known_in(req, history))
         proposals.append(p)
         history.append(outcome(req, p))
     return proposals

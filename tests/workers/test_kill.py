@@ -20,13 +20,11 @@ REQUEST = SearchRequest.checked({"train_flops": 5e10, "trials": 4, "references":
 
 def start_worker(home: Path) -> subprocess.Popen[bytes]:
     environment = service_environment(home, concurrency="1", lease_seconds="3")
-    return subprocess.Popen(
-        [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
-        env=environment,
-        stdout=(home / "log").open("a"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (home / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
 
 
 def open_store(home: Path) -> Store:
