@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export EINSUM_NAS_HOME ?= $(CURDIR)/.einsum-nas
 
 .PHONY: demo test lint bench serve clean browser
 
@@ -43,4 +42,4 @@ browser:
 	echo "no Chromium found and none could be installed: the browser tests will be skipped"
 
 clean:  ## everything that the commands above made
-	rm -rf $(VENV) .einsum-nas .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -28,13 +28,13 @@ _CACHE = {"Cache-Control": "public, max-age=86400"}
 
 @router.get("/", response_class=HTMLResponse)
 def index(request: Request, store: StoreDep) -> Response:
-    found = [describe(store, s).model_dump() for s in store.searches(limit=100)]
+    found = [describe(s).model_dump() for s in store.searches(limit=100)]
     return _templates.TemplateResponse(request, "index.html", {"searches": found})
 
 
 @router.get("/searches/{search_id}", response_class=HTMLResponse)
 def search_page(search_id: str, request: Request, store: StoreDep) -> Response:
-    search = describe(store, store.search(search_id)).model_dump()
+    search = describe(store.search(search_id)).model_dump()
     return _templates.TemplateResponse(request, "search.html", {"search": search})
 
 
@@ -53,7 +53,7 @@ def search_live(search_id: str, store: StoreDep) -> Response:
     from plotly.utils import PlotlyJSONEncoder  # plotly only once a page is open
 
     body = {
-        "search": describe(store, search).model_dump(),
+        "search": describe(search).model_dump(),
         "best": best,
         "scatter": figures.draw_scatter(figures.scatter_data(points), budget),
         "curves": figures.draw_curves(figures.curves_data(points)),

@@ -75,9 +75,9 @@ def _usable_data(request: SearchRequest, settings: Settings) -> str | None:
     return str(path)
 
 
-def describe(store: Store, search: Search) -> SearchOut:
+def describe(search: Search) -> SearchOut:
     """A search as the service gives it out."""
-    return SearchOut.model_validate(answers.search_dict(store, search))
+    return SearchOut.model_validate(answers.search_dict(search))
 
 
 @router.post(
@@ -98,7 +98,7 @@ def create_search(
     search, new = store.create_search(body, data_path=data_path, idempotency_key=idempotency_key)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/searches/{search.id}"
-    return describe(store, search)
+    return describe(search)
 
 
 @router.post(
@@ -117,14 +117,14 @@ def list_searches(store: StoreDep, limit: Limit = 50, cursor: int | None = None)
     found = store.searches(before=cursor, limit=limit)
     more = len(found) == limit
     return SearchPage(
-        items=[describe(store, s) for s in found],
+        items=[describe(s) for s in found],
         next=str(found[-1].sequence) if more else None,
     )
 
 
 @router.get("/searches/{search_id}", responses=responses(404), summary="One search")
 def read_search(search_id: str, store: StoreDep) -> SearchOut:
-    return describe(store, store.search(search_id))
+    return describe(store.search(search_id))
 
 
 @router.get(
@@ -140,7 +140,7 @@ def list_trials(search_id: str, store: StoreDep, limit: Limit = 100, cursor: int
 
 @router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
 def cancel_search(search_id: str, store: StoreDep) -> SearchOut:
-    return describe(store, store.cancel(search_id))
+    return describe(store.cancel(search_id))
 
 
 @router.get("/trials/{trial_id}", responses=responses(404, 422), summary="A trial with its curve")

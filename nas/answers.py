@@ -52,9 +52,8 @@ def checked_flops(value: float, field: str = "train_flops") -> float:
     return value
 
 
-def search_dict(store: Store, search: Search) -> dict[str, Any]:
+def search_dict(search: Search) -> dict[str, Any]:
     """A search for users; `runs_total` is None until its dense references are planned."""
-    planned = store.reference_count(search.id)
     shown = (
         "id", "state", "task", "task_fingerprint", "created_at", "started_at", "finished_at",
         "cancel_requested", "error", "worker", "epoch",
@@ -63,7 +62,7 @@ def search_dict(store: Store, search: Search) -> dict[str, Any]:
         **{name: getattr(search, name) for name in shown},
         "request": search.request.model_dump(),
         "trial_counts": dict(search.trial_counts),
-        "runs_total": planned + search.request.trials if planned else None,
+        "runs_total": search.references + search.request.trials if search.references else None,
     }
 
 

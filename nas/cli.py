@@ -234,7 +234,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
         try:
             while True:
                 current: Search = store.search(search_id)
-                show(search_dict(store, current))
+                show(search_dict(current))
                 if current.finished_at is not None:
                     return
                 if child is None or child.poll() is not None:
@@ -267,7 +267,7 @@ def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> 
     _end_unless_succeeded(ended.state, ended.error)
     best = get_best(store, search_id=search_id, train_flops=budget)
     if as_json:
-        _print_json({"search": search_dict(store, ended), "best": best})
+        _print_json({"search": search_dict(ended), "best": best})
         return
     show_frontier(get_frontier(store, search_id=search_id))
     show_best(best)

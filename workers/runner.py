@@ -39,6 +39,9 @@ from workers.trainable import ProxyTrainable
 _log = logging.getLogger(__name__)
 # it reports that no result files were written, which is how it is set up
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+# it warns that a local cluster asks for a token, which is as it should be
+_AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
+logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
 #: Times Ray starts a trial anew after its process died.
 _MAX_PROCESS_FAILURES = 3
 #: Sessions of this process. Tune copies and pickles its searcher and stopper, which therefore

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from nas.analysis.frontier import flops_to_reach
 from nas.errors import NotFound
@@ -139,7 +139,7 @@ def _half_width(values: NDArray[np.float64]) -> float:
     """Half the t interval of a mean; infinite for a single value, which shows no spread."""
     if len(values) < 2:
         return math.inf
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    quantile = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
     return float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
 
 

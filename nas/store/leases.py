@@ -89,9 +89,8 @@ class Leases:
             row.started_at = at if row.started_at is None else row.started_at
             rows.add_event(session, row.id, "claimed", {"worker": worker, "epoch": row.epoch})
             session.flush()
-            counts = rows.trial_counts(session, [row.id]).get(row.id, {})
             lease = Lease(row.id, row.epoch, worker, lease_seconds)
-            return lease, rows.to_search(row, counts)
+            return lease, rows.to_search(row, rows.tally_trials(session, [row.id]))
 
     def renew(self, lease: Lease) -> bool:
         """Extend the lease by its length from now; True if the search is to be cancelled.

@@ -111,6 +111,8 @@ class Search:
     worker: str | None
     #: trial state → how many
     trial_counts: Mapping[str, int]
+    #: dense references planned; 0 before a worker has begun the search
+    references: int
 
 
 @dataclass(frozen=True, slots=True)

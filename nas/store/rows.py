@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import func, select
@@ -24,7 +26,8 @@ def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, An
     session.add(EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data)))
 
 
-def to_search(row: SearchRow, counts: Mapping[str, int]) -> Search:
+def to_search(row: SearchRow, tallies: Mapping[str, Tally]) -> Search:
+    tally = tallies.get(row.id, Tally())
     return Search(
         id=row.id,
         sequence=row.sequence,
@@ -41,7 +44,8 @@ def to_search(row: SearchRow, counts: Mapping[str, int]) -> Search:
         epoch=row.epoch,
         failures=row.failures,
         worker=row.worker,
-        trial_counts=dict(counts),
+        trial_counts=dict(tally.states),
+        references=tally.references,
     )
 
 
@@ -100,14 +104,25 @@ def unpack_floats(packed: bytes) -> tuple[float, ...]:
     return struct.unpack(f"<{len(packed) // 4}f", packed)
 
 
-def trial_counts(session: Session, search_ids: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Search id → trial state → how many."""
-    counted: dict[str, dict[str, int]] = {}
+@dataclass
+class Tally:
+    """Counts of the trials of one search."""
+
+    #: trial state → how many
+    states: Counter[str] = field(default_factory=Counter)
+    references: int = 0
+
+
+def tally_trials(session: Session, search_ids: Iterable[str]) -> dict[str, Tally]:
+    """Search id → the counts of its trials; a search without any is left out."""
+    tallies: dict[str, Tally] = {}
     query = (
-        select(TrialRow.search_id, TrialRow.state, func.count())
+        select(TrialRow.search_id, TrialRow.state, TrialRow.kind, func.count())
         .where(TrialRow.search_id.in_(list(search_ids)))
-        .group_by(TrialRow.search_id, TrialRow.state)
+        .group_by(TrialRow.search_id, TrialRow.state, TrialRow.kind)
     )
-    for search_id, state, count in session.execute(query):
-        counted.setdefault(search_id, {})[state] = count
-    return counted
+    for search_id, state, kind, count in session.execute(query):
+        tally = tallies.setdefault(search_id, Tally())
+        tally.states[state] += count
+        tally.references += count if kind == "reference" else 0
+    return tallies

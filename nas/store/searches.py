@@ -75,8 +75,8 @@ class Store:
                         raise IdempotencyConflict(
                             f"Idempotency-Key {key!r} was used before with another request"
                         )
-                    counts = rows.trial_counts(session, [found.id])
-                    return rows.to_search(found, counts.get(found.id, {})), False
+                    tallies = rows.tally_trials(session, [found.id])
+                    return rows.to_search(found, tallies), False
             last = session.scalar(select(func.max(SearchRow.sequence))) or 0
             row = SearchRow(
                 id=uuid.uuid4().hex,
@@ -102,7 +102,7 @@ class Store:
         """One search; `NotFound` if there is none with this id."""
         with reading(self.engine) as session:
             row = self._row(session, search_id)
-            return rows.to_search(row, rows.trial_counts(session, [row.id]).get(row.id, {}))
+            return rows.to_search(row, rows.tally_trials(session, [row.id]))
 
     def _row(self, session: Session, search_id: str) -> SearchRow:
         row = session.get(SearchRow, search_id)
@@ -117,8 +117,8 @@ class Store:
             query = query.where(SearchRow.sequence < before)
         with reading(self.engine) as session:
             found = session.scalars(query).all()
-            counts = rows.trial_counts(session, [r.id for r in found])
-            return [rows.to_search(r, counts.get(r.id, {})) for r in found]
+            tallies = rows.tally_trials(session, [r.id for r in found])
+            return [rows.to_search(r, tallies) for r in found]
 
     def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
         """Trials of a search in the order of their numbers, from past number `after`."""
@@ -130,14 +130,6 @@ class Store:
         with reading(self.engine) as session:
             self._row(session, search_id)
             return [rows.to_trial(r) for r in session.scalars(query.limit(limit))]
-
-    def reference_count(self, search_id: str) -> int:
-        """Dense references planned for a search; 0 before a worker has begun it."""
-        query = select(func.count()).where(
-            TrialRow.search_id == search_id, TrialRow.kind == "reference"
-        )
-        with reading(self.engine) as session:
-            return session.scalar(query) or 0
 
     def trial(self, trial_id: int) -> Trial:
         """One trial; `NotFound` if there is none with this id."""
