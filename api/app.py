@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.staticfiles import StaticFiles
 
 from api import dashboard, events, problems, routes
 from nas.settings import Settings, settings
 from nas.store import Store, upgrade
 
+_LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 DESCRIPTION = """
 Neural-architecture search over einsum-structured linear layers: for this task and this compute
 budget, which structure should a model use, and how much does it save over dense?
@@ -22,8 +24,15 @@ matrix products counted. Losses are nats per character on fixed validation windo
 """
 
 
-def create_app(configured: Settings | None = None) -> FastAPI:
-    """The service on the database of `configured`, which is migrated when the service starts."""
+def create_app(configured: Settings | None = None, *, any_host: bool = False) -> FastAPI:
+    """The service on the database of `configured`, which is migrated when the service starts.
+
+    Parameters
+    ----------
+    any_host
+        Answer to every Host header.  By default only to this machine's own names, so that no web
+        page elsewhere reaches a service on loopback by pointing its own name there.
+    """
     used = configured or settings()
 
     @asynccontextmanager
@@ -44,8 +53,10 @@ def create_app(configured: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     problems.install(app)
+    if not any_host:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES)
     app.include_router(routes.health)
-    app.include_router(routes.router)
+    app.include_router(routes.router, dependencies=[Depends(problems.refuse_other_origins)])
     app.include_router(events.router)
     app.include_router(dashboard.router)
     app.mount("/static", StaticFiles(directory=dashboard.STATIC), name="static")

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.templating import Jinja2Templates
 
 from api import figures
-from api.routes import StoreDep, describe
+from api.routes import SearchId, StoreDep, describe
 from api.schemas import TrialOut
 from nas import answers
 from nas.errors import NotFound
@@ -33,13 +33,13 @@ def index(request: Request, store: StoreDep) -> Response:
 
 
 @router.get("/searches/{search_id}", response_class=HTMLResponse)
-def search_page(search_id: str, request: Request, store: StoreDep) -> Response:
+def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Response:
     search = describe(store.search(search_id)).model_dump()
     return _templates.TemplateResponse(request, "search.html", {"search": search})
 
 
 @router.get("/searches/{search_id}/live")
-def search_live(search_id: str, store: StoreDep) -> Response:
+def search_live(search_id: SearchId, store: StoreDep) -> Response:
     """Everything the page of a search shows, as one JSON document."""
     search = store.search(search_id)
     points = store.curve_points(search_id=search_id)
@@ -57,6 +57,7 @@ def search_live(search_id: str, store: StoreDep) -> Response:
         "best": best,
         "scatter": figures.draw_scatter(figures.scatter_data(points), budget),
         "curves": figures.draw_curves(figures.curves_data(points)),
+        "trials_total": sum(search.trial_counts.values()),
         "trials": [TrialOut.of(t).model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
     }
     return Response(

@@ -7,12 +7,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from api.problems import responses
-from api.routes import StoreDep
+from api.routes import SearchId, StoreDep
 from nas.store import Store
 
 router = APIRouter(prefix="/v1")
@@ -47,8 +47,7 @@ async def _follow(store: Store, search_id: str, after: int) -> AsyncIterator[Ser
     summary="What happens to a search, live (server-sent events)",
 )
 async def search_events(
-    search_id: str,
-    request: Request,
+    search_id: SearchId,
     store: StoreDep,
     last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
 ) -> EventSourceResponse:

@@ -32,6 +32,9 @@ _PARAMETER_ACCEPTS = {
     "d_in": "a whole number from 1 to 16777216",
     "d_out": "a whole number from 1 to 16777216",
     "train_flops": "a finite number above 0",
+    "search_id": "the id of a search",
+    "search": "the id of a search",
+    "task": "the name of a task, or name@fingerprint",
     "limit": "a whole number from 1 to 500",
     "cursor": "the `next` of an earlier page",
     "trial_id": "a whole number",
@@ -93,6 +96,20 @@ def _http(_request: Request, error: Exception) -> JSONResponse:
     return response
 
 
+def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    _log.error("%s %s", request.method, request.url.path, exc_info=error)
+    return problem(500, "internal", "Internal error", "an error of this service; it is in its log")
+
+
+def refuse_other_origins(request: Request) -> None:
+    """403 for a change that a page of another site asks for; programs send no Origin."""
+    origin = request.headers.get("origin")
+    if request.method == "POST" and origin is not None:
+        host = request.headers.get("host", "")
+        if origin.split("://", 1)[-1] != host:
+            raise HTTPException(403, "requests from pages of other sites are refused")
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers; the most specific class of an error wins."""
     app.add_exception_handler(InvalidInput, _invalid)
@@ -102,3 +119,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Conflict, _conflict)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)

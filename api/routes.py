@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from api.problems import responses
@@ -24,7 +24,14 @@ router = APIRouter(prefix="/v1")
 MAX_PAGE = 500
 #: Largest request body, bytes.
 MAX_BODY = 64 * 1024
+#: Largest number that a database's 64-bit column takes.
+_MAX_ID = 2**63 - 1
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+#: Text that a database takes: no NUL.
+_TEXT = r"^[^\x00]*$"
+Cursor = Annotated[int, Query(ge=-1, le=_MAX_ID)]
+SearchId = Annotated[str, Path(pattern=_TEXT, max_length=64)]
+Text = Annotated[str | None, Query(pattern=_TEXT, max_length=200)]
 _SEARCH_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -66,12 +73,8 @@ def _usable_data(request: SearchRequest, settings: Settings) -> str | None:
     if request.data is None:
         return None
     path = data_inside(settings.data_dir, request.data)
-    try:
-        load_corpus(path, request.recipe.context + 1)
-    except InvalidInput as error:
-        # repeat the name that was sent, not where it lies on this host
-        accepted = error.accepted.replace(str(path), request.data)
-        raise InvalidInput("data", request.data, accepted) from None
+    # errors repeat the name that was sent, not where it lies on this host
+    load_corpus(path, request.recipe.least_characters, shown=request.data)
     return str(path)
 
 
@@ -113,7 +116,7 @@ def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
 
 
 @router.get("/searches", responses=responses(422), summary="Searches, newest first")
-def list_searches(store: StoreDep, limit: Limit = 50, cursor: int | None = None) -> SearchPage:
+def list_searches(store: StoreDep, limit: Limit = 50, cursor: Cursor | None = None) -> SearchPage:
     found = store.searches(before=cursor, limit=limit)
     more = len(found) == limit
     return SearchPage(
@@ -123,14 +126,16 @@ def list_searches(store: StoreDep, limit: Limit = 50, cursor: int | None = None)
 
 
 @router.get("/searches/{search_id}", responses=responses(404), summary="One search")
-def read_search(search_id: str, store: StoreDep) -> SearchOut:
+def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.search(search_id))
 
 
 @router.get(
     "/searches/{search_id}/trials", responses=responses(404, 422), summary="Trials of a search"
 )
-def list_trials(search_id: str, store: StoreDep, limit: Limit = 100, cursor: int = -1) -> TrialPage:
+def list_trials(
+    search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Cursor = -1
+) -> TrialPage:
     found = store.trials(search_id, after=cursor, limit=limit)
     more = len(found) == limit
     return TrialPage(
@@ -139,12 +144,12 @@ def list_trials(search_id: str, store: StoreDep, limit: Limit = 100, cursor: int
 
 
 @router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
-def cancel_search(search_id: str, store: StoreDep) -> SearchOut:
+def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.cancel(search_id))
 
 
 @router.get("/trials/{trial_id}", responses=responses(404, 422), summary="A trial with its curve")
-def read_trial(trial_id: int, store: StoreDep) -> TrialDetail:
+def read_trial(trial_id: Annotated[int, Path(ge=0, le=_MAX_ID)], store: StoreDep) -> TrialDetail:
     return TrialDetail.with_curve(store.trial(trial_id), store.curve(trial_id))
 
 
@@ -153,9 +158,7 @@ def read_trial(trial_id: int, store: StoreDep) -> TrialDetail:
     responses=responses(404, 422),
     summary="Pareto fronts of a task or a search: loss against train FLOPs",
 )
-def read_frontier(
-    store: StoreDep, task: str | None = None, search: str | None = None
-) -> dict[str, Any]:
+def read_frontier(store: StoreDep, task: Text = None, search: Text = None) -> dict[str, Any]:
     return answers.get_frontier(store, task=task, search_id=search)
 
 
@@ -165,7 +168,7 @@ def read_frontier(
     summary="The best measured structure within a budget of train FLOPs, against dense",
 )
 def read_best(
-    store: StoreDep, train_flops: float, task: str | None = None, search: str | None = None
+    store: StoreDep, train_flops: float, task: Text = None, search: Text = None
 ) -> dict[str, Any]:
     return answers.get_best(store, train_flops=train_flops, task=task, search_id=search)
 

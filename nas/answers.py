@@ -81,6 +81,8 @@ def get_frontier(
     if (task is None) == (search_id is None):
         raise InvalidInput("task, search", f"{task}, {search_id}", "exactly one of the two")
     points = _points(store, task, search_id)
+    if task is not None and not points:
+        raise NotFound(f"nothing is measured on task {task!r}")
     front = frontier(points)
     return {
         "x": "train_flops",
@@ -165,6 +167,7 @@ def get_best(
             "trials": answer.trials,
             "seeds": answer.seeds,
             "searches": answer.searches,
+            "compared": answer.compared,
         },
         "kind": "measured",
         "budget": train_flops,
@@ -185,7 +188,7 @@ def _multiplier_dict(multiplier: Multiplier | None) -> dict[str, Any] | None:
     return {
         "value": multiplier.value,
         "kind": multiplier.kind,
-        "interval": list(multiplier.interval),
+        "interval": None if multiplier.interval is None else list(multiplier.interval),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -66,6 +67,7 @@ Server = Annotated[
     str | None,
     typer.Option(help="Ask the service at this URL; by default the database is read directly."),
 ]
+Parent = Annotated[int | None, typer.Option(hidden=True, parser=_whole, metavar="PID")]
 Task = Annotated[str, typer.Option(help="Task: a name, or name@fingerprint for certain data.")]
 
 
@@ -168,7 +170,7 @@ def search(
     if server is not None:
         _search_remotely(server, fields, wait, as_json)
         return
-    data_path = _checked_data(request.data, request.recipe.context + 1)
+    data_path = _checked_data(request.data, request.recipe.least_characters)
     with _local_store() as store:
         created, _ = store.create_search(request, data_path=data_path)
         if wait:
@@ -230,6 +232,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
     from nas.terminal import search_progress
 
     child: subprocess.Popen[bytes] | None = None
+    _exit_on_signals()
     with nullcontext(lambda _: None) if quiet else search_progress() as show:
         try:
             while True:
@@ -238,15 +241,38 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
                 if current.finished_at is not None:
                     return
                 if child is None or child.poll() is not None:
-                    child = _spawn("worker", "--until-idle", "--search", search_id)
+                    child = _spawn("worker", "--search", search_id)
                 time.sleep(0.5)
         finally:
             _stop_child(child)
 
 
 def _spawn(*arguments: str) -> subprocess.Popen[bytes]:
-    """This program in a process of its own, so that its signals do not reach it twice."""
-    return subprocess.Popen([sys.executable, "-m", "nas.cli", *arguments], start_new_session=True)
+    """This program in a session of its own, so that Ctrl-C does not reach it twice.
+
+    It ends when this process does, however that ends.
+    """
+    command = [sys.executable, "-m", "nas.cli", *arguments, "--parent", str(os.getpid())]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def _end_with(parent: int | None) -> None:
+    """Send this process SIGTERM once `parent` is no longer its parent."""
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _exit_on_signals() -> None:
+    """Make SIGTERM and SIGHUP unwind the stack, so that children are stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
 
 
 def _stop_child(child: subprocess.Popen[bytes] | None) -> None:
@@ -343,8 +369,9 @@ def worker(
         bool, typer.Option("--until-idle", help="End when nothing can be claimed.")
     ] = False,
     search_id: Annotated[
-        str | None, typer.Option("--search", help="Take this search only.")
+        str | None, typer.Option("--search", help="Take this search only, and end with it.")
     ] = None,
+    parent: Parent = None,
 ) -> None:
     """Claim searches and run them."""
     from nas.settings import settings
@@ -354,6 +381,7 @@ def worker(
     _log_to_stderr()
     used = settings()
     upgrade(used.resolved_database_url)
+    _end_with(parent)
     main(used, until_idle=until_idle, search_id=search_id)
 
 
@@ -389,10 +417,13 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
         raise InvalidInput(
             "host", address, f"{', '.join(_LOOPBACK)}; or any with --without-access-control"
         )
+    used_port = used.port if port is None else port
+    if not 0 <= used_port <= 65535:
+        raise InvalidInput("port", used_port, "a whole number from 0 to 65535")
     uvicorn.run(
-        create_app(used),
+        create_app(used, any_host=address not in _LOOPBACK),
         host=address,
-        port=used.port if port is None else port,
+        port=used_port,
         log_level="warning",
         timeout_graceful_shutdown=2,
     )
@@ -400,11 +431,17 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
 
 @app.command()
 @_reported
-def serve(host: Host = None, port: Port = None, without_access_control: Open = False) -> None:
+def serve(
+    host: Host = None,
+    port: Port = None,
+    without_access_control: Open = False,
+    parent: Parent = None,
+) -> None:
     """REST service, dashboard and a worker, in one command."""
     _log_to_stderr()
     # uvicorn raises the signal that ended it once more; unhandled it would skip what follows
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _exit_on_signals()
+    _end_with(parent)
     ended = threading.Event()
     keeper = threading.Thread(target=_keep_worker, args=(ended,), name="worker-keeper")
     keeper.start()
@@ -436,6 +473,7 @@ def demo(port: Port = None) -> None:
     from nas.settings import settings
     from nas.terminal import console, show_best, show_frontier
 
+    _exit_on_signals()
     used_port = port if port is not None else _free_port(settings().port)
     url = f"http://127.0.0.1:{used_port}"
     service = _spawn("serve", "--port", str(used_port))

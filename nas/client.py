@@ -130,8 +130,7 @@ class Client:
         train_flops
             Budget of each run in train FLOPs.
         idempotency_key
-            Makes a repeated submission return the first one's search; a fresh key by default, so
-            that a retry inside this call cannot submit twice.
+            Makes a repeated submission return the first one's search; a fresh key by default.
         fields
             data, trials, objective, sampler, seed, references.
 
@@ -202,7 +201,10 @@ class Client:
         except httpx.HTTPError as error:
             raise ServiceError(f"{method} {self.url}{path}: {error}") from error
         if response.is_success:
-            data: dict[str, Any] = response.json()
+            try:
+                data: dict[str, Any] = response.json()
+            except ValueError as error:
+                raise ServiceError(f"{self.url}{path}: the answer is not JSON") from error
             return data
         raise _as_error(response)
 

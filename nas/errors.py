@@ -9,7 +9,10 @@ _LONGEST_ECHO = 200  # characters of a caller's value that a message repeats
 
 def echo(value: Any) -> str:
     """`repr` of a caller's value, cut so that no message grows with its input."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "…"
@@ -40,7 +43,7 @@ class Conflict(EinsumNasError):
     """A request that contradicts what is stored, such as cancelling a search that has ended."""
 
 
-class IdempotencyConflict(Conflict):
+class IdempotencyConflict(EinsumNasError):
     """The same Idempotency-Key was sent before with another body."""
 
 

@@ -49,12 +49,26 @@ def evaluation_steps(plan: RunPlan, recipe: GptRecipe) -> list[int]:
     return sorted(s for s in steps if s >= min(recipe.warmup_steps, plan.steps))
 
 
-def _windows(
+def _random_windows(
     text: NDArray[np.uint8], count: int, context: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random windows and the same shifted by one: two int64 tensors (count, context)."""
-    starts = torch.randint(len(text) - context, (count,), generator=generator).numpy()
-    index = starts[:, None] + np.arange(context + 1)
+    """Windows anywhere in the text, for training."""
+    return _windows(
+        text, torch.randint(len(text) - context, (count,), generator=generator), context
+    )
+
+
+def _validation_windows(text: NDArray[np.uint8], recipe: GptRecipe) -> tuple[Tensor, Tensor]:
+    """The fixed validation windows: distinct and without overlap, so that each counts once."""
+    generator = torch.Generator().manual_seed(_VALIDATION_SEED)
+    places = torch.randperm(len(text) // (recipe.context + 1), generator=generator)
+    starts = places[: recipe.validation_sequences] * (recipe.context + 1)
+    return _windows(text, starts, recipe.context)
+
+
+def _windows(text: NDArray[np.uint8], starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Windows and the same shifted by one: two int64 tensors (windows, context)."""
+    index = starts.numpy()[:, None] + np.arange(context + 1)
     windows = torch.from_numpy(text[index].astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
 
@@ -95,17 +109,13 @@ def train(
     optimizer = model.optimizer()
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     batches = torch.Generator().manual_seed(seed + (1 << 32))
-    fixed = torch.Generator().manual_seed(_VALIDATION_SEED)
-    inputs, targets = (
-        part.to(device)
-        for part in _windows(validation_text, recipe.validation_sequences, recipe.context, fixed)
-    )
+    inputs, targets = (part.to(device) for part in _validation_windows(validation_text, recipe))
     evaluations = set(evaluation_steps(plan, recipe))
     seconds, started = 0.0, time.perf_counter()
     for step in range(1, plan.steps + 1):
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * min(1.0, step / recipe.warmup_steps)
-        x, y = _windows(train_text, recipe.batch, recipe.context, batches)
+        x, y = _random_windows(train_text, recipe.batch, recipe.context, batches)
         logits = model(x.to(device))
         loss = functional.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten())
         optimizer.zero_grad(set_to_none=True)

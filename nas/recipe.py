@@ -45,14 +45,20 @@ class GptRecipe:
     #: narrowest and widest model
     min_width: int
     max_width: int
-    #: sequences of the fixed validation set
+    #: windows of the fixed validation set, at most and at least; they do not overlap
     validation_sequences: int
+    min_validation_sequences: int
     #: evaluations of a run, at step counts spaced by a constant ratio up to the last step
     evaluations: int
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch * self.context
+
+    @property
+    def least_characters(self) -> int:
+        """Tokens that training and validation need each."""
+        return self.min_validation_sequences * (self.context + 1)
 
     @property
     def widths(self) -> range:
@@ -85,5 +91,6 @@ TEXT = GptRecipe(
     min_width=16,
     max_width=4096,
     validation_sequences=256,
+    min_validation_sequences=32,
     evaluations=8,
 )

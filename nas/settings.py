@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from nas.errors import InvalidInput
 
 
 class Settings(BaseSettings):
@@ -43,11 +45,26 @@ class Settings(BaseSettings):
         """The database to use; creates `home` for the embedded default."""
         if self.database_url:
             return self.database_url
-        self.resolved_home.mkdir(parents=True, exist_ok=True)
+        try:
+            self.resolved_home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            accepted = f"a folder that can be written ({error.strerror})"
+            raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None
         return f"sqlite:///{self.resolved_home / 'einsum-nas.db'}"
 
 
 @lru_cache(maxsize=1)
 def settings() -> Settings:
-    """The settings of this process."""
-    return Settings()
+    """The settings of this process.
+
+    Raises
+    ------
+    InvalidInput
+        An environment variable whose value cannot be used.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"EINSUM_NAS_{str(first['loc'][0]).upper()}"
+        raise InvalidInput(name, first["input"], str(first["msg"])) from None

@@ -13,7 +13,6 @@ from rich.table import Table
 from nas.analysis.best import INTERVAL_MEANS
 
 console = Console()
-errors = Console(stderr=True)
 _FINISHED = ("complete", "failed", "stopped")
 
 
@@ -86,16 +85,17 @@ def show_best(best: Mapping[str, Any]) -> None:
     multiplier = best["multiplier_over_dense"]
     if multiplier is not None:
         sign = {"exact": "", "at_least": "≥ ", "less_than": "< "}[multiplier["kind"]]
-        low, high = multiplier["interval"]
-        console.print(
-            f"compute multiplier over dense: {sign}{multiplier['value']:.2f} "
-            f"(95%: {low:.2f} to {high:.2f})"
-        )
+        line = f"compute multiplier over dense: {sign}{multiplier['value']:.2f}"
+        if multiplier["interval"] is not None:
+            low, high = multiplier["interval"]
+            line += f" (95%: {low:.2f} to {high:.2f})"
+        console.print(line)
     evidence = best["evidence"]
     console.print(
         f"{best['kind']} on {evidence['trials']} runs, {evidence['seeds']} seed(s), "
-        f"{evidence['searches']} search(es); {len(best['indistinguishable'])} other runs cannot be "
-        f"told apart from the best.\nintervals: {INTERVAL_MEANS}",
+        f"{evidence['searches']} search(es); of the {evidence['compared']} next best, "
+        f"{len(best['indistinguishable'])} cannot be told apart from the best.\n"
+        f"intervals: {INTERVAL_MEANS}",
         style="dim",
     )
 

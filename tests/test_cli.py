@@ -41,6 +41,7 @@ BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["search", "--train-flops", "2e11", "--data", "/no/such/file"], ["data", "does not exist"]),
     (["best", "--train-flops", "nan"], ["train_flops", "nan", "above 0"]),
     (["best", "--train-flops", "1e12", "--task", "nope"], ["task", "nope", "text"]),
+    (["api", "--port", "70000"], ["port", "70000", "0 to 65535"]),
     (["api", "--host", "0.0.0.0"], ["host", "0.0.0.0", "127.0.0.1"]),
 ]  # fmt: skip
 
@@ -86,6 +87,24 @@ def test_reading_an_empty_store_says_so(tmp_path: Path) -> None:
     done = cli(tmp_path, "best", "--train-flops", "1e12")
     assert done.returncode == 1
     assert "no search on the default data of task 'text' has begun here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [("PORT", "abc", 2), ("DATABASE_URL", "sqlite:////no/such/folder/x.db", 1),
+     ("DATABASE_URL", "postgresql://u:p@127.0.0.1:1/x", 1), ("DATABASE_URL", "mysql://x", 2),
+     ("DATABASE_URL", "postgresql://h:port/x", 2), ("HOME", "/dev/null/x", 2)],
+)  # fmt: skip
+def test_bad_settings_are_one_line_too(tmp_path: Path, name: str, value: str, status: int) -> None:
+    environment = {**service_environment(tmp_path), f"EINSUM_NAS_{name}": value}
+    done = subprocess.run(
+        [sys.executable, "-m", "nas.cli", "best", "--train-flops", "1e12"],
+        env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert ":p@" not in done.stderr
 
 
 def test_a_search_is_queued_without_wait(tmp_path: Path) -> None:

@@ -61,8 +61,12 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        self.end()
         self._threads[0].join(self._lease.seconds)
+
+    def end(self) -> None:
+        """Renew no more, and let the process live."""
+        self._done.set()
 
     def _renew(self) -> None:
         while not self._done.wait(min(self._lease.seconds / 3, _LONGEST_UNHEARD)):
@@ -115,19 +119,20 @@ class Worker:
         until_idle
             Return when no search can be claimed.
         search_id
-            Take this search only.
+            Take this search only, and return when it has ended.
         """
         while not self._shutdown.is_set():
             try:
                 claimed = self._leases.claim(
                     self.name, self._settings.lease_seconds, search_id=search_id
                 )
+                ended = search_id is not None and self._store.search(search_id).finished_at
             except StoreUnavailable as error:
                 _log.warning("no claim: %s", error)
-                claimed = None
+                claimed, ended = None, None
             if claimed is not None:
                 self._work(*claimed)
-            elif until_idle:
+            elif until_idle or ended:
                 return
             else:
                 self._shutdown.wait(self._settings.poll_seconds)
@@ -144,22 +149,25 @@ class Worker:
             except LeaseLost as error:
                 _log.warning("%s", error)
             except InvalidInput as error:
-                self._leases.release(lease, "failed", str(error))
+                why = str(error)
+                self._end(search, lambda: self._leases.release(lease, "failed", why))
             except Exception as error:
                 _log.exception("search %s: infrastructure error", search.id)
-                self._give_up(lease, f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                self._end(search, lambda: self._leases.requeue(lease, reason))
             finally:
-                heartbeat._done.set()
+                heartbeat.end()
                 self._signals = None
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
         recipe = search.request.recipe
-        corpus = load_corpus(search.data_path, recipe.context + 1)
+        name = search.request.data
+        corpus = load_corpus(search.data_path, recipe.least_characters, shown=name)
         stored = self._leases.set_fingerprint(lease, corpus.fingerprint)
         if stored != corpus.fingerprint:
             raise InvalidInput(
                 "data",
-                search.data_path or "the default corpus",
+                name or "the default corpus",
                 f"the data this search began with, fingerprint {stored}; found "
                 f"{corpus.fingerprint}",
             )
@@ -172,23 +180,30 @@ class Worker:
             return
         session.finish()
 
-    def _give_up(self, lease: Lease, reason: str) -> None:
+    def _end(self, search: Search, write: Callable[[], None]) -> None:
+        """The last write to a search; where it fails, the lease runs out and another takes over."""
         try:
-            self._leases.requeue(lease, reason)
+            write()
         except (LeaseLost, StoreUnavailable) as error:
-            _log.warning("search %s not requeued: %s", lease.search_id, error)
+            _log.warning("search %s left to its lease: %s", search.id, error)
 
 
 def _ray_runner(session: SearchSession, corpus: Corpus, settings: Settings) -> None:
     from workers import runner  # ray takes seconds to import: only once there is work
 
-    runner.start_ray(settings)
-    runner.run_session(session, corpus, settings)
+    try:
+        runner.start_ray(settings)
+        runner.run_session(session, corpus, settings)
+    except LeaseLost:
+        raise
+    except Exception:
+        runner.stop_ray()  # whatever state it is in, the next search gets a fresh one
+        raise
 
 
 def main(settings: Settings, *, until_idle: bool = False, search_id: str | None = None) -> None:
-    """Run a worker in this process; SIGTERM and SIGINT make it hand its search back and end."""
+    """Run a worker in this process; SIGTERM, SIGINT or SIGHUP make it hand its search back."""
     worker = Worker(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: worker.stop())
     worker.run(until_idle=until_idle, search_id=search_id)

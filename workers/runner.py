@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import tune
+from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
@@ -42,18 +43,21 @@ logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERRO
 # it warns that a local cluster asks for a token, which is as it should be
 _AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
 logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Times Ray starts a trial anew after its process died.
 _MAX_PROCESS_FAILURES = 3
 #: Sessions of this process. Tune copies and pickles its searcher and stopper, which therefore
 #: hold only a key of this mapping.
 _sessions: dict[str, SearchSession] = {}
+#: Tune's trial id → why its last attempt ended.
+_reasons: dict[str, str] = {}
 
 
 def start_ray(settings: Settings) -> None:
     """Connect to `RAY_ADDRESS`, or start Ray on this machine's loopback interface."""
     if ray.is_initialized():
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     else:
@@ -87,6 +91,7 @@ def run_session(session: SearchSession, corpus: Corpus, settings: Settings) -> N
     if remaining == 0:
         return
     resources = _resources(settings)
+    fitting = _fitting(resources)
     trainable = tune.with_resources(
         tune.with_parameters(
             ProxyTrainable,
@@ -106,7 +111,7 @@ def run_session(session: SearchSession, corpus: Corpus, settings: Settings) -> N
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=remaining,
-                max_concurrent_trials=settings.concurrency or _fitting(resources),
+                max_concurrent_trials=min(settings.concurrency or fitting, fitting),
                 reuse_actors=True,
                 trial_dirname_creator=_directory_name,
             ),
@@ -114,6 +119,7 @@ def run_session(session: SearchSession, corpus: Corpus, settings: Settings) -> N
                 name=session.search.id,
                 storage_path=scratch,
                 stop=_SessionStopper(key),
+                callbacks=[_Reasons()],
                 failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
                 verbose=0,
             ),
@@ -143,7 +149,11 @@ def _resources(settings: Settings) -> dict[str, float]:
 def _fitting(resources: dict[str, float]) -> int:
     """How many trials the cluster holds at once."""
     have = ray.cluster_resources()
-    return max(1, int(min(have.get(name, 0) / n for name, n in resources.items())))
+    fitting = int(min(have.get(name, 0) / n for name, n in resources.items()))
+    if fitting == 0:
+        held = {name: have.get(name, 0) for name in resources}
+        raise EinsumNasError(f"one trial needs {resources}, the cluster has {held}")
+    return fitting
 
 
 def _directory_name(trial: Any) -> str:
@@ -186,7 +196,9 @@ class _SessionSearcher(Searcher):
                 return
             report = _read_report(result or {})
             if error:
-                self._session.fail(number, f"its process died {_MAX_PROCESS_FAILURES + 1} times")
+                times = _MAX_PROCESS_FAILURES + 1
+                reason = _reasons.pop(trial_id, "its process died")
+                self._session.fail(number, f"failed {times} times; before the last: {reason}")
             elif "failure" in report:
                 self._session.fail(number, report["failure"])
             elif "environment" in report:
@@ -213,6 +225,15 @@ class _remembered:
         if isinstance(error, Exception):
             _log.warning("search ends early: %s", error)
             _errors.setdefault(self._key, error)
+
+
+class _Reasons(Callback):
+    """Remembers why a trial is started anew; a searcher only hears that it has failed."""
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_info: Any) -> None:
+        text = str(trial.get_error() or "").strip()
+        _reasons[trial.trial_id] = text.splitlines()[-1] if text else "its process died"
+        _log.warning("trial started anew: %s", _reasons[trial.trial_id])
 
 
 class _SessionStopper(Stopper):

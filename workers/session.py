@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from nas.cost import RunPlan, references
-from nas.errors import StoreUnavailable
+from nas.errors import EinsumNasError, StoreUnavailable
 from nas.request import SearchRequest
 from nas.search import PastTrial, propose
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft
@@ -139,7 +139,7 @@ class SearchSession:
         if len(candidates) >= self.request.trials:
             return None
         number = self._first_candidate + len(candidates)
-        known = {t.key for t in candidates}
+        known = {t.key for t in self._sql(self._store.trials, self.search.id)}
         proposal = propose(
             self.request,
             number,
@@ -181,6 +181,12 @@ class SearchSession:
             self._sql(self._leases.release, self._lease, "cancelled")
             return
         trials = self._sql(self._store.trials, self.search.id)
+        unfinished = [t.number for t in trials if t.state in ("planned", "running")]
+        missing = self.request.trials - sum(t.kind == "candidate" for t in trials)
+        if unfinished or missing > 0:
+            raise EinsumNasError(
+                f"the runner ended early: trials {unfinished} unfinished, {missing} not proposed"
+            )
         if any(t.state == "complete" and t.kind == "candidate" for t in trials):
             self._sql(self._leases.release, self._lease, "succeeded")
         else:
@@ -194,8 +200,8 @@ def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:
     if trial.state == "complete" and trial.loss is not None:
         values: tuple[float, ...] = (trial.loss,)
         if request.objective == "pareto":
-            # in logarithms both objectives count alike in a hypervolume
-            values = (math.log(trial.loss), math.log(trial.train_flops))
+            # a logarithm, for a hypervolume in plain FLOPs would see the dearest runs alone
+            values = (trial.loss, math.log(trial.train_flops))
         return PastTrial(trial.params, "complete", values, trial.sampler_state)
     state = "running" if trial.state in ("planned", "running") else "failed"
     return PastTrial(trial.params, state, None, trial.sampler_state)  # type: ignore[arg-type]

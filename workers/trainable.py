@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import traceback
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +20,7 @@ from nas.proxy import Point, train
 from nas.recipe import GptRecipe
 from nas.theta import Theta
 
+_log = logging.getLogger(__name__)
 #: Name of the execution plan of the layers, stored with each trial.
 EXECUTION_PLAN = "a-first"
 
@@ -62,12 +63,13 @@ class ProxyTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         try:
             point = next(self._points, None)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except RunFailed as error:
             return _report("failure", str(error), done=True)
-        except Exception:
-            return _report("failure", traceback.format_exc(limit=-5), done=True)
+        except Exception as error:
+            if _out_of_memory(error):
+                raise
+            _log.exception("the run failed")
+            return _report("failure", f"{type(error).__name__}: {error}", done=True)
         if point is None:
             return _report("environment", self._environment(), done=True)
         return _report("point", asdict(point), done=False)
@@ -87,6 +89,13 @@ class ProxyTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing; see `save_checkpoint`."""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's allocator for the CPU raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
 def _report(kind: str, content: Any, *, done: bool) -> dict[str, Any]:

@@ -24,16 +24,18 @@ function showBest(best) {
   if (gap) {
     text("difference", signed(gap.difference));
     const [low, high] = gap.difference_interval;
-    const verdict = low > 0 ? "structured is better" : high < 0 ? "dense is better" : "no clear difference";
-    text("difference-note", `95%: ${signed(low)} to ${signed(high)} — ${verdict}`);
+    const verdict = low > 0 ? "structured is lower on this text" : high < 0 ? "dense is lower on this text" : "no clear difference";
+    text("difference-note", `95%: ${signed(low)} to ${signed(high)} — ${verdict}; one seed a run`);
   }
   const m = best.multiplier_over_dense;
   if (m) {
     const sign = { exact: "", at_least: "≥ ", less_than: "< " }[m.kind];
     text("multiplier", `${sign}${m.value.toFixed(2)}×`);
-    text("multiplier-note", m.kind === "less_than"
-      ? "structured runs do not reach the best dense loss within the budget"
-      : `compute of dense over structured at the best dense loss; 95%: ${m.interval[0].toFixed(2)} to ${m.interval[1].toFixed(2)}`);
+    text("multiplier-note", {
+      exact: () => `compute of dense over structured at the best dense loss; 95%: ${m.interval[0].toFixed(2)} to ${m.interval[1].toFixed(2)}`,
+      at_least: () => "structured curves begin below the best dense loss",
+      less_than: () => "structured runs do not reach the best dense loss within the budget",
+    }[m.kind]());
   }
 }
 
@@ -44,7 +46,7 @@ function cell(row, value, number = false) {
   return td;
 }
 
-function showTrials(trials, best) {
+function showTrials(trials, total, best) {
   const body = document.createElement("tbody");
   body.id = "trials";
   for (const t of trials) {
@@ -67,6 +69,8 @@ function showTrials(trials, best) {
     cell(row, t.params.toLocaleString("en"), true);
   }
   byId("trials").replaceWith(body);
+  byId("more").hidden = trials.length === total;
+  text("more", `the first ${trials.length} of ${total} trials; all of them: /v1/searches/${id}/trials`);
 }
 
 function showSearch(search) {
@@ -92,7 +96,7 @@ async function refresh() {
   const live = await response.json();
   showSearch(live.search);
   showBest(live.best);
-  showTrials(live.trials, live.best);
+  showTrials(live.trials, live.trials_total, live.best);
   const config = { responsive: true, displaylogo: false };
   for (const name of ["scatter", "curves"]) {
     await Plotly.react(name, live[name].data, { ...live[name].layout, template: {} }, config);

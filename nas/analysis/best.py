@@ -45,13 +45,14 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class Multiplier:
-    """Compute multiplier over dense at a budget C: C over what structured layers need for the
-    loss that the best dense run reaches with C (arXiv:2410.02117, section 5)."""
+    """Compute multiplier over dense: what the best dense run within the budget has spent, over
+    what structured layers need for its loss (arXiv:2410.02117, section 5)."""
 
     value: float
     #: exact | at_least (structured curves begin below that loss) | less_than (they never reach it)
     kind: str
-    interval: Interval
+    #: of an exact value only: a bound has no interval of its own
+    interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,9 @@ class Answer:
     #: the best dense run compared with the best structured one
     dense_difference: Rival | None
     multiplier: Multiplier | None
-    #: runs whose difference from the best may be 0 at 95%
+    #: runs whose difference from the best may be 0 at 95%, among the `compared` next best
     indistinguishable: tuple[Rival, ...]
+    compared: int
     trials: int
     seeds: int
     searches: int
@@ -111,8 +113,9 @@ def best_for_budget(points: Sequence[CurvePoint], train_flops: float, windows: W
         dense_difference=_compare(structured, [dense], windows)[0]
         if structured is not None and dense is not None
         else None,
-        multiplier=_multiplier(within, train_flops, windows) if both else None,
+        multiplier=_multiplier(within, windows) if both else None,
         indistinguishable=tuple(r for r in rivals if r.interval[0] <= 0.0),
+        compared=len(rivals),
         trials=len({p.trial_id for p in within}),
         seeds=len({p.seed for p in within}),
         searches=len({p.search_id for p in within}),
@@ -155,7 +158,7 @@ def _compare(best: CurvePoint, others: Sequence[CurvePoint], windows: Windows) -
     return rivals
 
 
-def _multiplier(within: Sequence[CurvePoint], budget: float, windows: Windows) -> Multiplier:
+def _multiplier(within: Sequence[CurvePoint], windows: Windows) -> Multiplier:
     """The multiplier of all structured layers together, resampled over validation windows.
 
     The compute of structured layers is the least at which one of their own curves, taken as
@@ -173,9 +176,11 @@ def _multiplier(within: Sequence[CurvePoint], budget: float, windows: Windows) -
 
     def at(losses: NDArray[np.float64], target: float) -> tuple[float, str]:
         spent, kind = _least_to_reach(flops, np.split(losses, ends), target)
-        return budget / spent, kind
+        return dense.train_flops / spent, kind
 
     value, kind = at(np.array([p.loss for p in flat]), dense.loss)
+    if kind != "exact":
+        return Multiplier(value, kind, None)
     losses = np.array(windows([*flat, dense]))  # (points, windows)
     count = losses.shape[1]
     draws = np.random.default_rng(_RESAMPLING_SEED).multinomial(

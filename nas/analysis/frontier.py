@@ -70,7 +70,9 @@ def flops_to_reach(
     first = int(reached[0])
     if first == 0:
         return float(train_flops[0]), "at_most" if lowest[0] < target else "exact"
+    if target <= 0.0:  # a loss of exactly 0 has no logarithm
+        return float(train_flops[first]), "exact"
     x0, x1 = np.log(train_flops[first - 1 : first + 1])
-    y0, y1 = np.log(lowest[first - 1 : first + 1])
+    y0, y1 = np.log(np.maximum(lowest[first - 1 : first + 1], np.finfo(float).tiny))
     share = (y0 - np.log(target)) / (y0 - y1)
     return float(np.exp(x0 + share * (x1 - x0))), "exact"

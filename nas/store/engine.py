@@ -26,7 +26,7 @@ def open_engine(url: str) -> Engine:
     """
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise InvalidInput("database_url", "a text that is no URL", _ACCEPTED) from None
     backend = parsed.get_backend_name()
     if backend == "postgresql":
@@ -61,7 +61,8 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Turn a database that is away, locked, full or read-only into `StoreUnavailable`."""
     try:
         yield
     except (OperationalError, InterfaceError) as error:
@@ -72,12 +73,12 @@ def _translated() -> Iterator[None]:
 def writing(engine: Engine) -> Iterator[Session]:
     """A session in a write transaction, committed at the end and rolled back on an error."""
     writer = engine.execution_options(writes=True)
-    with _translated(), Session(writer, expire_on_commit=False) as session, session.begin():
+    with translated(), Session(writer, expire_on_commit=False) as session, session.begin():
         yield session
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
     """A session for reads that see one state of the database."""
-    with _translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+    with translated(), Session(engine, expire_on_commit=False) as session, session.begin():
         yield session

@@ -57,6 +57,16 @@ class Leases:
         search_id
             Claim this search or nothing.
         """
+        while True:
+            found, got = self._claim_oldest(worker, lease_seconds, search_id)
+            if got is not None or not found:
+                return got
+            # the oldest was given up just now: the next one may still be claimed
+
+    def _claim_oldest(
+        self, worker: str, lease_seconds: float, search_id: str | None
+    ) -> tuple[bool, tuple[Lease, Search] | None]:
+        """(whether there was a search to claim, the claim unless that search was ended)."""
         with writing(self._engine) as session:
             at = rows.now(session)
             expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
@@ -72,7 +82,7 @@ class Leases:
                 query = query.where(SearchRow.id == search_id)
             row = session.scalars(query).one_or_none()
             if row is None:
-                return None
+                return False, None
             if row.state == "running":
                 row.failures += 1
                 rows.add_event(
@@ -80,9 +90,8 @@ class Leases:
                 )
                 if row.cancel_requested or row.failures >= MAX_FAILURES:
                     reason = f"gave up after {row.failures} lost leases or infrastructure errors"
-                    state: SearchState = "cancelled" if row.cancel_requested else "failed"
-                    self._end(session, row, state, None if row.cancel_requested else reason)
-                    return None
+                    self._end(session, row, "failed", reason)
+                    return True, None
             row.state, row.worker = "running", worker
             row.epoch += 1
             row.lease_until = at + lease_seconds
@@ -90,7 +99,8 @@ class Leases:
             rows.add_event(session, row.id, "claimed", {"worker": worker, "epoch": row.epoch})
             session.flush()
             lease = Lease(row.id, row.epoch, worker, lease_seconds)
-            return lease, rows.to_search(row, rows.tally_trials(session, [row.id]))
+            search = rows.to_search(row, rows.tally_trials(session, [row.id]))
+            return True, (lease, search)
 
     def renew(self, lease: Lease) -> bool:
         """Extend the lease by its length from now; True if the search is to be cancelled.
@@ -128,6 +138,15 @@ class Leases:
         """Commit a planned trial; it is dispatched only after this has returned."""
         plan = draft.plan
         with self._fenced(lease) as (session, _):
+            same = select(TrialRow).where(
+                TrialRow.search_id == lease.search_id,
+                TrialRow.number == draft.number,
+                TrialRow.epoch == lease.epoch,
+                TrialRow.key == draft.key,
+            )
+            stored = session.scalars(same).one_or_none()
+            if stored is not None:  # this very write, repeated because its answer was lost
+                return rows.to_trial(stored)
             row = TrialRow(
                 search_id=lease.search_id,
                 number=draft.number,
@@ -180,6 +199,11 @@ class Leases:
             raise LeaseLost(f"trial {trial_id} is not an unfinished one of {lease.search_id}")
         return row
 
+    def _has_ended(self, session: Session, lease: Lease, trial_id: int, state: str) -> bool:
+        """Whether this holder ended the trial so before: the write is a repeated one."""
+        row = session.get(TrialRow, trial_id)
+        return row is not None and (row.state, row.epoch) == (state, lease.epoch)
+
     def add_point(self, lease: Lease, trial_id: int, point: StoredPoint) -> None:
         """Store one evaluation; a run that began anew after a crash overwrites its own points."""
         if not (math.isfinite(point.loss) and math.isfinite(point.loss_stderr)):
@@ -207,31 +231,36 @@ class Leases:
     ) -> None:
         """End a trial whose last point has been stored."""
         with self._fenced(lease) as (session, _):
+            if self._has_ended(session, lease, trial_id, "complete"):
+                return
             row = self._trial(session, lease, trial_id)
             last = session.get(PointRow, (trial_id, row.steps))
             if last is None:
                 raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
             row.loss = last.loss
             row.environment = None if environment is None else dict(environment)
-            self._finish_trial(session, row, "complete", {"loss": last.loss})
+            self._finish_trial(session, lease, row, "complete", {"loss": last.loss})
 
     def fail_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
         """End a trial with the reason why it has no result; its points stay."""
         with self._fenced(lease) as (session, _):
+            if self._has_ended(session, lease, trial_id, "failed"):
+                return
             row = self._trial(session, lease, trial_id)
             row.error = reason[:_LONGEST_ERROR]
-            self._finish_trial(session, row, "failed", {"error": row.error})
+            self._finish_trial(session, lease, row, "failed", {"error": row.error})
 
     def stop_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
         """End a trial before its last step; its points stay, and it never counts as complete."""
         with self._fenced(lease) as (session, _):
             row = self._trial(session, lease, trial_id)
             row.error = reason[:_LONGEST_ERROR]
-            self._finish_trial(session, row, "stopped", {"reason": row.error})
+            self._finish_trial(session, lease, row, "stopped", {"reason": row.error})
 
     def _finish_trial(
-        self, session: Session, row: TrialRow, state: str, data: Mapping[str, Any]
+        self, session: Session, lease: Lease, row: TrialRow, state: str, data: Mapping[str, Any]
     ) -> None:
+        row.epoch = lease.epoch
         row.state, row.finished_at = state, rows.now(session)
         event = {"number": row.number, **data}
         rows.add_event(session, row.search_id, f"trial_{state}", event)
@@ -239,6 +268,8 @@ class Leases:
     def reuse_result(self, lease: Lease, trial_id: int) -> bool:
         """Complete a trial with the result of an equal run, if the store holds one."""
         with self._fenced(lease) as (session, _):
+            if self._has_ended(session, lease, trial_id, "complete"):
+                return True
             row = self._trial(session, lease, trial_id)
             twin = session.scalars(
                 select(TrialRow)
@@ -258,7 +289,7 @@ class Leases:
                 session.add(PointRow(**{**copy, "trial_id": trial_id}))
             row.reused_from, row.loss, row.environment = twin.id, twin.loss, twin.environment
             row.started_at = rows.now(session)
-            self._finish_trial(session, row, "complete", {"loss": row.loss, "reused": True})
+            self._finish_trial(session, lease, row, "complete", {"loss": row.loss, "reused": True})
             return True
 
     def release(self, lease: Lease, state: SearchState, error: str | None = None) -> None:
@@ -267,6 +298,9 @@ class Leases:
             self._end(session, row, state, error)
 
     def _end(self, session: Session, row: SearchRow, state: SearchState, error: str | None) -> None:
+        """End a search; one that was to be cancelled and did not succeed counts as cancelled."""
+        if row.cancel_requested and state != "succeeded":
+            state, error = "cancelled", None
         at = rows.now(session)
         session.execute(
             update(TrialRow)
@@ -280,6 +314,9 @@ class Leases:
     def hand_back(self, lease: Lease) -> None:
         """Queue the search again because its worker is shutting down; not a failure."""
         with self._fenced(lease) as (session, row):
+            if row.cancel_requested:
+                self._end(session, row, "cancelled", None)
+                return
             row.state, row.lease_until, row.worker = "queued", None, None
             rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
 
@@ -287,7 +324,7 @@ class Leases:
         """Give the search back after an infrastructure error, to be tried again later."""
         with self._fenced(lease) as (session, row):
             row.failures += 1
-            if row.failures >= MAX_FAILURES:
+            if row.cancel_requested or row.failures >= MAX_FAILURES:
                 self._end(session, row, "failed", error)
                 return
             delay = BACKOFF_SECONDS * 2 ** (row.failures - 1)

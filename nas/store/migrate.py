@@ -8,7 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection
 
-from nas.store.engine import open_engine
+from nas.store.engine import open_engine, translated
 
 
 def _config(connection: Connection | None = None) -> Config:
@@ -23,7 +23,7 @@ def upgrade(url: str, revision: str = "head") -> None:
     engine = open_engine(url)
     try:
         # one write transaction: a second process waits here and then finds nothing to do
-        with engine.execution_options(writes=True).begin() as connection:
+        with translated(), engine.execution_options(writes=True).begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7305614)")
             command.upgrade(_config(connection), revision)

@@ -127,7 +127,7 @@ class TrialRow(Base):
     reused_from: Mapped[int | None] = mapped_column(_BIG)
     #: times it was dispatched
     attempts: Mapped[int] = mapped_column(default=0)
-    #: epoch of the last write
+    #: epoch of the write that planned, started or ended it
     epoch: Mapped[int]
     #: where it ran: device, threads, execution plan, library versions
     environment: Mapped[dict[str, Any] | None] = mapped_column(JSON)

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, text, tuple_, update
+from sqlalchemy import ColumnElement, func, or_, select, text, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -104,8 +104,8 @@ class Store:
             row = self._row(session, search_id)
             return rows.to_search(row, rows.tally_trials(session, [row.id]))
 
-    def _row(self, session: Session, search_id: str) -> SearchRow:
-        row = session.get(SearchRow, search_id)
+    def _row(self, session: Session, search_id: str, *, lock: bool = False) -> SearchRow:
+        row = session.get(SearchRow, search_id, with_for_update=lock)
         if row is None:
             raise NotFound(f"no search {search_id!r}")
         return row
@@ -167,25 +167,14 @@ class Store:
             It has ended.
         """
         with writing(self.engine) as session:
-            row = self._row(session, search_id)
+            row = self._row(session, search_id, lock=True)
             if row.state in TERMINAL:
                 raise Conflict(f"search {search_id} has ended: {row.state}")
-            at = rows.now(session)
-            queued = session.execute(
-                update(SearchRow)
-                .where(SearchRow.id == search_id, SearchRow.state == "queued")
-                .values(state="cancelled", cancel_requested=True, finished_at=at)
-            )
-            if queued.rowcount:  # type: ignore[attr-defined]
+            row.cancel_requested = True
+            if row.state == "queued":
+                row.state, row.finished_at = "cancelled", rows.now(session)
                 rows.add_event(session, search_id, "cancelled", {})
             else:
-                running = session.execute(
-                    update(SearchRow)
-                    .where(SearchRow.id == search_id, SearchRow.state == "running")
-                    .values(cancel_requested=True)
-                )
-                if not running.rowcount:  # type: ignore[attr-defined]
-                    raise Conflict(f"search {search_id} has ended")
                 rows.add_event(session, search_id, "cancel_requested", {})
         return self.search(search_id)
 
@@ -203,7 +192,9 @@ class Store:
         """
         where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
         if search_id is not None:
-            where.append(SearchRow.id == search_id)
+            own = select(TrialRow.id).where(TrialRow.search_id == search_id)
+            elsewhere = TrialRow.reused_from.not_in(own.scalar_subquery())
+            where += [SearchRow.id == search_id, or_(TrialRow.reused_from.is_(None), elsewhere)]
         else:
             where.append(TrialRow.reused_from.is_(None))
         if task is not None:

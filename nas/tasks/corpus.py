@@ -33,7 +33,7 @@ class Corpus:
     train: NDArray[np.uint8]
     validation: NDArray[np.uint8]
     files: int
-    #: files with other characters, unreadable or empty, which were not used
+    #: files with other characters, unreadable, empty or equal to another, which were not used
     files_left_out: int
 
     @property
@@ -55,17 +55,22 @@ def default_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def load_corpus(data: str | os.PathLike[str] | None, least_characters: int) -> Corpus:
+def load_corpus(
+    data: str | os.PathLike[str] | None, least_characters: int, *, shown: str | None = None
+) -> Corpus:
     """Read a file, a folder, or by default the standard library's `.py` files.
 
-    Files that are not made solely of the 96 characters are left out and counted.  Whole files go
-    to validation, chosen by the digest of their content, until they hold 5% of the characters; a
-    corpus of one file gives its last 5%.
+    Files that are not made solely of the 96 characters are left out and counted, and of equal
+    files all but one.  Whole files go to validation, chosen by the digest of their content, until
+    they hold 5% of the characters; where no choice of whole files holds between 5% and 10%, the
+    last 5% of the text does.
 
     Parameters
     ----------
     least_characters
         Characters that training and validation need each.
+    shown
+        What errors call the data; by default its path.
 
     Raises
     ------
@@ -74,37 +79,40 @@ def load_corpus(data: str | os.PathLike[str] | None, least_characters: int) -> C
     """
     path = default_folder() if data is None else Path(data)
     suffix = ".py" if data is None else ""
+    name = shown or ("the default corpus" if data is None else str(data))
     accepted = "a text file or a folder of text files made of printable ASCII and newline"
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
-        raise InvalidInput("data", data, f"{accepted}; this path: {reason}") from error
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise InvalidInput("data", name, f"{accepted}; this path {reason}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InvalidInput("data", data, f"{accepted}; this is neither a regular file nor a folder")
-    texts: list[bytes] = []
+        raise InvalidInput("data", name, f"{accepted}; this is neither a regular file nor a folder")
+    texts: dict[bytes, bytes] = {}
     left_out = characters = 0
     for file in _files(path, suffix):
         try:
             text = file.read_bytes()
         except OSError:
             text = b""
-        if not text or text.translate(None, ALPHABET):
+        digest = hashlib.sha256(text).digest()
+        if not text or text.translate(None, ALPHABET) or digest in texts:
             left_out += 1
             continue
-        texts.append(text)
+        texts[digest] = text
         characters += len(text)
         if characters > MAX_CHARACTERS:
-            raise InvalidInput("data", data, f"at most {MAX_CHARACTERS} characters")
-    corpus = _split(texts, left_out)
+            raise InvalidInput("data", name, f"at most {MAX_CHARACTERS} characters")
+    corpus = _split([texts[digest] for digest in sorted(texts)], left_out)
     short = min(len(corpus.train), len(corpus.validation))
     if short < least_characters:
         raise InvalidInput(
             "data",
-            path if data is None else data,
+            name,
             f"{accepted}; of this, {corpus.files} files with {corpus.characters} characters are "
-            f"usable and {left_out} files were left out (empty, unreadable or with other "
-            f"characters); training and validation need {least_characters} characters each",
+            f"usable and {left_out} files were left out (empty, unreadable, equal to another or "
+            f"with other characters); training and validation (5%) need {least_characters} "
+            "characters each",
         )
     return corpus
 
@@ -123,17 +131,19 @@ def _files(path: Path, suffix: str) -> Iterator[Path]:
 
 
 def _split(texts: list[bytes], left_out: int) -> Corpus:
-    texts = sorted(texts, key=lambda t: (hashlib.sha256(t).digest(), t))
     total = sum(map(len, texts))
     wanted = VALIDATION_SHARE * total
-    if len(texts) == 1:
+    held: list[bytes] = []
+    kept: list[bytes] = []
+    size = 0
+    for text in texts:
+        takes = size < wanted and size + len(text) <= 2 * wanted
+        (held if takes else kept).append(text)
+        size += len(text) if takes else 0
+    if size < wanted:
+        whole = b"".join(texts)
         cut = total - int(wanted)
-        held, kept = [texts[0][cut:]], [texts[0][:cut]]
-    else:
-        held, kept = [], []
-        for text in texts:
-            room = sum(map(len, held)) < wanted and len(held) < len(texts) - 1
-            (held if room else kept).append(text)
+        held, kept = [whole[cut:]], [whole[:cut]]
     return Corpus(_tokens(kept), _tokens(held), len(texts), left_out)
 
 

@@ -25,7 +25,8 @@ GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
 @pytest.fixture
 def client(tmp_path: Path, text_folder: Path) -> Iterator[TestClient]:
     settings = Settings(home=tmp_path, data_dir=text_folder.parent)
-    with TestClient(create_app(settings), raise_server_exceptions=False) as opened:
+    app = create_app(settings)
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as opened:
         yield opened
 
 
@@ -124,6 +125,7 @@ def test_bad_fields_get_one_clear_error_and_store_nothing(
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b'"x"', b'{"train_flops": NaN}', b'{"train_flops": 1e999}',
+     b'{"train_flops": 2e11, "data": ' + b"[" * 950 + b"]" * 950 + b"}",
      b'{"train_flops": -Infinity}', b"[" * 60_000, b'{"task": "\\ud800", "train_flops": 2e11}',
      b"\xff\xfe", b'{"train_flops": ' + b"9" * 5000 + b"}", b'{"a": "' + b"x" * 60_000 + b'"}'],
 )  # fmt: skip
@@ -131,8 +133,17 @@ def test_bodies_that_are_no_request_are_refused(client: TestClient, body: bytes)
     answer = client.post("/v1/searches", content=body)
     assert answer.status_code == 422, answer.text
     assert len(answer.content) < 4096
-    assert answer.json()["field"] in ("body", "train_flops", "task", "a")
+    assert answer.json()["field"] in ("body", "train_flops", "task", "a", "data")
     assert client.get("/v1/searches").json()["items"] == []
+
+
+def test_pages_of_other_sites_can_neither_write_nor_read(client: TestClient) -> None:
+    evil = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+    assert client.post("/v1/searches", json=GOOD, headers=evil).status_code == 403
+    assert client.get("/v1/searches", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/v1/searches").json()["items"] == []
+    own = {"Origin": "http://127.0.0.1"}
+    assert client.post("/v1/searches", json=GOOD, headers=own).status_code == 201
 
 
 def test_a_huge_body_is_refused(client: TestClient) -> None:
@@ -150,7 +161,9 @@ def test_a_huge_body_is_refused(client: TestClient) -> None:
      "/v1/best?task=text",
      "/v1/best?task=nope&train_flops=1e12", "/v1/best?train_flops=1e12", "/v1/frontier",
      "/v1/frontier?task=text&search=x", "/v1/searches?limit=0", "/v1/searches?cursor=x",
-     "/v1/trials/x"],
+     "/v1/trials/x", "/v1/trials/9223372036854775808", "/v1/searches?cursor=99999999999999999999",
+     "/v1/searches/x%00/trials", "/v1/frontier?search=%00", "/v1/frontier?task=text@%00",
+     "/v1/searches/x/trials?cursor=99999999999999999999"],
 )  # fmt: skip
 def test_bad_queries_name_the_field(client: TestClient, path: str) -> None:
     answer = client.get(path)
@@ -162,6 +175,7 @@ def test_bad_queries_name_the_field(client: TestClient, path: str) -> None:
     "path",
     ["/v1/searches/x", "/v1/searches/x/trials", "/v1/searches/x/events", "/v1/trials/1",
      "/v1/frontier?search=x", "/v1/best?search=x&train_flops=1e12", "/v1/frontier?task=text",
+     "/v1/frontier?task=text@zzz",
      "/searches/x", "/nowhere"],
 )  # fmt: skip
 def test_what_is_not_there_is_a_404_problem(client: TestClient, path: str) -> None:
@@ -205,6 +219,9 @@ def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) 
     assert multiplier["kind"] == "exact"
     assert multiplier["value"] == pytest.approx(4 ** (1 - share), rel=0.02)
     assert client.get("/v1/best?task=text&train_flops=1").status_code == 404
+    # a budget beyond what was measured changes nothing that was measured
+    beyond = client.get("/v1/best?task=text&train_flops=1e15").json()
+    assert beyond["multiplier_over_dense"] == multiplier
 
 
 def test_the_frontier_is_the_non_dominated_set(client: TestClient) -> None:

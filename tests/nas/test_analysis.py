@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.analysis import best_for_budget, frontier
+from nas.analysis.best import Multiplier
 from nas.analysis.frontier import flops_to_reach, non_dominated
 from nas.errors import NotFound
 from nas.store import CurvePoint
@@ -74,6 +75,12 @@ def test_flops_to_reach_a_loss(target: float, flops: float, kind: str) -> None:
     assert got == (pytest.approx(flops), kind)
 
 
+def test_a_loss_of_zero_is_still_a_number() -> None:
+    flops, losses = np.array([1.0, 2.0]), np.array([1.0, 0.0])
+    assert flops_to_reach(flops, losses, 0.0) == (2.0, "exact")
+    assert np.isfinite(flops_to_reach(flops, losses, 0.5)[0])
+
+
 def test_a_curve_that_rises_again_has_reached_what_it_reached() -> None:
     got = flops_to_reach(np.array([1.0, 2.0, 4.0]), np.array([3.0, 2.0, 2.5]), 2.0)
     assert got == (2.0, "exact")
@@ -93,6 +100,7 @@ def test_the_multiplier_of_known_power_laws() -> None:
     answer = best_for_budget(points, 16.0, windows)
     assert answer.multiplier is not None
     assert answer.multiplier.kind == "exact"
+    assert answer.multiplier.interval is not None
     assert answer.multiplier.value == pytest.approx(2.0)
     low, high = answer.multiplier.interval
     assert low < 2.0 < high < 2.2
@@ -101,15 +109,15 @@ def test_the_multiplier_of_known_power_laws() -> None:
 def test_a_multiplier_is_censored_where_structured_curves_begin_too_low() -> None:
     points = [*power_law(1, 4.0, dense=True), point(2, 8.0, 1.0)]
     multiplier = best_for_budget(points, 16.0, windows).multiplier
-    assert multiplier is not None
-    assert (multiplier.kind, multiplier.value) == ("at_least", 2.0)
+    assert multiplier == Multiplier(2.0, "at_least", None)
+    # asking for more than was measured does not make dense spend more
+    assert best_for_budget(points, 1e6, windows).multiplier == multiplier
 
 
 def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
     points = [*power_law(1, 2.0, dense=True), *power_law(2, 4.0, dense=False)]
     multiplier = best_for_budget(points, 16.0, windows).multiplier
-    assert multiplier is not None
-    assert (multiplier.kind, multiplier.value) == ("less_than", 1.0)
+    assert multiplier == Multiplier(1.0, "less_than", None)
 
 
 def test_unfinished_and_over_budget_runs_never_win() -> None:

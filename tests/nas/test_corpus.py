@@ -52,6 +52,23 @@ def test_one_file_is_split_at_its_end(tmp_path: Path) -> None:
     assert (len(corpus.train), len(corpus.validation)) == (9500, 500)
 
 
+def test_equal_files_count_once_so_that_none_is_on_both_sides(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("the same text in every file\n" * 200)
+    (tmp_path / "other.txt").write_text("another text altogether\n" * 200)
+    corpus = load_corpus(tmp_path, 100)
+    assert (corpus.files, corpus.files_left_out) == (2, 9)
+    assert corpus.characters == 200 * (28 + 24)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_large_file_never_becomes_the_validation_text(tmp_path: Path, seed: int) -> None:
+    (tmp_path / "large.txt").write_text(f"large {seed}\n" * 10_000)
+    (tmp_path / "small.txt").write_text(f"small {seed}\n" * 100)
+    corpus = load_corpus(tmp_path, 100)
+    assert 0.04 < len(corpus.validation) / corpus.characters <= 0.1
+
+
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("abcdefghij" * 1000)

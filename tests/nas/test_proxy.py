@@ -9,12 +9,18 @@ import torch
 
 from nas.cost import RunPlan, plan_at
 from nas.errors import RunFailed
-from nas.proxy import Point, evaluation_steps, train
+from nas.proxy import Point, _validation_windows, evaluation_steps, train
 from nas.recipe import TEXT, GptRecipe
 from nas.taxonomy import parse_theta
 
 TINY = dataclasses.replace(
-    TEXT, context=16, batch=4, min_steps=20, warmup_steps=5, validation_sequences=24
+    TEXT,
+    context=16,
+    batch=4,
+    min_steps=20,
+    warmup_steps=5,
+    validation_sequences=24,
+    min_validation_sequences=4,
 )
 _RNG = np.random.default_rng(0)
 #: Learnable text: each character is one of the two that follow its predecessor.
@@ -70,6 +76,17 @@ def test_points_carry_exact_flops_and_the_windows() -> None:
         assert c.train_flops == c.step * p.train_flops_per_step
         assert len(c.window_losses) == TINY.validation_sequences
         assert np.mean(c.window_losses) == pytest.approx(c.loss)
+
+
+def test_validation_windows_are_distinct_and_do_not_overlap() -> None:
+    text = np.arange(17 * 10 + 3, dtype=np.uint8) % 251
+    for count, expected in ((6, 6), (24, 10)):
+        recipe = dataclasses.replace(TINY, validation_sequences=count)
+        inputs, targets = _validation_windows(text, recipe)
+        assert inputs.shape == (expected, 16)
+        seen = torch.cat([inputs, targets[:, -1:]], dim=1).flatten().tolist()
+        assert len(seen) == len(set(seen))  # every character of this text is its own
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 def test_an_exploding_run_ends_with_its_reason() -> None:

@@ -257,8 +257,29 @@ def test_a_number_exists_once(store: Store, leases: Leases) -> None:
     lease, _ = claimed(leases)
     leases.add_trial(lease, draft(0))
     with pytest.raises(Exception, match=r"(?i)unique"):
-        leases.add_trial(lease, draft(0))
+        leases.add_trial(lease, draft(0, key="another"))
     assert len(store.trials(search.id)) == 1
+
+
+def test_a_write_whose_answer_was_lost_can_be_repeated(store: Store, leases: Leases) -> None:
+    search, _ = store.create_search(REQUEST)
+    lease, _ = claimed(leases)
+    trial = leases.add_trial(lease, draft(0))
+    assert leases.add_trial(lease, draft(0)) == trial
+    leases.start_trial(lease, trial.id)
+    for _ in range(2):
+        leases.add_point(lease, trial.id, last_point(trial))
+    for _ in range(2):
+        leases.complete_trial(lease, trial.id, {"device": "cpu"})
+    twin = leases.add_trial(lease, draft(1, key="key-0"))
+    assert leases.reuse_result(lease, twin.id)
+    assert leases.reuse_result(lease, twin.id)
+    other = leases.add_trial(lease, draft(2))
+    leases.start_trial(lease, other.id)
+    for _ in range(2):
+        leases.fail_trial(lease, other.id, "nan")
+    kinds = [e.kind for e in store.events(search.id)]
+    assert (kinds.count("trial_complete"), kinds.count("trial_failed")) == (2, 1)
 
 
 def test_a_finished_trial_stays_as_it_is(store: Store, leases: Leases) -> None:
@@ -269,6 +290,7 @@ def test_a_finished_trial_stays_as_it_is(store: Store, leases: Leases) -> None:
         lambda: leases.start_trial(lease, trial.id),
         lambda: leases.add_point(lease, trial.id, last_point(trial, 1.0)),
         lambda: leases.fail_trial(lease, trial.id, "x"),
+        lambda: leases.stop_trial(lease, trial.id, "x"),
     ):
         with pytest.raises(LeaseLost):
             write()
@@ -319,7 +341,15 @@ def test_equal_keys_share_one_result(store: Store, leases: Leases) -> None:
     assert store.curve(twin.id) == store.curve(first.id)
     # of the task as a whole the run counts once
     assert {p.trial_id for p in store.curve_points(task="text")} == {first.id}
-    assert {p.trial_id for p in store.curve_points(search_id=search.id)} == {first.id, twin.id}
+    assert {p.trial_id for p in store.curve_points(search_id=search.id)} == {first.id}
+    # but a search that found it done elsewhere shows it
+    leases.release(lease, "succeeded")
+    again, _ = store.create_search(REQUEST)
+    lease, _ = claimed(leases)
+    elsewhere = leases.add_trial(lease, draft(0, key="same"))
+    assert leases.reuse_result(lease, elsewhere.id)
+    assert {p.trial_id for p in store.curve_points(search_id=again.id)} == {elsewhere.id}
+    assert {p.trial_id for p in store.curve_points(task="text")} == {first.id}
 
 
 def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leases) -> None:
@@ -391,6 +421,24 @@ def test_a_cancelled_search_whose_worker_died_is_not_run_again(
     time.sleep(0.03)
     assert leases.claim("w", LONG) is None
     assert store.search(search.id).state == "cancelled"
+
+
+@pytest.mark.parametrize("end", ["hand_back", "requeue"])
+def test_a_wish_to_cancel_survives_the_worker(store: Store, leases: Leases, end: str) -> None:
+    search, _ = store.create_search(REQUEST)
+    lease, _ = claimed(leases)
+    store.cancel(search.id)
+    leases.hand_back(lease) if end == "hand_back" else leases.requeue(lease, "no GPU")
+    assert store.search(search.id).state == "cancelled"
+
+
+def test_giving_one_search_up_does_not_hide_the_next(store: Store, leases: Leases) -> None:
+    store.create_search(REQUEST)
+    for _ in range(MAX_FAILURES):
+        claimed(leases, seconds=0.01)
+        time.sleep(0.03)
+    second, _ = store.create_search(REQUEST)
+    assert claimed(leases)[0].search_id == second.id
 
 
 def test_completion_and_cancellation_race_to_one_end(store: Store, leases: Leases) -> None:

@@ -110,7 +110,7 @@ def test_unusable_data_fails_the_search_with_the_reason(settings: Settings, tmp_
 
 def test_data_that_changed_under_a_search_ends_it(settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "data.txt"
-    file.write_text("abcdefghij" * 1000)
+    file.write_text("abcdefghij" * 10_000)
     store, search = queue(settings, file)
     got = Leases(store).claim("w", 30)
     assert got is not None

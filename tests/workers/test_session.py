@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nas.errors import LeaseLost
+from nas.errors import EinsumNasError, LeaseLost
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, upgrade
 from workers.session import SearchSession, Signals
@@ -173,6 +173,19 @@ def test_a_search_without_any_result_has_failed(store: Store) -> None:
     session.finish()
     ended = store.search(search.id)
     assert (ended.state, ended.error) == ("failed", "no candidate completed: out of memory")
+
+
+def test_a_run_that_ended_early_is_no_success(store: Store) -> None:
+    session, _, search = begin(store)
+    session.prepare()
+    for _ in range(5):
+        trial = session.next_trial()
+        assert trial is not None
+        finish(session, trial)
+    assert session.next_trial() is not None
+    with pytest.raises(EinsumNasError, match=r"trials \[5\] unfinished, 2 not proposed"):
+        session.finish()
+    assert store.search(search.id).state == "running"
 
 
 def test_cancelling_stops_what_is_left(store: Store) -> None:
