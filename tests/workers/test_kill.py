@@ -83,3 +83,49 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(tmp_path: Path) -> Non
     assert [t.loss for t in trials] == [t.loss for t in expected]
     whole.close()
     broken.close()
+
+
+def trial_processes(driver: int) -> list[int]:
+    """Ray's processes that train, of the cluster that this driver started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            status = (entry / "stat").read_text()
+        except (OSError, ValueError):
+            continue
+        # Ray titles it after the wrapper that carries the trial's resources
+        if command.startswith("ray::ResourceTrainable") and driver in ancestors(status):
+            found.append(int(entry.name))
+    return found
+
+
+def ancestors(status: str) -> list[int]:
+    """The process ids above a process, from its /proc stat line."""
+    found = []
+    while (parent := int(status.rsplit(")", 1)[1].split()[1])) > 1:
+        found.append(parent)
+        status = Path(f"/proc/{parent}/stat").read_text()
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "home")
+    search_id = store.create_search(REQUEST.model_copy(update={"trials": 1}))[0].id
+    worker = start_worker(tmp_path / "home")
+    await_trials(store, search_id, complete=1, running=1)
+    victims = trial_processes(worker.pid)
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    assert worker.wait(300) == 0, (tmp_path / "home" / "log").read_text()
+    ended = store.search(search_id)
+    assert (ended.state, ended.failures, ended.epoch) == ("succeeded", 0, 1)
+    assert "trial started anew" in (tmp_path / "home" / "log").read_text()
+    for trial in store.trials(search_id):
+        assert trial.state == "complete"
+        steps = [p.step for p in store.curve(trial.id)]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == trial.steps
+    store.close()
