@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.errors import EinsumNasError, InvalidInput, echo
+from nas.processes import (
+    end_with,
+    exit_on_signals,
+    free_port,
+    keep_worker,
+    spawn,
+    stop_child,
+)
 
 if TYPE_CHECKING:
     from nas.client import RemoteSearch
@@ -232,7 +237,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
     from nas.terminal import search_progress
 
     child: subprocess.Popen[bytes] | None = None
-    _exit_on_signals()
+    exit_on_signals()
     with nullcontext(lambda _: None) if quiet else search_progress() as show:
         try:
             while True:
@@ -241,48 +246,10 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
                 if current.finished_at is not None:
                     return
                 if child is None or child.poll() is not None:
-                    child = _spawn("worker", "--search", search_id)
+                    child = spawn("worker", "--search", search_id)
                 time.sleep(0.5)
         finally:
-            _stop_child(child)
-
-
-def _spawn(*arguments: str) -> subprocess.Popen[bytes]:
-    """This program in a session of its own, so that Ctrl-C does not reach it twice.
-
-    It ends when this process does, however that ends.
-    """
-    command = [sys.executable, "-m", "nas.cli", *arguments, "--parent", str(os.getpid())]
-    return subprocess.Popen(command, start_new_session=True)
-
-
-def _end_with(parent: int | None) -> None:
-    """Send this process SIGTERM once `parent` is no longer its parent."""
-    if parent is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def _exit_on_signals() -> None:
-    """Make SIGTERM and SIGHUP unwind the stack, so that children are stopped."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))
-
-
-def _stop_child(child: subprocess.Popen[bytes] | None) -> None:
-    if child is None or child.poll() is not None:
-        return
-    child.terminate()
-    try:
-        child.wait(30)
-    except subprocess.TimeoutExpired:
-        child.kill()
+            stop_child(child)
 
 
 def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> None:
@@ -381,7 +348,7 @@ def worker(
     _log_to_stderr()
     used = settings()
     upgrade(used.resolved_database_url)
-    _end_with(parent)
+    end_with(parent)
     main(used, until_idle=until_idle, search_id=search_id)
 
 
@@ -440,29 +407,16 @@ def serve(
     """REST service, dashboard and a worker, in one command."""
     _log_to_stderr()
     # uvicorn raises the signal that ended it once more; unhandled it would skip what follows
-    _exit_on_signals()
-    _end_with(parent)
+    exit_on_signals()
+    end_with(parent)
     ended = threading.Event()
-    keeper = threading.Thread(target=_keep_worker, args=(ended,), name="worker-keeper")
+    keeper = threading.Thread(target=keep_worker, args=(ended,), name="worker-keeper")
     keeper.start()
     try:
         _run_api(host, port, without_access_control)
     finally:
         ended.set()
         keeper.join()
-
-
-def _keep_worker(ended: threading.Event) -> None:
-    """Keep one worker process running; a dead one is replaced after a pause."""
-    child = _spawn("worker")
-    while not ended.wait(1.0):
-        if child.poll() is not None:
-            logging.getLogger(__name__).warning(
-                "worker ended with status %s; starting another", child.returncode
-            )
-            child = _spawn("worker")
-            ended.wait(2.0)
-    _stop_child(child)
 
 
 @app.command()
@@ -473,10 +427,10 @@ def demo(port: Port = None) -> None:
     from nas.settings import settings
     from nas.terminal import console, show_best, show_frontier
 
-    _exit_on_signals()
-    used_port = port if port is not None else _free_port(settings().port)
+    exit_on_signals()
+    used_port = port if port is not None else free_port(settings().port)
     url = f"http://127.0.0.1:{used_port}"
-    service = _spawn("serve", "--port", str(used_port))
+    service = spawn("serve", "--port", str(used_port))
     try:
         with Client(url) as client:
             _await_ready(client, service)
@@ -493,20 +447,7 @@ def demo(port: Port = None) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        _stop_child(service)
-
-
-def _free_port(wanted: int) -> int:
-    """`wanted` if nothing listens there, else one that the system picks."""
-    for candidate in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", candidate))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise EinsumNasError("no free port on 127.0.0.1")
+        stop_child(service)
 
 
 def _await_ready(client: Any, service: subprocess.Popen[bytes]) -> None:
