@@ -123,13 +123,17 @@ def fit_theta(recipe: GptRecipe, theta: Theta, width: int) -> Theta:
 
 
 def _lower_rank(recipe: GptRecipe, theta: Theta, width: int) -> Theta | None:
-    """θ with the largest rank axis, not above its own, at which no layer is degenerate."""
-    for rank in range(max(1, round(width**theta.rho)), 0, -1):
-        rho = theta.rho if rank == round(width**theta.rho) else math.log(rank) / math.log(width)
-        candidate = replace(theta, rho=rho)
-        if not any(s.is_degenerate for s in structures_of(recipe, candidate, width)):
-            return candidate
-    return None
+    """θ with the largest rank axis, not above its own, at which no layer is degenerate.
+
+    None if one is at rank 1 already.  MACs are proportional to the rank axis.
+    """
+    at_rank_1 = structures_of(recipe, replace(theta, rho=0.0), width)
+    allowed = [s.d_in * s.d_out // s.sizes.macs_a_first for s in at_rank_1 if not s.is_dense]
+    own = max(1, round(width**theta.rho))
+    rank = min([own, *allowed])
+    if rank < 1:
+        return None
+    return theta if rank == own else replace(theta, rho=math.log(rank) / math.log(width))
 
 
 def _raise_private(theta: Theta, least: float) -> Theta:

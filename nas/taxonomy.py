@@ -23,6 +23,10 @@ NAMED_FORMS = (
 )
 
 
+#: An exponent below this is an axis of size 1 at every dimension, and has no place in a name.
+_NOTHING = 1e-9
+
+
 @dataclass(frozen=True, slots=True)
 class Taxonomy:
     """Scaling exponents of a θ for a square layer of dimension d."""
@@ -107,7 +111,7 @@ def name_of(theta: Theta) -> str:
     t = theta.canonical()
     if t.is_dense:
         return "dense"
-    zero = {axis for axis in AXES if getattr(t, axis) == 0}
+    zero = {axis for axis in AXES if getattr(t, axis) < _NOTHING}
     if {"beta", "gamma", "delta", "phi"} <= zero:
         return f"low-rank:rho={format_exponent(t.rho)}"
     alpha, epsilon, rho = (format_exponent(v) for v in (t.alpha, t.epsilon, t.rho))

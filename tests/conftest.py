@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from nas.client import Client, RemoteSearch, ServiceError
+
+# elsewhere each run of the tests tries new examples; continuous integration repeats its own
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("searching", deadline=None)
+settings.load_profile("repeatable" if os.environ.get("CI") else "searching")
 
 #: The smallest search that still has everything: three references and four candidates.
 SMALL_SEARCH = {"train_flops": 5e10, "trials": 4, "references": 3, "seed": 1}
@@ -60,9 +66,9 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def service_environment(home: Path, **settings: str) -> dict[str, str]:
+def service_environment(home: Path, **options: str) -> dict[str, str]:
     """Environment of a process with settings of its own."""
-    own = {f"EINSUM_NAS_{k.upper()}": v for k, v in settings.items()}
+    own = {f"EINSUM_NAS_{k.upper()}": v for k, v in options.items()}
     return {**os.environ, "EINSUM_NAS_HOME": str(home), **own}
 
 

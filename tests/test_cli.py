@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nas.cli import app
 from nas.client import RemoteSearch
+from nas.settings import settings
 from nas.store import Store
 from tests.conftest import SMALL_SEARCH, Service, service_environment
 
@@ -48,10 +51,13 @@ BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_COMMANDS, ids=lambda v: " ".join(v)[:40])
 def test_bad_input_is_one_clear_error_with_status_2(
-    tmp_path: Path, arguments: list[str], expected: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
 ) -> None:
-    done = cli(tmp_path, *arguments)
-    assert done.returncode == 2, done.stderr
+    monkeypatch.setenv("EINSUM_NAS_HOME", str(tmp_path))
+    settings.cache_clear()
+    done = CliRunner().invoke(app, arguments)
+    settings.cache_clear()
+    assert done.exit_code == 2, done.stderr
     assert done.stdout == ""
     for text in expected:
         assert text in done.stderr
@@ -60,6 +66,12 @@ def test_bad_input_is_one_clear_error_with_status_2(
         store = Store(f"sqlite:///{tmp_path / 'einsum-nas.db'}")
         assert store.searches() == []
         store.close()
+
+
+def test_a_process_ends_with_that_status_too(tmp_path: Path) -> None:
+    done = cli(tmp_path, "search", "--train-flops", "1e6")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: train_flops: got 1000000.0; accepted: train FLOPs from")
 
 
 def test_filtered_and_empty_data_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_flops_and_parameters_are_those_of_the_built_model(text: str, width: int
     assert sum(p.numel() for p in model.parameters()) == cost.parameters(TEXT, theta, width)
 
 
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(thetas(), st.floats(0, 1), budgets)
 def test_a_run_fills_its_budget_to_within_one_step(
     theta: Theta, position: float, budget: float
@@ -66,7 +67,7 @@ def test_positions_span_the_widths_that_the_budget_admits() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 12])
-@settings(deadline=None)
+@settings(max_examples=30)
 @given(budget=budgets)
 def test_references_are_dense_at_distinct_widths(budget: float, count: int) -> None:
     plans = cost.references(TEXT, budget, count)
@@ -94,3 +95,16 @@ def test_a_training_step_is_three_forward_passes() -> None:
     linears = 12 * 64 * 64 * TEXT.depth
     attention = 2 * TEXT.context * 64 * TEXT.depth
     assert one == 2 * TEXT.context * (linears + attention + 64 * 96)
+
+
+@settings(max_examples=50)
+@given(thetas(), st.sampled_from([16, 64, 144]))
+def test_the_rank_is_lowered_no_further_than_needed(theta: Theta, width: int) -> None:
+    fitted = cost.fit_theta(TEXT, theta, width)
+    canonical = theta.canonical()
+    if fitted in (canonical, DENSE) or fitted.values[:6] != canonical.values[:6]:
+        return
+    rank = round(width**fitted.rho)
+    assert rank < round(width**canonical.rho)
+    one_more = dataclasses.replace(fitted, rho=math.log(rank + 1) / math.log(width))
+    assert any(s.is_degenerate for s in cost.structures_of(TEXT, one_more, width))

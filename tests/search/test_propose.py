@@ -68,7 +68,7 @@ def test_structures_are_not_repeated(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_every_point_of_the_box_is_a_run_within_the_budget(
     objective: str, data: st.DataObject
