@@ -23,10 +23,6 @@ NAMED_FORMS = (
 )
 
 
-#: An exponent below this is an axis of size 1 at every dimension, and has no place in a name.
-_NOTHING = 1e-9
-
-
 @dataclass(frozen=True, slots=True)
 class Taxonomy:
     """Scaling exponents of a θ for a square layer of dimension d."""
@@ -111,7 +107,7 @@ def name_of(theta: Theta) -> str:
     t = theta.canonical()
     if t.is_dense:
         return "dense"
-    zero = {axis for axis in AXES if getattr(t, axis) < _NOTHING}
+    zero = {axis for axis in AXES if getattr(t, axis) == 0}
     if {"beta", "gamma", "delta", "phi"} <= zero:
         return f"low-rank:rho={format_exponent(t.rho)}"
     alpha, epsilon, rho = (format_exponent(v) for v in (t.alpha, t.epsilon, t.rho))

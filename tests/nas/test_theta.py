@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nas.errors import InvalidInput
@@ -31,13 +31,14 @@ def test_canonical_form_is_one_of_two_and_stable(theta: Theta) -> None:
     assert canonical == theta.swapped().canonical()
     assert canonical == canonical.canonical()
     assert canonical in (theta, theta.swapped(), DENSE)
-    assert min(canonical.alpha, canonical.epsilon) >= min(canonical.beta, canonical.delta)
+    inner, outer = min(canonical.alpha, canonical.epsilon), min(canonical.beta, canonical.delta)
+    assert inner >= outer - 1e-12
 
 
 @given(thetas())
 def test_text_reads_back(theta: Theta) -> None:
     again = Theta.parse(",".join(f"{v:.17f}" for v in theta.values))
-    assert again.values == pytest.approx(theta.values, abs=1e-15)
+    assert again.values == pytest.approx(theta.values, abs=1e-9)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "x", None, True])
@@ -105,6 +106,10 @@ def test_names_are_the_most_specific(text: str, name: str) -> None:
 
 
 @given(thetas())
+@example(Theta(1 / 3, 2 / 3, 0, 1 / 3, 2 / 3, 0, 0))
+@example(Theta(2 / 3, 1 - 2 / 3, 0, 2 / 3, 1 - 2 / 3, 0, 0))
+@example(Theta(1, 0, 0, 0, 1, 8.9e-308, 0))
+@example(Theta(1, 0, 0, 0, 1.1e-79, 1, 0))
 def test_names_read_back(theta: Theta) -> None:
     name = name_of(theta)
     if name not in ("einsum", "dense") and "." not in name:
