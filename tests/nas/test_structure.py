@@ -99,7 +99,9 @@ def test_sizes_stay_near_theta(theta: Theta, d_in: int, d_out: int) -> None:
 def _macs_by_counting(structure: Structure, first: Factor) -> int:
     """MACs as the sizes of the index sets of both products, derived from the einsum."""
     s = structure.sizes
-    size = dict(zip("abgdefr", (s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho)))  # noqa: B905
+    size = dict(
+        zip("abgdefr", (s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho), strict=True)
+    )
     factors = {"A": set("agdfr"), "B": set("bgefr")}
     second: Factor = "B" if first == "A" else "A"
     x = set("abg")
