@@ -15,7 +15,7 @@ from nas.errors import InvalidInput
 from nas.request import SearchRequest, data_inside
 from nas.settings import Settings
 from nas.store import Search, Store
-from nas.structure import MAX_DIMENSION, inspect_structure
+from nas.structure import MAX_DIMENSION, Sizing, inspect_structure
 from nas.tasks.corpus import load_corpus
 from nas.taxonomy import parse_theta
 
@@ -182,8 +182,9 @@ def read_structure(
     theta: str,
     d_in: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
     d_out: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
+    sizing: Sizing = "least-waste",
 ) -> dict[str, Any]:
-    return inspect_structure(parse_theta(theta), d_in, d_out)
+    return inspect_structure(parse_theta(theta), d_in, d_out, sizing)
 
 
 @router.get("/tasks", summary="Tasks, their recipes and the data that searches have used")

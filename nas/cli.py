@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -32,6 +32,7 @@ from nas.processes import (
 if TYPE_CHECKING:
     from nas.client import RemoteSearch
     from nas.store import Store
+    from nas.structure import Sizing
 
 app = typer.Typer(
     name="einsum-nas",
@@ -122,13 +123,17 @@ def inspect(
     ],
     d_in: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Inputs of the layer.")],
     d_out: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Outputs of the layer.")],
+    sizing: Annotated[
+        str,
+        typer.Option(help="least-waste | paper: axes rounded one by one, as the papers' code does"),
+    ] = "least-waste",
     as_json: Json = False,
 ) -> None:
     """Exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
     from nas.structure import inspect_structure
     from nas.taxonomy import parse_theta
 
-    inspected = inspect_structure(parse_theta(theta), d_in, d_out)
+    inspected = inspect_structure(parse_theta(theta), d_in, d_out, cast("Sizing", sizing))
     if as_json:
         _print_json(inspected)
     else:

@@ -171,9 +171,11 @@ class Client:
         """The best measured structure of a task within a budget of train FLOPs."""
         return self.get("/v1/best", task=task, train_flops=train_flops)
 
-    def structure(self, theta: str, d_in: int, d_out: int) -> dict[str, Any]:
-        """Sizes, FLOPs, parameters and rank of θ at d_in → d_out."""
-        return self.get("/v1/structures", theta=theta, d_in=d_in, d_out=d_out)
+    def structure(
+        self, theta: str, d_in: int, d_out: int, sizing: str = "least-waste"
+    ) -> dict[str, Any]:
+        """Sizes, FLOPs, parameters and rank of θ at d_in → d_out; sizing least-waste or paper."""
+        return self.get("/v1/structures", theta=theta, d_in=d_in, d_out=d_out, sizing=sizing)
 
     def tasks(self) -> list[dict[str, Any]]:
         """Every task of the service."""

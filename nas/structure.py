@@ -3,7 +3,8 @@
 Flattened order: the input index runs over (γ, β, α) with α innermost, the output index over
 (φ, ε, δ) with δ innermost.  Where a dimension cannot be factored near θ, the product of its axes
 is the next that can: the input is zero-padded at its end, surplus outputs at the end are cut, and
-the surplus is charged.  1 MAC = 2 FLOPs.
+the surplus is charged.  `sizing="paper"` rounds as the papers' public code does instead, for
+comparison with it.  1 MAC = 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 from nas.errors import InvalidInput
-from nas.taxonomy import name_of, taxonomy
+from nas.taxonomy import Taxonomy, name_of, taxonomy
 from nas.theta import Theta
 
 #: Largest dimension of a layer; indices of its padded product stay far inside 64 bits.
@@ -24,11 +25,13 @@ MAX_DIMENSION = 1 << 24
 _NEAR = 4 / 3
 _FULL_EINSUM = "agdfr,bgefr,...abg->...def"
 Factor = Literal["A", "B"]
+#: How d^θ becomes integers: axes whose product covers the dimension, or each rounded on its own.
+Sizing = Literal["least-waste", "paper"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Integer axis sizes of one structure."""
+    """Integer axis sizes of one structure, of any magnitude, and what follows for two factors."""
 
     alpha: int
     beta: int
@@ -56,43 +59,82 @@ class Sizes:
         """Multiply-accumulates per token, B contracted first: αγεφρ(β+δ)."""
         return self.swapped().macs_a_first
 
+    @property
+    def params(self) -> int:
+        """Parameters of both factors, γφρ(αδ+βε), bias not counted."""
+        return (
+            self.gamma * self.phi * self.rho * (self.alpha * self.delta + self.beta * self.epsilon)
+        )
+
+    @property
+    def rank(self) -> int:
+        """Generic rank of the uncut operator αβγ → δεφ: min{αβγ, δεφ, βγδφρ, αγεφρ}.
+
+        That is the narrowest of the input, the output, and what stands between the two contractions
+        with A first and with B first.  Exact for β=δ=1 (BTT and all inside it: the least cut of the
+        network of blocks, a flow that unit vectors attain) and for γ=φ=ρ=1 (Kronecker); elsewhere
+        an upper bound that few shapes miss: at (6,2,2,9,3,1,1) the rank is 21, the bound 24,
+        because two Kronecker products side by side share (6+6−9)·(2+2−3) directions.
+        """
+        s = self
+        return min(
+            s.alpha * s.beta * s.gamma,
+            s.delta * s.epsilon * s.phi,
+            s.beta * s.gamma * s.delta * s.phi * s.rho,
+            s.alpha * s.gamma * s.epsilon * s.phi * s.rho,
+        )
+
 
 @dataclass(frozen=True)
 class Structure:
     """A linear operator d_in → d_out of structure θ, as integers.
 
-    Factors are labelled so that contracting A first is not dearer.  Build one with `Structure.of`.
+    Factors are labelled so that contracting A first is not dearer; under paper sizing they keep
+    the labels they were given.  Build one with `Structure.of`.
 
     >>> s = Structure.of(Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), 1024, 1024)
     >>> s.macs, s.params, s.rank
     (65536, 65536, 1024)
     """
 
-    #: canonical θ
+    #: canonical θ; under paper sizing θ as given
     theta: Theta
     d_in: int
     d_out: int
     sizes: Sizes
+    sizing: Sizing = "least-waste"
 
     @staticmethod
-    def of(theta: Theta, d_in: int, d_out: int) -> Structure:
+    def of(theta: Theta, d_in: int, d_out: int, sizing: Sizing = "least-waste") -> Structure:
         """The structure of θ for a layer with `d_in` inputs and `d_out` outputs.
+
+        `sizing="paper"` gives what the public code of arXiv:2410.02117 builds: every axis is
+        max(1, round(d^θ)), θ and labels stay as given, and no factor is absorbed, so that dense is
+        two factors.  Where αβγ < d_in the last inputs are dropped, where δεφ < d_out the last
+        outputs are constant zero.
 
         Raises
         ------
         InvalidInput
-            A dimension that is not a whole number from 1 to 2^24.
+            A dimension that is not a whole number from 1 to 2^24, or an unknown sizing.
         """
         for field, value in (("d_in", d_in), ("d_out", d_out)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
             if not 1 <= value <= MAX_DIMENSION:
                 raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
-        return _structure(theta.canonical(), d_in, d_out)
+        if sizing not in get_args(Sizing):
+            raise InvalidInput("sizing", sizing, " | ".join(get_args(Sizing)))
+        return _structure(theta if sizing == "paper" else theta.canonical(), d_in, d_out, sizing)
 
     @property
     def is_dense(self) -> bool:
-        """Whether a factor has no private axis: absorbed, it leaves one d_out × d_in matrix."""
+        """Whether a factor has no private axis: absorbed, it leaves one d_out × d_in matrix.
+
+        Never under paper sizing, which runs both factors.
+        """
+        if self.sizing == "paper":
+            return False
         s = self.sizes
         return (s.alpha == 1 and s.delta == 1) or (s.beta == 1 and s.epsilon == 1)
 
@@ -119,10 +161,7 @@ class Structure:
     @property
     def params(self) -> int:
         """Parameters of both factors, γφρ(αδ+βε), bias not counted."""
-        if self.is_dense:
-            return self.d_in * self.d_out
-        s = self.sizes
-        return s.gamma * s.phi * s.rho * (s.alpha * s.delta + s.beta * s.epsilon)
+        return self.d_in * self.d_out if self.is_dense else self.sizes.params
 
     @property
     def is_degenerate(self) -> bool:
@@ -131,32 +170,68 @@ class Structure:
 
     @property
     def padded_in(self) -> int:
-        """Inputs after zero-padding: αβγ (d_in if dense)."""
+        """Inputs after zero-padding: αβγ (d_in if dense); under paper sizing maybe below d_in."""
         s = self.sizes
         return self.d_in if self.is_dense else s.alpha * s.beta * s.gamma
 
     @property
     def padded_out(self) -> int:
-        """Outputs before the surplus is cut: δεφ (d_out if dense)."""
+        """Outputs before the cut: δεφ (d_out if dense); under paper sizing maybe below d_out."""
         s = self.sizes
         return self.d_out if self.is_dense else s.delta * s.epsilon * s.phi
 
     @property
-    def rank(self) -> int:
-        """Generic rank of the uncut operator, never above d_in or d_out.
+    def dropped_inputs(self) -> int:
+        """Inputs at the end that no output depends on; 0 but under paper sizing."""
+        return max(0, self.d_in - self.padded_in)
 
-        Exact where nothing is padded; an upper bound where surplus inputs or outputs were cut.
+    @property
+    def constant_outputs(self) -> int:
+        """Outputs at the end that are always zero; 0 but under paper sizing."""
+        return max(0, self.d_out - self.padded_out)
+
+    @property
+    def waste(self) -> float:
+        """MACs spent on zero-padded inputs and cut outputs, as a share of the other MACs.
+
+        Contracting A first, w = (αβγ − d_in)·δφρ + (δεφ − d_out)·βγρ of the F_A MACs are spent so,
+        and the waste is w / (F_A − w); 0 if dense.  A product that falls short of its dimension,
+        which only paper sizing leaves, counts as no surplus.
+        """
+        if self.is_dense:
+            return 0.0
+        s = self.sizes
+        wasted = (
+            max(0, self.padded_in - self.d_in) * s.delta * s.phi * s.rho
+            + max(0, self.padded_out - self.d_out) * s.beta * s.gamma * s.rho
+        )
+        return wasted / (self.macs_a_first - wasted)
+
+    @property
+    def rank(self) -> int:
+        """Generic rank of the operator, never above d_in or d_out; see `Sizes.rank`.
+
+        An upper bound, too, where surplus inputs or outputs were cut.
         """
         if self.is_dense:
             return min(self.d_in, self.d_out)
-        s = self.sizes
-        return min(
-            self.d_in,
-            self.d_out,
-            s.beta * s.gamma * min(s.alpha, s.delta * s.phi * s.rho),
-            s.delta * s.phi * min(s.epsilon, s.beta * s.gamma * s.rho),
-            s.alpha * s.gamma * min(s.beta, s.epsilon * s.phi * s.rho),
-            s.epsilon * s.phi * min(s.delta, s.alpha * s.gamma * s.rho),
+        return min(self.d_in, self.d_out, self.sizes.rank)
+
+    @property
+    def integer_taxonomy(self) -> Taxonomy:
+        """ω, ψ and ν of the integers: the exponents that MACs, parameters and rank amount to here.
+
+        With d = sqrt(d_in·d_out): d^(1+ν) = MACs and d^ω = MACs / parameters; and
+        min(d_in, d_out)^ψ = rank, so that full rank is ψ = 1 on every rectangle.  Constants, such
+        as the 2 in Monarch's 2·d^1.5, are included, so these approach the exponents of θ only as
+        d grows.  Where a base is 1 and has no logarithm, its exponents are those of dense.
+        """
+        log_d = math.log(self.d_in * self.d_out) / 2
+        log_full = math.log(min(self.d_in, self.d_out))
+        return Taxonomy(
+            omega=math.log(self.macs / self.params) / log_d if log_d else 0.0,
+            psi=math.log(self.rank) / log_full if log_full else 1.0,
+            nu=math.log(self.macs) / log_d - 1.0 if log_d else 1.0,
         )
 
     @property
@@ -173,7 +248,10 @@ class Structure:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal integer operators: dimensions and sizes, nothing of θ."""
+        """Equal for equal integer operators: dimensions and sizes, nothing of θ or of the sizing.
+
+        Dimensions and sizes say alone what is padded, cut, dropped or constant.
+        """
         s = self.sizes
         axes = (s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho)
         body = "dense" if self.is_dense else ".".join(map(str, axes))
@@ -212,7 +290,11 @@ class Structure:
 
 
 @lru_cache(maxsize=65536)
-def _structure(theta: Theta, d_in: int, d_out: int) -> Structure:
+def _structure(theta: Theta, d_in: int, d_out: int, sizing: Sizing) -> Structure:
+    if sizing == "paper":
+        dimensions = (d_in, d_in, d_in, d_out, d_out, d_out, min(d_in, d_out))
+        rounded = (max(1, round(d**t)) for d, t in zip(dimensions, theta.values, strict=True))
+        return Structure(theta, d_in, d_out, Sizes(*rounded), sizing)
     alpha, beta, gamma = _axes(d_in, (theta.alpha, theta.beta, theta.gamma))
     delta, epsilon, phi = _axes(d_out, (theta.delta, theta.epsilon, theta.phi))
     rho = max(1, round(min(d_in, d_out) ** theta.rho))
@@ -270,21 +352,29 @@ def _least_waste(
     return None if best is None else best[2]
 
 
-def inspect_structure(theta: Theta, d_in: int, d_out: int) -> dict[str, object]:
+def inspect_structure(
+    theta: Theta, d_in: int, d_out: int, sizing: Sizing = "least-waste"
+) -> dict[str, object]:
     """Everything exact about θ at d_in → d_out, as plain JSON values.
 
-    `macs` and `flops` are per token and forward; `rank` is the generic rank; `waste` is the share
-    of charged MACs that padding adds over the same axes filled exactly.
+    `macs` and `flops` are per token and forward; `rank` is as in `Sizes.rank`, `waste` a fraction
+    as in `Structure.waste`; `omega`, `psi` and `nu` belong to θ, `*_integer` to the integers.
+
+    Raises
+    ------
+    InvalidInput
+        As `Structure.of`.
     """
-    structure = Structure.of(theta, d_in, d_out)
-    s, tax = structure.sizes, taxonomy(theta)
+    structure = Structure.of(theta, d_in, d_out, sizing)
+    s, tax, integer = structure.sizes, taxonomy(theta), structure.integer_taxonomy
     factors: tuple[Factor, ...] = ("A",) if structure.is_dense else ("A", "B")
     return {
         "theta": list(theta.values),
-        "canonical_theta": list(structure.theta.values),
+        "canonical_theta": list(theta.canonical().values),
         "name": name_of(theta),
         "d_in": d_in,
         "d_out": d_out,
+        "sizing": sizing,
         "sizes": {
             "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma,
             "delta": s.delta, "epsilon": s.epsilon, "phi": s.phi, "rho": s.rho,
@@ -300,10 +390,17 @@ def inspect_structure(theta: Theta, d_in: int, d_out: int) -> dict[str, object]:
         "omega": tax.omega,
         "psi": tax.psi,
         "nu": tax.nu,
+        "omega_integer": integer.omega,
+        "psi_integer": integer.psi,
+        "nu_integer": integer.nu,
         "padded_in": structure.padded_in,
         "padded_out": structure.padded_out,
+        "dropped_inputs": structure.dropped_inputs,
+        "constant_outputs": structure.constant_outputs,
+        "waste": structure.waste,
         "dense_macs": d_in * d_out,
         "degenerate": structure.is_degenerate,
+        "fingerprint": structure.fingerprint,
         "factors": [
             {
                 "name": f,

@@ -115,7 +115,7 @@ _BEST_ROWS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
 def show_structure(inspected: Mapping[str, Any]) -> None:
     """Everything exact about one structure."""
     table = Table(show_header=False)
-    for key in ("name", "theta", "canonical_theta", "sizes", "einsum", "contraction"):
+    for key in ("name", "theta", "canonical_theta", "sizing", "sizes", "einsum", "contraction"):
         value = inspected[key]
         if isinstance(value, Mapping):
             value = "  ".join(f"{k} {v}" for k, v in value.items())
@@ -131,8 +131,21 @@ def show_structure(inspected: Mapping[str, Any]) -> None:
     table.add_row("parameters", f"{inspected['params']:,}")
     table.add_row("rank", f"{inspected['rank']:,} generic")
     table.add_row("ω  ψ  ν", "  ".join(f"{inspected[k]:.4g}" for k in ("omega", "psi", "nu")))
+    table.add_row(
+        "  of the integers",
+        "  ".join(f"{inspected[f'{k}_integer']:.4g}" for k in ("omega", "psi", "nu")),
+    )
     padded = f"{inspected['padded_in']:,} inputs, {inspected['padded_out']:,} outputs"
-    table.add_row("after padding", padded)
+    table.add_row("axes multiply to", padded)
+    table.add_row(
+        "waste", f"{inspected['waste']:.2%} more MACs, spent on padded inputs and cut outputs"
+    )
+    if inspected["dropped_inputs"] or inspected["constant_outputs"]:
+        table.add_row(
+            "lost to rounding",
+            f"{inspected['dropped_inputs']:,} inputs are dropped, "
+            f"{inspected['constant_outputs']:,} outputs are always zero",
+        )
     for f in inspected["factors"]:
         table.add_row(
             f"factor {f['name']}",

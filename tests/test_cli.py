@@ -30,6 +30,8 @@ BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["inspect", "2,0,0,0,1,0,0", "--d-in", "8", "--d-out", "8"], ["theta.alpha", "2.0", "0 to 1"]),
     (["inspect", "nope", "--d-in", "8", "--d-out", "8"], ["theta", "nope", "monarch"]),
     (["inspect", "monarch", "--d-in", "0", "--d-out", "8"], ["d_in", "0", "from 1 to 16777216"]),
+    (["inspect", "monarch", "--d-in", "8", "--d-out", "8", "--sizing", "x"],
+     ["sizing", "x", "least-waste | paper"]),
     (["search", "--train-flops", "1e6"], ["train_flops", "1000000.0", "train FLOPs from"]),
     (["search", "--train-flops", "0"], ["train_flops", "0.0", "train FLOPs from"]),
     (["search", "--train-flops", "-1e11"], ["train_flops", "-100000000000.0", "train FLOPs from"]),
@@ -89,10 +91,20 @@ def test_inspect_gives_every_name_of_the_contract(tmp_path: Path) -> None:
     got = json.loads(done.stdout)
     assert {
         "theta", "canonical_theta", "sizes", "einsum", "contraction", "macs", "flops", "params",
-        "rank", "omega", "psi", "nu",
+        "rank", "omega", "psi", "nu", "omega_integer", "psi_integer", "nu_integer", "sizing",
+        "waste", "dropped_inputs", "constant_outputs", "fingerprint",
     } <= set(got)  # fmt: skip
     assert list(got["sizes"]) == ["alpha", "beta", "gamma", "delta", "epsilon", "phi", "rho"]
     assert (got["macs"], got["flops"], got["rank"]) == (65536, 131072, 1024)
+
+
+def test_inspect_shows_what_sizes_waste_and_what_paper_sizing_loses() -> None:
+    monarch = ["inspect", "monarch", "--d-in", "7", "--d-out", "7"]
+    assert "28.57%" in CliRunner().invoke(app, monarch).stdout
+    theta = "1/2,1/4,1/4,1/4,1/2,1/4,0"
+    trap = ["inspect", theta, "--d-in", "3072", "--d-out", "3072", "--sizing"]
+    assert "377 inputs are dropped" in CliRunner().invoke(app, [*trap, "paper"]).stdout
+    assert "dropped" not in CliRunner().invoke(app, [*trap, "least-waste"]).stdout
 
 
 def test_reading_an_empty_store_says_so(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_a_huge_body_is_refused(client: TestClient) -> None:
     ["/v1/structures?theta=1/2,0,1/4,0,1/2,1/2,0&d_in=8&d_out=8",
      "/v1/structures?theta=2,0,0,0,1,0,0&d_in=8&d_out=8", "/v1/structures?theta=monarch&d_in=8",
      "/v1/structures?theta=monarch&d_in=0&d_out=8", "/v1/structures?theta=monarch&d_in=x&d_out=8",
+     "/v1/structures?theta=monarch&d_in=8&d_out=8&sizing=x",
      "/v1/best?task=text&train_flops=nan", "/v1/best?task=text&train_flops=-1",
      "/v1/best?task=text",
      "/v1/best?task=nope&train_flops=1e12", "/v1/best?train_flops=1e12", "/v1/frontier",
@@ -271,6 +272,10 @@ def test_health(client: TestClient) -> None:
 def test_structures_are_those_of_the_library(client: TestClient) -> None:
     got = client.get("/v1/structures?theta=monarch&d_in=1024&d_out=1024").json()
     assert (got["macs"], got["params"], got["rank"]) == (65536, 65536, 1024)
+    theta = "1/2,1/4,1/4,1/4,1/2,1/4,0"
+    for sizing, dropped in (("least-waste", 0), ("paper", 377)):
+        got = client.get(f"/v1/structures?theta={theta}&d_in=3072&d_out=3072&sizing={sizing}")
+        assert got.json()["dropped_inputs"] == dropped
 
 
 def test_the_openapi_document_describes_every_route(client: TestClient) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 from hypothesis import example, given
@@ -23,6 +25,17 @@ def simplex(draw: st.DrawFn) -> list[float]:
 def thetas(draw: st.DrawFn) -> Theta:
     rho = draw(st.sampled_from([0.0, 0.25]) | st.floats(0, 1))
     return Theta(*draw(simplex()), *draw(simplex()), rho)
+
+
+@st.composite
+def twelfths(draw: st.DrawFn) -> Theta:
+    """A θ on the grid of multiples of 1/12."""
+    groups = []
+    for _ in range(2):
+        one = draw(st.integers(0, 12))
+        two = draw(st.integers(0, 12 - one))
+        groups += [one / 12, two / 12, (12 - one - two) / 12]
+    return Theta(*groups, draw(st.integers(0, 12)) / 12)
 
 
 @given(thetas())
@@ -114,3 +127,26 @@ def test_names_read_back(theta: Theta) -> None:
     name = name_of(theta)
     if name not in ("einsum", "dense") and "." not in name:
         assert name_of(parse_theta(name)) == name
+
+
+twelfth = st.integers(0, 12).map(lambda n: Fraction(n, 12))
+
+
+@pytest.mark.parametrize(
+    ("options", "of"),
+    [
+        ("low-rank:rho={r}", lambda _a, _e, r: (1, 0, 0, 0, 1, 0, r)),
+        ("kronecker:alpha={a},epsilon={e}", lambda a, e, _r: (a, 1 - a, 0, 1 - e, e, 0, 0)),
+        ("tensor-train:alpha={a},epsilon={e},rho={r}",
+         lambda a, e, r: (a, 1 - a, 0, 1 - e, e, 0, r)),
+        ("btt:alpha={a},epsilon={e},rho={r}", lambda a, e, r: (a, 0, 1 - a, 0, e, 1 - e, r)),
+    ],
+)  # fmt: skip
+@given(twelfth, twelfth, twelfth)
+def test_every_family_has_its_form_and_is_found_again(
+    options: str, of: Callable[..., tuple[Fraction, ...]], a: Fraction, e: Fraction, r: Fraction
+) -> None:
+    theta = Theta(*of(a, e, r))  # type: ignore[arg-type]
+    assert parse_theta(options.format(a=a, e=e, r=r)).values == pytest.approx(theta.values)
+    again = parse_theta(name_of(theta)).canonical()
+    assert again.values == pytest.approx(theta.canonical().values)
