@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
@@ -252,10 +252,7 @@ class Structure:
 
         Dimensions and sizes say alone what is padded, cut, dropped or constant.
         """
-        s = self.sizes
-        axes = (s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho)
-        body = "dense" if self.is_dense else ".".join(map(str, axes))
-        return f"{self.d_in}x{self.d_out}:{body}"
+        return fingerprint(self.d_in, self.d_out, None if self.is_dense else self.sizes)
 
     def fans(self, factor: Factor) -> tuple[int, int]:
         """(fan in, fan out) of a factor as a batched matrix, A contracted first.
@@ -287,6 +284,11 @@ class Structure:
         if self.is_dense:
             return base / self.d_in
         return base / (2 * self.fans(factor)[0])
+
+
+def fingerprint(d_in: int, d_out: int, sizes: Sizes | None) -> str:
+    """`Structure.fingerprint` from its parts; without sizes, of one dense matrix."""
+    return f"{d_in}x{d_out}:{'dense' if sizes is None else '.'.join(map(str, astuple(sizes)))}"
 
 
 @lru_cache(maxsize=65536)

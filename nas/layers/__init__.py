@@ -1,6 +1,8 @@
 """Structured linear layers for PyTorch."""
 
 from nas.layers.einsum_linear import EinsumLinear
+from nas.layers.measuring import remember_plans, remembered_plans
 from nas.layers.mup import param_groups
+from nas.layers.plan import Plan
 
-__all__ = ["EinsumLinear", "param_groups"]
+__all__ = ["EinsumLinear", "Plan", "param_groups", "remember_plans", "remembered_plans"]

@@ -1,77 +1,171 @@
-"""The product of a token batch with both factors, A first, and its gradient.
+"""A structured layer's product as one differentiable operation, whatever plan runs it.
 
-Shapes: n tokens, x (n, γβα), A (γ, ρ, φ, δ, α), B (φ, γ, ρ, β, ε), y (n, φεδ).  Each factor is
-one batched matrix product.  With β = δ = 1 the intermediate is handed on as a strided view that
-BLAS accepts; otherwise it is copied once.  The gradient is written out so that every product
-reads and writes rows of tokens that lie together; automatic differentiation of the same two
-products leaves permuted gradients behind, which slow the element-wise work around the layer.
+Eager code goes through `torch.autograd.Function`; `torch.compile` sees an operator of its own, so
+that there is no graph break and the same kernels run.  Function transforms (`torch.func`),
+forward-mode and higher derivatives take the plain einsum, which every one of them understands.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+from nas.layers import kernels, measuring
+from nas.layers.plan import Plan, choose
+from nas.structure import Sizes, fingerprint
 
 
-def two_factor_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y (n, φεδ) = both factors applied to x (n, γβα); differentiable once in all three."""
+def plan_of(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, fixed: Plan | str | None) -> Plan:
+    """The plan that runs x (n, d_in): fixed (or its text), else remembered, else modelled."""
+    if isinstance(fixed, Plan):
+        return fixed
+    if fixed:
+        return Plan.parse(fixed)
+    operator = _Operator.of(x.shape[1], d_out, a.shape, None if b is None else b.shape)
+    remembered = measuring.remembered(operator, len(x), x.device, x.dtype)
+    return remembered or choose(operator, len(x), x.device, x.dtype)
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """The integers of a structure, as its tensors tell them."""
+
+    d_in: int
+    d_out: int
+    sizes: Sizes
+    is_dense: bool
+    fingerprint: str
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(d_in: int, d_out: int, a: torch.Size, b: torch.Size | None) -> _Operator:
+        if b is None:
+            sizes = Sizes(1, 1, d_in, 1, 1, d_out, 1)
+            return _Operator(d_in, d_out, sizes, True, fingerprint(d_in, d_out, None))
+        gamma, rho, phi, delta, alpha = a
+        sizes = Sizes(alpha, b[3], gamma, delta, b[4], phi, rho)
+        return _Operator(d_in, d_out, sizes, False, fingerprint(d_in, d_out, sizes))
+
+
+def contract(
+    x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan | None = None
+) -> Tensor:
+    """y (n, d_out) = W x for x (n, d_in), W being both factors or, without `b`, `a` itself.
+
+    Under autocast x and the factors are cast first.  Without a plan, `plan_of` gives one.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-    y: Tensor = _TwoFactorProduct.apply(x, a, b)  # type: ignore[no-untyped-call]
+        x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _operator(x, a, b, d_out, str(plan or ""))
+        return compiled
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return plain(x, a, b, d_out)
+    y: Tensor = _Contraction.apply(x, a, b, d_out, plan_of(x, a, b, d_out, plan))  # type: ignore[no-untyped-call]
     return y
 
 
-def _input_view(x: Tensor, a: Tensor) -> Tensor:
-    """x as (γ, nβ, α)."""
-    gamma, alpha = a.shape[0], a.shape[-1]
-    n, beta = x.shape[0], x.shape[1] // (gamma * alpha)
-    return x.view(n, gamma, beta, alpha).transpose(0, 1).reshape(gamma, n * beta, alpha)
+def plain(x: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Tensor:
+    """The same by differentiable operations of torch, A first."""
+    if b is None:
+        return functional.linear(x, a)
+    gamma, alpha, beta = a.shape[0], a.shape[4], b.shape[3]
+    x = functional.pad(x, (0, gamma * beta * alpha - x.shape[-1]))
+    z = torch.einsum("ngba,grfda->ngbrfd", x.reshape(len(x), gamma, beta, alpha), a)
+    y = torch.einsum("ngbrfd,fgrbe->nfed", z, b).flatten(1)
+    return functional.pad(y, (0, d_out - y.shape[1]))
 
 
-def _intermediate(xs: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """z = A x, laid out for the product with B: (φ, nδ, γρβ)."""
-    gamma, rho, phi, delta, alpha = a.shape
-    beta = b.shape[3]
-    z = torch.bmm(a.view(gamma, rho * phi * delta, alpha), xs.transpose(1, 2))
-    z = z.view(gamma, rho, phi, delta, -1, beta).permute(2, 4, 3, 0, 1, 5)
-    return z.reshape(phi, -1, gamma * rho * beta)
+def _plain_gradients(
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, A and B by differentiable operations, for derivatives of them."""
+    if b is None:
+        return dy @ a, dy.t() @ x, None
+    in_axes, out_axes = (a.shape[0], b.shape[3], a.shape[4]), (b.shape[0], b.shape[4], a.shape[3])
+    cube = functional.pad(x, (0, in_axes[0] * in_axes[1] * in_axes[2] - x.shape[1]))
+    out = functional.pad(dy, (0, out_axes[0] * out_axes[1] * out_axes[2] - dy.shape[1]))
+    cube, out = cube.reshape(len(x), *in_axes), out.reshape(len(x), *out_axes)
+    z = torch.einsum("ngba,grfda->ngbrfd", cube, a)
+    dz = torch.einsum("nfed,fgrbe->ngbrfd", out, b)
+    dx = torch.einsum("ngbrfd,grfda->ngba", dz, a).flatten(1)
+    da = torch.einsum("ngbrfd,ngba->grfda", dz, cube)
+    db = torch.einsum("ngbrfd,nfed->fgrbe", z, out)
+    return functional.pad(dx, (0, x.shape[1] - dx.shape[1])), da, db
 
 
-class _TwoFactorProduct(torch.autograd.Function):
-    generate_vmap_rule = True
+class _Contraction(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:
+        return kernels.forward(x.contiguous(), a, b, d_out, plan)
 
     @staticmethod
-    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
-        phi, delta, epsilon = b.shape[0], a.shape[3], b.shape[4]
-        z = _intermediate(_input_view(x, a), a, b)
-        y = torch.bmm(z, b.view(phi, -1, epsilon))  # (φ, nδ, ε)
-        y = y.view(phi, -1, delta, epsilon).permute(1, 0, 3, 2)
-        return y.reshape(x.shape[0], phi * epsilon * delta)
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int, Plan], output: Tensor
+    ) -> None:
+        *tensors, _, ctx.plan = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
+        if torch.is_grad_enabled():  # someone differentiates the gradient
+            return *_plain_gradients(x, a, b, dy), None, None
+        wanted = ctx.needs_input_grad[:3]
+        return (
+            *kernels.backward(x.contiguous(), a, b, dy.contiguous(), ctx.plan, wanted),
+            None,
+            None,
+        )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, a, b = (t.contiguous() for t in ctx.saved_tensors)
-        gamma, rho, phi, delta, alpha = a.shape
-        beta, epsilon = b.shape[3], b.shape[4]
-        n = x.shape[0]
-        xs = _input_view(x, a)
-        z = _intermediate(xs, a, b)  # again, so that only the input is kept from forward
-        dys = dy.reshape(n, phi, epsilon, delta).permute(1, 0, 3, 2).reshape(phi, -1, epsilon)
-        db = torch.bmm(z.transpose(1, 2), dys)
-        dz = torch.bmm(b.view(phi, -1, epsilon), dys.transpose(1, 2))  # (φ, γρβ, nδ)
-        dz = dz.view(phi, gamma, rho, beta, n, delta).permute(1, 2, 0, 5, 4, 3)
-        dz = dz.reshape(gamma, rho * phi * delta, n * beta)
-        da = torch.bmm(dz, xs)
-        dx = torch.bmm(dz.transpose(1, 2), a.view(gamma, rho * phi * delta, alpha))
-        dx = dx.view(gamma, n, beta * alpha).transpose(0, 1).reshape(n, -1)
-        return dx, da.view_as(a), db.view_as(b)
+
+@torch.library.custom_op("einsum_nas::contract", mutates_args=())
+def _operator(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: str) -> Tensor:
+    return kernels.forward(x.contiguous(), a, b, d_out, plan_of(x, a, b, d_out, plan))
+
+
+@_operator.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: str) -> Tensor:
+    return x.new_empty(x.shape[0], d_out)
+
+
+@torch.library.custom_op("einsum_nas::contract_backward", mutates_args=())
+def _operator_backward(
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: str, wanted: list[bool]
+) -> list[Tensor]:
+    all_three = (wanted[0], wanted[1], wanted[2])
+    chosen = plan_of(x, a, b, dy.shape[1], plan)
+    gradients = kernels.backward(x.contiguous(), a, b, dy.contiguous(), chosen, all_three)
+    return [g.contiguous() for g in gradients if g is not None]
+
+
+@_operator_backward.register_fake
+def _(
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: str, wanted: list[bool]
+) -> list[Tensor]:
+    tensors = zip((x, a, b), wanted, strict=True)
+    return [t.new_empty(t.shape) for t, needed in tensors if needed and t is not None]
+
+
+def _keep_inputs(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int, str], output: Tensor
+) -> None:
+    *tensors, _, ctx.plan = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, a, b = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    found = iter(_operator_backward(x, a, b, dy, ctx.plan, wanted))
+    return *(next(found) if needed else None for needed in wanted), None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep_inputs)

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nas.layers.contraction import two_factor_product
+from nas.errors import InvalidInput
+from nas.layers import measuring
+from nas.layers.contraction import contract
+from nas.layers.fitting import fit_factors
+from nas.layers.kernels import matrix
 from nas.layers.normalization import cap_rms
-from nas.structure import Factor, Structure
+from nas.layers.plan import Plan, choose
+from nas.structure import Factor, Sizing, Structure
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
 
@@ -37,6 +42,16 @@ class EinsumLinear(nn.Module):
     d_in_base
         Input dimension of this layer in the base model at which the learning rate was tuned;
         see `nas.layers.param_groups`.  Default: d_in.
+    sizing
+        How exponents become integers; ``"paper"`` rounds as the papers' code does, which may drop
+        inputs and leave outputs constant; see `nas.structure.Structure.of`.
+    plan
+        The execution plan, fixed; see `plan`.
+
+    Raises
+    ------
+    InvalidInput
+        θ, a dimension, the sizing or the plan is not one that can be built.
 
     The factors are the parameters ``A`` (γ, ρ, φ, δ, α) and ``B`` (φ, γ, ρ, β, ε); a dense layer
     has ``weight`` (d_out, d_in) instead, as `torch.nn.Linear`.
@@ -46,6 +61,8 @@ class EinsumLinear(nn.Module):
     torch.Size([5, 256])
     """
 
+    #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
+    relative_error: float | None
     bias: Tensor | None
     gain_A: Tensor | None
     gain_B: Tensor | None
@@ -61,12 +78,16 @@ class EinsumLinear(nn.Module):
         normalize: bool = False,
         gain: bool = False,
         d_in_base: int | None = None,
+        sizing: Sizing = "least-waste",
+        plan: Plan | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         parsed = parse_theta(theta) if isinstance(theta, str) else Theta.of(theta)
-        self.structure = Structure.of(parsed, d_in, d_out)
+        self.structure = Structure.of(parsed, d_in, d_out, sizing)
+        self.plan = plan
+        self.relative_error = None
         self.in_features, self.out_features = d_in, d_out
         self.zero_init, self.normalize = zero_init, normalize
         self.d_in_base = d_in if d_in_base is None else d_in_base
@@ -112,36 +133,153 @@ class EinsumLinear(nn.Module):
         return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
+        """(..., d_in) → (..., d_out); no tokens give an empty output.
+
+        Raises
+        ------
+        ValueError
+            Another last dimension than d_in.
+        TypeError
+            A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
+        """
+        a, b = self._effective("A", self.gain_A), None
+        if not self.structure.is_dense:
+            b = self._effective("B", self.gain_B)
+        self._check(x, a)
+        y = contract(x.reshape(-1, self.in_features), a, b, self.out_features, self._plan)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor, a: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"EinsumLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
                 f"its last dimension must be {self.in_features}"
             )
-        a = self._effective("A", self.gain_A)
-        if self.structure.is_dense:
-            return nn.functional.linear(x, a, self.bias)
-        y = self._contract(x.reshape(-1, self.in_features), a, self._effective("B", self.gain_B))
-        y = y[:, : self.out_features]
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        cast = torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point
+        if x.dtype != a.dtype and not cast:
+            raise TypeError(
+                f"EinsumLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
+                f"it must be {a.dtype}, the dtype of the layer, or floating point under autocast"
+            )
 
-    def _contract(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """(n, d_in) → (n, padded d_out), A contracted first."""
-        surplus = self.structure.padded_in - self.in_features
-        if surplus:
-            x = nn.functional.pad(x, (0, surplus))
-        return two_factor_product(x, a, b)
+    @property
+    def plan(self) -> Plan | None:
+        """The execution plan that was fixed, or None where each input chooses its own.
+
+        Set it to a `Plan`, to its text, or to None.  Plans change speed and memory, and the result
+        by rounding only; they are no part of `state_dict`.
+
+        >>> layer = EinsumLinear("monarch", 64, 64)
+        >>> layer.plan = "a-first tile=128 first=batched second=batched gemm=blas"
+        >>> str(layer.plan_for(1024))
+        'a-first tile=128 first=batched second=batched gemm=blas'
+        """
+        return self._plan
+
+    @plan.setter
+    def plan(self, value: Plan | str | None) -> None:
+        if value is None:
+            self._plan = None
+            return
+        plan = Plan.parse(value) if isinstance(value, str) else value
+        if not isinstance(plan, Plan):
+            raise InvalidInput("plan", value, "a Plan, its text, or None")
+        self._plan = plan.checked(self.structure)
+
+    def plan_for(
+        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Plan:
+        """The plan that runs an input of `tokens` tokens: fixed, else remembered, else modelled.
+
+        `device` and `dtype` are those of the product (under autocast its dtype); the layer's by
+        default.
+        """
+        if self._plan is not None:
+            return self._plan
+        device = self._any_factor().device if device is None else device
+        dtype = self._any_factor().dtype if dtype is None else dtype
+        remembered = measuring.remembered(self.structure, tokens, device, dtype)
+        return remembered or choose(self.structure, tokens, device, dtype)
+
+    def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Plan:
+        """Time the candidate plans on inputs of `tokens` tokens, remember and return the fastest.
+
+        From then on every layer of this structure runs it on inputs of so many tokens, on this
+        device, in this dtype and with this number of threads; see `nas.layers.measuring`.
+        """
+        factor = self._any_factor()
+        return measuring.measure(
+            self.structure, tokens, factor.device, factor.dtype if dtype is None else dtype
+        )
+
+    def _any_factor(self) -> Tensor:
+        return self.weight if self.structure.is_dense else self.A
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        a = self._effective("A", self.gain_A)
-        if self.structure.is_dense:
-            return a
-        b = self._effective("B", self.gain_B)
-        w = torch.einsum("grfda,fgrbe->fedgba", a, b)
-        w = w.reshape(self.structure.padded_out, self.structure.padded_in)
-        return w[: self.out_features, : self.in_features]
+        a, b = self._effective("A", self.gain_A), None
+        if not self.structure.is_dense:
+            b = self._effective("B", self.gain_B)
+        return matrix(a, b, self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A dense `torch.nn.Linear` that computes the same, with parameters of its own."""
+        w = self.to_matrix()
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, w.device, w.dtype
+        )
+        linear.weight.copy_(w)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        theta: Theta | str | Sequence[float],
+        *,
+        d_in_base: int | None = None,
+    ) -> EinsumLinear:
+        """The layer of structure θ nearest to a dense one in Frobenius norm, with its bias.
+
+        How near is in `relative_error`: ‖W − Ŵ‖ / ‖W‖.  A truncated SVD per pair (γ, φ), and so
+        globally optimal, where nothing is padded: this is the SVD of low-rank, the rearranged SVD
+        of Kronecker and Tensor-Train, the block SVD of Monarch and BTT.  Where padding leaves
+        entries of the matrix free, alternating least squares goes on from it.
+
+        Raises
+        ------
+        InvalidInput
+            Not a `torch.nn.Linear`, or a weight with NaN or infinity.
+
+        >>> dense = nn.Linear(64, 64)
+        >>> layer = EinsumLinear.from_linear(dense, "btt:rho=1/2")
+        >>> layer.relative_error < 1e-6  # at ρ = 1/2 a square BTT can be any matrix
+        True
+        """
+        if not isinstance(linear, nn.Linear):
+            raise InvalidInput("linear", type(linear).__name__, "a torch.nn.Linear")
+        w = linear.weight
+        layer = cls(
+            theta, linear.in_features, linear.out_features, linear.bias is not None,
+            d_in_base=d_in_base, device=w.device, dtype=w.dtype,
+        )  # fmt: skip
+        if layer.structure.is_dense:
+            layer.weight.copy_(w)
+            layer.relative_error = 0.0
+        else:
+            fit = fit_factors(w, layer.structure)
+            layer.A.copy_(fit.A)
+            layer.B.copy_(fit.B)
+            layer.relative_error = fit.relative_error
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer
 
     def extra_repr(self) -> str:
         s = self.structure

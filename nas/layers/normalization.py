@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def cap_rms(weight: Tensor, cap: float, gain: Tensor | None = None) -> Tensor:
     """gain · W / max(1, RMS(W)/cap), differentiated through; the shape of W.
 
-    One function with a written-out gradient: as separate operations its many small tensors would
-    cost a narrow layer more time than its products.
+    In eager code one function with a written-out gradient: as separate operations its many small
+    tensors would cost a narrow layer more time than its products.
 
     Source: arXiv:2410.02117, appendix.
     """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        _, scale, _ = _norm_and_scale(weight, cap)
+        return weight * (scale if gain is None else scale * gain)
     capped: Tensor = _CapRms.apply(weight, gain, cap)  # type: ignore[no-untyped-call]
     return capped
 
@@ -43,7 +45,6 @@ class _CapRms(torch.autograd.Function):
         ctx.save_for_backward(*((weight,) if gain is None else (weight, gain)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         weight, *rest = ctx.saved_tensors
         norm, scale, limit = _norm_and_scale(weight, ctx.cap)

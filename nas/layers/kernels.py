@@ -1,0 +1,367 @@
+"""The product of a token batch with both factors and its gradient, tile by tile, without autograd.
+
+Shapes: n tokens, x (n, d_in), A (γ, ρ, φ, δ, α), B (φ, γ, ρ, β, ε), y (n, d_out); γβα and φεδ may
+differ from d_in and d_out, for which tiles are zero-padded or cut at their end.  A tile of tokens
+passes both factors while it is in cache, and backward computes its intermediate again, so that
+nothing but the input outlives forward.  Either factor may come first: contracting B first is the
+same computation with the roles of (A, α, δ) and (B, β, ε) exchanged.
+
+Each factor is a batch of matrix products, over γ for the first and over φ for the second.  A batch
+runs as one `torch.bmm` ("batched"), as one matrix product after another ("blocks"), which is faster
+where blocks are large, or, for the second factor where γ = φ = 1, as one small product per token
+("tokens"), which needs no copy.  A dense layer is `materialised` with its matrix as A and no B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nas.layers.plan import Gemm, Plan, Product
+from nas.structure import Structure
+
+#: Rows of W whose gradient is held at once; enough for a matrix product at full speed.
+SLAB_ROWS = 512
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def gemm(p: Tensor, q: Tensor, library: Gemm) -> Tensor:
+    """p (m, k) · q (k, n) → (m, n)."""
+    if library == "blas":
+        return p @ q
+    # oneDNN falls back to slow code for a right operand whose rows do not lie together
+    if not (q.is_contiguous() or q.t().is_contiguous()):
+        q = q.contiguous()
+    if p.stride(0) == 1:  # torch transposes fast only what lies together as a whole
+        p = p.t().contiguous().t()
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(p.contiguous(), q.t(), None, "none", [], "")
+    return out
+
+
+def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:
+    """y (n, d_out)."""
+    n, d_in = x.shape
+    if b is None or plan.order == "materialised":
+        return gemm(x, matrix(a, b, d_out, d_in).t(), plan.gemm)
+    a, b = a.contiguous(), b.contiguous()
+    y = x.new_empty(n, d_out)
+    swap = plan.order == "b-first"
+    factors = _swapped(a, b) if swap else (a, b)
+    in_axes, out_axes = _axes(a, b)
+    step = _forward_by_token if plan.second == "tokens" else _forward_by_block
+    for tile in _tiles(n, plan.tile):
+        out = x.new_empty(tile.stop - tile.start, *out_axes)
+        step(_cube(x[tile], in_axes, swap), *factors, _turned(out, swap), plan)
+        y[tile] = _fitted(out.flatten(1), d_out)
+    return y
+
+
+def backward(
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: tuple[bool, bool, bool]
+) -> _Gradients:
+    """Gradients of x, A and B, each None where it is not wanted."""
+    if b is None or plan.order == "materialised":
+        return _materialised_backward(x, a, b, dy, plan, wanted)
+    a, b = a.contiguous(), b.contiguous()
+    swap = plan.order == "b-first"
+    first, second = _swapped(a, b) if swap else (a, b)
+    in_axes, out_axes = _axes(a, b)
+    dx = torch.empty_like(x) if wanted[0] else None
+    d_first, d_second = (
+        torch.zeros_like(factor, dtype=_exact(a)) if needed else None
+        for factor, needed in ((first, wanted[1 + swap]), (second, wanted[2 - swap]))
+    )
+    step = _backward_by_token if plan.second == "tokens" else _backward_by_block
+    for tile in _tiles(len(x), plan.tile):
+        out = None if dx is None else x.new_empty(tile.stop - tile.start, *in_axes)
+        x_tile, dy_tile = _cube(x[tile], in_axes, swap), _cube(dy[tile], out_axes, swap)
+        dx_tile = None if out is None else _turned(out, swap)
+        step(x_tile, first, second, dy_tile, plan, dx_tile, d_first, d_second)
+        if dx is not None and out is not None:
+            dx[tile] = _fitted(out.flatten(1), dx.shape[1])
+    da, db = d_first, d_second
+    if swap:
+        da = None if d_second is None else d_second.permute(1, 2, 0, 4, 3).contiguous()
+        db = None if d_first is None else d_first.permute(2, 0, 1, 4, 3).contiguous()
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+
+
+def matrix(a: Tensor, b: Tensor | None, d_out: int, d_in: int) -> Tensor:
+    """W (d_out, d_in), contiguous: the two factors as one matrix, or the one matrix itself."""
+    if b is None:
+        return a.contiguous()
+    w = build_matrix(a, b)
+    return functional.pad(w, (0, d_in - w.shape[1], 0, d_out - w.shape[0])).contiguous()
+
+
+def _axes(a: Tensor, b: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(γ, β, α) and (φ, ε, δ)."""
+    return (a.shape[0], b.shape[3], a.shape[4]), (b.shape[0], b.shape[4], a.shape[3])
+
+
+def _exact(a: Tensor) -> torch.dtype:
+    """The dtype of sums over tiles, which in half precision would lose what each tile adds."""
+    return torch.promote_types(a.dtype, torch.float32)
+
+
+def _tiles(tokens: int, tile: int) -> Iterator[slice]:
+    size = tile or max(tokens, 1)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def _fitted(rows: Tensor, width: int) -> Tensor:
+    """(t, ·) zero-padded or cut at its end to (t, width)."""
+    return rows if rows.shape[1] == width else functional.pad(rows, (0, width - rows.shape[1]))
+
+
+def _cube(rows: Tensor, axes: tuple[int, int, int], swap: bool) -> Tensor:
+    """(t, d) as (t, ·, ·, ·); the last two axes exchanged for B first."""
+    padded = _fitted(rows, axes[0] * axes[1] * axes[2])
+    return _turned(padded.view(-1, *axes), swap)
+
+
+def _turned(cube: Tensor, swap: bool) -> Tensor:
+    return cube.transpose(2, 3) if swap else cube
+
+
+def build_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """W (φεδ, γβα), contiguous: the two factors as one matrix."""
+    gamma, rho, phi, delta, alpha = a.shape
+    beta, epsilon = b.shape[3:]
+    if rho == 1:
+        w = b.permute(2, 0, 4, 1, 3).reshape(phi, epsilon, 1, gamma, beta, 1) * a.permute(
+            1, 2, 3, 0, 4
+        ).reshape(phi, 1, delta, gamma, 1, alpha)
+    else:
+        left = b.permute(0, 1, 3, 4, 2).reshape(phi * gamma, beta * epsilon, rho)
+        right = a.permute(2, 0, 1, 3, 4).reshape(phi * gamma, rho, delta * alpha)
+        w = torch.bmm(left, right).view(phi, gamma, beta, epsilon, delta, alpha)
+        w = w.permute(0, 3, 4, 1, 2, 5)
+    return w.reshape(phi * epsilon * delta, gamma * beta * alpha)
+
+
+def _swapped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same operator with B as first factor: (γ, ρ, φ, ε, β) and (φ, γ, ρ, α, δ)."""
+    return b.permute(1, 2, 0, 4, 3).contiguous(), a.permute(2, 0, 1, 4, 3).contiguous()
+
+
+def _multiply(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
+    """out (b, m, n) = p (b, m, k) · q (b, k, n) for an `out` of any strides."""
+    if how == "blocks":
+        for o, left, right in zip(out.unbind(), p.unbind(), q.unbind(), strict=True):
+            o.copy_(gemm(left, right, library))
+    elif out.is_contiguous():
+        torch.bmm(p, q, out=out)
+    else:
+        out.copy_(torch.bmm(p, q))
+
+
+def _accumulate(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
+    """out (b, m, n) += p · q, in the dtype of `out`."""
+    if how == "blocks":
+        for o, left, right in zip(out.unbind(), p.unbind(), q.unbind(), strict=True):
+            o.add_(gemm(left, right, library))
+    elif out.dtype == p.dtype:
+        out.baddbmm_(p, q)
+    else:
+        out.add_(torch.bmm(p, q))
+
+
+def _rows(cube: Tensor, how: Product) -> Tensor:
+    """(t, i, j, k) as (i, jt, k): a view if j = 1, but contiguous for blocks."""
+    rows = cube.permute(1, 2, 0, 3).reshape(cube.shape[1], -1, cube.shape[3])
+    return rows.contiguous() if how == "blocks" else rows
+
+
+def _intermediate(xs: Tensor, a: Tensor, beta: int, plan: Plan) -> Tensor:
+    """z = A x from xs (γ, βt, α), laid out for the product with B: (φ, γρβ, δt).
+
+    Tokens stay innermost, so that what is moved lies together; nothing is if β = δ = 1.
+    """
+    gamma, rho, phi, delta, alpha = a.shape
+    z = xs.new_empty(gamma, rho * phi * delta, xs.shape[1])
+    _multiply(z, a.view(gamma, -1, alpha), xs.transpose(1, 2), plan.first, plan.gemm)
+    z = z.view(gamma, rho, phi, delta, beta, -1).permute(2, 0, 1, 4, 3, 5)
+    return z.reshape(phi, gamma * rho * beta, -1)
+
+
+def _forward_by_block(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
+    """One tile: x (t, γ, β, α) → y (t, φ, ε, δ)."""
+    t, phi, epsilon, delta = y.shape
+    z = _intermediate(_rows(x, plan.first), a, b.shape[3], plan).transpose(1, 2)
+    out = y.permute(1, 3, 0, 2)  # (φ, δ, t, ε)
+    if plan.second == "blocks":
+        for o, left, right in zip(out, z, b.view(phi, -1, epsilon), strict=True):
+            o.copy_(gemm(left, right, plan.gemm).view(delta, t, epsilon))
+    else:
+        out.copy_(torch.bmm(z, b.view(phi, -1, epsilon)).view(out.shape))
+
+
+def _backward_by_block(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor,
+    plan: Plan,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """One tile: writes dx (t, γ, β, α), adds to da and db."""
+    gamma, rho, phi, delta, alpha = a.shape
+    beta, epsilon = b.shape[3:]
+    t = x.shape[0]
+    xs = _rows(x, plan.first)
+    dys = _rows(dy.transpose(2, 3), plan.second)  # (φ, δt, ε)
+    if db is not None:
+        z = _intermediate(xs, a, beta, plan)
+        _accumulate(db.view(phi, -1, epsilon), z, dys, plan.second, plan.gemm)
+        del z
+    if dx is None and da is None:
+        return
+    right, flat = dys.transpose(1, 2), b.view(phi, -1, epsilon)
+    if plan.second == "blocks":
+        dz = x.new_empty(gamma, rho, phi, delta, beta, t)
+        for o, f, d in zip(dz.permute(2, 0, 1, 4, 3, 5), flat, right, strict=True):
+            o.copy_(gemm(f, d, plan.gemm).view(o.shape))
+    else:
+        dz = torch.bmm(flat, right).view(phi, gamma, rho, beta, delta, t)
+        dz = dz.permute(1, 2, 0, 4, 3, 5)
+    dz = dz.reshape(gamma, rho * phi * delta, beta * t)
+    if da is not None:
+        _accumulate(da.view(gamma, -1, alpha), dz, xs, plan.first, plan.gemm)
+    if dx is None:
+        return
+    out, back, flat = dx.permute(1, 2, 0, 3), dz.transpose(1, 2), a.view(gamma, -1, alpha)
+    if plan.first == "blocks":
+        for o, left, f in zip(out, back, flat, strict=True):
+            o.copy_(gemm(left, f, plan.gemm).view(o.shape))
+    else:
+        out.copy_(torch.bmm(back, flat).view(out.shape))
+
+
+def _by_token(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For γ = φ = 1: A as (ρδ, α) and B as (ε, βρ), the order in which z comes out per token."""
+    alpha, epsilon = a.shape[4], b.shape[4]
+    return a.view(-1, alpha), b.permute(0, 1, 4, 3, 2).reshape(epsilon, -1)
+
+
+def _token_intermediate(xs: Tensor, a: Tensor, b: Tensor, delta: int, plan: Plan) -> Tensor:
+    """z of each token (t, βρ, δ) from xs (tβ, α)."""
+    return gemm(xs, a.t(), plan.gemm).view(-1, b.shape[1], delta)
+
+
+def _forward_by_token(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
+    a2, b2 = _by_token(a, b)
+    z = _token_intermediate(x.reshape(-1, x.shape[3]), a2, b2, a.shape[3], plan)
+    y[:, 0].copy_(torch.bmm(b2.expand(len(z), *b2.shape), z))
+
+
+def _backward_by_token(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor,
+    plan: Plan,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    t, _, beta, alpha = x.shape
+    rho, delta, epsilon = a.shape[1], a.shape[3], b.shape[4]
+    a2, b2 = _by_token(a, b)
+    xs, dys = x.reshape(-1, alpha), dy[:, 0]  # (tβ, α), (t, ε, δ)
+    if db is not None:
+        z = _token_intermediate(xs, a2, b2, delta, plan)
+        both = torch.bmm(dys, z.transpose(1, 2)).sum(0, dtype=db.dtype)  # (ε, βρ)
+        db.add_(both.view(epsilon, beta, rho).permute(2, 1, 0)[None, None])
+        del z, both
+    if dx is None and da is None:
+        return
+    dz = torch.bmm(b2.t().expand(t, -1, -1), dys).view(t * beta, rho * delta)
+    if da is not None:
+        da.view(-1, alpha).add_(gemm(dz.t(), xs, plan.gemm))
+    if dx is not None:
+        dx[:, 0].copy_(gemm(dz, a2, plan.gemm).view(t, beta, alpha))
+
+
+def _materialised_backward(
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: tuple[bool, bool, bool]
+) -> _Gradients:
+    d_in, d_out = x.shape[1], dy.shape[1]
+    dx = gemm(dy, matrix(a, b, d_out, d_in), plan.gemm) if wanted[0] else None
+    if b is None:
+        return dx, _rowwise(dy, x, plan.gemm, a) if wanted[1] else None, None
+    if not (wanted[1] or wanted[2]):
+        return dx, None, None
+    gamma, rho, phi, delta, alpha = a.shape
+    beta, epsilon = b.shape[3:]
+    da = torch.zeros(phi, gamma, rho, delta * alpha, dtype=_exact(a), device=a.device)
+    db = torch.zeros_like(b, dtype=_exact(b))
+    right = a.permute(2, 0, 1, 3, 4).reshape(da.shape)
+    for f, e in _slabs(phi, epsilon, delta):  # so that no second W is needed
+        left = b[f, ..., e]
+        count, some = left.shape[0], left.shape[4]
+        start = (f.start * epsilon + e.start) * delta
+        rows = dy[:, start : start + count * some * delta]
+        dw = gemm(rows.t(), x, plan.gemm)
+        short = count * some * delta - dw.shape[0], gamma * beta * alpha - d_in
+        if any(short):
+            dw = functional.pad(dw, (0, short[1], 0, short[0]))
+        dw = dw.view(count, some, delta, gamma, beta, alpha).permute(0, 3, 4, 1, 2, 5)
+        dw = dw.reshape(count * gamma, beta * some, delta * alpha)
+        if wanted[1]:
+            product = torch.bmm(left.reshape(count * gamma, rho, beta * some), dw)
+            da[f] += product.view(count, gamma, rho, delta * alpha)
+        if wanted[2]:
+            product = torch.bmm(right[f].reshape(count * gamma, rho, -1), dw.transpose(1, 2))
+            db[f, ..., e] = product.view(left.shape)
+    da = da.view(phi, gamma, rho, delta, alpha).permute(1, 2, 0, 3, 4).contiguous()
+    return dx, da.to(a.dtype) if wanted[1] else None, db.to(b.dtype) if wanted[2] else None
+
+
+def _rowwise(dy: Tensor, x: Tensor, library: Gemm, like: Tensor) -> Tensor:
+    """dyᵀ x, some rows at a time where the product needs dyᵀ copied."""
+    if library == "blas":
+        return dy.t() @ x
+    dw = torch.empty_like(like)
+    for start in range(0, dy.shape[1], SLAB_ROWS):
+        dw[start : start + SLAB_ROWS] = gemm(dy[:, start : start + SLAB_ROWS].t(), x, library)
+    return dw
+
+
+def _slabs(phi: int, epsilon: int, delta: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of (φ, ε) that cover W in slabs of about `SLAB_ROWS` of its rows."""
+    whole = SLAB_ROWS // (epsilon * delta)
+    some = max(1, SLAB_ROWS // delta)
+    if whole:
+        for f in range(0, phi, whole):
+            yield slice(f, f + whole), slice(0, epsilon)
+        return
+    for f in range(phi):
+        for e in range(0, epsilon, some):
+            yield slice(f, f + 1), slice(e, e + some)
+
+
+def workspace_elements(structure: Structure, plan: Plan, tokens: int) -> int:
+    """Numbers that a layer holds at once, at most, besides x, y, parameters and all gradients.
+
+    One tile of every tensor between input and output, and both factors reordered; under the
+    materialised plan W and some rows of its gradient.
+    """
+    s = structure.sizes
+    wide_in, wide_out = s.alpha * s.beta * s.gamma, s.delta * s.epsilon * s.phi
+    if structure.is_dense or plan.order == "materialised":
+        w = structure.d_in * structure.d_out
+        rows = min(max(SLAB_ROWS, s.delta), structure.d_out)
+        w = 0 if structure.is_dense else w + wide_in * wide_out
+        return w + rows * (3 * wide_in + tokens) + 2 * structure.params
+    t = min(plan.tile or tokens, tokens)
+    z = s.gamma * s.phi * s.rho
+    z *= s.alpha * s.epsilon if plan.order == "b-first" else s.beta * s.delta
+    if plan.second == "tokens":
+        z += s.epsilon * s.rho * (s.alpha if plan.order == "b-first" else s.beta)
+    return t * (3 * z + 3 * wide_in + 3 * wide_out) + 3 * structure.params

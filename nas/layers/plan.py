@@ -1,0 +1,283 @@
+"""Execution plans: which of the exact ways to compute a structured layer is run.
+
+A `Plan` is chosen by a cost model from the operator, the number of tokens, the device and the
+dtype alone, so that the same layer on the same kind of device runs the same plan every time; it
+can be read, stored as text, and fixed.  Every plan gives the same result to rounding, and the same
+plan with the same number of threads the same bits.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, fields
+from functools import cache, lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+
+from nas.errors import InvalidInput
+from nas.structure import Sizes
+
+#: Which factor is contracted first, or both multiplied into one matrix.
+Order = Literal["a-first", "b-first", "materialised"]
+#: How the matrix products of one factor are run; see `nas.layers.kernels`.
+Product = Literal["batched", "blocks", "tokens"]
+#: The library of single matrix products on a CPU.
+Gemm = Literal["blas", "onednn"]
+
+
+class Operator(Protocol):
+    """What a plan is chosen for: the integers of a `nas.structure.Structure`, without its θ."""
+
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_out(self) -> int: ...
+    @property
+    def sizes(self) -> Sizes: ...
+    @property
+    def is_dense(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way to compute a layer.
+
+    >>> plan = Plan.parse("a-first tile=256 first=batched second=blocks gemm=onednn")
+    >>> plan.tile, str(plan) == "a-first tile=256 first=batched second=blocks gemm=onednn"
+    (256, True)
+    """
+
+    order: Order
+    #: tokens that pass both factors at a time; 0 is all at once
+    tile: int = 0
+    first: Product = "batched"
+    second: Product = "batched"
+    gemm: Gemm = "blas"
+
+    def __post_init__(self) -> None:
+        accepted = {"order": Order, "first": Product, "second": Product, "gemm": Gemm}
+        for field, literal in accepted.items():
+            if getattr(self, field) not in get_args(literal):
+                choices = " | ".join(get_args(literal))
+                raise InvalidInput(f"plan.{field}", getattr(self, field), choices)
+        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 0:
+            raise InvalidInput("plan.tile", self.tile, "a number of tokens, or 0 for all at once")
+        if self.first == "tokens":
+            raise InvalidInput("plan.first", self.first, "batched | blocks")
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read what `str` wrote.
+
+        Raises
+        ------
+        InvalidInput
+            Not such a text.
+        """
+        form = "a plan such as 'a-first tile=256 first=batched second=blocks gemm=blas'"
+        order, *options = (text.split() if isinstance(text, str) else []) or [""]
+        values: dict[str, str | int] = {"order": order}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name not in {f.name for f in fields(cls)} - {"order"} or name in values:
+                raise InvalidInput("plan", text, form)
+            if name == "tile":
+                if not (value.isascii() and value.isdigit() and len(value) < 16):
+                    raise InvalidInput("plan.tile", value, "a number of tokens, or 0 for all")
+                values[name] = int(value)
+            else:
+                values[name] = value
+        if not order:
+            raise InvalidInput("plan", text, form)
+        return cls(**values)  # type: ignore[arg-type]
+
+    def checked(self, operator: Operator) -> Plan:
+        """This plan, if it can run `operator` here.
+
+        Raises
+        ------
+        InvalidInput
+            Products per token without γ = φ = 1, an order for a dense layer, or oneDNN where
+            there is none.
+        """
+        sizes = operator.sizes
+        if operator.is_dense and self.order != "materialised":
+            raise InvalidInput("plan.order", self.order, "materialised for a dense layer")
+        if self.second == "tokens" and sizes.gamma * sizes.phi != 1:
+            raise InvalidInput("plan.second", "tokens", "batched | blocks where γφ > 1")
+        if self.gemm == "onednn" and not onednn_available():
+            raise InvalidInput("plan.gemm", "onednn", "blas on this machine")
+        return self
+
+    def __str__(self) -> str:
+        if self.order == "materialised":
+            return f"{self.order} gemm={self.gemm}"
+        return " ".join(
+            [self.order, *(f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:])]
+        )
+
+
+@cache
+def onednn_available() -> bool:
+    """Whether this torch has single-precision matrix products of oneDNN."""
+    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built_in and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """MKL keeps its AVX-512 code to Intel's processors; oneDNN's runs on all that have it."""
+    if not (onednn_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        return False
+    info = Path("/proc/cpuinfo")
+    return platform.system() == "Linux" and "GenuineIntel" not in info.read_text()
+
+
+def gemm_library(device: torch.device, dtype: torch.dtype) -> Gemm:
+    """The faster library of single matrix products."""
+    single = device.type == "cpu" and dtype == torch.float32
+    return "onednn" if single and _onednn_is_faster() else "blas"
+
+
+@lru_cache(maxsize=65536)
+def choose(operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan that the cost model expects to take the least time, forward and backward."""
+    plans = candidates(operator, tokens, device, dtype)
+    return min(plans, key=lambda plan: _cost(plan, operator, tokens, device, dtype))
+
+
+def candidates(
+    operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[Plan]:
+    """Every plan worth considering here, each with its tile."""
+    library = gemm_library(device, dtype)
+    if operator.is_dense:
+        return [Plan("materialised", gemm=library)]
+    sizes = operator.sizes
+    found = [Plan("materialised", gemm=library)]
+    orders: tuple[Order, ...] = ("a-first", "b-first")
+    ways: list[tuple[Product, Product]] = [("batched", "batched")]
+    if device.type == "cpu":
+        ways += [("batched", "blocks"), ("blocks", "batched"), ("blocks", "blocks")]
+        if sizes.gamma * sizes.phi == 1 and min(sizes.delta, sizes.epsilon) >= _LEAST_TOKEN_SIDE:
+            ways += [("blocks", "tokens")]
+    for order, (first, second) in product(orders, ways):
+        seen = sizes if order == "a-first" else sizes.swapped()
+        tile = _tile(seen, tokens, device)
+        if "blocks" in (first, second):  # single products gain more from rows than from the cache
+            tile = 0 if 2 * tile >= tokens else 2 * tile
+        found.append(Plan(order, tile, first, second, library))
+    return found
+
+
+def _tile(s: Sizes, tokens: int, device: torch.device) -> int:
+    """Tokens at a time: as many as keep the widest of a tile's tensors in cache, or in bounds."""
+    widest = max(s.alpha * s.beta * s.gamma, s.delta * s.epsilon * s.phi, _intermediate(s))
+    budget = _CPU_TILE if device.type == "cpu" else _GPU_TILE
+    tile = 1 << max(budget // widest, 1).bit_length() - 1
+    tile = max(tile, _LEAST_TILE if widest <= _CPU_TILE // 16 else _LEAST_TILE // 4)
+    return 0 if tile >= tokens else tile
+
+
+def _intermediate(s: Sizes) -> int:
+    """Numbers per token between the factors, A first: βγδφρ."""
+    return s.beta * s.gamma * s.delta * s.phi * s.rho
+
+
+#: Numbers in the widest tensor of a tile: 1 MiB in single precision, the second-level cache of a
+#: core; on a GPU, where only the memory held matters, 256 MiB.
+_CPU_TILE = 1 << 18
+_GPU_TILE = 1 << 26
+_LEAST_TILE = 256
+#: Smaller products of single tokens are slow everywhere.
+_LEAST_TOKEN_SIDE = 8
+
+# Rates of one core of a 2024 server processor with AVX-512, in single precision.  Only their ratios
+# decide, so that the same constants serve other processors and more threads.
+_MACS_PER_SECOND: dict[Gemm, float] = {"blas": 46e9, "onednn": 100e9}
+_COPY_SECONDS = 0.25e-9  # a number moved within runs that lie together
+_SCATTER_SECONDS = 1.0e-9  # a number moved on its own
+_CALL_SECONDS = 5e-6  # a tensor operation
+_FILL = 5.0  # the side at which a batched product reaches half its speed
+_TOKEN_SHARE = 0.8  # of full speed, in products of one token
+_BLOCK_SECONDS = 0.2e-6  # a product within a batch
+_GEMM_SECONDS = 14e-6  # a single matrix product, with its views and the copy of its result
+
+
+def _cost(
+    plan: Plan, operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Expected seconds of forward and backward on one core (relative ones elsewhere)."""
+    if plan.order == "materialised":
+        return _materialised_cost(plan, operator, tokens)
+    s = operator.sizes if plan.order == "a-first" else operator.sizes.swapped()
+    tiles = -(-tokens // plan.tile) if plan.tile else 1
+    t = tokens / max(tiles, 1)
+    # forward z and y; backward z again, dB, dZ, dA and dX
+    first = _product_seconds(
+        plan.first, plan.gemm, s.gamma, t * s.beta, s.alpha, s.delta * s.phi * s.rho
+    )
+    if plan.second == "tokens":
+        rate = _MACS_PER_SECOND["blas"] * _TOKEN_SHARE * _fill(s.delta)
+        macs = t * s.delta * s.epsilon * s.beta * s.rho
+        second = macs / rate + t * _BLOCK_SECONDS + _CALL_SECONDS
+        moved = t * (s.epsilon * s.beta * s.rho + s.epsilon * s.delta) * _COPY_SECONDS
+    else:
+        second = _product_seconds(
+            plan.second, plan.gemm, s.phi, t * s.delta, s.gamma * s.beta * s.rho, s.epsilon
+        )
+        moved = t * _relayout_seconds(plan, s)
+    if plan.order == "b-first":
+        moved += t * 4 * _SCATTER_SECONDS * (s.alpha * s.beta * s.gamma)
+    return max(tiles, 1) * (4 * first + 3 * second + moved + 12 * _CALL_SECONDS)
+
+
+def _product_seconds(
+    how: Product, library: Gemm, count: int, rows: float, inner: int, columns: int
+) -> float:
+    """`count` products (rows × inner) · (inner × columns)."""
+    macs = count * rows * inner * columns
+    if how == "blocks":
+        return macs / _MACS_PER_SECOND[library] + count * _GEMM_SECONDS
+    fill = _fill(inner) * _fill(columns)
+    return macs / (_MACS_PER_SECOND["blas"] * fill) + count * _BLOCK_SECONDS + _CALL_SECONDS
+
+
+def _fill(size: int) -> float:
+    """The share of full speed that a product with a side of `size` reaches."""
+    return size / (size + _FILL)
+
+
+def _relayout_seconds(plan: Plan, s: Sizes) -> float:
+    """Copies per token around the products of one tile, forward and backward."""
+    z = _intermediate(s)
+    seconds = 6 * z * _COPY_SECONDS  # written once and read twice, and so its gradient
+    if s.beta * s.delta > 1:
+        seconds += 3 * z * _COPY_SECONDS
+    elif s.rho > 1 or plan.first == "blocks":
+        seconds += z * _COPY_SECONDS
+    if plan.second == "blocks":
+        seconds += 2 * z * _SCATTER_SECONDS
+    if plan.first == "blocks":
+        seconds += z * _SCATTER_SECONDS
+    wide = _COPY_SECONDS if s.delta == 1 and s.epsilon >= 8 else _SCATTER_SECONDS
+    seconds += 2 * s.phi * s.epsilon * s.delta * wide
+    wide = _COPY_SECONDS if s.alpha * s.beta >= 8 else _SCATTER_SECONDS
+    return seconds + 2 * s.gamma * s.beta * s.alpha * wide
+
+
+def _materialised_cost(plan: Plan, operator: Operator, tokens: int) -> float:
+    s = operator.sizes
+    matrix = s.alpha * s.beta * s.gamma * s.phi * s.epsilon * s.delta
+    rate = _MACS_PER_SECOND[plan.gemm]
+    products = 3 * (tokens * matrix / rate + _GEMM_SECONDS)
+    if operator.is_dense:
+        return products
+    # W twice, its gradient once; and the products of its gradient with both factors
+    build = matrix * (3 * _SCATTER_SECONDS + 4 * s.rho / (_MACS_PER_SECOND["blas"] * 0.5))
+    return products + build + 12 * _CALL_SECONDS
