@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench serve clean browser
+.PHONY: demo test lint bench bench-layers serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -30,8 +30,10 @@ lint: $(VENV)/.dev  ## formatting, style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.dev  ## ratios measured in one run, as JSON and as tables
+bench: bench-layers  ## ratios measured in one run, as JSON and as tables
 	$(BIN)/python -m benchmarks.proposals
+
+bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and the papers' path; FULL=1: all
 	$(BIN)/python -m benchmarks.layers
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from nas.cost import RunPlan
+from nas.cost import RunPlan, structures_of
 from nas.errors import RunFailed
+from nas.layers import EinsumLinear
+from nas.layers.plan import choose
 from nas.models.gpt import GPT
 from nas.recipe import GptRecipe
 
@@ -47,6 +49,14 @@ def evaluation_steps(plan: RunPlan, recipe: GptRecipe) -> list[int]:
     """
     steps = {round(plan.steps / math.sqrt(2) ** i) for i in range(recipe.evaluations)}
     return sorted(s for s in steps if s >= min(recipe.warmup_steps, plan.steps))
+
+
+def execution_plans(plan: RunPlan, recipe: GptRecipe, device: str = "cpu") -> dict[str, str]:
+    """The execution plan of each structure of a run, by fingerprint, from the cost model."""
+    tokens = recipe.batch * recipe.context
+    structures = structures_of(recipe, plan.theta, plan.width)
+    where = torch.device(device)
+    return {s.fingerprint: str(choose(s, tokens, where, torch.float32)) for s in structures}
 
 
 def _random_windows(
@@ -92,11 +102,13 @@ def train(
     validation_text: NDArray[np.uint8],
     seed: int,
     device: str = "cpu",
+    layer_plans: Mapping[str, str] | None = None,
 ) -> Iterator[Point]:
     """Train `plan` and yield a point at each evaluation.
 
     The random streams of initialisation, training batches and validation windows are separate;
-    the same plan, seed, device and thread count give the same points.
+    the same plan, seed, device, thread count and execution plans (`layer_plans`, by default those
+    of `execution_plans`) give the same points.
 
     Raises
     ------
@@ -106,6 +118,10 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(recipe, plan.theta, plan.width).to(device)
+    layer_plans = execution_plans(plan, recipe, device) if layer_plans is None else layer_plans
+    for layer in model.modules():
+        if isinstance(layer, EinsumLinear):
+            layer.plan = layer_plans[layer.structure.fingerprint]
     optimizer = model.optimizer()
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     batches = torch.Generator().manual_seed(seed + (1 << 32))

@@ -16,13 +16,11 @@ from ray import tune
 
 from nas.cost import RunPlan
 from nas.errors import RunFailed
-from nas.proxy import Point, train
+from nas.proxy import Point, execution_plans, train
 from nas.recipe import GptRecipe
 from nas.theta import Theta
 
 _log = logging.getLogger(__name__)
-#: Name of the execution plan of the layers, stored with each trial.
-EXECUTION_PLAN = "a-first"
 
 
 class ProxyTrainable(tune.Trainable):
@@ -34,6 +32,8 @@ class ProxyTrainable(tune.Trainable):
     """
 
     _points: Iterator[Point]
+    #: execution plan of each structure, by fingerprint; stored with the trial
+    _plans: dict[str, str]
 
     def setup(
         self,
@@ -58,7 +58,10 @@ class ProxyTrainable(tune.Trainable):
         theta, structures = Theta(*run["plan"]["theta"]), tuple(run["plan"]["structures"])
         plan = RunPlan(**{**run["plan"], "theta": theta, "structures": structures})
         recipe = GptRecipe(**run["recipe"])
-        self._points = train(plan, recipe, *self._texts, run["seed"], self._device)
+        self._plans = execution_plans(plan, recipe, self._device)
+        self._points = train(
+            plan, recipe, *self._texts, run["seed"], self._device, layer_plans=self._plans
+        )
 
     def step(self) -> dict[str, Any]:
         try:
@@ -80,7 +83,7 @@ class ProxyTrainable(tune.Trainable):
             "device": self._device,
             "device_name": torch.cuda.get_device_name() if cuda else "",
             "threads": self._threads,
-            "execution_plan": EXECUTION_PLAN,
+            "execution_plans": self._plans,
             "torch": torch.__version__,
         }
 

@@ -68,7 +68,10 @@ def contract(
         return compiled
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return plain(x, a, b, d_out)
-    y: Tensor = _Contraction.apply(x, a, b, d_out, plan_of(x, a, b, d_out, plan))  # type: ignore[no-untyped-call]
+    plan = plan_of(x, a, b, d_out, plan)
+    if b is None and plan.gemm == "blas":
+        return functional.linear(x, a)
+    y: Tensor = _Contraction.apply(x, a, b, d_out, plan)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -53,9 +53,9 @@ def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> T
     in_axes, out_axes = _axes(a, b)
     step = _forward_by_token if plan.second == "tokens" else _forward_by_block
     for tile in _tiles(n, plan.tile):
-        out = x.new_empty(tile.stop - tile.start, *out_axes)
+        out = _target(y[tile], out_axes)
         step(_cube(x[tile], in_axes, swap), *factors, _turned(out, swap), plan)
-        y[tile] = _fitted(out.flatten(1), d_out)
+        _deliver(out, y[tile])
     return y
 
 
@@ -76,12 +76,12 @@ def backward(
     )
     step = _backward_by_token if plan.second == "tokens" else _backward_by_block
     for tile in _tiles(len(x), plan.tile):
-        out = None if dx is None else x.new_empty(tile.stop - tile.start, *in_axes)
+        out = None if dx is None else _target(dx[tile], in_axes)
         x_tile, dy_tile = _cube(x[tile], in_axes, swap), _cube(dy[tile], out_axes, swap)
         dx_tile = None if out is None else _turned(out, swap)
         step(x_tile, first, second, dy_tile, plan, dx_tile, d_first, d_second)
         if dx is not None and out is not None:
-            dx[tile] = _fitted(out.flatten(1), dx.shape[1])
+            _deliver(out, dx[tile])
     da, db = d_first, d_second
     if swap:
         da = None if d_second is None else d_second.permute(1, 2, 0, 4, 3).contiguous()
@@ -112,15 +112,26 @@ def _tiles(tokens: int, tile: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-def _fitted(rows: Tensor, width: int) -> Tensor:
-    """(t, ·) zero-padded or cut at its end to (t, width)."""
-    return rows if rows.shape[1] == width else functional.pad(rows, (0, width - rows.shape[1]))
+def _target(rows: Tensor, axes: tuple[int, int, int]) -> Tensor:
+    """Where a tile is written as (t, ·, ·, ·): `rows` itself, or a buffer if the widths differ."""
+    exact = rows.shape[1] == axes[0] * axes[1] * axes[2]
+    return rows.view(-1, *axes) if exact else rows.new_empty(len(rows), *axes)
+
+
+def _deliver(tile: Tensor, rows: Tensor) -> None:
+    """The contents of a buffer, cut or zero-padded at its end, into the rows it stands for."""
+    width = tile[0].numel()
+    if width != rows.shape[1]:
+        rows[:, :width] = tile.flatten(1)[:, : rows.shape[1]]
+        rows[:, width:] = 0
 
 
 def _cube(rows: Tensor, axes: tuple[int, int, int], swap: bool) -> Tensor:
     """(t, d) as (t, ·, ·, ·); the last two axes exchanged for B first."""
-    padded = _fitted(rows, axes[0] * axes[1] * axes[2])
-    return _turned(padded.view(-1, *axes), swap)
+    width = axes[0] * axes[1] * axes[2]
+    if rows.shape[1] != width:
+        rows = functional.pad(rows, (0, width - rows.shape[1]))
+    return _turned(rows.view(-1, *axes), swap)
 
 
 def _turned(cube: Tensor, swap: bool) -> Tensor:
@@ -149,14 +160,20 @@ def _swapped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multiply(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
-    """out (b, m, n) = p (b, m, k) · q (b, k, n) for an `out` of any strides."""
+    """out (b, m, n) = p (b, m, k) · q (b, k, n)."""
     if how == "blocks":
         for o, left, right in zip(out.unbind(), p.unbind(), q.unbind(), strict=True):
             o.copy_(gemm(left, right, library))
-    elif out.is_contiguous():
-        torch.bmm(p, q, out=out)
     else:
-        out.copy_(torch.bmm(p, q))
+        torch.bmm(p, q, out=out)
+
+
+def _batched(out: Tensor, p: Tensor, q: Tensor) -> None:
+    """p (b, m, k) · q (b, k, n) into the axes of `out` (b, ·, ·, n), of any strides."""
+    if out.is_contiguous():
+        torch.bmm(p, q, out=out.view(len(p), -1, q.shape[2]))
+    else:
+        out.copy_(torch.bmm(p, q).view(out.shape))
 
 
 def _accumulate(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
@@ -197,7 +214,7 @@ def _forward_by_block(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) ->
         for o, left, right in zip(out, z, b.view(phi, -1, epsilon), strict=True):
             o.copy_(gemm(left, right, plan.gemm).view(delta, t, epsilon))
     else:
-        out.copy_(torch.bmm(z, b.view(phi, -1, epsilon)).view(out.shape))
+        _batched(out, z, b.view(phi, -1, epsilon))
 
 
 def _backward_by_block(
@@ -240,7 +257,7 @@ def _backward_by_block(
         for o, left, f in zip(out, back, flat, strict=True):
             o.copy_(gemm(left, f, plan.gemm).view(o.shape))
     else:
-        out.copy_(torch.bmm(back, flat).view(out.shape))
+        _batched(out, back, flat)
 
 
 def _by_token(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +274,7 @@ def _token_intermediate(xs: Tensor, a: Tensor, b: Tensor, delta: int, plan: Plan
 def _forward_by_token(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
     a2, b2 = _by_token(a, b)
     z = _token_intermediate(x.reshape(-1, x.shape[3]), a2, b2, a.shape[3], plan)
-    y[:, 0].copy_(torch.bmm(b2.expand(len(z), *b2.shape), z))
+    _batched(y[:, 0], b2.expand(len(z), *b2.shape), z)
 
 
 def _backward_by_token(
