@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nas.errors import InvalidInput
 from nas.layers import measuring
 from nas.layers.contraction import contract
-from nas.layers.fitting import fit_factors
+from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import matrix
 from nas.layers.normalization import cap_rms
 from nas.layers.plan import Plan, choose
@@ -270,6 +270,7 @@ class EinsumLinear(nn.Module):
             d_in_base=d_in_base, device=w.device, dtype=w.dtype,
         )  # fmt: skip
         if layer.structure.is_dense:
+            check_finite(w)
             layer.weight.copy_(w)
             layer.relative_error = 0.0
         else:

@@ -105,6 +105,11 @@ def _check(weight: Tensor, structure: Structure) -> None:
         raise InvalidInput("weight", tuple(weight.shape), f"shape (d_out, d_in) = {expected}")
     if not weight.dtype.is_floating_point:
         raise InvalidInput("weight", weight.dtype, "a real floating-point dtype")
+    check_finite(weight)
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise `InvalidInput` for a weight with NaN or infinity."""
     if bad := weight.numel() - int(weight.isfinite().sum()):
         raise InvalidInput("weight", f"{bad} entries that are NaN or infinite", "finite entries")
 
