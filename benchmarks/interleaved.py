@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +14,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc not to return memory to the system, as processes that train for long do not.
+
+    Otherwise a contender pays for new pages or not by what was freed before it, and the medians
+    compare the allocator's luck.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # from malloc.h
+        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 30)
 
 
 def rounds(

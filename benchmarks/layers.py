@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.interleaved import median_interval, report, rounds
+from benchmarks.interleaved import keep_freed_memory, median_interval, report, rounds
 from benchmarks.papers import STRUCTURES, one_einsum
 from benchmarks.papers import product as papers_product
 from nas.layers import EinsumLinear
@@ -158,6 +158,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_freed_memory()
     full = os.environ.get("FULL") == "1"
     devices = [("cpu", t) for t in ((1, 2) if full else (1,))]
     devices += [("cuda", 1)] if torch.cuda.is_available() else []

@@ -198,16 +198,16 @@ _LEAST_TILE = 256
 #: Smaller products of single tokens are slow everywhere.
 _LEAST_TOKEN_SIDE = 8
 
-# Rates of one core of a 2024 server processor with AVX-512, in single precision, fitted to 580
+# Rates of one core of a 2024 server processor with AVX-512, in single precision, fitted to 440
 # timed plans.  Only their ratios decide, so that they serve other processors and more threads.
-_MACS_PER_SECOND: dict[Gemm, float] = {"blas": 45e9, "onednn": 94e9}
-_COPY_SECONDS = 0.27e-9  # a number moved within runs that lie together
-_SCATTER_SECONDS = 0.5e-9  # a number moved on its own
-_CALL_SECONDS = 4e-6  # a tensor operation
-_GEMM_SECONDS = 45e-6  # a single matrix product, with its views and the copy of its result
-_BLOCK_SECONDS = 0.28e-6  # a product within a batch
+_MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 96e9}
+_COPY_SECONDS = 0.33e-9  # a number moved within runs that lie together
+_SCATTER_SECONDS = 0.4e-9  # a number moved on its own
+_CALL_SECONDS = 3.3e-6  # a tensor operation
+_GEMM_SECONDS = 48e-6  # a single matrix product, with its views and the copy of its result
+_BLOCK_SECONDS = 0.35e-6  # a product within a batch
 _FILL = 4.0  # the side at which a batched product reaches half its speed
-_TOKEN_SHARE = 0.7  # of full speed, in products of one token
+_TOKEN_SHARE = 0.9  # of full speed, in products of one token
 
 
 def _cost(
