@@ -31,6 +31,7 @@ lint: $(VENV)/.dev  ## formatting, style, types and import directions
 	$(BIN)/lint-imports --no-cache
 
 bench: bench-layers  ## ratios measured in one run, as JSON and as tables
+	$(BIN)/python -m benchmarks.sizing
 	$(BIN)/python -m benchmarks.proposals
 
 bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and the papers' path; FULL=1: all
