@@ -1,4 +1,4 @@
-"""What integer sizes waste: FLOPs on padding, and what rounding every axis on its own would lose."""
+"""What integer sizes waste: FLOPs on padding, and the inputs that rounding every axis loses."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from nas.cost import RunPlan, plan_at
 from nas.errors import RunFailed
-from nas.proxy import Point, _validation_windows, evaluation_steps, train
+from nas.proxy import Point, _validation_windows, evaluation_steps, execution_plans, train
 from nas.recipe import TEXT, GptRecipe
 from nas.taxonomy import parse_theta
 
@@ -50,6 +50,17 @@ def test_same_seed_same_curve_whatever_else_was_drawn() -> None:
     strip = [dataclasses.replace(p, seconds=0.0) for p in first]
     assert strip == [dataclasses.replace(p, seconds=0.0) for p in second]
     assert points("btt:rho=1/4", seed=1)[-1].loss != first[-1].loss
+
+
+def test_a_stored_execution_plan_repeats_the_run() -> None:
+    p = plan("btt:rho=1/4")
+    stored = execution_plans(p, TINY)
+    assert set(stored) == set(p.structures)
+    repeated = train(p, TINY, TRAIN, VALIDATION, 0, layer_plans=stored)
+    assert [c.loss for c in repeated] == [c.loss for c in points("btt:rho=1/4")]
+    other = dict.fromkeys(stored, "b-first tile=16 first=blocks second=batched gemm=blas")
+    curve = list(train(p, TINY, TRAIN, VALIDATION, 0, layer_plans=other))
+    assert curve[-1].loss == pytest.approx(points("btt:rho=1/4")[-1].loss, rel=1e-3)
 
 
 def test_evaluating_more_often_changes_no_result() -> None:
