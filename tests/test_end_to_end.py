@@ -21,6 +21,7 @@ def test_every_run_meets_its_budget_to_within_one_step(finished_search: RemoteSe
         assert t["state"] == "complete"
         assert t["train_flops"] <= budget < t["train_flops"] + t["train_flops_per_step"]
         assert t["environment"]["threads"] == 1
+        assert t["environment"]["execution_plans"].keys() == set(t["structures"])
         curve = finished_search.client.trial(t["id"])["curve"]
         assert curve[-1]["train_flops"] == t["train_flops"]
         assert curve[-1]["loss"] == t["loss"] < curve[0]["loss"]
