@@ -7,29 +7,29 @@ forward-mode and higher derivatives take the plain einsum, which every one of th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from nas.layers import kernels, measuring
-from nas.layers.plan import Plan, choose
+from nas.layers.modes import autocast_dtype, transforms_active
+from nas.layers.plan import Plan
 from nas.structure import Sizes, fingerprint
 
 
 def plan_of(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, fixed: Plan | str | None) -> Plan:
-    """The plan that runs x (n, d_in): fixed (or its text), else remembered, else modelled."""
+    """The plan that runs x (n, d_in): fixed (or its text), else as `measuring.resolve` says."""
     if isinstance(fixed, Plan):
         return fixed
     if fixed:
         return Plan.parse(fixed)
     operator = _Operator.of(x.shape[1], d_out, a.shape, None if b is None else b.shape)
-    remembered = measuring.remembered(operator, len(x), x.device, x.dtype)
-    return remembered or choose(operator, len(x), x.device, x.dtype)
+    return measuring.resolve(operator, x.shape[0], x.device, x.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,13 @@ def contract(
 
     Under autocast x and the factors are cast first.  Without a plan, `plan_of` gives one.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
+    dtype = autocast_dtype(x.device, a.dtype)
+    x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
+    if transforms_active():
+        return plain(x, a, b, d_out)
     if torch.compiler.is_compiling():
         compiled: Tensor = _operator(x, a, b, d_out, str(plan or ""))
         return compiled
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return plain(x, a, b, d_out)
     plan = plan_of(x, a, b, d_out, plan)
     if b is None and plan.gemm == "blas":
         return functional.linear(x, a)
@@ -104,10 +103,18 @@ def _plain_gradients(
     return functional.pad(dx, (0, x.shape[1] - dx.shape[1])), da, db
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels run in the dtype they were given, also where backward is called under autocast."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class _Contraction(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:
-        return kernels.forward(x.contiguous(), a, b, d_out, plan)
+        with _without_autocast(x):
+            return kernels.forward(x.contiguous(), a, b, d_out, plan)
 
     @staticmethod
     def setup_context(
@@ -122,11 +129,9 @@ class _Contraction(torch.autograd.Function):
         if torch.is_grad_enabled():  # someone differentiates the gradient
             return *_plain_gradients(x, a, b, dy), None, None
         wanted = ctx.needs_input_grad[:3]
-        return (
-            *kernels.backward(x.contiguous(), a, b, dy.contiguous(), ctx.plan, wanted),
-            None,
-            None,
-        )
+        with _without_autocast(x):
+            found = kernels.backward(x.contiguous(), a, b, dy.contiguous(), ctx.plan, wanted)
+        return *found, None, None
 
 
 @torch.library.custom_op("einsum_nas::contract", mutates_args=())

@@ -12,8 +12,9 @@ from nas.layers import measuring
 from nas.layers.contraction import contract
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import matrix
+from nas.layers.modes import autocast_dtype
 from nas.layers.normalization import cap_rms
-from nas.layers.plan import Plan, choose
+from nas.layers.plan import Plan
 from nas.structure import Factor, Sizing, Structure
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
@@ -62,7 +63,8 @@ class EinsumLinear(nn.Module):
     """
 
     #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
-    relative_error: float | None
+    relative_error: float | None = None
+    _plan: Plan | None = None
     bias: Tensor | None
     gain_A: Tensor | None
     gain_B: Tensor | None
@@ -87,7 +89,6 @@ class EinsumLinear(nn.Module):
         parsed = parse_theta(theta) if isinstance(theta, str) else Theta.of(theta)
         self.structure = Structure.of(parsed, d_in, d_out, sizing)
         self.plan = plan
-        self.relative_error = None
         self.in_features, self.out_features = d_in, d_out
         self.zero_init, self.normalize = zero_init, normalize
         self.d_in_base = d_in if d_in_base is None else d_in_base
@@ -142,26 +143,29 @@ class EinsumLinear(nn.Module):
         TypeError
             A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
         """
-        a, b = self._effective("A", self.gain_A), None
-        if not self.structure.is_dense:
-            b = self._effective("B", self.gain_B)
-        self._check(x, a)
+        self._check(x)
+        a, b = self._effective_factors()
         y = contract(x.reshape(-1, self.in_features), a, b, self.out_features, self._plan)
         if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+            y = y.add_(self.bias)  # nothing has saved y
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _check(self, x: Tensor, a: Tensor) -> None:
+    def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
+        a = self._effective("A", self.gain_A)
+        return a, None if self.structure.is_dense else self._effective("B", self.gain_B)
+
+    def _check(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"EinsumLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
                 f"its last dimension must be {self.in_features}"
             )
-        cast = torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point
-        if x.dtype != a.dtype and not cast:
+        dtype = self._any_factor().dtype
+        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
+        if x.dtype != dtype and not (x.is_floating_point() and alike):
             raise TypeError(
                 f"EinsumLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
-                f"it must be {a.dtype}, the dtype of the layer, or floating point under autocast"
+                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
             )
 
     @property
@@ -200,8 +204,7 @@ class EinsumLinear(nn.Module):
             return self._plan
         device = self._any_factor().device if device is None else device
         dtype = self._any_factor().dtype if dtype is None else dtype
-        remembered = measuring.remembered(self.structure, tokens, device, dtype)
-        return remembered or choose(self.structure, tokens, device, dtype)
+        return measuring.resolve(self.structure, tokens, device, dtype)
 
     def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Plan:
         """Time the candidate plans on inputs of `tokens` tokens, remember and return the fastest.
@@ -219,10 +222,7 @@ class EinsumLinear(nn.Module):
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        a, b = self._effective("A", self.gain_A), None
-        if not self.structure.is_dense:
-            b = self._effective("B", self.gain_B)
-        return matrix(a, b, self.out_features, self.in_features)
+        return matrix(*self._effective_factors(), self.out_features, self.in_features)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -280,7 +280,7 @@ class EinsumLinear(nn.Module):
             layer.relative_error = fit.relative_error
         if layer.bias is not None:
             layer.bias.copy_(linear.bias)
-        return layer
+        return layer.train(linear.training)
 
     def extra_repr(self) -> str:
         s = self.structure

@@ -27,6 +27,9 @@ from nas.structure import Structure
 
 #: Entries of W that one batched decomposition takes in float64 (32 MiB), if a block is not larger.
 _CHUNK_ENTRIES = 1 << 22
+#: A slice is empty whose factor is smaller than this beside the largest: singular values enter
+#: factors by their root, and double precision leaves 1e-16 of one that is zero.
+_EMPTY = 1e-7
 #: Directions of an orthonormal basis that the real entries see less than this are not fitted.
 _SEEN = 1e-8
 
@@ -51,10 +54,11 @@ def fit_factors(
     """The factors of `structure` whose product is nearest to `weight` (d_out, d_in).
 
     Singular values are split evenly, then one scalar moves scale between the factors until
-    RMS(A) / init_std("A") = RMS(B) / init_std("B").  Slices of ρ past the rank of a block,
-    min(βε, δα), are left out of that: B is zero there, so that the product is exact, and A is drawn
-    at its init std with a fixed seed, so that they can learn.  Where the structure covers fewer
-    inputs or outputs than the layer has, what it cannot represent counts as error.
+    RMS(A) / init_std("A") = RMS(B) / init_std("B").  Slices (γ, φ, ρ) that the weight leaves empty,
+    because it is zero there or ρ is past the rank min(βε, δα) of a block, are left out of that: B
+    is zero there, so that the product is exact, and A is drawn at its init std with a fixed seed,
+    so that they can learn.  Where the structure covers fewer inputs or outputs than the layer has,
+    what it cannot represent counts as error.
 
     Parameters
     ----------
@@ -91,8 +95,13 @@ def fit_factors(
     balance = math.sqrt(std / structure.init_std("B") * math.sqrt(a.numel() / b.numel()))
     a *= math.sqrt(scale) * balance
     b *= math.sqrt(scale) / balance
+    # slices (γ, φ, ρ) without a part in W: zero in both factors they could never learn
+    norms = torch.linalg.vector_norm(b, dim=(3, 4))
+    empty = (norms <= _EMPTY * norms.max()).permute(1, 2, 0)
+    b.masked_fill_(empty.permute(2, 0, 1)[..., None, None], 0.0)
     draw = torch.Generator().manual_seed(0)
-    a[:, rank:] = torch.randn(a[:, rank:].shape, dtype=a.dtype, generator=draw).to(a) * std
+    drawn = std * torch.randn(a.shape, dtype=a.dtype, generator=draw).to(a)
+    a = torch.where(empty[..., None, None], drawn, a)
     a, b = a.to(w.dtype), b.to(w.dtype)
     return Fit(a.to(weight), b.to(weight), _relative_error(w, a, b, scale))
 

@@ -19,18 +19,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
-from nas.layers.plan import Gemm, Plan, Product
+from nas.layers.plan import Gemm, Plan, Product, onednn_available
 from nas.structure import Structure
 
 #: Rows of W whose gradient is held at once; enough for a matrix product at full speed.
-SLAB_ROWS = 512
+SLAB_ROWS = 256
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+if onednn_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _gemm_flops(
+        x_shape: tuple[int, ...], w_shape: tuple[int, ...], *_: object, **__: object
+    ) -> int:
+        """For `torch.utils.flop_counter`, which knows no oneDNN: x (m, k) · w (n, k)ᵀ."""
+        return 2 * x_shape[0] * x_shape[1] * w_shape[0]
+
+
 def gemm(p: Tensor, q: Tensor, library: Gemm) -> Tensor:
-    """p (m, k) · q (k, n) → (m, n)."""
-    if library == "blas":
+    """p (m, k) · q (k, n) → (m, n); by oneDNN only what it can run."""
+    single = p.dtype == q.dtype == torch.float32 and p.device.type == "cpu"
+    if library == "blas" or not single or 0 in (*p.shape, q.shape[1]):
         return p @ q
     # oneDNN falls back to slow code for a right operand whose rows do not lie together
     if not (q.is_contiguous() or q.t().is_contiguous()):
@@ -71,7 +83,7 @@ def backward(
     in_axes, out_axes = _axes(a, b)
     dx = torch.empty_like(x) if wanted[0] else None
     d_first, d_second = (
-        torch.zeros_like(factor, dtype=_exact(a)) if needed else None
+        torch.zeros_like(factor, dtype=_accumulator(a)) if needed else None
         for factor, needed in ((first, wanted[1 + swap]), (second, wanted[2 - swap]))
     )
     step = _backward_by_token if plan.second == "tokens" else _backward_by_block
@@ -93,7 +105,20 @@ def matrix(a: Tensor, b: Tensor | None, d_out: int, d_in: int) -> Tensor:
     """W (d_out, d_in), contiguous: the two factors as one matrix, or the one matrix itself."""
     if b is None:
         return a.contiguous()
-    w = build_matrix(a, b)
+    gamma, rho, phi, delta, alpha = a.shape
+    beta, epsilon = b.shape[3:]
+    w = a.new_empty(phi, epsilon, delta, gamma, beta, alpha)
+    right = a.permute(2, 0, 1, 3, 4).reshape(phi, gamma, rho, delta * alpha)
+    for f, e in _slabs(phi, epsilon, delta):  # so that no second W is needed
+        left = b[f, ..., e]
+        blocks, rows = left.shape[0] * gamma, beta * left.shape[4]
+        left = left.permute(0, 1, 3, 4, 2).reshape(blocks, rows, rho)
+        product = torch.bmm(left, right[f].reshape(blocks, rho, -1))
+        shape = (blocks // gamma, gamma, beta, rows // beta, delta, alpha)
+        w[f, e] = product.view(shape).permute(0, 3, 4, 1, 2, 5)
+    w = w.view(phi * epsilon * delta, gamma * beta * alpha)
+    if w.shape == (d_out, d_in):
+        return w
     return functional.pad(w, (0, d_in - w.shape[1], 0, d_out - w.shape[0])).contiguous()
 
 
@@ -102,7 +127,7 @@ def _axes(a: Tensor, b: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, i
     return (a.shape[0], b.shape[3], a.shape[4]), (b.shape[0], b.shape[4], a.shape[3])
 
 
-def _exact(a: Tensor) -> torch.dtype:
+def _accumulator(a: Tensor) -> torch.dtype:
     """The dtype of sums over tiles, which in half precision would lose what each tile adds."""
     return torch.promote_types(a.dtype, torch.float32)
 
@@ -138,22 +163,6 @@ def _turned(cube: Tensor, swap: bool) -> Tensor:
     return cube.transpose(2, 3) if swap else cube
 
 
-def build_matrix(a: Tensor, b: Tensor) -> Tensor:
-    """W (φεδ, γβα), contiguous: the two factors as one matrix."""
-    gamma, rho, phi, delta, alpha = a.shape
-    beta, epsilon = b.shape[3:]
-    if rho == 1:
-        w = b.permute(2, 0, 4, 1, 3).reshape(phi, epsilon, 1, gamma, beta, 1) * a.permute(
-            1, 2, 3, 0, 4
-        ).reshape(phi, 1, delta, gamma, 1, alpha)
-    else:
-        left = b.permute(0, 1, 3, 4, 2).reshape(phi * gamma, beta * epsilon, rho)
-        right = a.permute(2, 0, 1, 3, 4).reshape(phi * gamma, rho, delta * alpha)
-        w = torch.bmm(left, right).view(phi, gamma, beta, epsilon, delta, alpha)
-        w = w.permute(0, 3, 4, 1, 2, 5)
-    return w.reshape(phi * epsilon * delta, gamma * beta * alpha)
-
-
 def _swapped(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The same operator with B as first factor: (γ, ρ, φ, ε, β) and (φ, γ, ρ, α, δ)."""
     return b.permute(1, 2, 0, 4, 3).contiguous(), a.permute(2, 0, 1, 4, 3).contiguous()
@@ -182,7 +191,7 @@ def _accumulate(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) 
         for o, left, right in zip(out.unbind(), p.unbind(), q.unbind(), strict=True):
             o.add_(gemm(left, right, library))
     elif out.dtype == p.dtype:
-        out.baddbmm_(p, q)
+        torch.baddbmm(out, p, q, out=out)
     else:
         out.add_(torch.bmm(p, q))
 
@@ -316,8 +325,8 @@ def _materialised_backward(
         return dx, None, None
     gamma, rho, phi, delta, alpha = a.shape
     beta, epsilon = b.shape[3:]
-    da = torch.zeros(phi, gamma, rho, delta * alpha, dtype=_exact(a), device=a.device)
-    db = torch.zeros_like(b, dtype=_exact(b))
+    da = torch.zeros(phi, gamma, rho, delta * alpha, dtype=_accumulator(a), device=a.device)
+    db = torch.zeros_like(b, dtype=_accumulator(b))
     right = a.permute(2, 0, 1, 3, 4).reshape(da.shape)
     for f, e in _slabs(phi, epsilon, delta):  # so that no second W is needed
         left = b[f, ..., e]
@@ -366,19 +375,21 @@ def _slabs(phi: int, epsilon: int, delta: int) -> Iterator[tuple[slice, slice]]:
 def workspace_elements(structure: Structure, plan: Plan, tokens: int) -> int:
     """Numbers that a layer holds at once, at most, besides x, y, parameters and all gradients.
 
-    One tile of every tensor between input and output, and both factors reordered; under the
-    materialised plan W and some rows of its gradient.
+    One tile of x, of y and of the intermediate, each once more for every reordering, and both
+    factors reordered; under the materialised plan W and some rows of dY and of the gradient of W.
     """
     s = structure.sizes
     wide_in, wide_out = s.alpha * s.beta * s.gamma, s.delta * s.epsilon * s.phi
-    if structure.is_dense or plan.order == "materialised":
-        w = structure.d_in * structure.d_out
-        rows = min(max(SLAB_ROWS, s.delta), structure.d_out)
-        w = 0 if structure.is_dense else w + wide_in * wide_out
-        return w + rows * (3 * wide_in + tokens) + 2 * structure.params
+    if structure.is_dense:
+        return SLAB_ROWS * (2 * tokens + structure.d_in)
+    if plan.order == "materialised":
+        exact = (structure.d_in, structure.d_out) == (wide_in, wide_out)
+        rows = max(SLAB_ROWS, s.delta)
+        w = wide_in * wide_out + (0 if exact else structure.d_in * structure.d_out)
+        return w + rows * (2 * tokens + 3 * wide_in) + 3 * structure.params
     t = min(plan.tile or tokens, tokens)
     z = s.gamma * s.phi * s.rho
     z *= s.alpha * s.epsilon if plan.order == "b-first" else s.beta * s.delta
     if plan.second == "tokens":
         z += s.epsilon * s.rho * (s.alpha if plan.order == "b-first" else s.beta)
-    return t * (3 * z + 3 * wide_in + 3 * wide_out) + 3 * structure.params
+    return t * (3 * z + 2 * wide_in + 3 * wide_out) + 3 * structure.params

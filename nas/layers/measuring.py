@@ -1,7 +1,8 @@
 """Plans chosen by measurement instead of by the cost model, and remembered.
 
-What is remembered belongs to a structure, a number of tokens, a device, a dtype and a number of
-threads.  It lasts as long as the process; `remembered_plans` and `remember_plans` carry it over.
+What is remembered belongs to a structure, a number of tokens (rounded up to a power of two), a
+device, a dtype and a number of threads.  It lasts as long as the process; `remembered_plans` and
+`remember_plans` carry it over.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ import torch
 
 from nas.errors import InvalidInput
 from nas.layers import kernels
-from nas.layers.plan import Operator, Plan, candidates
+from nas.layers.plan import Operator, Plan, bucket, candidates, choose, cost
 
 _plans: dict[str, Plan] = {}
 _REPEATS = 5
+_HOPELESS = 4.0
 
 
 def _key(operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return f"{operator.fingerprint} tokens={tokens} {name} {dtype} threads={threads}"
+    return f"{operator.fingerprint} tokens={bucket(tokens)} {name} {dtype} threads={threads}"
 
 
-def remembered(
-    operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype
-) -> Plan | None:
-    """The plan that was measured to be the fastest here, if any was."""
-    return _plans.get(_key(operator, tokens, device, dtype)) if _plans else None
+def resolve(operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan of an operator that has no fixed one: remembered, else from the cost model."""
+    found = _plans.get(_key(operator, tokens, device, dtype)) if _plans else None
+    return choose(operator, tokens, device, dtype) if found is None else found.checked(operator)
 
 
 def remembered_plans() -> dict[str, str]:
     """All that this process has measured or was given, as text that `remember_plans` reads."""
-    return {key: str(plan) for key, plan in _plans.items()}
+    return {key: str(plan) for key, plan in dict(_plans).items()}
 
 
 def remember_plans(plans: Mapping[str, str]) -> None:
@@ -54,6 +55,9 @@ def measure(operator: Operator, tokens: int, device: torch.device, dtype: torch.
     if tokens < 1:
         raise InvalidInput("tokens", tokens, "at least 1 token to measure")
     plans = candidates(operator, tokens, device, dtype)
+    costs = {plan: cost(plan, operator, tokens) for plan in plans}
+    # not those that are hopeless, which may also need more memory than there is
+    plans = [plan for plan in plans if costs[plan] <= _HOPELESS * min(costs.values())]
     draw = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -86,5 +90,5 @@ def measure(operator: Operator, tokens: int, device: torch.device, dtype: torch.
 
 
 def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas.layers.modes import transforms_active
+
 
 def cap_rms(weight: Tensor, cap: float, gain: Tensor | None = None) -> Tensor:
     """gain · W / max(1, RMS(W)/cap), differentiated through; the shape of W.
@@ -16,7 +18,7 @@ def cap_rms(weight: Tensor, cap: float, gain: Tensor | None = None) -> Tensor:
 
     Source: arXiv:2410.02117, appendix.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or transforms_active():
         _, scale, _ = _norm_and_scale(weight, cap)
         return weight * (scale if gain is None else scale * gain)
     capped: Tensor = _CapRms.apply(weight, gain, cap)  # type: ignore[no-untyped-call]
@@ -50,6 +52,7 @@ class _CapRms(torch.autograd.Function):
         norm, scale, limit = _norm_and_scale(weight, ctx.cap)
         along = torch.sum(grad * weight)
         # above the cap d(scale·W) loses its part along W; below it the scale is constant
-        inward = torch.where(norm > limit, along / norm.square().clamp(min=1e-30), 0.0)
+        above = norm.clamp(min=limit)
+        inward = torch.where(norm > limit, along / above / above, 0.0)  # squares may overflow
         d_weight = (grad - inward * weight) * (scale * rest[0] if rest else scale)
         return d_weight, (along * scale if rest else None), None

@@ -1,14 +1,13 @@
 """Execution plans: which of the exact ways to compute a structured layer is run.
 
-A `Plan` is chosen by a cost model from the operator, the number of tokens, the device and the
-dtype alone, so that the same layer on the same kind of device runs the same plan every time; it
-can be read, stored as text, and fixed.  Every plan gives the same result to rounding, and the same
-plan with the same number of threads the same bits.
+A `Plan` is chosen by a cost model from the operator, the number of tokens (rounded up to a power
+of two), the kind of device and the dtype alone, so that the same layer on the same kind of machine
+runs the same plan every time; it can be read, stored as text, and fixed.  Every plan gives the same
+result to rounding; the same plan, machine, torch and number of threads give the same bits.
 """
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from itertools import product
@@ -41,6 +40,7 @@ class Operator(Protocol):
     def is_dense(self) -> bool: ...
     @property
     def fingerprint(self) -> str: ...
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ class Plan:
             raise InvalidInput("plan.tile", self.tile, "a number of tokens, or 0 for all at once")
         if self.first == "tokens":
             raise InvalidInput("plan.first", self.first, "batched | blocks")
+        if self.order == "materialised":  # which the other fields do not concern
+            for field, nothing in (("tile", 0), ("first", "batched"), ("second", "batched")):
+                object.__setattr__(self, field, nothing)
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -134,8 +137,10 @@ def _onednn_is_faster() -> bool:
     """MKL keeps its AVX-512 code to Intel's processors; oneDNN's runs on all that have it."""
     if not (onednn_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return False
-    info = Path("/proc/cpuinfo")
-    return platform.system() == "Linux" and "GenuineIntel" not in info.read_text()
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def gemm_library(device: torch.device, dtype: torch.dtype) -> Gemm:
@@ -144,18 +149,43 @@ def gemm_library(device: torch.device, dtype: torch.dtype) -> Gemm:
     return "onednn" if single and _onednn_is_faster() else "blas"
 
 
+def bucket(tokens: int) -> int:
+    """`tokens` rounded up to a power of two: the number for which a plan is chosen."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+def choose(
+    operator: Operator,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    library: Gemm | None = None,
+) -> Plan:
+    """The plan that the cost model expects to take the least time, forward and backward.
+
+    The model knows CPUs; for another device it tells the orders apart by MACs and memory traffic
+    only, so that measuring pays there.  `library` restricts single products to one library.
+    """
+    return _choose(operator, bucket(tokens), device.type, dtype, library)
+
+
 @lru_cache(maxsize=65536)
-def choose(operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype) -> Plan:
-    """The plan that the cost model expects to take the least time, forward and backward."""
-    plans = candidates(operator, tokens, device, dtype)
-    return min(plans, key=lambda plan: _cost(plan, operator, tokens, device, dtype))
+def _choose(
+    operator: Operator, tokens: int, device: str, dtype: torch.dtype, library: Gemm | None
+) -> Plan:
+    plans = candidates(operator, tokens, torch.device(device), dtype, library)
+    return min(plans, key=lambda plan: cost(plan, operator, tokens))
 
 
 def candidates(
-    operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype
+    operator: Operator,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    library: Gemm | None = None,
 ) -> list[Plan]:
     """Every plan worth considering here, each with its tile."""
-    library = gemm_library(device, dtype)
+    library = library or gemm_library(device, dtype)
     if operator.is_dense:
         libraries = dict.fromkeys((library, "blas"))
         return [Plan("materialised", gemm=gemm) for gemm in libraries]
@@ -169,20 +199,21 @@ def candidates(
             ways += [("blocks", "tokens")]
     for order, (first, second) in product(orders, ways):
         seen = sizes if order == "a-first" else sizes.swapped()
-        tile = _tile(seen, tokens, device)
-        if "blocks" in (first, second):  # single products gain more from rows than from the cache
-            tile = 0 if 2 * tile >= tokens else 2 * tile
+        tile = _tile(seen, device, dtype)
+        if "blocks" in (first, second) and second != "tokens":
+            tile *= 2  # single products gain more from rows than from the cache
+        tile = 0 if tile >= tokens else tile
         found.append(Plan(order, tile, first, second, library))
     return found
 
 
-def _tile(s: Sizes, tokens: int, device: torch.device) -> int:
+def _tile(s: Sizes, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens at a time: as many as keep the widest of a tile's tensors in cache, or in bounds."""
     widest = max(s.alpha * s.beta * s.gamma, s.delta * s.epsilon * s.phi, _intermediate(s))
-    budget = _CPU_TILE if device.type == "cpu" else _GPU_TILE
+    widest *= dtype.itemsize
+    budget = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
     tile = 1 << max(budget // widest, 1).bit_length() - 1
-    tile = max(tile, _LEAST_TILE if widest <= _CPU_TILE // 16 else _LEAST_TILE // 4)
-    return 0 if tile >= tokens else tile
+    return max(tile, _LEAST_TILE if widest <= _CPU_TILE_BYTES // 32 else _LEAST_TILE // 4)
 
 
 def _intermediate(s: Sizes) -> int:
@@ -190,29 +221,28 @@ def _intermediate(s: Sizes) -> int:
     return s.beta * s.gamma * s.delta * s.phi * s.rho
 
 
-#: Numbers in the widest tensor of a tile: 1 MiB in single precision, the second-level cache of a
-#: core; on a GPU, where only the memory held matters, 256 MiB.
-_CPU_TILE = 1 << 18
-_GPU_TILE = 1 << 26
+#: The widest tensor of a tile: near the second-level cache of a core; on a GPU, where only the
+#: memory held matters, more.
+_CPU_TILE_BYTES = 1 << 21
+_GPU_TILE_BYTES = 1 << 28
 _LEAST_TILE = 256
 #: Smaller products of single tokens are slow everywhere.
 _LEAST_TOKEN_SIDE = 8
 
 # Rates of one core of a 2024 server processor with AVX-512, in single precision, fitted to 440
 # timed plans.  Only their ratios decide, so that they serve other processors and more threads.
-_MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 96e9}
-_COPY_SECONDS = 0.33e-9  # a number moved within runs that lie together
+_MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 92e9}
+_COPY_SECONDS = 0.4e-9  # a number moved within runs that lie together
 _SCATTER_SECONDS = 0.4e-9  # a number moved on its own
-_CALL_SECONDS = 3.3e-6  # a tensor operation
-_GEMM_SECONDS = 48e-6  # a single matrix product, with its views and the copy of its result
+_CALL_SECONDS = 4e-6  # a tensor operation
+_GEMM_SECONDS = 49e-6  # a single matrix product, with its views and the copy of its result
 _BLOCK_SECONDS = 0.35e-6  # a product within a batch
-_FILL = 4.0  # the side at which a batched product reaches half its speed
-_TOKEN_SHARE = 0.9  # of full speed, in products of one token
+_FILL = 3.5  # the side at which a batched product reaches half its speed
+_LEAST_RUN = 8  # numbers side by side that make a run
+_TOKEN_SHARE = 1.0  # of full speed, in products of one token
 
 
-def _cost(
-    plan: Plan, operator: Operator, tokens: int, device: torch.device, dtype: torch.dtype
-) -> float:
+def cost(plan: Plan, operator: Operator, tokens: int) -> float:
     """Expected seconds of forward and backward on one core (relative ones elsewhere)."""
     if plan.order == "materialised":
         return _materialised_cost(plan, operator, tokens)
@@ -266,10 +296,17 @@ def _relayout_seconds(plan: Plan, s: Sizes) -> float:
         seconds += 2 * z * _SCATTER_SECONDS
     if plan.first == "blocks":
         seconds += z * _SCATTER_SECONDS
-    wide = _COPY_SECONDS if s.delta == 1 and s.epsilon >= 8 else _SCATTER_SECONDS
-    seconds += 2 * s.phi * s.epsilon * s.delta * wide
-    wide = _COPY_SECONDS if s.alpha * s.beta >= 8 else _SCATTER_SECONDS
-    return seconds + 2 * s.gamma * s.beta * s.alpha * wide
+    # y and dY, where products cannot write or read them in place; then X, twice, and dX
+    moves = (plan.second == "blocks" or s.phi * s.delta > 1) + (
+        s.delta > 1 or (plan.second == "blocks" and s.phi > 1)
+    )
+    wide = _COPY_SECONDS if s.delta == 1 and s.epsilon >= _LEAST_RUN else _SCATTER_SECONDS
+    seconds += moves * s.phi * s.epsilon * s.delta * wide
+    moves = (plan.first == "blocks" or s.gamma * s.beta > 1) + 2 * (
+        s.gamma > 1 and (plan.first == "blocks" or s.beta > 1)
+    )
+    wide = _COPY_SECONDS if s.alpha >= _LEAST_RUN else _SCATTER_SECONDS
+    return seconds + moves * s.gamma * s.beta * s.alpha * wide
 
 
 def _materialised_cost(plan: Plan, operator: Operator, tokens: int) -> float:

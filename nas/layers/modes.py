@@ -1,0 +1,27 @@
+"""What surrounds a call: function transforms, forward-mode derivatives, autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def transforms_active() -> bool:
+    """Whether `torch.func` or forward-mode differentiation sees the operations that follow.
+
+    Those understand torch's own operations, not a `torch.autograd.Function` around kernels.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which autocast, if it is on, runs products of tensors of `dtype`.
+
+    Like torch's own, it leaves float64 alone.
+    """
+    kind = device.type
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
