@@ -17,15 +17,16 @@ from scipy.stats import binom
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc not to return memory to the system, as processes that train for long do not.
+    """Ask glibc not to return memory to the system while contenders are compared.
 
     Otherwise a contender pays for new pages or not by what was freed before it, and the medians
-    compare the allocator's luck.
+    compare the allocator's luck.  This is a control: a program that returns memory pays for new
+    pages besides, and for more of them where more is allocated.
     """
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # as malloc.h numbers them
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
+        if not (libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0)):
+            raise RuntimeError("glibc refused to keep freed memory")
 
 
 def rounds(
@@ -34,16 +35,18 @@ def rounds(
     least: int = 5,
     most: int = 25,
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of every contender in every round (rounds, parts), after one round that is not kept.
+    """Seconds of every contender in every round (rounds, parts).
 
     A contender returns the seconds of its parts.  Rounds end when the budget is spent, but not
-    before `least` of them, and after `most`.
+    before `least` of them, and after `most`.  The first round, in which caches fill, is not kept,
+    unless it alone took the whole budget.
     """
-    for call in contenders.values():
-        call()
-    kept: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
     started = time.perf_counter()
-    for done in range(most):
+    kept = {name: [call()] for name, call in contenders.items()}
+    if time.perf_counter() - started < budget_seconds:
+        kept = {name: [] for name in contenders}
+        started = time.perf_counter()
+    while (done := len(next(iter(kept.values())))) < most:
         if done >= least and time.perf_counter() - started > budget_seconds:
             break
         for name, call in contenders.items():

@@ -7,7 +7,7 @@ forward-mode and higher derivatives take the plain einsum, which every one of th
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,7 +61,8 @@ def contract(
     Under autocast x and the factors are cast first.  Without a plan, `plan_of` gives one.
     """
     dtype = autocast_dtype(x.device, a.dtype)
-    x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
+    if dtype != a.dtype or dtype != x.dtype:
+        x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
     if transforms_active():
         return plain(x, a, b, d_out)
     if torch.compiler.is_compiling():
@@ -103,33 +104,22 @@ def _plain_gradients(
     return functional.pad(dx, (0, x.shape[1] - dx.shape[1])), da, db
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels run in the dtype they were given, also where backward is called under autocast."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class _Contraction(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:
-        with _without_autocast(x):
-            return kernels.forward(x.contiguous(), a, b, d_out, plan)
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int, Plan], output: Tensor
-    ) -> None:
-        *tensors, _, ctx.plan = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(x, a, b)
+        return kernels.forward(x.contiguous(), a, b, d_out, plan)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates the gradient
             return *_plain_gradients(x, a, b, dy), None, None
-        wanted = ctx.needs_input_grad[:3]
-        with _without_autocast(x):
+        wanted, kind = ctx.needs_input_grad[:3], x.device.type
+        # kernels run in the dtype they were given, also where backward is called under autocast
+        casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if casting else nullcontext():
             found = kernels.backward(x.contiguous(), a, b, dy.contiguous(), ctx.plan, wanted)
         return *found, None, None
 

@@ -161,8 +161,10 @@ class EinsumLinear(nn.Module):
                 f"its last dimension must be {self.in_features}"
             )
         dtype = self._any_factor().dtype
+        if x.dtype == dtype:
+            return
         alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
-        if x.dtype != dtype and not (x.is_floating_point() and alike):
+        if not (x.is_floating_point() and alike):
             raise TypeError(
                 f"EinsumLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
                 f"it must be {dtype}, the dtype of the layer, or floating point under autocast"

@@ -26,6 +26,8 @@ from nas.structure import Structure
 
 #: Rows of W whose gradient is held at once; enough for a matrix product at full speed.
 SLAB_ROWS = 256
+#: The inner size at which a product is as dear as the copy of its result.
+_SHORT = 32
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -132,30 +134,42 @@ def _accumulator(a: Tensor) -> torch.dtype:
     return torch.promote_types(a.dtype, torch.float32)
 
 
-def _tiles(tokens: int, tile: int) -> Iterator[slice]:
-    size = tile or max(tokens, 1)
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+def _tiles(tokens: int, tile: int) -> list[slice]:
+    if not 0 < tile < tokens:
+        return [slice(None)] if tokens else []
+    return [slice(start, start + tile) for start in range(0, tokens, tile)]
 
 
 def _target(rows: Tensor, axes: tuple[int, int, int]) -> Tensor:
     """Where a tile is written as (t, ·, ·, ·): `rows` itself, or a buffer if the widths differ."""
     exact = rows.shape[1] == axes[0] * axes[1] * axes[2]
-    return rows.view(-1, *axes) if exact else rows.new_empty(len(rows), *axes)
+    if exact:
+        return rows.view(-1, *axes)
+    # blocks first, as a batched product comes out, so that it is moved once only
+    return rows.new_empty(axes[0], len(rows), axes[1], axes[2]).transpose(0, 1)
 
 
 def _deliver(tile: Tensor, rows: Tensor) -> None:
     """The contents of a buffer, cut or zero-padded at its end, into the rows it stands for."""
-    width = tile[0].numel()
-    if width != rows.shape[1]:
-        rows[:, :width] = tile.flatten(1)[:, : rows.shape[1]]
-        rows[:, width:] = 0
+    width, real = tile[0].numel(), rows.shape[1]
+    if width == real:
+        return
+    whole = min(width, real) // (width // tile.shape[1])  # leading blocks that are not cut
+    start = whole * (width // tile.shape[1])
+    rows[:, :start].view(len(rows), whole, *tile.shape[2:]).copy_(tile[:, :whole])
+    if start < min(width, real):
+        rows[:, start:width] = tile[:, whole].flatten(1)[:, : real - start]
+    rows[:, width:] = 0
 
 
 def _cube(rows: Tensor, axes: tuple[int, int, int], swap: bool) -> Tensor:
     """(t, d) as (t, ·, ·, ·); the last two axes exchanged for B first."""
-    width = axes[0] * axes[1] * axes[2]
-    if rows.shape[1] != width:
-        rows = functional.pad(rows, (0, width - rows.shape[1]))
+    width, real = axes[0] * axes[1] * axes[2], rows.shape[1]
+    if real != width:
+        padded = rows.new_empty(len(rows), width)
+        padded[:, :real] = rows[:, :width]
+        padded[:, real:] = 0
+        rows = padded
     return _turned(rows.view(-1, *axes), swap)
 
 
@@ -175,6 +189,11 @@ def _multiply(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) ->
             o.copy_(gemm(left, right, library))
     else:
         torch.bmm(p, q, out=out)
+
+
+def _written_directly(out: Tensor, p: Tensor) -> bool:
+    """Whether a product is so short that writing it in place beats a faster one with a copy."""
+    return out.is_contiguous() and p.shape[2] <= _SHORT
 
 
 def _batched(out: Tensor, p: Tensor, q: Tensor) -> None:
@@ -210,6 +229,8 @@ def _intermediate(xs: Tensor, a: Tensor, beta: int, plan: Plan) -> Tensor:
     gamma, rho, phi, delta, alpha = a.shape
     z = xs.new_empty(gamma, rho * phi * delta, xs.shape[1])
     _multiply(z, a.view(gamma, -1, alpha), xs.transpose(1, 2), plan.first, plan.gemm)
+    if beta == delta == 1:
+        return z.view(gamma * rho, phi, -1).transpose(0, 1)
     z = z.view(gamma, rho, phi, delta, beta, -1).permute(2, 0, 1, 4, 3, 5)
     return z.reshape(phi, gamma * rho * beta, -1)
 
@@ -218,12 +239,12 @@ def _forward_by_block(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) ->
     """One tile: x (t, γ, β, α) → y (t, φ, ε, δ)."""
     t, phi, epsilon, delta = y.shape
     z = _intermediate(_rows(x, plan.first), a, b.shape[3], plan).transpose(1, 2)
-    out = y.permute(1, 3, 0, 2)  # (φ, δ, t, ε)
-    if plan.second == "blocks":
-        for o, left, right in zip(out, z, b.view(phi, -1, epsilon), strict=True):
+    out, flat = y.permute(1, 3, 0, 2), b.view(phi, -1, epsilon)  # out (φ, δ, t, ε)
+    if plan.second == "blocks" and not _written_directly(out, z):
+        for o, left, right in zip(out, z, flat, strict=True):
             o.copy_(gemm(left, right, plan.gemm).view(delta, t, epsilon))
     else:
-        _batched(out, z, b.view(phi, -1, epsilon))
+        _batched(out, z, flat)
 
 
 def _backward_by_block(
@@ -262,7 +283,7 @@ def _backward_by_block(
     if dx is None:
         return
     out, back, flat = dx.permute(1, 2, 0, 3), dz.transpose(1, 2), a.view(gamma, -1, alpha)
-    if plan.first == "blocks":
+    if plan.first == "blocks" and not _written_directly(out, back):
         for o, left, f in zip(out, back, flat, strict=True):
             o.copy_(gemm(left, f, plan.gemm).view(o.shape))
     else:

@@ -8,6 +8,7 @@ result to rounding; the same plan, machine, torch and number of threads give the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from itertools import product
@@ -202,7 +203,7 @@ def candidates(
         tile = _tile(seen, device, dtype)
         if "blocks" in (first, second) and second != "tokens":
             tile *= 2  # single products gain more from rows than from the cache
-        tile = 0 if tile >= tokens else tile
+        tile = 0 if 2 * tile >= tokens else tile  # two tiles save no more than they cost
         found.append(Plan(order, tile, first, second, library))
     return found
 
@@ -212,7 +213,7 @@ def _tile(s: Sizes, device: torch.device, dtype: torch.dtype) -> int:
     widest = max(s.alpha * s.beta * s.gamma, s.delta * s.epsilon * s.phi, _intermediate(s))
     widest *= dtype.itemsize
     budget = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-    tile = 1 << max(budget // widest, 1).bit_length() - 1
+    tile = 1 << round(math.log2(max(budget / widest, 1)))
     return max(tile, _LEAST_TILE if widest <= _CPU_TILE_BYTES // 32 else _LEAST_TILE // 4)
 
 
