@@ -11,7 +11,7 @@ from nas.errors import InvalidInput
 from nas.layers import measuring
 from nas.layers.contraction import contract
 from nas.layers.fitting import check_finite, fit_factors
-from nas.layers.kernels import matrix
+from nas.layers.kernels import matrix, workspace_elements
 from nas.layers.modes import autocast_dtype
 from nas.layers.normalization import cap_rms
 from nas.layers.plan import Plan
@@ -218,6 +218,15 @@ class EinsumLinear(nn.Module):
         return measuring.measure(
             self.structure, tokens, factor.device, factor.dtype if dtype is None else dtype
         )
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """Memory that forward and backward of `tokens` tokens hold at once, at most.
+
+        Besides input, output, parameters and all gradients; between forward and backward nothing
+        but the input is held.  Under a tiled plan it does not grow with the tokens.
+        """
+        elements = workspace_elements(self.structure, self.plan_for(tokens), tokens)
+        return elements * self._any_factor().element_size()
 
     def _any_factor(self) -> Tensor:
         return self.weight if self.structure.is_dense else self.A
