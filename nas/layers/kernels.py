@@ -191,14 +191,13 @@ def _multiply(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) ->
         torch.bmm(p, q, out=out)
 
 
-def _written_directly(out: Tensor, p: Tensor) -> bool:
-    """Whether a product is so short that writing it in place beats a faster one with a copy."""
-    return out.is_contiguous() and p.shape[2] <= _SHORT
-
-
-def _batched(out: Tensor, p: Tensor, q: Tensor) -> None:
+def _place(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
     """p (b, m, k) · q (b, k, n) into the axes of `out` (b, ·, ·, n), of any strides."""
-    if out.is_contiguous():
+    in_place = out.is_contiguous()
+    if how == "blocks" and not (in_place and p.shape[2] <= _SHORT):
+        for o, left, right in zip(out, p, q, strict=True):
+            o.copy_(gemm(left, right, library).view(o.shape))
+    elif in_place:
         torch.bmm(p, q, out=out.view(len(p), -1, q.shape[2]))
     else:
         out.copy_(torch.bmm(p, q).view(out.shape))
@@ -237,14 +236,10 @@ def _intermediate(xs: Tensor, a: Tensor, beta: int, plan: Plan) -> Tensor:
 
 def _forward_by_block(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
     """One tile: x (t, γ, β, α) → y (t, φ, ε, δ)."""
-    t, phi, epsilon, delta = y.shape
+    phi, epsilon = y.shape[1:3]
     z = _intermediate(_rows(x, plan.first), a, b.shape[3], plan).transpose(1, 2)
-    out, flat = y.permute(1, 3, 0, 2), b.view(phi, -1, epsilon)  # out (φ, δ, t, ε)
-    if plan.second == "blocks" and not _written_directly(out, z):
-        for o, left, right in zip(out, z, flat, strict=True):
-            o.copy_(gemm(left, right, plan.gemm).view(delta, t, epsilon))
-    else:
-        _batched(out, z, flat)
+    out = y.permute(1, 3, 0, 2)  # (φ, δ, t, ε)
+    _place(out, z, b.view(phi, -1, epsilon), plan.second, plan.gemm)
 
 
 def _backward_by_block(
@@ -282,12 +277,8 @@ def _backward_by_block(
         _accumulate(da.view(gamma, -1, alpha), dz, xs, plan.first, plan.gemm)
     if dx is None:
         return
-    out, back, flat = dx.permute(1, 2, 0, 3), dz.transpose(1, 2), a.view(gamma, -1, alpha)
-    if plan.first == "blocks" and not _written_directly(out, back):
-        for o, left, f in zip(out, back, flat, strict=True):
-            o.copy_(gemm(left, f, plan.gemm).view(o.shape))
-    else:
-        _batched(out, back, flat)
+    out, back = dx.permute(1, 2, 0, 3), dz.transpose(1, 2)
+    _place(out, back, a.view(gamma, -1, alpha), plan.first, plan.gemm)
 
 
 def _by_token(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +295,7 @@ def _token_intermediate(xs: Tensor, a: Tensor, b: Tensor, delta: int, plan: Plan
 def _forward_by_token(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
     a2, b2 = _by_token(a, b)
     z = _token_intermediate(x.reshape(-1, x.shape[3]), a2, b2, a.shape[3], plan)
-    _batched(y[:, 0], b2.expand(len(z), *b2.shape), z)
+    _place(y[:, 0], b2.expand(len(z), *b2.shape), z, "batched", plan.gemm)
 
 
 def _backward_by_token(

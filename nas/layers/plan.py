@@ -233,14 +233,11 @@ _LEAST_TOKEN_SIDE = 8
 # Rates of one core of a 2024 server processor with AVX-512, in single precision, fitted to 440
 # timed plans.  Only their ratios decide, so that they serve other processors and more threads.
 _MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 92e9}
-_COPY_SECONDS = 0.4e-9  # a number moved within runs that lie together
-_SCATTER_SECONDS = 0.4e-9  # a number moved on its own
+_MOVE_SECONDS = 0.4e-9  # a number moved
 _CALL_SECONDS = 4e-6  # a tensor operation
 _GEMM_SECONDS = 49e-6  # a single matrix product, with its views and the copy of its result
 _BLOCK_SECONDS = 0.35e-6  # a product within a batch
 _FILL = 3.5  # the side at which a batched product reaches half its speed
-_LEAST_RUN = 8  # numbers side by side that make a run
-_TOKEN_SHARE = 1.0  # of full speed, in products of one token
 
 
 def cost(plan: Plan, operator: Operator, tokens: int) -> float:
@@ -255,17 +252,17 @@ def cost(plan: Plan, operator: Operator, tokens: int) -> float:
         plan.first, plan.gemm, s.gamma, t * s.beta, s.alpha, s.delta * s.phi * s.rho
     )
     if plan.second == "tokens":
-        rate = _MACS_PER_SECOND["blas"] * _TOKEN_SHARE * _fill(s.delta)
+        rate = _MACS_PER_SECOND["blas"] * _fill(s.delta)
         macs = t * s.delta * s.epsilon * s.beta * s.rho
         second = macs / rate + t * _BLOCK_SECONDS + _CALL_SECONDS
-        moved = t * (s.epsilon * s.beta * s.rho + s.epsilon * s.delta) * _COPY_SECONDS
+        moved = t * (s.epsilon * s.beta * s.rho + s.epsilon * s.delta) * _MOVE_SECONDS
     else:
         second = _product_seconds(
             plan.second, plan.gemm, s.phi, t * s.delta, s.gamma * s.beta * s.rho, s.epsilon
         )
         moved = t * _relayout_seconds(plan, s)
     if plan.order == "b-first":
-        moved += t * 4 * _SCATTER_SECONDS * (s.alpha * s.beta * s.gamma)
+        moved += t * 4 * _MOVE_SECONDS * (s.alpha * s.beta * s.gamma)
     return max(tiles, 1) * (4 * first + 3 * second + moved + 12 * _CALL_SECONDS)
 
 
@@ -288,26 +285,24 @@ def _fill(size: int) -> float:
 def _relayout_seconds(plan: Plan, s: Sizes) -> float:
     """Copies per token around the products of one tile, forward and backward."""
     z = _intermediate(s)
-    seconds = 6 * z * _COPY_SECONDS  # written once and read twice, and so its gradient
+    seconds = 6 * z * _MOVE_SECONDS  # written once and read twice, and so its gradient
     if s.beta * s.delta > 1:
-        seconds += 3 * z * _COPY_SECONDS
+        seconds += 3 * z * _MOVE_SECONDS
     elif s.rho > 1 or plan.first == "blocks":
-        seconds += z * _COPY_SECONDS
+        seconds += z * _MOVE_SECONDS
     if plan.second == "blocks":
-        seconds += 2 * z * _SCATTER_SECONDS
+        seconds += 2 * z * _MOVE_SECONDS
     if plan.first == "blocks":
-        seconds += z * _SCATTER_SECONDS
+        seconds += z * _MOVE_SECONDS
     # y and dY, where products cannot write or read them in place; then X, twice, and dX
     moves = (plan.second == "blocks" or s.phi * s.delta > 1) + (
         s.delta > 1 or (plan.second == "blocks" and s.phi > 1)
     )
-    wide = _COPY_SECONDS if s.delta == 1 and s.epsilon >= _LEAST_RUN else _SCATTER_SECONDS
-    seconds += moves * s.phi * s.epsilon * s.delta * wide
+    seconds += moves * s.phi * s.epsilon * s.delta * _MOVE_SECONDS
     moves = (plan.first == "blocks" or s.gamma * s.beta > 1) + 2 * (
         s.gamma > 1 and (plan.first == "blocks" or s.beta > 1)
     )
-    wide = _COPY_SECONDS if s.alpha >= _LEAST_RUN else _SCATTER_SECONDS
-    return seconds + moves * s.gamma * s.beta * s.alpha * wide
+    return seconds + moves * s.gamma * s.beta * s.alpha * _MOVE_SECONDS
 
 
 def _materialised_cost(plan: Plan, operator: Operator, tokens: int) -> float:
@@ -319,5 +314,5 @@ def _materialised_cost(plan: Plan, operator: Operator, tokens: int) -> float:
         return 3 * (tokens * operator.d_in * operator.d_out / rate + call)
     products = 3 * (tokens * matrix / rate + _GEMM_SECONDS)
     # W twice, its gradient once; and the products of its gradient with both factors
-    build = matrix * (3 * _SCATTER_SECONDS + 4 * s.rho / (_MACS_PER_SECOND["blas"] * 0.5))
+    build = matrix * (3 * _MOVE_SECONDS + 4 * s.rho / (_MACS_PER_SECOND["blas"] * 0.5))
     return products + build + 12 * _CALL_SECONDS
