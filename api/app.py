@@ -20,7 +20,7 @@ Neural-architecture search over einsum-structured linear layers: for this task a
 budget, which structure should a model use, and how much does it save over dense?
 
 FLOPs are train FLOPs unless the name says otherwise: 1 MAC = 2 FLOPs, training = 3 × forward, all
-matrix products counted. Losses are nats per character on fixed validation windows.
+matrix products counted. Losses are means over fixed validation samples, in the unit of the task.
 """
 
 

@@ -34,8 +34,9 @@ def index(request: Request, store: StoreDep) -> Response:
 
 @router.get("/searches/{search_id}", response_class=HTMLResponse)
 def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Response:
-    search = describe(store.search(search_id)).model_dump()
-    return _templates.TemplateResponse(request, "search.html", {"search": search})
+    search = store.search(search_id)
+    shown = {"search": describe(search).model_dump(), "unit": search.request.settings.loss_unit}
+    return _templates.TemplateResponse(request, "search.html", shown)
 
 
 @router.get("/searches/{search_id}/live")
@@ -43,7 +44,7 @@ def search_live(search_id: SearchId, store: StoreDep) -> Response:
     """Everything the page of a search shows, as one JSON document."""
     search = store.search(search_id)
     points = store.curve_points(search_id=search_id)
-    budget = search.request.train_flops
+    budget, unit = search.request.train_flops, search.request.settings.loss_unit
     try:
         best: dict[str, Any] | None = answers.get_best(
             store, search_id=search_id, train_flops=budget
@@ -55,8 +56,8 @@ def search_live(search_id: SearchId, store: StoreDep) -> Response:
     body = {
         "search": describe(search).model_dump(),
         "best": best,
-        "scatter": figures.draw_scatter(figures.scatter_data(points), budget),
-        "curves": figures.draw_curves(figures.curves_data(points)),
+        "scatter": figures.draw_scatter(figures.scatter_data(points), budget, unit),
+        "curves": figures.draw_curves(figures.curves_data(points), unit),
         "trials_total": sum(search.trial_counts.values()),
         "trials": [TrialOut.of(t).model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
     }

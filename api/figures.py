@@ -71,14 +71,14 @@ def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
     ]
 
 
-def _layout(title: str, x_title: str) -> dict[str, Any]:
+def _layout(title: str, x_title: str, unit: str) -> dict[str, Any]:
     grid = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False}
     return {
         "title": {"text": title, "font": {"size": 15}, "x": 0.01, "xanchor": "left"},
         "xaxis": {"title": {"text": x_title}, "type": "log", "exponentformat": "power", **grid},
         "yaxis": {
-            "title": {"text": "validation loss (nats per character)"}, "type": "log",
-            "nticks": 8, "tickformat": ".2f", **grid,
+            "title": {"text": f"validation loss ({unit})"}, "type": "log",
+            "nticks": 8, "tickformat": ".3~g", **grid,
         },
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -90,11 +90,11 @@ def _layout(title: str, x_title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw_scatter(data: Mapping[str, Series], budget: float) -> dict[str, Any]:
+def draw_scatter(data: Mapping[str, Series], budget: float, unit: str) -> dict[str, Any]:
     """Loss against train FLOPs, both fronts as lines, the budget as a dotted line."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout("Loss against compute", "train FLOPs"))
+    figure = go.Figure(layout=_layout("Loss against compute", "train FLOPs", unit))
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
         points, front = data[key], data[f"{key}_front"]
         figure.add_scatter(
@@ -110,11 +110,11 @@ def draw_scatter(data: Mapping[str, Series], budget: float) -> dict[str, Any]:
     return dict(figure.to_plotly_json())
 
 
-def draw_curves(data: Sequence[tuple[Series, bool]]) -> dict[str, Any]:
+def draw_curves(data: Sequence[tuple[Series, bool]], unit: str) -> dict[str, Any]:
     """Learning curves: loss against steps, one line a trial."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout("Learning curves", "training steps"))
+    figure = go.Figure(layout=_layout("Learning curves", "training steps", unit))
     seen = set()
     for series, dense in data:
         group = "dense" if dense else "structured"

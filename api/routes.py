@@ -16,7 +16,7 @@ from nas.request import SearchRequest, data_inside
 from nas.settings import Settings
 from nas.store import Search, Store
 from nas.structure import MAX_DIMENSION, Sizing, inspect_structure
-from nas.tasks.corpus import load_corpus
+from nas.tasks import load_data
 from nas.taxonomy import parse_theta
 
 router = APIRouter(prefix="/v1")
@@ -69,12 +69,12 @@ RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
 
 
 def _usable_data(request: SearchRequest, settings: Settings) -> str | None:
-    """The path of the request's data once it is known to hold enough text."""
+    """The path of the request's data once it is known to be usable."""
     if request.data is None:
         return None
     path = data_inside(settings.data_dir, request.data)
     # errors repeat the name that was sent, not where it lies on this host
-    load_corpus(path, request.recipe.least_characters, shown=request.data)
+    load_data(request.settings, path, shown=request.data)
     return str(path)
 
 

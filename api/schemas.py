@@ -66,7 +66,7 @@ class TrialOut(_Out):
     forward_flops_per_token: float
     params: int = Field(description="trainable parameters of the whole model")
     seed: int
-    loss: float | None = Field(description="validation loss at the last step, nats per character")
+    loss: float | None = Field(description="validation loss at the last step, unit of the task")
     error: str | None
     attempts: int
     reused_from: int | None = Field(description="trial whose equal run gave this result")
@@ -111,8 +111,8 @@ class PointOut(_Out):
 
     step: int
     train_flops: float
-    loss: float = Field(description="validation loss, nats per character")
-    loss_stderr: float = Field(description="standard error over the validation windows")
+    loss: float = Field(description="validation loss, unit of the task")
+    loss_stderr: float = Field(description="standard error over the validation samples")
     train_seconds: float = Field(description="seconds of training up to here")
 
     @classmethod

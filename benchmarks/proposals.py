@@ -22,7 +22,7 @@ def main() -> None:
             )
             past: list[PastTrial] = []
             kept = optuna.create_study(sampler=build_sampler(request, 0))
-            space = distributions(request)
+            space = distributions(request, request.settings)
             for number in range(trials):
                 params = {n: 0.1 + 0.9 * math.modf(number * 0.618 * (i + 1))[0]
                           for i, n in enumerate(space)}  # fmt: skip
@@ -33,7 +33,7 @@ def main() -> None:
                     )
                 )
             timed = ratio(
-                lambda r=request, p=past: propose(r, len(p), p, lambda _: False),
+                lambda r=request, p=past: propose(r, r.settings, len(p), p, lambda _: False),
                 lambda k=kept, s=space: k.tell(k.ask(s), state=optuna.trial.TrialState.FAIL),
                 9,
             )

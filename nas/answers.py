@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from nas.analysis import best_for_budget, frontier
@@ -15,12 +16,12 @@ from nas.cost import (
     references,
 )
 from nas.errors import InvalidInput, NotFound
-from nas.request import RECIPES, SearchRequest
+from nas.recipe import LOSS_UNITS, RECIPES, TASKS
+from nas.request import SearchRequest
 from nas.store import CurvePoint, Search, Store
 from nas.taxonomy import name_of
 from nas.theta import DENSE, Theta
 
-LOSS_UNIT = "nats per character, mean over the task's fixed validation windows"
 FLOPS_UNIT = "train FLOPs: 1 MAC = 2 FLOPs, training = 3 × forward, all matrix products"
 
 
@@ -35,8 +36,8 @@ def resolve_task(store: Store, task: str) -> tuple[str, str]:
         No search on the task's default data has begun on this store.
     """
     name, _, fingerprint = task.partition("@")
-    if name not in RECIPES:
-        raise InvalidInput("task", task, f"{' | '.join(RECIPES)}, or one of them with @fingerprint")
+    if name not in TASKS:
+        raise InvalidInput("task", task, f"{' | '.join(TASKS)}, or one of them with @fingerprint")
     if not fingerprint:
         found = store.default_fingerprint(name)
         if found is None:
@@ -88,7 +89,7 @@ def get_frontier(
         "x": "train_flops",
         "x_unit": FLOPS_UNIT,
         "y": "loss",
-        "y_unit": LOSS_UNIT,
+        "y_unit": loss_unit(store, task, search_id, points),
         "frontier": [point_dict(p) for p in front.overall],
         "structured": [point_dict(p) for p in front.structured],
         "dense": [point_dict(p) for p in front.dense],
@@ -102,6 +103,15 @@ def _points(store: Store, task: str | None, search_id: str | None) -> list[Curve
         return store.curve_points(search_id=search_id)
     name, fingerprint = resolve_task(store, task or "")
     return store.curve_points(task=name, fingerprint=fingerprint)
+
+
+def loss_unit(
+    store: Store, task: str | None, search_id: str | None, points: Sequence[CurvePoint]
+) -> str:
+    """What a loss is measured in; a mean over the task's fixed validation samples."""
+    if search_id is None and not points:
+        return LOSS_UNITS[(task or "").partition("@")[0]]
+    return store.search(search_id or points[0].search_id).request.settings.loss_unit
 
 
 def point_dict(point: CurvePoint) -> dict[str, Any]:
@@ -153,7 +163,7 @@ def get_best(
         "train_flops": best.train_flops,
         "train_flops_unit": FLOPS_UNIT,
         "expected_loss": best.loss,
-        "loss_unit": LOSS_UNIT,
+        "loss_unit": loss_unit(store, task, search_id, [best]),
         "interval": list(answer.interval),
         "interval_means": INTERVAL_MEANS,
         "multiplier_over_dense": _multiplier_dict(answer.multiplier),
@@ -194,11 +204,13 @@ def _multiplier_dict(multiplier: Multiplier | None) -> dict[str, Any] | None:
 
 def get_preview(request: SearchRequest) -> dict[str, Any]:
     """What a search would run, without running it: dense references and the range of widths."""
-    recipe, budget = request.recipe, request.train_flops
+    recipe, budget = request.settings, request.train_flops
     dense = references(recipe, budget, request.references)
     shown = {"dense": DENSE, **_EXAMPLES}
     return {
         "request": request.model_dump(),
+        "recipe": recipe.as_dict(),
+        "loss_unit": recipe.loss_unit,
         "trials": request.trials,
         "references": [
             {
@@ -231,18 +243,27 @@ _EXAMPLES = _examples()
 
 
 def get_tasks(store: Store) -> list[dict[str, Any]]:
-    """Every task, with its recipe, its budgets and the data that searches here have used."""
+    """Every task, with its recipes, their budgets and the data that searches here have used."""
     return [
         {
-            "name": name,
-            "recipe": recipe.as_dict(),
-            "accepted_train_flops": accepted_budget(recipe),
-            "minimum_train_flops": minimum_train_flops(recipe),
+            "name": task,
+            "loss_unit": LOSS_UNITS[task],
+            "recipes": [
+                {
+                    "name": recipe.name,
+                    "settings": recipe.as_dict(),
+                    "loss_unit": recipe.loss_unit,
+                    "accepted_train_flops": accepted_budget(recipe),
+                    "minimum_train_flops": minimum_train_flops(recipe),
+                }
+                for recipe in RECIPES.values()
+                if recipe.task == task
+            ],
             "minimum_references": MIN_REFERENCES,
-            "default_fingerprint": store.default_fingerprint(name),
+            "default_fingerprint": store.default_fingerprint(task),
             "fingerprints": [
-                {"fingerprint": f, "searches": n} for f, n in store.task_fingerprints(name)
+                {"fingerprint": f, "searches": n} for f, n in store.task_fingerprints(task)
             ],
         }
-        for name, recipe in RECIPES.items()
+        for task in TASKS
     ]

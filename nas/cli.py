@@ -31,6 +31,7 @@ from nas.processes import (
 
 if TYPE_CHECKING:
     from nas.client import RemoteSearch
+    from nas.request import SearchRequest
     from nas.store import Store
     from nas.structure import Sizing
 
@@ -151,7 +152,14 @@ def search(
     ],
     task: Annotated[str, typer.Option(help="Task to train.")] = "text",
     data: Annotated[
-        str | None, typer.Option(help="Text file or folder instead of the default corpus.")
+        str | None, typer.Option(help="File or folder, or hf:NAME, instead of the default data.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe of the task; by default its first.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe; repeatable."),
     ] = None,
     trials: Annotated[
         int,
@@ -173,14 +181,15 @@ def search(
     from nas.request import SearchRequest
 
     fields = {
-        "task": task, "data": data, "train_flops": train_flops, "trials": trials,
+        "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
+        "train_flops": train_flops, "trials": trials,
         "sampler": sampler, "objective": objective, "seed": seed, "references": references,
     }  # fmt: skip
     request = SearchRequest.checked(fields)
     if server is not None:
         _search_remotely(server, fields, wait, as_json)
         return
-    data_path = _checked_data(request.data, request.recipe.least_characters)
+    data_path = _checked_data(request)
     with _local_store() as store:
         created, _ = store.create_search(request, data_path=data_path)
         if wait:
@@ -192,18 +201,26 @@ def search(
             print(f"search {created.id} is queued; `einsum-nas worker` or `serve` runs it")
 
 
-def _checked_data(data: str | None, least_characters: int) -> str | None:
-    if data is None:
-        return None
-    from nas.tasks.corpus import load_corpus
+def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
+    """NAME=VALUE pairs as a mapping; None for none."""
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise InvalidInput("set", pair, "NAME=VALUE, such as depth=6")
+    return dict(p.split("=", 1) for p in pairs) if pairs else None
 
-    corpus = load_corpus(data, least_characters)
-    print(
-        f"data: {corpus.files} files, {corpus.characters:,} characters, "
-        f"{corpus.files_left_out} files left out, fingerprint {corpus.fingerprint}",
-        file=sys.stderr,
+
+def _checked_data(request: SearchRequest) -> str | None:
+    """Where the request's data lies, once it is known to be usable; None for the default."""
+    if request.data is None:
+        return None
+    from nas.tasks import load_data
+    from nas.tasks.data import HUB_PREFIX
+
+    data = load_data(request.settings, request.data)
+    print(f"data: {data.summary}, fingerprint {data.fingerprint}", file=sys.stderr)
+    return (
+        request.data if request.data.startswith(HUB_PREFIX) else str(Path(request.data).resolve())
     )
-    return str(Path(data).resolve())
 
 
 def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:

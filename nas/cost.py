@@ -1,8 +1,8 @@
 """Exact FLOPs and parameters of whole models and runs, and the inverse: budget → widths and steps.
 
 The one definition of FLOPs in this project: 1 MAC = 2 FLOPs; every matrix product counts
-(structured layers with their padding, attention over the full context², the output head), and
-element-wise work and table look-ups do not; training = 3 × forward.
+(structured layers with their padding, attention over all pairs of positions, the embedding of
+numbers, the output head), and element-wise work and table look-ups do not; training = 3 × forward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nas.errors import InvalidInput
-from nas.recipe import GptRecipe
+from nas.recipe import Recipe
 from nas.structure import Structure
 from nas.theta import DENSE, Theta
 
@@ -24,6 +24,8 @@ MAX_TRAIN_FLOPS = 1e20
 MIN_REFERENCES = 3
 #: Training FLOPs over forward FLOPs: the backward pass computes two products for each.
 TRAIN_OVER_FORWARD = 3
+#: FLOPs of a multiply-accumulate.
+FLOPS_PER_MAC = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,16 @@ class LinearRole:
     d_in_base: int
 
 
-def gpt_linears(recipe: GptRecipe, width: int) -> tuple[LinearRole, ...]:
+def linears(recipe: Recipe, width: int) -> tuple[LinearRole, ...]:
     """The structured layers of one residual block, in the order they run."""
     hidden, base = recipe.mlp_ratio * width, recipe.base_width
+    attention = tuple(
+        LinearRole(name, width, width, base)
+        for name in ("query", "key", "value", "attention_out")
+        if recipe.attends
+    )
     return (
-        LinearRole("query", width, width, base),
-        LinearRole("key", width, width, base),
-        LinearRole("value", width, width, base),
-        LinearRole("attention_out", width, width, base),
+        *attention,
         LinearRole("mlp_in", width, hidden, base),
         LinearRole("mlp_out", hidden, width, recipe.mlp_ratio * base),
     )
@@ -60,7 +64,7 @@ class RunPlan:
     steps: int
     #: exact training FLOPs of one step of the whole model
     train_flops_per_step: int
-    #: exact forward FLOPs of the whole model for one token of a full context
+    #: exact forward FLOPs of the whole model on one sample, over its tokens (positions)
     forward_flops_per_token: float
     #: trainable parameters of the whole model
     params: int
@@ -74,38 +78,49 @@ class RunPlan:
         return self.steps * self.train_flops_per_step
 
 
-def structures_of(recipe: GptRecipe, theta: Theta, width: int) -> tuple[Structure, ...]:
+def structures_of(recipe: Recipe, theta: Theta, width: int) -> tuple[Structure, ...]:
     """The integer structure of each layer of a block."""
-    return tuple(Structure.of(theta, r.d_in, r.d_out) for r in gpt_linears(recipe, width))
+    return tuple(Structure.of(theta, r.d_in, r.d_out) for r in linears(recipe, width))
 
 
-def forward_flops_per_sequence(recipe: GptRecipe, theta: Theta, width: int) -> int:
-    """Forward FLOPs of the whole model on one sequence of `recipe.context` tokens."""
-    linears = sum(s.macs for s in structures_of(recipe, theta, width))
-    attention = 2 * recipe.context * width  # logits and weighted values, per token
-    head = width * recipe.vocabulary
-    return 2 * recipe.context * (recipe.depth * (linears + attention) + head)
+def _unstructured_macs(recipe: Recipe, width: int) -> int:
+    """MACs of one sample outside structured layers: attention, embedding of numbers, and head."""
+    attention = 2 * recipe.tokens**2 * width if recipe.attends else 0  # logits, weighted values
+    embedding = recipe.tokens * recipe.features * width
+    head = recipe.predictions * width * recipe.outputs
+    return recipe.depth * attention + embedding + head
 
 
-def train_flops_per_step(recipe: GptRecipe, theta: Theta, width: int) -> int:
+def forward_flops_per_sample(recipe: Recipe, theta: Theta, width: int) -> int:
+    """Forward FLOPs of the whole model on one sample: a sequence, an image or a row."""
+    block = sum(s.macs for s in structures_of(recipe, theta, width))
+    macs = recipe.depth * recipe.tokens * block + _unstructured_macs(recipe, width)
+    return FLOPS_PER_MAC * macs
+
+
+def train_flops_per_step(recipe: Recipe, theta: Theta, width: int) -> int:
     """Training FLOPs of the whole model for one step."""
-    return TRAIN_OVER_FORWARD * recipe.batch * forward_flops_per_sequence(recipe, theta, width)
+    return TRAIN_OVER_FORWARD * recipe.batch * forward_flops_per_sample(recipe, theta, width)
 
 
-def parameters(recipe: GptRecipe, theta: Theta, width: int) -> int:
-    """Trainable parameters: layers, gains, layer norms, embeddings and head."""
-    block = 2 * 2 * width + 2 * 2 * recipe.head_dim  # two norms of the stream, query and key norms
-    for role, s in zip(
-        gpt_linears(recipe, width), structures_of(recipe, theta, width), strict=True
-    ):
-        gains = 0 if role.name in ("query", "key") else (1 if s.is_dense else 2)
-        block += s.params + gains
-    embeddings = (recipe.vocabulary + recipe.context) * width
-    head = recipe.vocabulary * width
-    return recipe.depth * block + embeddings + 2 * width + head
+def parameters(recipe: Recipe, theta: Theta, width: int) -> int:
+    """Trainable parameters: layers, gains, biases, layer norms, embeddings and head."""
+    norms = 2 if recipe.attends else 1
+    block = norms * 2 * width + (2 * 2 * recipe.head_dim if recipe.attends else 0)
+    for role, s in zip(linears(recipe, width), structures_of(recipe, theta, width), strict=True):
+        gained = recipe.normalize and role.name not in ("query", "key")  # their norms have one
+        gains = (1 if s.is_dense else 2) if gained else 0
+        block += s.params + gains + (s.d_out if recipe.bias else 0)
+    if recipe.is_token_model:
+        embedding = recipe.embedded_tokens * width
+    else:
+        embedding = (recipe.features + 1) * width
+    positions = recipe.tokens * width if recipe.attends else 0
+    head = recipe.outputs * width + (0 if recipe.is_token_model else recipe.outputs)
+    return recipe.depth * block + embedding + positions + 2 * width + head
 
 
-def fit_theta(recipe: GptRecipe, theta: Theta, width: int) -> Theta:
+def fit_theta(recipe: Recipe, theta: Theta, width: int) -> Theta:
     """The θ nearest to `theta` of which no layer costs more than dense at this width.
 
     First the rank axis is lowered; where rank 1 is still too dear, the private axes α and ε are
@@ -122,7 +137,7 @@ def fit_theta(recipe: GptRecipe, theta: Theta, width: int) -> Theta:
     return fitted or DENSE
 
 
-def _lower_rank(recipe: GptRecipe, theta: Theta, width: int) -> Theta | None:
+def _lower_rank(recipe: Recipe, theta: Theta, width: int) -> Theta | None:
     """θ with the largest rank axis, not above its own, at which no layer is degenerate.
 
     None if one is at rank 1 already.  MACs are proportional to the rank axis.
@@ -150,30 +165,35 @@ def _raise_private(theta: Theta, least: float) -> Theta:
     return Theta(alpha, beta, gamma, delta, epsilon, phi, 0.0)
 
 
-def _plan(recipe: GptRecipe, theta: Theta, width: int, budget: float) -> RunPlan:
-    per_step = train_flops_per_step(recipe, theta, width)
+def plan_of_steps(recipe: Recipe, theta: Theta, width: int, steps: int) -> RunPlan:
+    """The run of θ as it is at a given width for a given number of steps."""
     structures = structures_of(recipe, theta, width)
     return RunPlan(
         theta=theta,
         width=width,
         depth=recipe.depth,
-        steps=int(budget // per_step),
-        train_flops_per_step=per_step,
-        forward_flops_per_token=forward_flops_per_sequence(recipe, theta, width) / recipe.context,
+        steps=steps,
+        train_flops_per_step=train_flops_per_step(recipe, theta, width),
+        forward_flops_per_token=forward_flops_per_sample(recipe, theta, width) / recipe.tokens,
         params=parameters(recipe, theta, width),
         structures=tuple(s.fingerprint for s in structures),
         dense=all(s.is_dense for s in structures),
     )
 
 
-def admissible(recipe: GptRecipe, theta: Theta, budget: float) -> Iterator[RunPlan]:
+def _plan(recipe: Recipe, theta: Theta, width: int, budget: float) -> RunPlan:
+    steps = int(budget // train_flops_per_step(recipe, theta, width))
+    return plan_of_steps(recipe, theta, width, steps)
+
+
+def admissible(recipe: Recipe, theta: Theta, budget: float) -> Iterator[RunPlan]:
     """The runs of θ within `budget` train FLOPs, one a width, from narrow to wide.
 
     Each is as long as the budget allows: its FLOPs are at most the budget, and one more step
     would exceed it.  A width is left out where fewer than `recipe.min_steps` steps fit.
     """
     for width in recipe.widths:
-        # layers alone cost at least this, whatever the structure: widths past it are hopeless
+        # a model costs at least this, whatever the structure: widths past it are hopeless
         if recipe.min_steps * _least_step(recipe, width) > budget:
             return
         plan = _plan(recipe, fit_theta(recipe, theta, width), width, budget)
@@ -181,14 +201,14 @@ def admissible(recipe: GptRecipe, theta: Theta, budget: float) -> Iterator[RunPl
             yield plan
 
 
-def _least_step(recipe: GptRecipe, width: int) -> int:
-    """A lower bound of the FLOPs of a step at this width: attention and head without layers."""
-    per_token = recipe.depth * 2 * recipe.context * width + width * recipe.vocabulary
-    return TRAIN_OVER_FORWARD * 2 * recipe.tokens_per_step * per_token
+def _least_step(recipe: Recipe, width: int) -> int:
+    """A lower bound of the FLOPs of a step at this width: the model without structured layers."""
+    per_sample = FLOPS_PER_MAC * _unstructured_macs(recipe, width)
+    return TRAIN_OVER_FORWARD * recipe.batch * per_sample
 
 
 @lru_cache(maxsize=4096)
-def plans(recipe: GptRecipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]:
+def plans(recipe: Recipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]:
     """`admissible` without the widths that are too narrow for the budget.
 
     Those are the ones that would run for more than `recipe.max_steps` steps; at least
@@ -206,7 +226,7 @@ def plans(recipe: GptRecipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]
     return wide if len(wide) >= MIN_REFERENCES else found[-MIN_REFERENCES:]
 
 
-def plan_at(recipe: GptRecipe, theta: Theta, position: float, budget: float) -> RunPlan:
+def plan_at(recipe: Recipe, theta: Theta, position: float, budget: float) -> RunPlan:
     """The run at `position` ∈ [0, 1] of the logarithmic range of widths that the budget admits."""
     found = plans(recipe, theta, budget)
     logs = [math.log(p.width) for p in found]
@@ -216,7 +236,7 @@ def plan_at(recipe: GptRecipe, theta: Theta, position: float, budget: float) -> 
     return found[min(near, key=lambda i: abs(logs[i] - target))]
 
 
-def references(recipe: GptRecipe, budget: float, count: int) -> tuple[RunPlan, ...]:
+def references(recipe: Recipe, budget: float, count: int) -> tuple[RunPlan, ...]:
     """Dense runs at `count` distinct widths (all there are, if fewer), evenly spread in log."""
     found = plans(recipe, DENSE, budget)
     if count >= len(found):
@@ -229,13 +249,13 @@ def references(recipe: GptRecipe, budget: float, count: int) -> tuple[RunPlan, .
 
 
 @lru_cache(maxsize=64)
-def minimum_train_flops(recipe: GptRecipe) -> int:
+def minimum_train_flops(recipe: Recipe) -> int:
     """The least budget of a search: its three narrowest dense references at the fewest steps."""
     width = recipe.widths[MIN_REFERENCES - 1]
     return recipe.min_steps * train_flops_per_step(recipe, DENSE, width)
 
 
-def accepted_budget(recipe: GptRecipe) -> str:
+def accepted_budget(recipe: Recipe) -> str:
     """The budgets of a search, in words."""
     width = recipe.widths[MIN_REFERENCES - 1]
     return (

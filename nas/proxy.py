@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
+from nas.checkpoint import Checkpoint
 from nas.cost import RunPlan, structures_of
 from nas.errors import RunFailed
 from nas.layers import EinsumLinear
 from nas.layers.plan import choose
-from nas.models.gpt import GPT
-from nas.recipe import GptRecipe
+from nas.models import build_model, build_optimizer
+from nas.recipe import Recipe
+from nas.tasks.batches import Arrays, sample_losses, training_batches, validation_set
 
-_VALIDATION_SEED = 20241002  # the same validation windows for every run of a task
-_EVALUATION_BATCH = 32  # sequences
+_EVALUATION_TOKENS = 4096  # positions that are evaluated at once
+_LOOK_EVERY = 100  # steps between looks at the training loss on a GPU, each of which waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,126 +32,190 @@ class Point:
     step: int
     #: exact training FLOPs spent
     train_flops: int
-    #: mean validation loss, nats per token, over the fixed validation windows
+    #: mean validation loss in the recipe's unit, over the fixed validation samples
     loss: float
-    #: standard error of `loss` over the windows: the error of sampling the text, not of the run
+    #: standard error of `loss` over the samples: the error of sampling the data, not of the run
     loss_stderr: float
     #: seconds of training, evaluation left out
     seconds: float
-    #: loss of each validation window, nats per token, in the fixed order of the windows
+    #: loss of each validation sample, in the fixed order of the samples
     window_losses: tuple[float, ...]
 
 
-def evaluation_steps(plan: RunPlan, recipe: GptRecipe) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """Where and in what precision a run computes."""
+
+    device: str = "cpu"
+    #: products in bfloat16 under autocast, weights and optimiser in float32
+    bf16: bool = False
+    #: forward and backward through torch.compile
+    compile: bool = False
+
+    @classmethod
+    def on(cls, device: str) -> Execution:
+        """What suits the device: bfloat16 and compiled steps on a GPU, plain float32 elsewhere."""
+        gpu = device.startswith("cuda")
+        return cls(device, bf16=gpu, compile=gpu)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the products."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward pass."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+CPU = Execution()
+
+
+def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
     """The steps at which a run is evaluated: spaced by √2, the last one included.
 
     None comes before the warm-up has ended.
     """
     steps = {round(plan.steps / math.sqrt(2) ** i) for i in range(recipe.evaluations)}
-    return sorted(s for s in steps if s >= min(recipe.warmup_steps, plan.steps))
+    return sorted(s for s in steps if s >= min(max(1, recipe.warmup_steps), plan.steps))
 
 
-def execution_plans(plan: RunPlan, recipe: GptRecipe, device: str = "cpu") -> dict[str, str]:
+def execution_plans(plan: RunPlan, recipe: Recipe, execution: Execution = CPU) -> dict[str, str]:
     """The execution plan of each structure of a run, by fingerprint, from the cost model."""
-    tokens = recipe.batch * recipe.context
     structures = structures_of(recipe, plan.theta, plan.width)
-    where = torch.device(device)
-    return {s.fingerprint: str(choose(s, tokens, where, torch.float32)) for s in structures}
-
-
-def _random_windows(
-    text: NDArray[np.uint8], count: int, context: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Windows anywhere in the text, for training."""
-    return _windows(
-        text, torch.randint(len(text) - context, (count,), generator=generator), context
-    )
-
-
-def _validation_windows(text: NDArray[np.uint8], recipe: GptRecipe) -> tuple[Tensor, Tensor]:
-    """The fixed validation windows: distinct and without overlap, so that each counts once."""
-    generator = torch.Generator().manual_seed(_VALIDATION_SEED)
-    places = torch.randperm(len(text) // (recipe.context + 1), generator=generator)
-    starts = places[: recipe.validation_sequences] * (recipe.context + 1)
-    return _windows(text, starts, recipe.context)
-
-
-def _windows(text: NDArray[np.uint8], starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Windows and the same shifted by one: two int64 tensors (windows, context)."""
-    index = starts.numpy()[:, None] + np.arange(context + 1)
-    windows = torch.from_numpy(text[index].astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+    where = torch.device(execution.device)
+    return {
+        s.fingerprint: str(choose(s, recipe.tokens_per_step, where, execution.dtype))
+        for s in structures
+    }
 
 
 @torch.no_grad()
-def _evaluate(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss of each window (windows,), nats per token."""
+def _evaluate(
+    forward: Callable[[Tensor], Tensor], recipe: Recipe, execution: Execution, x: Tensor, y: Tensor
+) -> Tensor:
+    """Loss of each validation sample (samples,), float64."""
+    piece = max(1, _EVALUATION_TOKENS // recipe.tokens)
     losses = []
-    pieces = (torch.split(part, _EVALUATION_BATCH) for part in (inputs, targets))
-    for x, y in zip(*pieces, strict=True):
-        logits = model(x)
-        per_token = functional.cross_entropy(logits.float().transpose(1, 2), y, reduction="none")
-        losses.append(per_token.mean(dim=1))
+    for inputs, targets in zip(x.split(piece), y.split(piece), strict=True):
+        with execution.autocast():
+            outputs = forward(inputs)
+        losses.append(sample_losses(recipe, outputs, targets))
     return torch.cat(losses).double().cpu()
+
+
+def _begin(
+    plan: RunPlan, recipe: Recipe, seed: int, device: str, layer_plans: Mapping[str, str]
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The freshly initialised model with its execution plans, and its optimiser."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(recipe, plan.theta, plan.width).to(device)
+    for layer in model.modules():
+        if isinstance(layer, EinsumLinear):
+            layer.plan = layer_plans[layer.structure.fingerprint]
+    return model, build_optimizer(model, recipe, plan.width)
 
 
 def train(
     plan: RunPlan,
-    recipe: GptRecipe,
-    train_text: NDArray[np.uint8],
-    validation_text: NDArray[np.uint8],
+    recipe: Recipe,
+    train_data: Arrays,
+    validation_data: Arrays,
     seed: int,
-    device: str = "cpu",
+    execution: Execution = CPU,
     layer_plans: Mapping[str, str] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[Point]:
     """Train `plan` and yield a point at each evaluation.
 
-    The random streams of initialisation, training batches and validation windows are separate;
-    the same plan, seed, device, thread count and execution plans (`layer_plans`, by default those
-    of `execution_plans`) give the same points.
+    The random streams of initialisation, training batches and validation samples are separate;
+    the same plan, seed, execution, thread count and execution plans (`layer_plans`, by default
+    those of `execution_plans`) give the same points.
+
+    Parameters
+    ----------
+    train_data, validation_data
+        Arrays of the two splits; see `nas.tasks.data.TaskData`.
+    checkpoint
+        Where the state of the run is kept while it goes on.  A run that finds its own yields the
+        points it had again, and goes on to the same curve as one that was never interrupted.
 
     Raises
     ------
     RunFailed
         The loss is no longer finite.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GPT(recipe, plan.theta, plan.width).to(device)
-    layer_plans = execution_plans(plan, recipe, device) if layer_plans is None else layer_plans
-    for layer in model.modules():
-        if isinstance(layer, EinsumLinear):
-            layer.plan = layer_plans[layer.structure.fingerprint]
-    optimizer = model.optimizer()
-    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    device = execution.device
+    layer_plans = execution_plans(plan, recipe, execution) if layer_plans is None else layer_plans
+    model, optimizer = _begin(plan, recipe, seed, device, layer_plans)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    forward = torch.compile(model) if execution.compile else model
+    draw = training_batches(recipe, train_data)
     batches = torch.Generator().manual_seed(seed + (1 << 32))
-    inputs, targets = (part.to(device) for part in _validation_windows(validation_text, recipe))
+    x, y = (t.to(device) for t in validation_set(recipe, train_data, validation_data))
     evaluations = set(evaluation_steps(plan, recipe))
-    seconds, started = 0.0, time.perf_counter()
-    for step in range(1, plan.steps + 1):
-        for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
-            group["lr"] = peak * min(1.0, step / recipe.warmup_steps)
-        x, y = _random_windows(train_text, recipe.batch, recipe.context, batches)
-        logits = model(x.to(device))
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten())
+    points: list[Point] = []
+    done, seconds = 0, 0.0
+    saved = checkpoint.load() if checkpoint else None
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        batches.set_state(saved["batches"])
+        done, seconds = saved["step"], saved["seconds"]
+        points = [Point(**p) for p in saved["points"]]
+    yield from points
+    started = time.perf_counter()
+    for step in range(done + 1, plan.steps + 1):
+        factor = recipe.learning_rate_factor(step, plan.steps)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        inputs, targets = (t.to(device) for t in draw(batches))
+        with execution.autocast():
+            outputs = forward(inputs)
+        loss = sample_losses(recipe, outputs, targets).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if recipe.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
+        looks = device == "cpu" or step % _LOOK_EVERY == 0
+        if looks and not math.isfinite(loss.item()):
+            raise RunFailed(f"training loss is {loss.item()} at step {step} of {plan.steps}")
         if step in evaluations:
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - started
-            each = _evaluate(model, inputs, targets)
-            value = each.mean().item()
-            if not math.isfinite(value):
-                raise RunFailed(f"validation loss is {value} at step {step} of {plan.steps}")
-            yield Point(
-                step=step,
-                train_flops=step * plan.train_flops_per_step,
-                loss=value,
-                loss_stderr=each.std().item() / math.sqrt(len(each)),
-                seconds=seconds,
-                window_losses=tuple(each.tolist()),
+            points.append(
+                _measured(plan, step, seconds, _evaluate(forward, recipe, execution, x, y))
+            )
+            yield points[-1]
+            started = time.perf_counter()
+        if checkpoint and step < plan.steps and checkpoint.is_due:
+            seconds += time.perf_counter() - started
+            checkpoint.save(
+                {
+                    "step": step,
+                    "seconds": seconds,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "batches": batches.get_state(),
+                    "points": [asdict(p) for p in points],
+                }
             )
             started = time.perf_counter()
+
+
+def _measured(plan: RunPlan, step: int, seconds: float, each: Tensor) -> Point:
+    value = each.mean().item()
+    if not math.isfinite(value):
+        raise RunFailed(f"validation loss is {value} at step {step} of {plan.steps}")
+    return Point(
+        step=step,
+        train_flops=step * plan.train_flops_per_step,
+        loss=value,
+        loss_stderr=each.std().item() / math.sqrt(len(each)),
+        seconds=seconds,
+        window_losses=tuple(each.tolist()),
+    )

@@ -13,13 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nas.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, minimum_train_flops
 from nas.errors import InvalidInput
-from nas.recipe import TEXT, GptRecipe
+from nas.recipe import RECIPES, TASKS, Recipe, recipe_of
 
 Sampler = Literal["tpe", "nsga2", "random", "qmc", "gp"]
 Objective = Literal["budget", "pareto"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-RECIPES: dict[str, GptRecipe] = {"text": TEXT}
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
 MAX_SEED = 2**31 - 1
@@ -35,11 +34,20 @@ class SearchRequest(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_max_length=4096
     )
 
-    task: str = Field("text", description="Task to train: text.", examples=["text"])
+    task: str = Field("text", description=f"Task to train: {', '.join(TASKS)}.", examples=["text"])
     data: str | None = Field(
         None,
-        description="Text file or folder to train on instead of the task's default; over REST a "
-        "name inside the service's data folder.",
+        description="File or folder to train on instead of the task's default; over REST a name "
+        "inside the service's data folder.",
+    )
+    recipe: str | None = Field(
+        None,
+        description="Named recipe of the task: model family and training settings; by "
+        "default the task's first.",
+        examples=["gpt-bpe-1"],
+    )
+    overrides: dict[str, bool | int | float | str] | None = Field(
+        None, description="Settings of the recipe set anew, by name.", examples=[{"depth": 6}]
     )
     train_flops: float = Field(
         description="Budget of each run in train FLOPs (1 MAC = 2 FLOPs, training = 3 × forward).",
@@ -59,9 +67,9 @@ class SearchRequest(BaseModel):
     )  # fmt: skip
 
     @property
-    def recipe(self) -> GptRecipe:
-        """Model and training settings of the task."""
-        return RECIPES[self.task]
+    def settings(self) -> Recipe:
+        """Model and training settings; a user's data may complete them (classes, features)."""
+        return recipe_of(self.task, self.recipe, self.overrides)
 
     @property
     def digest(self) -> str:
@@ -88,13 +96,12 @@ class SearchRequest(BaseModel):
         return request
 
     def _check_ranges(self) -> None:
-        if self.task not in RECIPES:
-            raise InvalidInput("task", self.task, " | ".join(RECIPES))
+        recipe = self.settings
         if self.data is not None and (not self.data or not _clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
-        least = minimum_train_flops(self.recipe)
+        least = minimum_train_flops(recipe)
         if not (math.isfinite(self.train_flops) and least <= self.train_flops <= MAX_TRAIN_FLOPS):
-            raise InvalidInput("train_flops", self.train_flops, accepted_budget(self.recipe))
+            raise InvalidInput("train_flops", self.train_flops, accepted_budget(recipe))
         for field, low, high in (
             ("trials", 1, MAX_TRIALS),
             ("references", MIN_REFERENCES, MAX_REFERENCES),
@@ -105,9 +112,11 @@ class SearchRequest(BaseModel):
 
 
 _ACCEPTED = {
-    "task": " | ".join(RECIPES),
+    "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
-    "train_flops": f"a finite number; {accepted_budget(TEXT)}",
+    "recipe": " | ".join(RECIPES),
+    "overrides": "an object of settings of the recipe and their values",
+    "train_flops": "a finite number of train FLOPs",
     "trials": f"a whole number from 1 to {MAX_TRIALS}",
     "objective": " | ".join(OBJECTIVES),
     "sampler": " | ".join(SAMPLERS),

@@ -72,6 +72,7 @@ def show_best(best: Mapping[str, Any]) -> None:
     table.add_column("structured")
     table.add_column("dense")
     runs = (best["best_structured"], best["best_dense"])
+    table.caption = f"validation loss in {best['loss_unit']}"
     for label, read in _BEST_ROWS:
         table.add_row(label, *("–" if r is None else read(r) for r in runs))
     console.print(table)
@@ -79,8 +80,8 @@ def show_best(best: Mapping[str, Any]) -> None:
     if gap is not None:
         low, high = gap["difference_interval"]
         console.print(
-            f"dense − structured: {gap['difference']:+.4f} nats per character "
-            f"(95%: {low:+.4f} to {high:+.4f}), paired over windows"
+            f"dense − structured: {gap['difference']:+.4f} {best['loss_unit']} "
+            f"(95%: {low:+.4f} to {high:+.4f}), paired over validation samples"
         )
     multiplier = best["multiplier_over_dense"]
     if multiplier is not None:
@@ -103,7 +104,7 @@ def show_best(best: Mapping[str, Any]) -> None:
 _BEST_ROWS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
     ("structure", lambda r: str(r["name"])),
     ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r["theta"])),
-    ("validation loss", lambda r: f"{r['loss']:.4f} ± {1.96 * r['loss_stderr']:.4f} nats/char"),
+    ("validation loss", lambda r: f"{r['loss']:.4f} ± {1.96 * r['loss_stderr']:.4f}"),
     ("width", lambda r: str(r["width"])),
     ("steps", lambda r: str(r["steps"])),
     ("train FLOPs", lambda r: f"{r['train_flops']:.6e}"),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from nas.errors import InvalidInput, LeaseLost, StoreUnavailable
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store
-from nas.tasks.corpus import Corpus, load_corpus
+from nas.tasks import TaskData, load_data
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _LONGEST_UNHEARD = 2.0
 #: Exit status of a process that its watchdog ended.
 WATCHDOG_STATUS = 75
 
-Runner = Callable[[SearchSession, Corpus, Settings], None]
+Runner = Callable[[SearchSession, TaskData, Settings], None]
 
 
 class Heartbeat:
@@ -160,19 +160,18 @@ class Worker:
                 self._signals = None
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
-        recipe = search.request.recipe
         name = search.request.data
-        corpus = load_corpus(search.data_path, recipe.least_characters, shown=name)
-        stored = self._leases.set_fingerprint(lease, corpus.fingerprint)
-        if stored != corpus.fingerprint:
+        data = load_data(search.request.settings, search.data_path, shown=name)
+        _log.info("search %s: %s", search.id, data.summary)
+        stored = self._leases.set_fingerprint(lease, data.fingerprint)
+        if stored != data.fingerprint:
             raise InvalidInput(
                 "data",
-                name or "the default corpus",
-                f"the data this search began with, fingerprint {stored}; found "
-                f"{corpus.fingerprint}",
+                name or f"the default data of task {search.task}",
+                f"the data this search began with, fingerprint {stored}; found {data.fingerprint}",
             )
-        session = SearchSession(self._store, lease, search, corpus.fingerprint, signals)
-        self._runner(session, corpus, self._settings)
+        session = SearchSession(self._store, lease, search, data.recipe, data.fingerprint, signals)
+        self._runner(session, data, self._settings)
         if signals.lost.is_set():
             raise LeaseLost(f"search {search.id}: claimed by another worker")
         if signals.shutdown.is_set() and not signals.cancel.is_set():
@@ -188,12 +187,12 @@ class Worker:
             _log.warning("search %s left to its lease: %s", search.id, error)
 
 
-def _ray_runner(session: SearchSession, corpus: Corpus, settings: Settings) -> None:
+def _ray_runner(session: SearchSession, data: TaskData, settings: Settings) -> None:
     from workers import runner  # ray takes seconds to import: only once there is work
 
     try:
         runner.start_ray(settings)
-        runner.run_session(session, corpus, settings)
+        runner.run_session(session, data, settings)
     except LeaseLost:
         raise
     except Exception:

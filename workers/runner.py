@@ -32,7 +32,7 @@ from nas.cost import RunPlan
 from nas.errors import EinsumNasError
 from nas.settings import Settings
 from nas.store import StoredPoint, Trial
-from nas.tasks.corpus import Corpus
+from nas.tasks import TaskData
 from nas.theta import Theta
 from workers.session import SearchSession
 from workers.trainable import ProxyTrainable
@@ -79,7 +79,7 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def run_session(session: SearchSession, corpus: Corpus, settings: Settings) -> None:
+def run_session(session: SearchSession, data: TaskData, settings: Settings) -> None:
     """Run every trial that the session still has; returns when none is left or it must stop.
 
     Raises
@@ -95,9 +95,10 @@ def run_session(session: SearchSession, corpus: Corpus, settings: Settings) -> N
     trainable = tune.with_resources(
         tune.with_parameters(
             ProxyTrainable,
-            train_text=corpus.train,
-            validation_text=corpus.validation,
+            train_data=data.train,
+            validation_data=data.validation,
             threads=settings.cpus_per_trial,
+            checkpoints=str(settings.resolved_home / "checkpoints"),
         ),
         resources,
     )
@@ -265,8 +266,9 @@ def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
     )
     run = {
         "plan": {**asdict(plan), "theta": trial.theta},
-        "recipe": session.request.recipe.as_dict(),
+        "recipe": session.recipe.as_dict(),
         "seed": trial.seed,
+        "key": trial.key,
     }
     return {"run": json.dumps(run)}  # one text: Tune would spell nested values out in file names
 

@@ -19,6 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 
 from nas.cost import RunPlan, references
 from nas.errors import EinsumNasError, StoreUnavailable
+from nas.recipe import Recipe
 from nas.request import SearchRequest
 from nas.search import PastTrial, propose
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft
@@ -27,11 +28,11 @@ from nas.taxonomy import name_of
 T = TypeVar("T")
 
 
-def run_key(request: SearchRequest, fingerprint: str, plan: RunPlan, seed: int) -> str:
+def run_key(recipe: Recipe, fingerprint: str, plan: RunPlan, seed: int) -> str:
     """Digest of everything that decides a run's result: equal keys, equal curves."""
     decides = {
-        "task": [request.task, fingerprint],
-        "recipe": request.recipe.as_dict(),
+        "task": [recipe.task, fingerprint],
+        "recipe": recipe.as_dict(),
         "depth": plan.depth,
         "width": plan.width,
         "steps": plan.steps,
@@ -60,15 +61,24 @@ class SearchSession:
 
     Parameters
     ----------
+    recipe
+        The recipe of the search, as its data completes it.
     fingerprint
-        Fingerprint of the data that the trials will train on.
+        Fingerprint of the task: the data that the trials will train on, and the recipe.
     """
 
     def __init__(
-        self, store: Store, lease: Lease, search: Search, fingerprint: str, signals: Signals
+        self,
+        store: Store,
+        lease: Lease,
+        search: Search,
+        recipe: Recipe,
+        fingerprint: str,
+        signals: Signals,
     ) -> None:
         self.search, self.request, self.signals = search, search.request, signals
-        self._store, self._lease, self._fingerprint = store, lease, fingerprint
+        self.recipe, self.fingerprint = recipe, fingerprint
+        self._store, self._lease = store, lease
         self._leases = Leases(store)
         self._waiting: deque[Trial] = deque()
         #: key → trials that equal the running one and will share its result
@@ -89,7 +99,7 @@ class SearchSession:
         """Plan the references and queue what an earlier worker left; how many may still start."""
         stored = self._sql(self._store.trials, self.search.id)
         numbers = {t.number for t in stored}
-        plans = references(self.request.recipe, self.request.train_flops, self.request.references)
+        plans = references(self.recipe, self.request.train_flops, self.request.references)
         for number, plan in enumerate(plans):
             if number not in numbers:
                 self._add(number, plan, kind="reference")
@@ -100,7 +110,7 @@ class SearchSession:
         return len(self._waiting) + self.request.trials - candidates
 
     def _add(self, number: int, plan: RunPlan, *, kind: Any, **proposed: Any) -> Trial:
-        key = run_key(self.request, self._fingerprint, plan, self.request.seed)
+        key = run_key(self.recipe, self.fingerprint, plan, self.request.seed)
         name = name_of(plan.theta)
         draft = TrialDraft(number, kind, plan, self.request.seed, key, name, **proposed)
         return self._sql(self._leases.add_trial, self._lease, draft)
@@ -142,9 +152,10 @@ class SearchSession:
         known = {t.key for t in self._sql(self._store.trials, self.search.id)}
         proposal = propose(
             self.request,
+            self.recipe,
             number,
             [_as_past(t, self.request) for t in candidates],
-            lambda plan: run_key(self.request, self._fingerprint, plan, self.request.seed) in known,
+            lambda plan: run_key(self.recipe, self.fingerprint, plan, self.request.seed) in known,
         )
         unseen = tuple(t.number for t in candidates if t.state in ("planned", "running"))
         return self._add(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray import tune
 
+from nas.checkpoint import Checkpoint
 from nas.cost import RunPlan
 from nas.errors import RunFailed
-from nas.proxy import Point, execution_plans, train
-from nas.recipe import GptRecipe
+from nas.proxy import Execution, Point, execution_plans, train
+from nas.recipe import Recipe
+from nas.tasks.data import Arrays
 from nas.theta import Theta
 
 _log = logging.getLogger(__name__)
@@ -39,14 +41,16 @@ class ProxyTrainable(tune.Trainable):
         self,
         config: dict[str, Any],
         *,
-        train_text: NDArray[np.uint8],
-        validation_text: NDArray[np.uint8],
+        train_data: Arrays,
+        validation_data: Arrays,
         threads: int,
+        checkpoints: str,
     ) -> None:
-        self._texts = (train_text, validation_text)
-        self._threads = threads
+        self._data = (train_data, validation_data)
+        self._threads, self._checkpoints = threads, Path(checkpoints)
         torch.set_num_threads(threads)
-        self._device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+        gpu = ray.get_gpu_ids() and torch.cuda.is_available()
+        self._execution = Execution.on("cuda" if gpu else "cpu")
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -57,11 +61,18 @@ class ProxyTrainable(tune.Trainable):
         run = json.loads(config["run"])
         theta, structures = Theta(*run["plan"]["theta"]), tuple(run["plan"]["structures"])
         plan = RunPlan(**{**run["plan"], "theta": theta, "structures": structures})
-        recipe = GptRecipe(**run["recipe"])
-        self._plans = execution_plans(plan, recipe, self._device)
+        recipe = Recipe(**run["recipe"])
+        self._plans = execution_plans(plan, recipe, self._execution)
+        self._checkpoint = self._checkpoint_of(run["key"])
         self._points = train(
-            plan, recipe, *self._texts, run["seed"], self._device, layer_plans=self._plans
+            plan, recipe, *self._data, run["seed"], self._execution, self._plans, self._checkpoint
         )
+
+    def _checkpoint_of(self, run_key: str) -> Checkpoint:
+        """One file for each run and way of computing it, so that a curve never mixes two."""
+        how = [run_key, asdict(self._execution), self._threads, self._plans, torch.__version__]
+        key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+        return Checkpoint(self._checkpoints / f"{key}.pt", key)
 
     def step(self) -> dict[str, Any]:
         try:
@@ -74,13 +85,14 @@ class ProxyTrainable(tune.Trainable):
             _log.exception("the run failed")
             return _report("failure", f"{type(error).__name__}: {error}", done=True)
         if point is None:
+            self._checkpoint.remove()
             return _report("environment", self._environment(), done=True)
         return _report("point", asdict(point), done=False)
 
     def _environment(self) -> dict[str, Any]:
-        cuda = self._device == "cuda"
+        cuda = self._execution.device == "cuda"
         return {
-            "device": self._device,
+            **asdict(self._execution),
             "device_name": torch.cuda.get_device_name() if cuda else "",
             "threads": self._threads,
             "execution_plans": self._plans,
@@ -88,7 +100,7 @@ class ProxyTrainable(tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: an interrupted run starts anew with the same seed."""
+        """Nothing: a run keeps its own state, see `nas.checkpoint`."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing; see `save_checkpoint`."""

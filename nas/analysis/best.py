@@ -1,7 +1,7 @@
 """The best structure for a budget, against dense, with what is known of its error.
 
 Every run is judged on the same validation windows, so that differences between runs are paired
-over windows.  The intervals here hold for that sampling of the text alone: each run has one seed,
+over windows.  The intervals here hold for that sampling of the data alone: each run has one seed,
 and how much another seed would move it is not in them.
 """
 
@@ -28,7 +28,7 @@ _RESAMPLING_SEED = 7
 #: Most rivals that are compared with the best.
 _MOST_RIVALS = 50
 INTERVAL_MEANS = (
-    "95%, over the sampling of the validation text only; run-to-run variation is not included, "
+    "95%, over the sampling of the validation data only; run-to-run variation is not included, "
     "for each run has one seed"
 )
 
@@ -38,7 +38,7 @@ class Rival:
     """A run compared with the best one, window by window."""
 
     point: CurvePoint
-    #: its loss minus the best one's, nats per token
+    #: its loss minus the best one's, in the unit of the task
     difference: float
     interval: Interval
 

@@ -26,6 +26,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from nas.cost import RunPlan
+from nas.recipe import Recipe
 from nas.request import SearchRequest
 from nas.search import space
 
@@ -92,12 +93,13 @@ def build_sampler(request: SearchRequest, seed: int) -> BaseSampler:
 
 def _ask(
     request: SearchRequest,
+    recipe: Recipe,
     past: Sequence[PastTrial],
     study_attrs: Mapping[str, Any],
     seed: int,
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
     """(parameters, system attributes of the trial, system attributes of the study)."""
-    space_ = space.distributions(request)
+    space_ = space.distributions(request, recipe)
     storage = InMemoryStorage()
     directions: list[Literal["minimize"] | Any] = ["minimize"] * (
         2 if request.objective == "pareto" else 1
@@ -127,6 +129,7 @@ def _ask(
 
 def propose(
     request: SearchRequest,
+    recipe: Recipe,
     number: int,
     past: Sequence[PastTrial],
     is_known: Callable[[RunPlan], bool],
@@ -137,6 +140,8 @@ def propose(
     ----------
     request
         The search.
+    recipe
+        Its recipe, as its data completes it.
     number
         The trial's number in the search.
     past
@@ -148,8 +153,8 @@ def propose(
     study_attrs: Mapping[str, Any] = past[-1].sampler_state.get("study", {}) if past else {}
     for attempt in range(1, MAX_ATTEMPTS + 1):
         seed = ask_seed(request.seed, number, attempt)
-        params, trial_attrs, study_attrs = _ask(request, past, study_attrs, seed)
-        plan = space.plan_of(request.recipe, request.train_flops, params)
+        params, trial_attrs, study_attrs = _ask(request, recipe, past, study_attrs, seed)
+        plan = space.plan_of(recipe, request.train_flops, params)
         if attempt == MAX_ATTEMPTS or not is_known(plan):
             break
     state = {"trial": trial_attrs, "study": dict(study_attrs)}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from nas.cost import RunPlan, minimum_train_flops, plan_at
-from nas.recipe import GptRecipe
+from nas.recipe import Recipe
 from nas.request import SearchRequest
 from nas.theta import Theta
 
@@ -24,7 +24,7 @@ _UNIT = FloatDistribution(0.0, 1.0)
 _PRIVATE = FloatDistribution(0.1, 1.0)
 
 
-def distributions(request: SearchRequest) -> dict[str, BaseDistribution]:
+def distributions(request: SearchRequest, recipe: Recipe) -> dict[str, BaseDistribution]:
     """Parameter name → distribution."""
     space: dict[str, BaseDistribution] = {
         "alpha": _PRIVATE,
@@ -35,7 +35,7 @@ def distributions(request: SearchRequest) -> dict[str, BaseDistribution]:
         "width_position": _UNIT,
     }
     if request.objective == "pareto":
-        smallest = minimum_train_flops(request.recipe) / request.train_flops
+        smallest = minimum_train_flops(recipe) / request.train_flops
         least = min(1.0, max(LEAST_BUDGET_SHARE, smallest))
         space["budget_share"] = FloatDistribution(least, 1.0, log=True)
     return space
@@ -56,7 +56,7 @@ def theta_of(params: Mapping[str, float]) -> Theta:
     return Theta(alpha, beta, gamma, delta, epsilon, phi, rho).canonical()
 
 
-def plan_of(recipe: GptRecipe, budget: float, params: Mapping[str, float]) -> RunPlan:
+def plan_of(recipe: Recipe, budget: float, params: Mapping[str, float]) -> RunPlan:
     """The run that a point of the box stands for."""
     own = budget * params.get("budget_share", 1.0)
     return plan_at(recipe, theta_of(params), params["width_position"], own)

@@ -232,12 +232,14 @@ class Store:
         return [found[key] for key in wanted]
 
     def default_fingerprint(self, task: str) -> str | None:
-        """Fingerprint of the task's default data in the newest search on it that has begun."""
+        """Fingerprint of the task's default data and recipe in the newest search with both."""
         query = (
             select(SearchRow.task_fingerprint)
             .where(
                 SearchRow.task == task,
                 SearchRow.data_path.is_(None),
+                SearchRow.request["recipe"].as_string().is_(None),
+                SearchRow.request["overrides"].as_string().is_(None),
                 SearchRow.task_fingerprint.is_not(None),
             )
             .order_by(SearchRow.sequence.desc())

@@ -1,53 +1,104 @@
-"""Text corpora of the `text` task: which files, which characters, which split. Torch-free."""
+"""Data of the `text` task: which files, which tokens, which split.  Torch-free."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
+import math
 import os
+import re
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
+from nas.recipe import Recipe
+from nas.tasks.data import Arrays, TaskData, content_digest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: The 96 characters: printable ASCII and newline.
 ALPHABET = bytes(range(32, 127)) + b"\n"
 #: Share of the characters held out for validation, at least.
 VALIDATION_SHARE = 0.05
-_TOKEN_OF_BYTE = np.zeros(256, dtype=np.uint8)
-_TOKEN_OF_BYTE[np.frombuffer(ALPHABET, dtype=np.uint8)] = np.arange(len(ALPHABET))
-_SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", ".git"})
-#: Largest corpus that is read, characters.
+#: Largest data that is read, bytes.
 MAX_CHARACTERS = 1 << 31
+#: Bytes of training text from which byte pairs are counted, about; of longer text every k-th piece.
+COUNTED_CHARACTERS = 1 << 23
+
+_TOKEN_OF_BYTE = bytes(max(ALPHABET.find(byte), 0) for byte in range(256))
+_SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", ".git"})
+_PICKLES = frozenset({".pkl", ".pickle", ".pt"})
+_NPY = b"\x93NUMPY"
+#: Bytes read, and encoded, at a time.
+_PIECE = 1 << 16
+#: Bytes of a word: counting pairs takes time quadratic in it.
+_LONGEST_WORD = 64
+_LINE_END = re.compile(rb"\S(?=\n)")
+
+#: A text and where the part of it that is meant starts and stops.
+_Span = tuple[bytes, int, int]
+_Tokens = NDArray[np.uint8] | NDArray[np.uint16]
+
+
+class _Unusable(Exception):
+    """Why a text is left out: the kind under which it is counted, and what is wrong with it."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Characters as tokens 0 … 95, split by file."""
+class _Reading:
+    """What errors call the data, and which texts are usable."""
 
-    train: NDArray[np.uint8]
-    validation: NDArray[np.uint8]
-    files: int
-    #: files with other characters, unreadable, empty or equal to another, which were not used
-    files_left_out: int
+    name: str
+    #: whether texts are UTF-8 or made of the 96 characters
+    utf8: bool
 
-    @property
-    def characters(self) -> int:
-        return len(self.train) + len(self.validation)
+    def error(self, what: str) -> InvalidInput:
+        made_of = "printable ASCII and newline"
+        if self.utf8:
+            made_of = "UTF-8 without NUL, or a .npy array of tokens"
+        accepted = f"a text file or a folder of text files made of {made_of}; {what}"
+        return InvalidInput("data", self.name, accepted)
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal characters in an equal split; 64 bits in hex."""
-        digest = hashlib.sha256(b"text/96/")
-        for part in (self.train, self.validation):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part.tobytes())
-        return digest.hexdigest()[:16]
+    def too_large(self) -> InvalidInput:
+        return self.error(f"at most {MAX_CHARACTERS:,} bytes")
+
+    def foreign(self) -> Callable[[bytes], tuple[int, int] | None]:
+        """A function of a text's successive pieces: the first byte that it cannot have, and where.
+
+        The last piece is empty.
+        """
+        return _foreign_to_utf8() if self.utf8 else _foreign_to_alphabet
+
+    def checked(self, pieces: Iterable[bytes]) -> bytes:
+        """The text made of the pieces; `_Unusable` at the first byte that none may have."""
+        kind = "binary" if self.utf8 else "with other characters"
+        foreign = self.foreign()
+        text = io.BytesIO()
+        for piece in chain(pieces, [b""]):
+            if found := foreign(piece):
+                byte, offset = found
+                detail = f"has the byte {byte:#04x} at offset {text.tell() + offset}"
+                raise _Unusable(kind, detail)
+            text.write(piece)
+        if not text.tell():
+            raise _Unusable("empty", "is empty")
+        return text.getvalue()
 
 
 def default_folder() -> Path:
@@ -55,69 +106,62 @@ def default_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def load_corpus(
-    data: str | os.PathLike[str] | None, least_characters: int, *, shown: str | None = None
-) -> Corpus:
-    """Read a file, a folder, or by default the standard library's `.py` files.
+def load_text(
+    recipe: Recipe, data: str | os.PathLike[str] | None, *, shown: str | None = None
+) -> TaskData:
+    """Read a file, a folder, ``hf:…``, or by default the standard library's `.py` files.
 
-    Files that are not made solely of the 96 characters are left out and counted, and of equal
-    files all but one.  Whole files go to validation, chosen by the digest of their content, until
-    they hold 5% of the characters; where no choice of whole files holds between 5% and 10%, the
-    last 5% of the text does.
+    Texts that are not made solely of the 96 characters (of a user's data with `bpe`: that are not
+    UTF-8 or have a NUL byte) are left out and counted, and of equal texts all but one.  Whole texts
+    go to validation, chosen by the digest of their content, until they hold 5% of the bytes; where
+    no choice of whole texts holds between 5% and 10%, the last 5% of all do.
+
+    With `bpe` the tokens are learnt from the training split alone.  A file ``.npy`` of unsigned
+    integers holds tokens already; its last 5% are validation.
 
     Parameters
     ----------
-    least_characters
-        Characters that training and validation need each.
     shown
         What errors call the data; by default its path.
 
     Raises
     ------
     InvalidInput
-        The path does not exist, is not a regular file or folder, or too little text is left.
+        The data does not exist, is neither a regular file nor a folder, is a pickle, is too large,
+        or too little of it is usable; or it does not have the recipe's vocabulary.
     """
-    path = default_folder() if data is None else Path(data)
-    suffix = ".py" if data is None else ""
     name = shown or ("the default corpus" if data is None else str(data))
-    accepted = "a text file or a folder of text files made of printable ASCII and newline"
+    reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None)
+    if data is not None and str(data).startswith("hf:"):
+        from nas.tasks.hub import hub_texts
+
+        return _task_data(recipe, reading, ([text] for text in hub_texts(str(data))), "texts")
+    path = default_folder() if data is None else Path(data)
     try:
         mode = path.stat().st_mode
+        single = stat.S_ISREG(mode)
+        if not (single or stat.S_ISDIR(mode)):
+            raise reading.error("this is neither a regular file nor a folder")
+        files = [(file, file.stat().st_size) for file in _files(path, data is None)]
+        head = _begin(path) if single else b""
+    except InvalidInput:
+        raise
     except (OSError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise InvalidInput("data", name, f"{accepted}; this path {reason}") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InvalidInput("data", name, f"{accepted}; this is neither a regular file nor a folder")
-    texts: dict[bytes, bytes] = {}
-    left_out = characters = 0
-    for file in _files(path, suffix):
-        try:
-            text = file.read_bytes()
-        except OSError:
-            text = b""
-        digest = hashlib.sha256(text).digest()
-        if not text or text.translate(None, ALPHABET) or digest in texts:
-            left_out += 1
-            continue
-        texts[digest] = text
-        characters += len(text)
-        if characters > MAX_CHARACTERS:
-            raise InvalidInput("data", name, f"at most {MAX_CHARACTERS} characters")
-    corpus = _split([texts[digest] for digest in sorted(texts)], left_out)
-    short = min(len(corpus.train), len(corpus.validation))
-    if short < least_characters:
-        raise InvalidInput(
-            "data",
-            name,
-            f"{accepted}; of this, {corpus.files} files with {corpus.characters} characters are "
-            f"usable and {left_out} files were left out (empty, unreadable, equal to another or "
-            f"with other characters); training and validation (5%) need {least_characters} "
-            "characters each",
-        )
-    return corpus
+        raise reading.error(f"this path {reason}") from error
+    if single and (path.suffix.lower() in _PICKLES or b"\x80\x02" <= head[:2] <= b"\x80\x05"):
+        raise reading.error("this file is a pickle, which is never unpickled")
+    if sum(size for _, size in files) > MAX_CHARACTERS and (
+        single or sum(size for file, size in files if _is_text(file, reading)) > MAX_CHARACTERS
+    ):
+        raise reading.too_large()
+    if single and head.startswith(_NPY):
+        return _pretokenised(recipe, reading, path)
+    sources = (_pieces_of_file(file, size) for file, size in files)
+    return _task_data(recipe, reading, sources, "files", single)
 
 
-def _files(path: Path, suffix: str) -> Iterator[Path]:
+def _files(path: Path, only_python: bool) -> Iterator[Path]:
     """Regular files in a fixed order; links are not followed inside a folder."""
     if path.is_file():
         yield path
@@ -126,26 +170,281 @@ def _files(path: Path, suffix: str) -> Iterator[Path]:
         folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
         for name in sorted(names):
             file = Path(folder, name)
-            if name.endswith(suffix) and stat.S_ISREG(file.lstat().st_mode):
+            if name.endswith(".py" if only_python else "") and stat.S_ISREG(file.lstat().st_mode):
                 yield file
 
 
-def _split(texts: list[bytes], left_out: int) -> Corpus:
+def _begin(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(_PIECE)
+
+
+def _is_text(file: Path, reading: _Reading) -> bool:
+    """Whether a file begins as a usable text."""
+    try:
+        return not reading.foreign()(_begin(file))
+    except OSError:
+        return False
+
+
+def _pieces_of_file(file: Path, size: int) -> Iterator[bytes]:
+    """What a file holds, of a file that grows meanwhile the first `size` bytes."""
+    try:
+        with file.open("rb") as stream:
+            while size > 0 and (piece := stream.read(min(_PIECE, size))):
+                size -= len(piece)
+                yield piece
+    except OSError as error:
+        raise _Unusable("unreadable", "cannot be read") from error
+
+
+def _foreign_to_alphabet(piece: bytes) -> tuple[int, int] | None:
+    """Value and offset of the first byte that is none of the 96 characters."""
+    rest = piece.translate(None, ALPHABET)
+    return (rest[0], piece.index(rest[:1])) if rest else None
+
+
+def _foreign_to_utf8() -> Callable[[bytes], tuple[int, int] | None]:
+    """The same for UTF-8 without NUL; the offset negative for a character of an earlier piece."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def foreign(piece: bytes) -> tuple[int, int] | None:
+        nul = piece.find(0)
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(piece if nul < 0 else piece[:nul], final=nul >= 0 or not piece)
+        except UnicodeDecodeError as error:
+            return error.object[error.start], error.start - pending
+        return (0, nul) if nul >= 0 else None
+
+    return foreign
+
+
+def _task_data(
+    recipe: Recipe,
+    reading: _Reading,
+    sources: Iterable[Iterable[bytes]],
+    called: str,
+    single: bool = False,
+) -> TaskData:
+    """The usable ones of the sources, each the pieces of one text, split and as tokens."""
+    texts: dict[bytes, bytes] = {}
+    left_out: Counter[str] = Counter()
+    size = 0
+    for source in sources:
+        try:
+            text = reading.checked(source)
+        except _Unusable as error:
+            if single:
+                raise reading.error(f"this file {error}") from error
+            left_out[error.kind] += 1
+            continue
+        digest = hashlib.sha256(text).digest()
+        if digest in texts:
+            left_out["equal to another"] += 1
+            continue
+        texts[digest] = text
+        size += len(text)
+        if size > MAX_CHARACTERS:
+            raise reading.too_large()
+    splits = _split([texts[digest] for digest in sorted(texts)])
+    characters = size
+    if reading.utf8:
+        characters = sum(len(str(text[a:b], "utf-8")) for text, a, b in _pieces(chain(*splits)))
+    summary = f"{len(texts):,} {called}, {characters:,} characters, {_counted(left_out, called)}"
+    # a token is at least a byte: before tokens are learnt from a text that is too short
+    if min(map(_size, splits)) >= recipe.least_tokens:
+        bpe = recipe.tokenizer == "bpe"
+        train, validation = _encoded(recipe, splits) if bpe else map(_characters, splits)
+        if bpe:
+            count = len(train) + len(validation)
+            summary += f", {count / characters:.3f} tokens per character"
+        if len(validation) >= recipe.least_tokens <= len(train):
+            return _of_tokens(recipe, train, validation, summary)
+        lengths = f"{len(train):,} and {len(validation):,} tokens"
+    else:
+        lengths = "{:,} and {:,} bytes".format(*map(_size, splits))
+    raise reading.error(
+        f"of this, {summary}; training and validation (the last 5%, or whole {called}) have "
+        f"{lengths}, and need {recipe.least_tokens:,} tokens each"
+    )
+
+
+def _counted(left_out: Counter[str], called: str) -> str:
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items()))
+    return f"{left_out.total():,} {called} left out" + (f" ({kinds})" if kinds else "")
+
+
+def _of_tokens(recipe: Recipe, train: _Tokens, validation: _Tokens, summary: str) -> TaskData:
+    label = "text/bpe" if recipe.tokenizer == "bpe" else "text/96"
+    splits: tuple[Arrays, Arrays] = {"tokens": train}, {"tokens": validation}
+    return TaskData(recipe, *splits, content_digest(label, *splits), summary)
+
+
+def _split(texts: list[bytes]) -> tuple[list[_Span], list[_Span]]:
+    """Training and validation; see `load_text`."""
     total = sum(map(len, texts))
     wanted = VALIDATION_SHARE * total
-    held: list[bytes] = []
-    kept: list[bytes] = []
+    kept: list[_Span] = []
+    held: list[_Span] = []
     size = 0
     for text in texts:
         takes = size < wanted and size + len(text) <= 2 * wanted
-        (held if takes else kept).append(text)
+        (held if takes else kept).append((text, 0, len(text)))
         size += len(text) if takes else 0
-    if size < wanted:
-        whole = b"".join(texts)
-        cut = total - int(wanted)
-        held, kept = [whole[cut:]], [whole[:cut]]
-    return Corpus(_tokens(kept), _tokens(held), len(texts), left_out)
+    if size >= wanted:
+        return kept, held
+    kept, held = [], []
+    rest = total - int(wanted)
+    for text in texts:
+        cut = max(0, min(rest, len(text)))
+        rest -= len(text)
+        if cut < len(text):
+            cut = _whole_character(text, cut, -1)
+        kept.append((text, 0, cut))
+        held.append((text, cut, len(text)))
+    return kept, held
 
 
-def _tokens(texts: list[bytes]) -> NDArray[np.uint8]:
-    return _TOKEN_OF_BYTE[np.frombuffer(b"".join(texts), dtype=np.uint8)]
+def _size(spans: Iterable[_Span]) -> int:
+    return sum(stop - start for _, start, stop in spans)
+
+
+def _whole_character(text: bytes, at: int, step: int) -> int:
+    """The nearest place in the direction of `step` where no UTF-8 character is cut in two."""
+    while 0 < at < len(text) and text[at] & 0xC0 == 0x80:
+        at += step
+    return at
+
+
+def _pieces(spans: Iterable[_Span]) -> Iterator[_Span]:
+    """The same in pieces, cut before a newline: where words end anyway."""
+    for text, start, stop in spans:
+        while start < stop:
+            end = min(start + _PIECE, stop)
+            if end < stop:
+                found = _LINE_END.search(text, end, min(end + _PIECE, stop))
+                end = found.end() if found else _whole_character(text, end, 1)
+            yield text, start, end
+            start = end
+
+
+def _characters(spans: Iterable[_Span]) -> NDArray[np.uint8]:
+    spans = list(spans)
+    tokens = np.empty(_size(spans), dtype=np.uint8)
+    at = 0
+    for text, start, stop in _pieces(spans):
+        piece = text[start:stop].translate(_TOKEN_OF_BYTE)
+        tokens[at : at + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        at += len(piece)
+    return tokens
+
+
+def _encoded(
+    recipe: Recipe, splits: tuple[list[_Span], list[_Span]]
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    every = math.ceil(_size(splits[0]) / COUNTED_CHARACTERS)
+    pieces = (p for i, p in enumerate(_pieces(splits[0])) if i % every == 0)
+    tokenizer = learn_tokens((str(text[a:b], "utf-8") for text, a, b in pieces), recipe.vocabulary)
+
+    def encode(batch: list[_Span]) -> NDArray[np.uint16]:
+        texts = [str(text[a:b], "utf-8") for text, a, b in batch]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([np.array(e.ids, dtype=np.uint16) for e in encodings])
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        train, validation = (
+            np.concatenate(list(pool.map(encode, _batches(_pieces(split))))) for split in splits
+        )
+    return train, validation
+
+
+def _batches(pieces: Iterable[_Span]) -> Iterator[list[_Span]]:
+    """Pieces put together, so that short texts do not cost a call each."""
+    batch: list[_Span] = []
+    room = 4 * _PIECE
+    for piece in pieces:
+        batch.append(piece)
+        room -= _size([piece])
+        if room <= 0:
+            yield batch
+            batch, room = [], 4 * _PIECE
+    if batch:
+        yield batch
+
+
+def learn_tokens(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte pair encoding over the 256 bytes, learnt from texts; equal texts give equal tokens.
+
+    Raises
+    ------
+    InvalidInput
+        A vocabulary that is too small for bytes, or larger than the texts yield.
+    """
+    if vocabulary < 256:
+        raise InvalidInput("vocabulary", vocabulary, "at least 256, the bytes, with tokenizer=bpe")
+    # threads of ours, which end, encode batches instead: the library's stay and do not survive a
+    # fork, of which it warns whoever forks later
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.FixedLength(_LONGEST_WORD),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (found := tokenizer.get_vocab_size()) != vocabulary:
+        raise InvalidInput(
+            "vocabulary", vocabulary, f"at most {found}, which the training text yields"
+        )
+    return tokenizer
+
+
+def _pretokenised(recipe: Recipe, reading: _Reading, path: Path) -> TaskData:
+    """A `.npy` file of tokens, its last 5% for validation."""
+    accepted = "with tokenizer=bpe a .npy holds a one-dimensional array of unsigned integers"
+    try:
+        with path.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = header(stream)
+        if dtype.hasobject:
+            raise reading.error("this file is a pickle, which is never unpickled")
+        if not reading.utf8 or dtype.kind != "u" or len(shape) != 1:
+            raise reading.error(f"{accepted}, this one {dtype} of shape {shape}")
+        if shape == (0,):
+            raise reading.error(f"{accepted}, and this one is empty")
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except InvalidInput:
+        raise
+    except Exception as error:  # numpy reads the header as a piece of Python
+        raise reading.error(f"{accepted}, and this one cannot be read") from error
+    count, held = len(tokens), int(VALIDATION_SHARE * len(tokens))
+    if held < recipe.least_tokens:
+        raise reading.error(
+            f"training and validation have {count - held:,} and {held:,} tokens, and need "
+            f"{recipe.least_tokens:,} each"
+        )
+    if (largest := int(tokens.max())) >= recipe.vocabulary:
+        raise InvalidInput(
+            "vocabulary",
+            recipe.vocabulary,
+            f"at least {largest + 1}: the largest token in the data is {largest}",
+        )
+    kept = tokens.astype(np.uint16)
+    return _of_tokens(
+        recipe, kept[: count - held], kept[count - held :], f"{count:,} tokens, tokenised before"
+    )

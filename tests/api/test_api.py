@@ -40,7 +40,7 @@ def plant(client: TestClient) -> str:
     assert got is not None
     lease = got[0]
     leases.set_fingerprint(lease, "0011223344556677")
-    recipe = request.recipe
+    recipe = request.settings
     monarch = plan_at(recipe, parse_theta("monarch"), 0.5, BUDGET)
     cheap = plan_at(recipe, parse_theta("low-rank:rho=1/2"), 0.5, BUDGET)
     runs: list[tuple[RunPlan, float | None]] = [

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas import cost
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Plan
-from nas.models.gpt import GPT
-from nas.recipe import TEXT
+from nas.models import build_model
+from nas.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
 from nas.taxonomy import parse_theta
 from nas.theta import DENSE, Theta
 from tests.nas.test_theta import thetas
@@ -28,18 +28,33 @@ MODELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "width"), MODELS)
-def test_flops_and_parameters_are_those_of_the_built_model(text: str, width: int) -> None:
+OTHERS = [
+    (text, 64, recipe)
+    for recipe in (PIXELS, IMAGES, IMAGES_VIT, REGRESSION)
+    for text in ("dense", "btt:rho=1/4")
+]
+
+
+@pytest.mark.parametrize(("text", "width", "recipe"), [(*m, TEXT) for m in MODELS] + OTHERS)
+def test_flops_and_parameters_are_those_of_the_built_model(
+    text: str, width: int, recipe: Recipe
+) -> None:
     theta = parse_theta(text)
-    model = GPT(TEXT, theta, width)
+    model = build_model(recipe, theta, width)
     for layer in model.modules():
         if isinstance(layer, EinsumLinear):  # the order that is charged, in counted products
             layer.plan = Plan("materialised" if layer.structure.is_dense else "a-first")
-    tokens = torch.zeros(2, TEXT.context, dtype=torch.long)
+    if recipe.is_token_model:
+        samples = torch.zeros(2, recipe.tokens, dtype=torch.long)
+    elif recipe.model == "vit":
+        samples = torch.zeros(2, recipe.tokens, recipe.features)
+    else:
+        samples = torch.zeros(2, recipe.features)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens)
-    assert counter.get_total_flops() == 2 * cost.forward_flops_per_sequence(TEXT, theta, width)
-    assert sum(p.numel() for p in model.parameters()) == cost.parameters(TEXT, theta, width)
+        out = model(samples)
+    assert out.shape[-1] == recipe.outputs
+    assert counter.get_total_flops() == 2 * cost.forward_flops_per_sample(recipe, theta, width)
+    assert sum(p.numel() for p in model.parameters()) == cost.parameters(recipe, theta, width)
 
 
 @settings(max_examples=40)
@@ -94,7 +109,7 @@ def test_the_least_budget_is_exactly_enough() -> None:
 
 
 def test_a_training_step_is_three_forward_passes() -> None:
-    one = cost.forward_flops_per_sequence(TEXT, DENSE, 64)
+    one = cost.forward_flops_per_sample(TEXT, DENSE, 64)
     assert cost.train_flops_per_step(TEXT, DENSE, 64) == 3 * TEXT.batch * one
     linears = 12 * 64 * 64 * TEXT.depth
     attention = 2 * TEXT.context * 64 * TEXT.depth

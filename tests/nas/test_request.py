@@ -11,14 +11,14 @@ from nas.request import SearchRequest, data_inside
 
 GOOD: dict[str, Any] = {"train_flops": 2e11}
 BAD: list[tuple[str, Any]] = [
-    ("task", "images"), ("task", 3), ("sampler", "cma"), ("objective", "speed"),
+    ("task", "video"), ("task", 3), ("recipe", "mlp-digits-1"), ("recipe", 1), ("sampler", "cma"), ("objective", "speed"),
     ("train_flops", 0), ("train_flops", -1.0), ("train_flops", math.nan),
     ("train_flops", math.inf), ("train_flops", 1e30), ("train_flops", 10**400),
     ("train_flops", 1e9), ("train_flops", "2e11"), ("train_flops", None), ("train_flops", True),
     ("trials", 0), ("trials", 10_001), ("trials", 2.5), ("trials", "16"),
     ("references", 2), ("references", 33), ("seed", -1), ("seed", 2**31),
     ("data", ""), ("data", "a\x00b"), ("data", "\ud800"), ("data", 5),
-    ("unknown", 1),
+    ("overrides", {"speed": 1}), ("overrides", 3), ("unknown", 1),
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def outcome(req: SearchRequest, p: Proposal) -> PastTrial:
 
 
 def known_in(req: SearchRequest, past: list[PastTrial]) -> Callable[[RunPlan], bool]:
-    plans = [plan_of(req.recipe, req.train_flops, t.params) for t in past]
+    plans = [plan_of(req.settings, req.train_flops, t.params) for t in past]
     seen = {(p.structures, p.steps) for p in plans}
     return lambda plan: (plan.structures, plan.steps) in seen
 
@@ -42,7 +42,7 @@ def run(req: SearchRequest, count: int, past: list[PastTrial] | None = None) -> 
     history = list(past or [])
     proposals: list[Proposal] = []
     for number in range(len(history), count):
-        p = propose(req, number, history, known_in(req, history))
+        p = propose(req, req.settings, number, history, known_in(req, history))
         proposals.append(p)
         history.append(outcome(req, p))
     return proposals
@@ -76,9 +76,9 @@ def test_every_point_of_the_box_is_a_run_within_the_budget(
     req = request(objective=objective)
     params = {
         name: data.draw(st.floats(d.low, d.high))  # type: ignore[attr-defined]
-        for name, d in distributions(req).items()
+        for name, d in distributions(req, req.settings).items()
     }
-    plan = plan_of(req.recipe, req.train_flops, params)
+    plan = plan_of(req.settings, req.train_flops, params)
     own = req.train_flops * params.get("budget_share", 1.0)
     assert own - plan.train_flops_per_step < plan.train_flops <= own
     theta = theta_of(params)
@@ -89,7 +89,7 @@ def test_every_point_of_the_box_is_a_run_within_the_budget(
 def test_qmc_is_one_scrambled_sobol_sequence() -> None:
     req = request(sampler="qmc", seed=5)
     proposals = run(req, 9)[1:]  # Optuna draws the first at random, having no space to go by
-    space = distributions(req)
+    space = distributions(req, req.settings)
     names = list(proposals[0].params)
     expected = qmc.Sobol(len(space), seed=5, scramble=True).random(8)
     for p, row in zip(proposals, expected, strict=True):
@@ -118,11 +118,11 @@ def test_running_and_failed_trials_are_no_obstacle() -> None:
     past = [outcome(req, p) for p in run(req, 12)]
     past[3] = PastTrial(past[3].params, "failed", None, past[3].sampler_state)
     past[-1] = PastTrial(past[-1].params, "running", None, past[-1].sampler_state)
-    assert propose(req, 12, past, lambda _: False).attempts == 1
+    assert propose(req, req.settings, 12, past, lambda _: False).attempts == 1
 
 
 def test_a_space_that_is_used_up_is_asked_only_so_often() -> None:
-    assert propose(request(), 0, [], lambda _: True).attempts == MAX_ATTEMPTS
+    assert propose(request(), request().settings, 0, [], lambda _: True).attempts == MAX_ATTEMPTS
 
 
 def test_seeds_matter() -> None:

@@ -11,7 +11,7 @@ from nas.errors import LeaseLost, StoreUnavailable
 from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store, upgrade
-from nas.tasks.corpus import Corpus
+from nas.tasks import TaskData
 from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
 from workers.session import SearchSession, Signals
 
@@ -87,7 +87,7 @@ def queue(settings: Settings, data: Path) -> tuple[Store, Search]:
 def test_an_infrastructure_error_puts_the_search_back(
     settings: Settings, text_folder: Path
 ) -> None:
-    def broken(session: SearchSession, corpus: Corpus, used: Settings) -> None:
+    def broken(session: SearchSession, data: TaskData, used: Settings) -> None:
         raise ConnectionError("cluster is gone")
 
     store, search = queue(settings, text_folder)
@@ -128,7 +128,7 @@ def test_a_worker_that_is_stopped_hands_its_search_back(
 ) -> None:
     started = threading.Event()
 
-    def waits(session: SearchSession, corpus: Corpus, used: Settings) -> None:
+    def waits(session: SearchSession, data: TaskData, used: Settings) -> None:
         session.prepare()
         session.next_trial()
         started.set()

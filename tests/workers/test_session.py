@@ -32,7 +32,11 @@ def begin(store: Store, **fields: Any) -> tuple[SearchSession, Lease, Search]:
     assert got is not None
     lease, claimed = got
     assert claimed.id == search.id
-    return SearchSession(store, lease, claimed, FINGERPRINT, Signals()), lease, claimed
+    return (
+        SearchSession(store, lease, claimed, claimed.request.settings, FINGERPRINT, Signals()),
+        lease,
+        claimed,
+    )
 
 
 def resume(store: Store, search: Search) -> SearchSession:
@@ -40,7 +44,7 @@ def resume(store: Store, search: Search) -> SearchSession:
     Leases(store).hand_back(Lease(search.id, search.epoch, "w", 60))
     got = Leases(store).claim("w2", 60)
     assert got is not None
-    return SearchSession(store, got[0], got[1], FINGERPRINT, Signals())
+    return SearchSession(store, *got, got[1].request.settings, FINGERPRINT, Signals())
 
 
 def finish(session: SearchSession, trial: Trial) -> None:
@@ -81,7 +85,7 @@ def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
 
     # the same search again, on data of another fingerprint so that nothing is reused
     broken, _, search = begin(store, sampler=sampler, trials=14)
-    broken._fingerprint = "e" * 16
+    broken.fingerprint = "e" * 16
     broken.prepare()
     for _ in range(9):
         trial = broken.next_trial()
@@ -91,7 +95,7 @@ def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
     finished = {t.id: t for t in store.trials(search.id) if t.state == "complete"}
 
     resumed = resume(store, search)
-    resumed._fingerprint = "e" * 16
+    resumed.fingerprint = "e" * 16
     assert resumed.prepare() == 3 + 14 - 9
     drain(resumed)
     got = [(t.number, t.params) for t in store.trials(search.id)]
@@ -145,7 +149,7 @@ def test_a_twin_waits_for_the_running_one_and_shares_its_result(store: Store) ->
 def _plan_of(trial: Trial, session: SearchSession) -> Any:
     from nas.cost import references
 
-    plans = references(session.request.recipe, session.request.train_flops, 3)
+    plans = references(session.recipe, session.request.train_flops, 3)
     return next(p for p in plans if p.width == trial.width)
 
 

@@ -1,0 +1,72 @@
+"""The state of a run on disk, so that it goes on after its process was killed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """One run's state in one file, replaced as a whole: a reader sees the old or the new one.
+
+    Parameters
+    ----------
+    path
+        The file; its folder is created.
+    key
+        Digest of everything that decides the run's curve; a file with another is not used.
+    every_seconds
+        Time between two saves; runs that take less are never saved.
+    """
+
+    def __init__(self, path: Path, key: str, every_seconds: float = 60.0) -> None:
+        self._path, self._key, self._every = path, key, every_seconds
+        self._saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last save, or the start, is long enough ago."""
+        return time.monotonic() - self._saved_at >= self._every
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state to a new file on disk, then put it in the place of the old one."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f"{self._path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save({**state, "key": self._key}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(self._path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        self._saved_at = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state of this run; None where there is none that can be used."""
+        try:
+            # tensors, numbers and texts only: nothing in the file is executed
+            state: dict[str, Any] = torch.load(self._path, weights_only=True, map_location="cpu")
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            _log.warning("%s cannot be read, the run begins anew: %s", self._path.name, error)
+            return None
+        if state.get("key") != self._key:
+            _log.warning("%s belongs to another run, this one begins anew", self._path.name)
+            return None
+        return state
+
+    def remove(self) -> None:
+        """Forget the run, once its result is kept elsewhere."""
+        self._path.unlink(missing_ok=True)

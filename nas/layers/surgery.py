@@ -1,0 +1,529 @@
+"""Replacing the linear layers of any model by structured ones, in place."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from types import CodeType, FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from nas.errors import InvalidInput
+from nas.layers.einsum_linear import EinsumLinear
+from nas.structure import MAX_DIMENSION, Structure
+from nas.taxonomy import name_of, parse_theta
+from nas.theta import Theta
+
+AnyTheta = Theta | str | Sequence[float]
+Select = Callable[[str, nn.Module], bool] | str | Sequence[str]
+
+#: What a structured layer draws and trains in.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_RUN_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+_STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+#: How many names a message lists.
+_NAMES_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A layer that was replaced."""
+
+    #: every path at which the model holds it
+    names: tuple[str, ...]
+    structure: Structure
+    #: its parameters, bias included, whether or not another layer shares them
+    params_before: int
+    params_after: int
+    #: forward FLOPs of one call on one token (1 MAC = 2 FLOPs), bias not counted
+    flops_before: int
+    flops_after: int
+    #: Frobenius ‖W − Ŵ‖ / ‖W‖ if it started from the dense weight, else None
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A linear layer that stays as it was."""
+
+    names: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What `replace_linears` did; as text, a table.
+
+    Parameters are counted once where they are shared.
+    """
+
+    replaced: tuple[Replaced, ...]
+    left_out: tuple[LeftOut, ...]
+    #: parameters of the replaced layers together
+    params_before: int
+    params_after: int
+    #: parameters of the whole model
+    model_params_before: int
+    model_params_after: int
+
+    @property
+    def flops_before(self) -> int:
+        """Forward FLOPs of the replaced layers, each called once on one token, when dense."""
+        return sum(layer.flops_before for layer in self.replaced)
+
+    @property
+    def flops_after(self) -> int:
+        """Forward FLOPs of the replaced layers, each called once on one token, as they are now."""
+        return sum(layer.flops_after for layer in self.replaced)
+
+    def __str__(self) -> str:
+        head = ["layer", "shape", "structure", "params", "→", "FLOPs/token", "→", "rel. error"]
+        table = [
+            [
+                ", ".join(layer.names),
+                f"{layer.structure.d_in}→{layer.structure.d_out}",
+                _title(layer.structure.theta),
+                *(f"{n:,}" for n in (layer.params_before, layer.params_after)),
+                *(f"{n:,}" for n in (layer.flops_before, layer.flops_after)),
+                "" if layer.relative_error is None else f"{layer.relative_error:.3g}",
+            ]
+            for layer in self.replaced
+        ]
+        totals = (self.params_before, self.params_after, self.flops_before, self.flops_after)
+        table.append(
+            [f"{len(self.replaced)} layers", "", "", *(f"{total:,}" for total in totals), ""]
+        )
+        params = (self.model_params_before, self.model_params_after)
+        table.append(["whole model", "", "", *(f"{n:,}" for n in params), "", "", ""])
+        widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i in (0, 2) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *table)
+        ]
+        lines += [f"left out: {', '.join(layer.names)}: {layer.reason}" for layer in self.left_out]
+        return "\n".join(lines)
+
+
+def _title(theta: Theta) -> str:
+    name = name_of(theta)
+    return str(theta) if name == "einsum" else name
+
+
+@dataclass(eq=False)
+class _Linear:
+    """A linear layer that was found, and what is to become of it."""
+
+    module: nn.Module
+    names: list[str]
+    theta: Theta | None = None
+    reason: str | None = None
+
+
+def replace_linears(
+    model: nn.Module,
+    theta: AnyTheta | Mapping[str, AnyTheta],
+    select: Select | None = None,
+    *,
+    from_dense: bool = False,
+    normalize: bool = False,
+    gain: bool = False,
+) -> Surgery:
+    """Replace the linear layers of a model by `EinsumLinear` of structure θ, in place.
+
+    `torch.nn.Linear` and the `Conv1D` of Hugging Face transformers are replaced.  Build the
+    optimiser afterwards (`nas.layers.param_groups`): the old weights are no longer the model's.
+
+    Parameters
+    ----------
+    model
+        Any module that holds linear layers.
+    theta
+        A structure, or structures by shell-style patterns on names, the first that matches
+        counting: ``{"*.attn.*": "btt:rho=1/4", "*": "monarch"}``.  Layers that no pattern matches
+        stay.
+    select
+        Which layers: a function of (name, module), or shell-style patterns on names.  Default: all.
+        A layer held under several names is selected by any of them.
+    from_dense
+        Start from the structured matrix nearest to each weight, as `EinsumLinear.from_linear`, and
+        report how near.  Default: drawn anew as `EinsumLinear` does; where the old weight was all
+        zero, as the zero map.
+    normalize, gain
+        As in `EinsumLinear`.
+
+    Kept are biases (the same parameters), device, dtype, requires_grad, training mode, forward and
+    backward hooks with their handles (they are passed the new module, which has no ``weight``), and
+    attributes that were set on the layer.  A module held in several places becomes one new module;
+    linear layers that share a weight share the factors.
+
+    Left out, with the reason in the report, are layers that something else depends on: a weight
+    tied to another kind of module, such as an embedding; subclasses of `torch.nn.Linear`, among
+    them parametrised, lazy and quantised ones and ``MultiheadAttention.out_proj``; parts of
+    adapters such as LoRA; layers with other parameters (weight norm, pruning), with hooks on their
+    weight or state_dict, with a replaced forward; and layers whose weight the forward of a module
+    around them reads, as far as its code shows it as ``self.….weight``.  The inference fast path of
+    `torch.nn.TransformerEncoder` and its layers, which does so too, is turned off instead.
+
+    Raises
+    ------
+    InvalidInput
+        Not a module, itself a linear layer, or wrapped for data-parallel training; a θ that cannot
+        be built; a pattern or function that selects no layer; different θ for one shared weight;
+        with `from_dense`, a weight on the meta device or with NaN, or `normalize`, which would
+        change the fitted matrix.  The model is then as it was.
+
+    >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    >>> surgery = replace_linears(model, "monarch")
+    >>> surgery.params_before, surgery.params_after
+    (33088, 6464)
+    >>> model(torch.zeros(2, 64)).shape
+    torch.Size([2, 64])
+    """
+    if from_dense and normalize:
+        raise InvalidInput("normalize", normalize, "False with from_dense")
+    linears = _find(model)
+    _choose(linears, theta, select)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for linear in linears:
+        linear.reason = linear.reason or _obstacle(linear, modules)
+    shared = _sharing(model, linears)
+
+    layers: dict[nn.Module, EinsumLinear] = {}
+    originals: dict[Hashable, EinsumLinear] = {}
+    rows: list[Replaced] = []
+    for linear in linears:
+        if linear.reason is None:
+            key = shared[linear.module]
+            layer = _build(linear, originals.get(key), from_dense, normalize, gain)
+            originals.setdefault(key, layer)
+            layers[linear.module] = layer
+            rows.append(_row(linear, layer))
+
+    # nothing has been changed so far, and nothing below can fail
+    model_before, before = _count([model]), _count(layers)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in layers:
+                parent._modules[name] = layers[child]
+    _avoid_fast_paths(model)
+    return Surgery(
+        replaced=tuple(rows),
+        left_out=tuple(LeftOut(tuple(x.names), x.reason) for x in linears if x.reason is not None),
+        params_before=before,
+        params_after=_count(layers.values()),
+        model_params_before=model_before,
+        model_params_after=_count([model]),
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a `Conv1D` of Hugging Face transformers: a linear layer, weight (d_in, d_out).
+
+    Told by its class's name and attributes, so that transformers need not be installed.
+    """
+    weight = module._parameters.get("weight")
+    return (
+        type(module).__name__ == "Conv1D"
+        and weight is not None
+        and weight.dim() == 2
+        and weight.shape[1] == getattr(module, "nf", None)
+    )
+
+
+def _find(model: nn.Module) -> list[_Linear]:
+    """The linear layers of the model with all their names, in its order."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput("model", type(model).__name__, "a torch.nn.Module")
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise InvalidInput(
+            "model",
+            f"a {type(model).__name__}, which nothing holds",
+            "a module with linear layers; for one layer build an EinsumLinear, or "
+            "EinsumLinear.from_linear",
+        )
+    found: dict[nn.Module, _Linear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module).__name__ in _WRAPPERS:  # they have taken hold of the parameters already
+            got = f"{type(module).__name__} at {name or 'its root'}"
+            raise InvalidInput("model", got, "a model that is wrapped afterwards")
+        if isinstance(module, nn.Linear | EinsumLinear) or is_conv1d(module):
+            found.setdefault(module, _Linear(module, [])).names.append(name)
+    return list(found.values())
+
+
+def _choose(
+    linears: list[_Linear], theta: AnyTheta | Mapping[str, AnyTheta], select: Select | None
+) -> None:
+    """Give each selected layer its θ, each other one the reason."""
+    by_pattern = theta if isinstance(theta, Mapping) else {"*": theta}
+    if not by_pattern:
+        raise InvalidInput("theta", theta, "a structure, or a structure for each pattern on names")
+    thetas = {
+        _pattern("theta", pattern): parse_theta(t) if isinstance(t, str) else Theta.of(t)
+        for pattern, t in by_pattern.items()
+    }
+    if select is None:
+        chosen = set(linears)
+    elif callable(select):
+        chosen = {x for x in linears if any(select(name, x.module) for name in x.names)}
+        if not chosen:
+            raise InvalidInput("select", select, _some_names(linears))
+    else:
+        chosen = _matching("select", [select] if isinstance(select, str) else select, linears)
+    if isinstance(theta, Mapping):
+        chosen &= _matching("theta", list(thetas), linears)
+    for linear in linears:
+        if linear not in chosen:
+            linear.reason = "not selected"
+            continue
+        linear.theta = next(t for pattern, t in thetas.items() if _matches(linear, pattern))
+
+
+def _matching(field: str, patterns: Sequence[str], linears: list[_Linear]) -> set[_Linear]:
+    """The layers that any of the patterns matches; each must match one."""
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise InvalidInput(field, patterns, "a function of (name, module), or patterns on names")
+    chosen: set[_Linear] = set()
+    for pattern in patterns:
+        matched = {x for x in linears if _matches(x, _pattern(field, pattern))}
+        if not matched:
+            raise InvalidInput(field, pattern, _some_names(linears))
+        chosen |= matched
+    return chosen
+
+
+def _pattern(field: str, pattern: str) -> str:
+    if not isinstance(pattern, str):
+        raise InvalidInput(field, pattern, "a pattern on names, such as '*.mlp.*'")
+    return pattern
+
+
+def _matches(linear: _Linear, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in linear.names)
+
+
+def _some_names(linears: list[_Linear]) -> str:
+    names = [name for linear in linears for name in linear.names]
+    more = f" and {len(names) - _NAMES_LISTED} more" if len(names) > _NAMES_LISTED else ""
+    return "what selects a linear layer, of " + (", ".join(names[:_NAMES_LISTED]) or "none") + more
+
+
+def _obstacle(linear: _Linear, modules: dict[str, nn.Module]) -> str | None:
+    """Why the layer, seen alone and from the modules around it, cannot be replaced."""
+    module = linear.module
+    kind = type(module).__name__
+    if isinstance(module, EinsumLinear):
+        return "it is an EinsumLinear"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"it is a {kind}, not a plain torch.nn.Linear"
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return "it has other parameters, buffers or modules than weight and bias"
+    if "forward" in module.__dict__ or "_compiled_call_impl" in module.__dict__:
+        return "its forward was replaced or compiled"
+    if any(getattr(module, hooks, None) for hooks in _STATE_HOOKS):
+        return "it has hooks on its state_dict"
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        got = "none" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+        return f"its weight is {got}"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "its weight has hooks"
+    d_in, d_out = weight.shape if is_conv1d(module) else weight.shape[::-1]
+    expected = getattr(module, "in_features", d_in), getattr(module, "out_features", d_out)
+    if (d_in, d_out) != expected or not all(1 <= d <= MAX_DIMENSION for d in (d_in, d_out)):
+        return f"its weight has shape {tuple(weight.shape)}"
+    for name in linear.names:
+        if reason := _reader(name, modules):
+            return reason
+    return None
+
+
+def _reader(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why a module around the layer `name` needs it as it is, if one does."""
+    path = name.split(".")
+    for depth in range(len(path)):
+        outer = modules[".".join(path[:depth])]
+        if "base_layer" in outer._modules:  # as adapters of peft hold what they adapt
+            return f"it is part of an adapter, {type(outer).__name__}"
+        if type(outer) is nn.TransformerEncoderLayer:
+            continue  # whose fast path is turned off
+        inner = ".".join(path[depth:])
+        if f"{inner}.weight" in _attributes_read(type(outer)):  # type: ignore[arg-type]
+            return f"{type(outer).__name__} reads its weight directly"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _attributes_read(cls: type) -> frozenset[str]:
+    """Dotted attributes, such as ``proj.weight``, in `forward` and what it calls of its class."""
+    chains: set[str] = set()
+    waiting, done = ["forward"], set()
+    while waiting:
+        name = waiting.pop()
+        if name in done:
+            continue
+        done.add(name)
+        for code in _code(cls, name):
+            waiting += code.co_names
+            chain: list[str] = []
+            for instruction in dis.get_instructions(code):
+                if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                    chain.append(str(instruction.argval))
+                    chains.update(".".join(chain[i:]) for i in range(len(chain)))
+                elif instruction.opname != "EXTENDED_ARG":
+                    chain = []
+    return frozenset(chains)
+
+
+def _code(cls: type, name: str) -> Iterator[CodeType]:
+    """The code of a method, of those it overrides short of `nn.Module`, and of functions inside."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        function = base.__dict__.get(name)
+        function = inspect.unwrap(function) if callable(function) else function
+        nested = [function.__code__] if isinstance(function, FunctionType) else []
+        while nested:
+            code = nested.pop()
+            nested += [c for c in code.co_consts if isinstance(c, CodeType)]
+            yield code
+
+
+def _sharing(model: nn.Module, linears: list[_Linear]) -> dict[nn.Module, Hashable]:
+    """Which memory each layer's weight is; ties that replacing would break leave layers out."""
+    holders: dict[Hashable, list[tuple[str, nn.Module, Tensor]]] = {}
+    for name, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):
+            for slot, tensor in slots.items():
+                if tensor is not None:
+                    path = f"{name}.{slot}".lstrip(".")
+                    holders.setdefault(_memory(tensor), []).append((path, module, tensor))
+    by_module = {linear.module: linear for linear in linears}
+    keys: dict[nn.Module, Hashable] = {}
+    for key, held in holders.items():
+        group = [by_module[m] for path, m, _ in held if m in by_module and path.endswith("weight")]
+        going = [linear for linear in group if linear.reason is None]
+        if not going:
+            continue
+        kept = [
+            (path, m)
+            for path, m, _ in held
+            if m not in by_module or by_module[m].reason is not None
+        ]
+        # factors can stand for all only if the weights are the same in every respect
+        forms = {(type(m), t.shape, t.stride(), t.requires_grad) for _, m, t in held}
+        if kept or len(forms) > 1:
+            for linear in going:
+                others = kept or [(path, m) for path, m, _ in held if m is not linear.module]
+                path, other = others[0]
+                how = "is also" if kept else "has, in another form, the memory of"
+                linear.reason = f"its weight {how} {path} ({type(other).__name__})"
+            continue
+        for linear in going:
+            keys[linear.module] = key
+            if linear.theta != going[0].theta:
+                raise InvalidInput(
+                    "theta",
+                    f"{linear.theta} for {linear.names[0]}",
+                    f"{going[0].theta}, as for {going[0].names[0]}, whose weight it shares",
+                )
+    return keys
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """Equal for tensors that begin at the same place in memory, or are the same object."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if plain and not tensor.is_meta and tensor.numel():
+        return tensor.device, tensor.data_ptr()
+    return id(tensor)
+
+
+@torch.no_grad()
+def _build(
+    linear: _Linear, shared: EinsumLinear | None, from_dense: bool, normalize: bool, gain: bool
+) -> EinsumLinear:
+    """The new layer; with the factors of `shared` if another layer already has them."""
+    module = linear.module
+    stored, bias = module._parameters["weight"], module._parameters["bias"]
+    assert stored is not None
+    assert linear.theta is not None
+    weight = stored.detach().T if is_conv1d(module) else stored.detach()
+    d_out, d_in = weight.shape
+    zero_init = not weight.is_meta and not bool(weight.any())
+    try:
+        if from_dense and weight.is_meta:
+            raise InvalidInput("weight", "a meta tensor", "a weight with values for from_dense")
+        if from_dense and shared is None:
+            dense = nn.Linear(d_in, d_out, bias=False, device="meta")
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            layer = EinsumLinear.from_linear(dense, linear.theta)
+            layer.zero_init = zero_init
+        else:
+            layer = EinsumLinear(
+                linear.theta, d_in, d_out, bias=False,
+                zero_init=zero_init, normalize=normalize, gain=gain,
+                device=weight.device if shared is None else "meta", dtype=weight.dtype,
+            )  # fmt: skip
+    except InvalidInput as error:
+        field = f"{linear.names[0]}.{error.field}"
+        raise InvalidInput(field, error.value, error.accepted) from error
+    if shared is not None:
+        layer._parameters.update(shared._parameters)
+        layer.relative_error = shared.relative_error
+    else:
+        layer.requires_grad_(stored.requires_grad)
+    layer._parameters["bias"] = bias
+    layer.train(module.training)
+    for name, value in module.__dict__.items():
+        # the same dictionaries of hooks, so that the handles that remove them go on working
+        if name in _RUN_HOOKS or name not in layer.__dict__:
+            layer.__dict__[name] = value
+    return layer
+
+
+def _row(linear: _Linear, layer: EinsumLinear) -> Replaced:
+    structure = layer.structure
+    return Replaced(
+        names=tuple(linear.names),
+        structure=structure,
+        params_before=_count([linear.module]),
+        params_after=_count([layer]),
+        flops_before=2 * structure.d_in * structure.d_out,
+        flops_after=structure.flops,
+        relative_error=layer.relative_error,
+    )
+
+
+def _count(modules: Iterable[nn.Module]) -> int:
+    """Parameters of the modules, each once; those of lazy modules are not there yet."""
+    parameters = {p for module in modules for p in module.parameters()}
+    return sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p))
+
+
+def _avoid_fast_paths(model: nn.Module) -> None:
+    """Keep torch's encoders from reading dense weights of feed-forward layers that have none."""
+
+    def structured(module: nn.Module) -> bool:
+        return type(module) is nn.TransformerEncoderLayer and any(
+            isinstance(child, EinsumLinear) for child in module.children()
+        )
+
+    for module in model.modules():
+        if structured(module):
+            module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+        if isinstance(module, nn.TransformerEncoder) and any(map(structured, module.layers)):
+            module.use_nested_tensor = False

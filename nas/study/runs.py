@@ -1,0 +1,168 @@
+"""Runs of a study: each trained once, in a pool of processes, and kept as one file.
+
+A study that was interrupted goes on where it stood: finished runs are read from their files, and
+the run that was cut off from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.checkpoint import Checkpoint
+from nas.cost import RunPlan
+from nas.errors import RunFailed
+from nas.proxy import Execution, execution_plans, train
+from nas.recipe import Recipe
+from nas.tasks import TaskData
+from nas.taxonomy import name_of
+
+_CHECKPOINT_SECONDS = 20.0
+_data: Mapping[str, TaskData] = {}
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    recipe: Recipe
+    plan: RunPlan
+    seed: int
+    #: fingerprint of its task
+    task: str
+    #: what the structure is called in the report
+    name: str
+
+    @classmethod
+    def of(cls, data: TaskData, plan: RunPlan, seed: int, name: str | None = None) -> StudyRun:
+        """A run on loaded data."""
+        return cls(data.recipe, plan, seed, data.fingerprint, name or name_of(plan.theta))
+
+    @property
+    def key(self) -> str:
+        """Digest of everything that decides the curve on one machine, 32 hex digits."""
+        decides = [self.task, asdict(self.plan), self.seed, torch.__version__]
+        text = json.dumps(decides, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def run_all(
+    runs: Sequence[StudyRun],
+    data: Iterable[TaskData],
+    folder: Path,
+    *,
+    processes: int,
+    execution: Execution,
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of every run, finished ones first, the others as they end.
+
+    Parameters
+    ----------
+    data
+        The data of the runs' tasks.
+    folder
+        Where records and checkpoints are kept; what is there already is not run again.
+    processes
+        Runs that train at once, one thread each.
+
+    A record is a plain JSON object; a run that failed by its own fault has its reason in
+    ``failure`` and the points it had.
+    """
+    waiting = []
+    for run in runs:
+        path = _record_path(folder, run)
+        if path.is_file():
+            yield json.loads(path.read_text())
+        else:
+            waiting.append(run)
+    if not waiting:
+        return
+    by_fingerprint = {d.fingerprint: d for d in data}
+    # a forked child would inherit torch's threads in whatever state they are
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_begin_process, initargs=(by_fingerprint,)
+    ) as pool:
+        pending = [pool.submit(_run, run, folder, execution) for run in waiting]
+        try:
+            for future in as_completed(pending):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_process(data: Mapping[str, TaskData]) -> None:
+    global _data
+    _data = data
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING)
+
+
+def _record_path(folder: Path, run: StudyRun) -> Path:
+    return folder / "runs" / f"{run.key}.json"
+
+
+def _run(run: StudyRun, folder: Path, execution: Execution) -> dict[str, Any]:
+    """Train one run to its end and keep its record."""
+    data, plan = _data[run.task], run.plan
+    checkpoint = Checkpoint(
+        folder / "checkpoints" / f"{run.key}.pt", run.key, every_seconds=_CHECKPOINT_SECONDS
+    )
+    layer_plans = execution_plans(plan, run.recipe, execution)
+    points: list[dict[str, Any]] = []
+    failure: str | None = None
+    try:
+        for point in train(
+            plan, run.recipe, data.train, data.validation, run.seed, execution, layer_plans,
+            checkpoint,
+        ):  # fmt: skip
+            kept = asdict(point)
+            del kept["window_losses"]
+            points.append(kept)
+    except RunFailed as error:
+        failure = str(error)
+    record = {
+        "key": run.key,
+        "task": run.recipe.task,
+        "task_fingerprint": run.task,
+        "recipe": run.recipe.as_dict(),
+        "loss_unit": run.recipe.loss_unit,
+        "name": run.name,
+        "theta": list(plan.theta.values),
+        "width": plan.width,
+        "depth": plan.depth,
+        "steps": plan.steps,
+        "params": plan.params,
+        "forward_flops_per_token": plan.forward_flops_per_token,
+        "train_flops_per_step": plan.train_flops_per_step,
+        "seed": run.seed,
+        "points": points,
+        "failure": failure,
+        "environment": {
+            **asdict(execution),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "execution_plans": layer_plans,
+        },
+    }
+    _write(_record_path(folder, run), record)
+    checkpoint.remove()
+    return record
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """The file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}")
+    half.write_text(json.dumps(record, allow_nan=False))
+    half.replace(path)

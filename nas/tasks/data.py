@@ -1,0 +1,62 @@
+"""What every task's data looks like once it is loaded.  Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.recipe import Recipe
+
+#: Data that the `datasets` library reads is named with this before it.
+HUB_PREFIX = "hf:"
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Data of one task, split into training and validation.
+
+    The arrays of a split, by task; n is its number of samples:
+
+    - text: ``tokens`` (characters,) or (tokens,), uint8 or uint16
+    - pixels: ``images`` (n, side, side, channels) uint8, values below the recipe's vocabulary
+    - images: ``images`` (n, side, side, channels) uint8 and ``labels`` (n,) int64
+    - regression: ``inputs`` (n, features) and ``targets`` (n,) float32, targets of mean 0 and
+      variance 1 over the training split
+    """
+
+    #: the recipe as this data completes it: its number of classes or features
+    recipe: Recipe
+    train: Arrays
+    validation: Arrays
+    #: digest of the content, 64 bits in hex
+    content: str
+    #: what was read and what was left out, for people
+    summary: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal data under equal recipes: runs are comparable; 64 bits in hex."""
+        return task_fingerprint(self.recipe, self.content)
+
+
+def task_fingerprint(recipe: Recipe, content: str) -> str:
+    """Digest of a task: recipe and data."""
+    text = json.dumps([recipe.as_dict(), content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_digest(label: str, *splits: Mapping[str, NDArray[np.generic]]) -> str:
+    """Digest of arrays with their names, shapes and dtypes; 64 bits in hex."""
+    digest = hashlib.sha256(label.encode())
+    for split in splits:
+        for name, array in sorted(split.items()):
+            digest.update(f"/{name}/{array.shape}/{array.dtype.str}/".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]

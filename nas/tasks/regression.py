@@ -1,0 +1,196 @@
+"""Data of the `regression` task: the papers' random target network, or a user's table."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import zipfile
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.errors import InvalidInput
+from nas.recipe import Recipe
+from nas.tasks.data import Arrays, TaskData, content_digest
+
+#: Hidden layers of the target network and their width.
+TARGET_DEPTH, TARGET_WIDTH = 6, 1024
+#: Samples that give mean and variance of the target where none are generated in advance.
+_MOMENT_SAMPLES = 16_384
+_PIECE = 8192  # samples that pass through the target network at once
+_VALIDATION_SHARE = 0.1
+_SPLIT_SEED = 20241002
+#: Largest file that is read, bytes.
+MAX_BYTES = 1 << 31
+_ACCEPTED = (
+    "a .csv file of numbers whose last column is the target (a header is allowed), or an .npz "
+    "file with `inputs` (rows, columns) and `targets` (rows,)"
+)
+
+Floats = NDArray[np.float32]
+
+
+def load_regression(
+    recipe: Recipe, data: str | os.PathLike[str] | None, *, shown: str | None = None
+) -> TaskData:
+    """The synthetic target by default, else the rows of a file.
+
+    The synthetic inputs are standard normal (rows, `recipe.input_dim`); the target is a ReLU
+    network of six hidden layers of 1024 with random weights, each ReLU scaled by sqrt 2, its
+    output standardised.  With `recipe.pool` 0, samples are drawn during training instead.
+    A file's inputs and target are standardised by its training rows, and its columns set
+    `input_dim`.
+
+    Raises
+    ------
+    InvalidInput
+        A file that is no table of finite numbers, is too large or has too few rows.
+
+    Source: arXiv:2410.02117, section 4.
+    """
+    if data is None:
+        train, validation = _synthetic(
+            recipe.input_dim, recipe.pool, recipe.validation_samples, recipe.data_seed
+        )
+        # rounding differs between processors, so the settings are the content
+        content = (
+            f"target-{recipe.input_dim}-{recipe.pool}-{recipe.validation_samples}-"
+            f"{recipe.data_seed}"
+        )
+        how = f"{recipe.pool:,} samples" if recipe.pool else "fresh samples at every step"
+        summary = (
+            f"a random {TARGET_DEPTH}×{TARGET_WIDTH} ReLU network of {recipe.input_dim} inputs "
+            f"(seed {recipe.data_seed}): {how} for training, {recipe.validation_samples:,} for "
+            "validation"
+        )
+        return TaskData(recipe, train, validation, content, summary)
+    name = shown or str(data)
+    inputs, targets = _read(Path(data), name)
+    return _split(recipe, inputs, targets, name)
+
+
+@lru_cache(maxsize=2)
+def _synthetic(input_dim: int, pool: int, held: int, seed: int) -> tuple[Arrays, Arrays]:
+    rng = np.random.default_rng(seed)
+    widths = (input_dim, *[TARGET_WIDTH] * TARGET_DEPTH, 1)
+    weights = [
+        rng.standard_normal((o, i), dtype=np.float32) / np.float32(math.sqrt(i))
+        for i, o in zip(widths, widths[1:], strict=False)
+    ]
+    inputs = rng.standard_normal((held + (pool or _MOMENT_SAMPLES), input_dim), dtype=np.float32)
+    raw = np.concatenate(
+        [_target(weights, inputs[i : i + _PIECE]) for i in range(0, len(inputs), _PIECE)]
+    )
+    mean, std = raw[held:].mean(dtype=np.float64), raw[held:].std(dtype=np.float64)
+    targets = ((raw - mean) / std).astype(np.float32)
+    validation: Arrays = {"inputs": inputs[:held], "targets": targets[:held]}
+    if pool:
+        return {"inputs": inputs[held:], "targets": targets[held:]}, validation
+    moments = np.array([mean, std])
+    return {**{f"w{i}": w for i, w in enumerate(weights)}, "moments": moments}, validation
+
+
+def _target(weights: list[Floats], x: Floats) -> Floats:
+    """(samples, inputs) → (samples,), not standardised."""
+    for weight in weights[:-1]:
+        x = x @ weight.T
+        np.maximum(x, 0.0, out=x)
+        x *= np.float32(math.sqrt(2))
+    out: Floats = (x @ weights[-1].T)[:, 0]
+    return out
+
+
+def _read(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise InvalidInput("data", name, f"{_ACCEPTED}; this path {reason}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidInput("data", name, f"{_ACCEPTED}; this is not a regular file")
+    if not 0 < found.st_size <= MAX_BYTES:
+        raise InvalidInput(
+            "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.st_size}"
+        )
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start[:1] == b"\x80":
+        raise InvalidInput("data", name, f"{_ACCEPTED}; this is a pickle, which is never unpickled")
+    table = _read_npz(path, name) if start == b"PK" else _read_csv(path, name)
+    inputs, targets = table
+    if inputs.ndim != 2 or targets.shape != (len(inputs),) or inputs.shape[1] < 1:
+        raise InvalidInput(
+            "data", name, f"{_ACCEPTED}; this has inputs {inputs.shape} and targets {targets.shape}"
+        )
+    finite = np.isfinite(inputs).all(axis=1) & np.isfinite(targets)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite)[0])
+        raise InvalidInput("data", name, f"finite numbers; sample {row + 1} has another value")
+    return inputs, targets
+
+
+def _read_npz(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return (
+                np.asarray(arrays["inputs"], dtype=np.float64),
+                np.asarray(arrays["targets"], dtype=np.float64),
+            )
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
+
+
+def _read_csv(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = file.readline()
+            skipped = 0 if _is_numbers(header) else 1
+            file.seek(0)
+            table = np.loadtxt(file, delimiter=",", skiprows=skipped, ndmin=2, dtype=np.float64)
+    except (ValueError, UnicodeDecodeError, OverflowError) as error:
+        raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
+    if table.shape[1] < 2:
+        raise InvalidInput("data", name, f"{_ACCEPTED}; this has {table.shape[1]} columns")
+    return table[:, :-1], table[:, -1]
+
+
+def _is_numbers(line: str) -> bool:
+    try:
+        [float(cell) for cell in line.split(",")]
+    except ValueError:
+        return False
+    return True
+
+
+def _split(
+    recipe: Recipe, inputs: NDArray[np.float64], targets: NDArray[np.float64], name: str
+) -> TaskData:
+    rows = len(inputs)
+    held = min(recipe.validation_samples, int(rows * _VALIDATION_SHARE))
+    if held < recipe.min_validation_samples:
+        least = math.ceil(recipe.min_validation_samples / _VALIDATION_SHARE)
+        raise InvalidInput("data", name, f"at least {least} rows, a tenth of them for validation; "
+                           f"this has {rows}")  # fmt: skip
+    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
+    kept = order[held:]
+    mean, std = inputs[kept].mean(axis=0), inputs[kept].std(axis=0)
+    std[std == 0] = 1.0  # a constant column carries nothing, and stays 0
+    y_mean, y_std = targets[kept].mean(), targets[kept].std()
+    if not y_std > 0:
+        raise InvalidInput("data", name, "a target that varies; this one is constant")
+    x = ((inputs - mean) / std).astype(np.float32)
+    y = ((targets - y_mean) / y_std).astype(np.float32)
+    train: Arrays = {"inputs": x[kept], "targets": y[kept]}
+    validation: Arrays = {"inputs": x[order[:held]], "targets": y[order[:held]]}
+    return TaskData(
+        replace(recipe, input_dim=inputs.shape[1], pool=len(kept)),
+        train,
+        validation,
+        content_digest("table", train, validation),
+        f"{rows:,} rows of {inputs.shape[1]} inputs: {len(kept):,} for training, {held:,} for "
+        "validation",
+    )
