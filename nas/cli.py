@@ -486,6 +486,41 @@ def _await_ready(client: Any, service: subprocess.Popen[bytes]) -> None:
     raise EinsumNasError(f"the service at {client.url} is not ready after 60 s")
 
 
+@app.command()
+@_reported
+def reproduce(
+    scale: Annotated[str, typer.Option(help="cpu: under an hour on two cores | gpu")] = "cpu",
+    out: Annotated[
+        Path, typer.Option(help="Folder of runs and report; runs found there are not run again.")
+    ] = Path("reproduction"),
+    seeds: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="Runs of each structure and width.")
+    ] = 3,
+    processes: Annotated[
+        int | None, typer.Option(parser=_whole, metavar="N", help="Runs at once.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the papers' study and write report.html and report.json."""
+    from contextlib import nullcontext
+
+    from nas.study.reproduce import reproduce as run_study
+    from nas.terminal import console, study_progress
+
+    exit_on_signals()
+    started = time.monotonic()
+    with nullcontext(lambda *_: None) if as_json else study_progress() as show:
+        result = run_study(scale, out, seeds=seeds, processes=processes, progress=show)
+    if as_json:
+        _print_json(result)
+        return
+    from nas.study.report import summary_lines
+
+    for line in summary_lines(result):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"{(time.monotonic() - started) / 60:.1f} min; report: {out / 'report.html'}")
+
+
 @db.command("upgrade")
 @_reported
 def db_upgrade() -> None:

@@ -318,7 +318,7 @@ REGRESSION = Recipe(
     bias=True,
     normalize=False,
     base_width=64,
-    lr=3e-3,
+    lr=1e-3,
     beta1=0.9,
     beta2=0.999,
     weight_decay=0.0,
@@ -351,7 +351,7 @@ PIXELS_PAPER = replace(
     min_steps=1000, max_steps=1_000_000, min_width=16,
 )  # fmt: skip
 IMAGES = replace(
-    REGRESSION, name="mlp-digits-1", task="images", input_dim=0, pool=0, batch=128, side=8,
+    REGRESSION, name="mlp-digits-1", lr=3e-3, task="images", input_dim=0, pool=0, batch=128, side=8,
     channels=1, classes=10, augmentation="crop", min_steps=100, max_steps=4000,
 )  # fmt: skip
 IMAGES_VIT = replace(

@@ -16,14 +16,30 @@ console = Console()
 _FINISHED = ("complete", "failed", "stopped")
 
 
+_PROGRESS_COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+    TextColumn("runs"), TimeElapsedColumn(),
+)  # fmt: skip
+
+
+@contextmanager
+def study_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar over the runs of a study: (finished, in all, what happens)."""
+    with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
+        bar = progress.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total or None, description=what)
+            if not console.is_terminal:
+                console.print(f"{done} of {total} runs: {what}", markup=False)
+
+        yield show
+
+
 @contextmanager
 def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A progress bar over the runs of a search; call it with the search as REST gives it."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("runs"), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
         bar = progress.add_task("waiting for a worker", total=None)
         seen = -1
 

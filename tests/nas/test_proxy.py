@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from nas.cost import RunPlan, plan_at, structures_of
+from nas.cost import RunPlan, plan_at, plan_of_steps, structures_of
 from nas.errors import RunFailed
-from nas.proxy import Point, evaluation_steps, execution_plans, train
-from nas.recipe import TEXT, Recipe
+from nas.proxy import Execution, Point, evaluation_steps, execution_plans, train
+from nas.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
+from nas.tasks import load_data
 from nas.tasks.batches import validation_set
 from nas.taxonomy import parse_theta
 
@@ -106,3 +107,46 @@ def test_an_exploding_run_ends_with_its_reason() -> None:
     wild = dataclasses.replace(TINY, lr=1e30)
     with pytest.raises(RunFailed, match=r"loss is (nan|inf) at step \d+ of 60"):
         points("monarch", recipe=wild)
+
+
+#: Recipe → what a model that knows nothing but the mean answer would lose, at most.
+TASKS = {
+    "pixels": (dataclasses.replace(PIXELS, batch=16), math.log(17)),
+    "images": (IMAGES, math.log(10)),
+    "vit": (IMAGES_VIT, math.log(10)),
+    "regression": (dataclasses.replace(REGRESSION, pool=4096, lr=3e-3), 1.0),
+    "fresh": (dataclasses.replace(REGRESSION, pool=0, batch=64, lr=3e-3), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_learned(name: str) -> None:
+    recipe, ignorant = TASKS[name]
+    recipe = dataclasses.replace(recipe, validation_samples=128, evaluations=2)
+    data = load_data(recipe)
+    p = plan_of_steps(recipe, parse_theta("btt:rho=1/4"), 32, 80 if name == "fresh" else 150)
+    curve = list(train(p, recipe, data.train, data.validation, 0))
+    assert curve[-1].loss < 0.6 * ignorant
+    assert len(curve[-1].window_losses) == 128
+
+
+def test_steps_in_bfloat16_and_compiled_are_near_those_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # the backend that needs no compiler for C++; what it traces is what others compile
+    compiled: list[object] = []
+
+    def compile_(model: torch.nn.Module) -> object:
+        compiled.append(model)
+        return real(model, backend="aot_eager")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+    p = plan("btt:rho=1/4")
+    exact = points("btt:rho=1/4")
+    near = list(train(p, TINY, TRAIN, VALIDATION, 0, Execution("cpu", bf16=True, compile=True)))
+    assert len(compiled) == 1
+    assert near[-1].loss == pytest.approx(exact[-1].loss, rel=0.02)
+    assert near[-1].loss != exact[-1].loss
+    assert Execution.on("cuda") == Execution("cuda", bf16=True, compile=True)
+    assert Execution.on("cpu") == Execution()

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nas.tasks.hub
+from nas.errors import InvalidInput
+from nas.recipe import IMAGES
+from nas.tasks.hub import hub_images, hub_texts
+from nas.tasks.images import load_images
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the library reads it when it is imported
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """No network, and a cache that stays empty."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    yield cache
+    assert not cache.exists() or not list(cache.rglob("*.arrow"))
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8)
+FILES = [png(p) for p in PIXELS]
+LABELS = [i % 3 for i in range(50)]
+
+
+def refusal(read: Any, spec: str) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        read(spec)
+    assert caught.value.field == "data"
+    assert "accepted: hf:NAME" in str(caught.value)
+    return str(caught.value)
+
+
+def images_parquet(path: Path) -> Path:
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    columns = {"img": [{"bytes": f, "path": None} for f in FILES], "label": LABELS}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    return path
+
+
+def test_images_of_a_parquet_file(tmp_path: Path) -> None:
+    spec = f"hf:{images_parquet(tmp_path / 'data.parquet')}"
+    assert hub_images(spec) == (FILES, LABELS)
+    recipe = replace(IMAGES, min_validation_samples=4)
+    data = load_images(recipe, spec)
+    assert data.summary == "50 images, 8×8, 3 classes: 40 for training, 10 for validation"
+    folder = tmp_path / "folder"
+    for i, (file, label) in enumerate(zip(FILES, LABELS, strict=True)):
+        (folder / "abc"[label]).mkdir(parents=True, exist_ok=True)
+        (folder / "abc"[label] / f"{i}.png").write_bytes(file)
+    assert load_images(recipe, folder).content == data.content
+
+
+def test_arrays_without_labels(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"pixels": p.tolist()}) + "\n" for p in PIXELS))
+    images, labels = hub_images(f"hf:{file}")
+    assert np.array_equal(np.array(images), PIXELS)
+    assert labels == []
+    for bad in ([[256]], [[0.5]], [1, 2], "a.png", {"path": str(file)}, [[1], [2, 3]]):
+        file.write_text(json.dumps({"image": bad}))
+        assert "column image of row 0 is no image" in refusal(hub_images, f"hf:{file}")
+    for label in (None, -1, 0.5):
+        file.write_text(json.dumps({"image": [[1]], "label": label}))
+        assert "row 0 has no label in column label" in refusal(hub_images, f"hf:{file}")
+
+
+def test_texts(tmp_path: Path) -> None:
+    texts = ["one", "zwei é", "", "drei\nvier"]
+    csv, jsonl = tmp_path / "data.csv", tmp_path / "data.jsonl"
+    datasets.Dataset.from_dict({"n": [1, 2, 3, 4], "text": texts}).to_csv(str(csv))
+    jsonl.write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    expected = [t.encode() for t in texts]
+    assert hub_texts(f"hf:{csv}") == hub_texts(f"hf:{jsonl}") == expected
+    assert hub_texts(f"hf:{csv}:train") == expected
+    assert "this dataset has the splits train" in refusal(hub_texts, f"hf:{csv}:test")
+    jsonl.write_text('{"a": "x", "b": "y"}\n')
+    assert "a column text or content; this has a, b" in refusal(hub_texts, f"hf:{jsonl}")
+    jsonl.write_text('{"text": 1}\n')
+    assert "column text of row 0 is no text" in refusal(hub_texts, f"hf:{jsonl}")
+
+
+def test_a_folder_with_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.txt").write_text("one\ntwo\n")
+    (folder / "test.txt").write_text("three\n")
+    assert hub_texts(f"hf:{folder}") == [b"one", b"two"]
+    assert hub_texts(f"hf:{folder}:test") == [b"three"]
+
+
+class Marker:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    folder, marker = tmp_path / "folder", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "train.pkl").write_bytes(pickle.dumps(Marker(marker)))
+    assert "this file is none of these" in refusal(hub_texts, f"hf:{folder / 'train.pkl'}")
+    for card in ("", "---\nbuilder_name: pandas\nconfigs:\n- config_name: default\n"
+                 "  data_files: train.pkl\n---\n"):  # fmt: skip
+        (folder / "README.md").write_text(card)
+        refusal(hub_texts, f"hf:{folder}")
+    (folder / "train.pkl").unlink()
+    (folder / "README.md").unlink()
+    (folder / "script.py").write_text(f"open({str(marker)!r}, 'w')")
+    refusal(hub_texts, f"hf:{folder}")
+    Image.fromarray(PIXELS[0]).save(folder / "a.png")
+    assert "this dataset is read by 'imagefolder'" in refusal(hub_images, f"hf:{folder}")
+    assert not marker.exists()
+
+
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "data.parquet"
+    broken.write_bytes(b"PAR1 no more")
+    refusal(hub_texts, f"hf:{broken}")
+    refusal(hub_texts, f"hf:{tmp_path / 'missing.parquet'}")
+    refusal(hub_texts, "hf:nobody/nothing-of-this-name")
+    refusal(hub_texts, "hf:")
+    (tmp_path / "a.txt").write_text("one\ntwo\n" * 10)
+    monkeypatch.setattr(nas.tasks.hub, "MAX_BYTES", 59)
+    assert "at most 59 bytes" in refusal(hub_texts, f"hf:{tmp_path / 'a.txt'}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "this needs pip install 'einsum-nas[data]'" in refusal(hub_texts, "hf:some/rows")

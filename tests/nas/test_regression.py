@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nas.errors import InvalidInput
+from nas.recipe import REGRESSION
+from nas.tasks import load_data
+from nas.tasks.batches import training_batches
+
+SMALL = replace(REGRESSION, pool=2000, validation_samples=200)
+
+
+def test_the_target_is_standardised_and_no_sample_is_in_both_splits() -> None:
+    data = load_data(SMALL)
+    assert data.train["inputs"].shape == (2000, 8)
+    assert data.train["targets"].mean() == pytest.approx(0, abs=1e-5)
+    assert data.train["targets"].std() == pytest.approx(1, abs=1e-5)
+    rows = {r.tobytes() for r in data.train["inputs"]}
+    assert not any(r.tobytes() in rows for r in data.validation["inputs"])
+    # not linear: what a linear fit leaves is most of the variance
+    x, y = data.train["inputs"], data.train["targets"]
+    left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    assert left.var() > 0.2
+
+
+def test_the_target_is_a_network_of_six_relu_layers() -> None:
+    """Homogeneous without biases: doubling the input doubles the raw output."""
+    recipe = replace(SMALL, pool=0)
+    fresh = load_data(recipe)
+    weights = [fresh.train[f"w{i}"] for i in range(7)]
+    assert [w.shape for w in weights] == [(1024, 8), *[(1024, 1024)] * 5, (1, 1024)]
+    mean, std = fresh.train["moments"]
+
+    def target(x: np.ndarray) -> np.ndarray:
+        for w in weights[:-1]:
+            x = np.sqrt(2) * np.maximum(x @ w.T, 0)
+        return ((x @ weights[-1].T)[:, 0] - mean) / std
+
+    held = fresh.validation
+    np.testing.assert_allclose(target(held["inputs"]), held["targets"], atol=2e-3)
+    x, y = training_batches(replace(recipe, batch=64), fresh.train)(torch.Generator())
+    np.testing.assert_allclose(target(x.numpy()), y.numpy(), atol=2e-3)
+
+
+def test_settings_make_the_fingerprint_and_the_data() -> None:
+    base = load_data(SMALL)
+    assert base.fingerprint == load_data(SMALL).fingerprint
+    other = load_data(replace(SMALL, data_seed=1))
+    wide = load_data(replace(SMALL, input_dim=3))
+    assert len({base.fingerprint, other.fingerprint, wide.fingerprint}) == 3
+    assert wide.train["inputs"].shape[1] == 3
+    assert not np.array_equal(base.train["targets"], other.train["targets"])
+
+
+def table(rows: int = 500) -> np.ndarray:
+    x = np.random.default_rng(1).standard_normal((rows, 3)) * [1, 10, 0] + [0, 5, 7]
+    return np.column_stack([x, 3 * x[:, 0] + 100])
+
+
+@pytest.mark.parametrize("kind", ["csv", "headed", "npz"])
+def test_a_users_table(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("t.npz" if kind == "npz" else "t.csv")
+    values = table()
+    if kind == "npz":
+        np.savez(path, inputs=values[:, :-1], targets=values[:, -1])
+    else:
+        header = "a,b,c,target" if kind == "headed" else ""
+        np.savetxt(path, values, delimiter=",", header=header, comments="")
+    data = load_data(REGRESSION, path)
+    assert data.recipe.features == 3
+    assert (len(data.train["inputs"]), len(data.validation["inputs"])) == (450, 50)
+    x = data.train["inputs"]
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(x.std(axis=0), [1, 1, 0], atol=1e-5)  # the third is constant
+    np.testing.assert_allclose(data.train["targets"], x[:, 0], atol=1e-4)
+    assert load_data(REGRESSION, path).fingerprint == data.fingerprint
+
+
+def test_bad_tables_are_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+            return os.mkdir, (str(marker),)
+
+    def write(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    values = table()
+    values[123, 1] = np.nan
+    np.savetxt(tmp_path / "nan.csv", values, delimiter=",")
+    np.savetxt(tmp_path / "few.csv", table(50), delimiter=",")
+    np.savez(tmp_path / "objects.npz", inputs=np.array([Evil()]), targets=np.zeros(1))
+    np.savez(tmp_path / "shapes.npz", inputs=np.zeros((5, 2)), targets=np.zeros(4))
+    np.savez(tmp_path / "names.npz", x=np.zeros((5, 2)))
+    constant = table()
+    constant[:, -1] = 1.0
+    np.savetxt(tmp_path / "constant.csv", constant, delimiter=",")
+    huge = write("huge.csv", b"")
+    os.truncate(huge, 10 << 30)
+    os.mkfifo(tmp_path / "fifo")
+    cases = {
+        tmp_path / "missing.csv": "does not exist",
+        write("empty.csv", b""): "this has 0",
+        write("binary.csv", bytes(range(256)) * 9): "accepted",
+        write("pickle.csv", pickle.dumps(Evil())): "never unpickled",
+        write("one.csv", b"1\n2\n3\n"): "1 columns",
+        write("ragged.csv", b"1,2\n3\n"): "accepted",
+        tmp_path / "objects.npz": "accepted",
+        tmp_path / "shapes.npz": r"inputs \(5, 2\) and targets \(4,\)",
+        tmp_path / "names.npz": "inputs",
+        tmp_path / "nan.csv": "sample 124",
+        tmp_path / "few.csv": "at least 320 rows",
+        tmp_path / "constant.csv": "constant",
+        tmp_path: "not a regular file",
+        tmp_path / "fifo": "not a regular file",
+        huge: "10737418240",
+    }
+    for path, message in cases.items():
+        with pytest.raises(InvalidInput, match=message) as caught:
+            load_data(REGRESSION, path, shown="NAME")
+        assert str(tmp_path) not in str(caught.value)
+    assert not marker.exists()
