@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-layers serve clean browser
+.PHONY: demo test lint bench bench-layers bench-training serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -32,10 +32,16 @@ lint: $(VENV)/.dev  ## formatting, style, types and import directions
 
 bench: bench-layers  ## ratios measured in one run, as JSON and as tables
 	$(BIN)/python -m benchmarks.sizing
+	$(BIN)/python -m benchmarks.surgery
+	$(BIN)/python -m benchmarks.coordinates
 	$(BIN)/python -m benchmarks.proposals
 
 bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and the papers' path; FULL=1: all
 	$(BIN)/python -m benchmarks.layers
+
+bench-training: $(VENV)/.dev  ## the published regression, and learning rates across widths: half an hour
+	$(BIN)/python -m benchmarks.published
+	$(BIN)/python -m benchmarks.rates
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:

@@ -35,7 +35,7 @@ def run(language: str, code: str, service: Service) -> str:
 
 
 def test_the_readme_has_its_examples() -> None:
-    assert [language for language, _ in BLOCKS] == ["bash"] * 2 + ["python"] * 4
+    assert [language for language, _ in BLOCKS] == ["bash"] * 3 + ["python"] * 5
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
@@ -45,10 +45,12 @@ def test_an_example_runs(index: int, service: Service, finished_search: RemoteSe
     output = run(language, code, service)
     expected = [
         ["Pareto front", "structured", "dense − structured", "canonical_theta"],
+        ["Best within 2.000e+10", "nats per image"],
         ['"total_runs":7', '"state":"succeeded"', '"frontier":[', '"expected_loss":'],
         ["'kind':"],
         [f"{Structure.of(BTT, 768, 3072).macs} "],
         ["of the weight's norm is lost"],
+        ["transformer.h.1.mlp.c_proj", "left out: lm_head: not selected"],
         ["gemm=", "1024x1024:32.1.32.1.32.32.1 tokens=512"],
     ][index]
     for text in expected:

@@ -44,6 +44,8 @@ SHARES = {"C": 1.0, "C/2": 0.5, "C/4": 0.25}
 #: Two losses this close, as a share, are "about as good": what counts as on the frontier too.
 EQUIVALENCE = HULL_TOLERANCE
 _FEWEST_SEEDS = 3
+#: A run that ended below this share of the budget is not one of the same length.
+_FULL = 0.95
 
 #: Task → start of a structure's name → exponent b in the papers.  regression: arXiv:2410.02117,
 #: the slope from loss .0142 to .00295 over 8e12 to 8e15 forward MACs × tokens; images: CIFAR-10
@@ -85,7 +87,7 @@ NOTES = (
     "it, less those that do not decrease); then the mean over seeds. Widths were chosen for the "
     "full budget: below it narrower models might do better, which would make exponents smaller.",
     "Compute multiplier over dense: train FLOPs of the best dense run at its least loss, over what "
-    "the structure needs for that loss, with the same seed. ≥ and <: some seed's curves begin "
+    "the structure needs for that loss, with the same seed. ≥, < or ≤: some seed's curves begin "
     "below that loss, or never reach it; such bounds are not averaged.",
     "ω: compute per parameter is d^ω. ψ: rank is d^ψ. ν: compute is d^(1+ν). All for the canonical "
     "θ and a square layer of dimension d (arXiv:2410.02117, section 4).",
@@ -186,8 +188,11 @@ class _Task:
         names = {s.theta: s.name for s in self.structures}
         for failure in self.failures:
             failure["name"] = names[failure.pop("theta")]
-        ends = [f[-1] for s in self.structures for w in s.runs.values() for f, _ in w.values()]
-        self.budget = float(max(ends)) if ends else None
+        self.ends = [
+            float(f[-1]) for s in self.structures for w in s.runs.values() for f, _ in w.values()
+        ]
+        #: train FLOPs of the longest run; the others are at most one step shorter
+        self.budget = max(self.ends, default=None)
         self.dense = by_theta.get(DENSE)
 
     def _add(self, r: Mapping[str, Any], by_theta: dict[Theta, _Structure]) -> None:
@@ -238,6 +243,8 @@ class _Task:
         missing = [s.name for s in self.structures if self._missing(s)]
         if missing:
             yield f"not every seed and width of: {', '.join(missing)}"
+        if early := sum(end < _FULL * (self.budget or 0.0) for end in self.ends):
+            yield f"ended before {_FULL:.0%} of C, and compared as they were then: {early} runs"
         if self.dense is None:
             yield "no dense runs: nothing can be said about dense"
         if not self.members(REFERENCE):
@@ -443,7 +450,7 @@ def _multiplier_text(m: Multiplier) -> str:
     if m.least is not None:
         return f"≥ {m.least:.2f} ({censored})"
     if m.most is not None:
-        return f"< {m.most:.2f} ({censored})"
+        return f"{'<' if m.censored == n else '≤'} {m.most:.2f} ({censored})"
     signs = {"exact": "", "at_least": "≥ ", "less_than": "< "}
     return ", ".join(f"{signs[b.kind]}{b.value:.2f}" for b in m.by_seed.values()) + f" ({censored})"
 
@@ -610,11 +617,17 @@ def _order(task: _Task | None) -> Iterator[Json]:
             f"; of {len(verdicts)} pairs {count['worse']} are in this order at 95%, "
             f"{count['better']} in the opposite one"
         )
-        if count["worse"]:
-            agreement = "agrees" if count["worse"] == len(verdicts) else "partly"
-        else:
-            agreement = "contradicts" if count["better"] else "undecided"
+        agreement = _order_agreement(count["worse"], count["better"], len(verdicts))
     yield _finding(paper, cites, "regression", here, agreement)
+
+
+def _order_agreement(kept: int, turned: int, pairs: int) -> str:
+    """From the pairs that are in the papers' order, and in the opposite one, at 95%."""
+    if kept == pairs:
+        return "agrees"
+    if turned and not kept:
+        return "contradicts"
+    return "partly" if turned or 2 * kept >= pairs else "undecided"
 
 
 def _close(theta: Theta, values: Sequence[float]) -> bool:

@@ -22,6 +22,7 @@ import torch
 from nas.checkpoint import Checkpoint
 from nas.cost import RunPlan
 from nas.errors import RunFailed
+from nas.processes import end_with
 from nas.proxy import Execution, execution_plans, train
 from nas.recipe import Recipe
 from nas.tasks import TaskData
@@ -90,19 +91,28 @@ def run_all(
     by_fingerprint = {d.fingerprint: d for d in data}
     # a forked child would inherit torch's threads in whatever state they are
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_begin_process, initargs=(by_fingerprint,)
-    ) as pool:
-        pending = [pool.submit(_run, run, folder, execution) for run in waiting]
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=context,
+        initializer=_begin_process,
+        initargs=(by_fingerprint, os.getpid()),
+    )
+    with pool:
         try:
-            for future in as_completed(pending):
+            for future in as_completed([pool.submit(_run, r, folder, execution) for r in waiting]):
                 yield future.result()
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            # what they train is in their checkpoints; leaving the pool would wait for its end
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
 
 
-def _begin_process(data: Mapping[str, TaskData]) -> None:
+def _begin_process(data: Mapping[str, TaskData], parent: int) -> None:
     global _data
+    end_with(parent)
     _data = data
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)

@@ -118,6 +118,8 @@ def _rows(spec: str) -> Iterator[Row]:
         raise _error(spec, "this needs pip install 'einsum-nas[data]'") from error
     name, _, part = spec.removeprefix(HUB_PREFIX).partition(":")
     configuration, _, split = part.rpartition("/")
+    if not name:
+        raise _error(spec, "this names no dataset")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else local files are counted online, too
     try:
         path = Path(name)

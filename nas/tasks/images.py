@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -301,13 +302,23 @@ def _fitted(image: Image.Image, recipe: Recipe) -> _Images:
 def _averaged(pixels: _Images, side: int) -> _Images:
     """Means over equal areas, rounded half up: (square, square, channels) → (side, side, …)."""
     square = len(pixels)
-    # in units of 1 / (side · square) a pixel is `side` wide and an area `square`
-    begin, area = np.arange(square) * side, np.arange(side)[:, None] * square
-    shares = np.minimum(begin + side, area + square) - np.maximum(begin, area)
-    weights = np.maximum(shares, 0).astype(np.float64)  # whole numbers, so that sums are exact
-    rows = (weights @ pixels.reshape(square, -1)).reshape(side, square, -1)
-    total: _Images = ((weights @ rows + square**2 / 2) // square**2).astype(np.uint8)
-    return total
+    shares = _shares(square, side)
+    rows = (shares @ pixels.reshape(square, -1)).reshape(side, square, -1)
+    means: _Images = ((shares @ rows + square**2 / 2) // square**2).astype(np.uint8)
+    return means
+
+
+@lru_cache(maxsize=64)
+def _shares(square: int, side: int) -> NDArray[np.float64]:
+    """How much of each pixel of a row lies in each of `side` parts: (side, square).
+
+    The whole row is square · side long, a pixel `side` and a part `square`: all numbers are whole,
+    and sums of them exact.
+    """
+    pixel, part = np.arange(square) * side, np.arange(side)[:, None] * square
+    overlap = np.minimum(pixel + side, part + square) - np.maximum(pixel, part)
+    shares: NDArray[np.float64] = np.maximum(overlap, 0).astype(np.float64)
+    return shares
 
 
 def _decoded(reading: _Reading, source: Path | IO[bytes], what: str) -> _Images | None:

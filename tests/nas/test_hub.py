@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from nas.recipe import IMAGES
 from nas.tasks.hub import hub_images, hub_texts
 from nas.tasks.images import load_images
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the library reads it when it is imported
 datasets = pytest.importorskip("datasets")
 
 
@@ -76,6 +74,28 @@ def test_images_of_a_parquet_file(tmp_path: Path) -> None:
         (folder / "abc"[label]).mkdir(parents=True, exist_ok=True)
         (folder / "abc"[label] / f"{i}.png").write_bytes(file)
     assert load_images(recipe, folder).content == data.content
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there already, as the library would have fetched it."""
+    local = str(images_parquet(tmp_path / "data.parquet"))
+    splits = {"train": local, "test": local}
+    builder = datasets.load_dataset_builder(
+        "parquet", data_files=splits, cache_dir=str(tmp_path / "other")
+    )
+    asked: list[tuple[str, str | None]] = []
+
+    def load_dataset_builder(name: str, configuration: str | None) -> Any:
+        asked.append((name, configuration))
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    for spec in ("hf:some/rows", "hf:some/rows:test", "hf:some/rows:plain/train"):
+        assert hub_images(spec) == (FILES, LABELS)
+    assert asked == [("some/rows", None), ("some/rows", None), ("some/rows", "plain")]
+    assert "this dataset has the splits train, test" in refusal(hub_images, "hf:some/rows:dev")
+    monkeypatch.setattr(nas.tasks.hub, "MAX_BYTES", 100)
+    assert "at most 100 bytes" in refusal(hub_images, "hf:some/rows")
 
 
 def test_arrays_without_labels(tmp_path: Path) -> None:
@@ -150,7 +170,8 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refusal(hub_texts, f"hf:{broken}")
     refusal(hub_texts, f"hf:{tmp_path / 'missing.parquet'}")
     refusal(hub_texts, "hf:nobody/nothing-of-this-name")
-    refusal(hub_texts, "hf:")
+    assert "this names no dataset" in refusal(hub_texts, "hf:")
+    assert "this names no dataset" in refusal(hub_texts, "hf::train")
     (tmp_path / "a.txt").write_text("one\ntwo\n" * 10)
     monkeypatch.setattr(nas.tasks.hub, "MAX_BYTES", 59)
     assert "at most 59 bytes" in refusal(hub_texts, f"hf:{tmp_path / 'a.txt'}")

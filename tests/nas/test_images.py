@@ -249,7 +249,7 @@ def test_unreadable_images_are_left_out_and_counted(
     (tmp_path / "a" / "whole.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "a" / "text.jpg").write_text("no image")
     (tmp_path / "a" / "empty.gif").touch()
-    (tmp_path / "a" / "post.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    Image.fromarray(noise(1, 8, 8)[0]).save(tmp_path / "a" / "other.png", "pcx")
     (tmp_path / "readme.txt").write_text("about")
     Image.fromarray(noise(1, 8, 8)[0].astype(np.float32)).save(tmp_path / "a" / "float.tiff")
     save(tmp_path / "loose.png", noise(1, 8, 8)[0])

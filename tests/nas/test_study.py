@@ -112,6 +112,34 @@ if __name__ == "__main__":
 """
 
 
+def test_an_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
+    program = tmp_path / "study.py"
+    program.write_text(PROGRAM.replace('monarch"), 16, 400', 'monarch"), 16, 10**6'))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with subprocess.Popen(
+            [sys.executable, str(program), str(tmp_path / "r")], env=environment,
+            stderr=subprocess.PIPE, start_new_session=True,
+        ) as process:  # fmt: skip
+            while not (found := _children(process.pid)):
+                time.sleep(0.05)
+            time.sleep(1.0)
+            process.send_signal(number)
+            process.wait(60)
+        assert process.stderr is not None
+        for _ in range(300):
+            if not any(Path(f"/proc/{pid}").exists() for pid in found):
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"{found} live on after {number.name}")
+
+
+def _children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in listed]
+
+
 def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
     program = tmp_path / "study.py"
     program.write_text(PROGRAM)

@@ -175,6 +175,14 @@ def test_a_member_without_a_seed_does_not_move_its_groups_mean() -> None:
     assert any("monarch" in w for w in result["tasks"][0]["warnings"])
 
 
+def test_runs_of_another_length_are_told() -> None:
+    records = study(PLANTED)
+    assert analyse(records, scale="cpu")["tasks"][0]["warnings"] == []
+    del records[0]["points"][-1]
+    (warning,) = analyse(records, scale="cpu")["tasks"][0]["warnings"]
+    assert warning == "ended before 95% of C, and compared as they were then: 1 runs"
+
+
 def test_nothing_finished_is_a_result_too() -> None:
     records = study(PLANTED)
     for r in records:

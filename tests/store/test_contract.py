@@ -24,7 +24,7 @@ from nas.store.rows import pack_floats, unpack_floats
 from nas.store.schema import Base
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 4})
-PLANS = references(REQUEST.recipe, REQUEST.train_flops, 5)
+PLANS = references(REQUEST.settings, REQUEST.train_flops, 5)
 LONG = 60.0
 
 
@@ -153,11 +153,11 @@ def test_claims_go_by_age_and_to_one_worker(store: Store, leases: Leases) -> Non
 
 def test_an_expired_lease_passes_on_and_fences_the_old_holder(store: Store, leases: Leases) -> None:
     search, _ = store.create_search(REQUEST)
-    old, _ = claimed(leases, seconds=0.05, worker="old")
+    old, _ = claimed(leases, seconds=0.5, worker="old")
     trial = leases.add_trial(old, draft(0))
     leases.start_trial(old, trial.id)
     assert leases.claim("new", LONG) is None
-    time.sleep(0.1)
+    time.sleep(0.6)
     new, taken = claimed(leases, worker="new")
     assert (new.epoch, taken.failures) == (old.epoch + 1, 1)
     stale: list[Callable[[], object]] = [
