@@ -98,7 +98,7 @@ def _evaluate(
     """Loss of each validation sample (samples,), float64."""
     piece = max(1, _EVALUATION_TOKENS // recipe.tokens)
     losses = []
-    for inputs, targets in zip(x.split(piece), y.split(piece), strict=True):
+    for inputs, targets in zip(torch.split(x, piece), torch.split(y, piece), strict=True):
         with execution.autocast():
             outputs = forward(inputs)
         losses.append(sample_losses(recipe, outputs, targets))

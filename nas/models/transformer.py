@@ -7,8 +7,6 @@ Source: arXiv:2410.02117, appendix.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

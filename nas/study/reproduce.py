@@ -12,6 +12,8 @@ import torch
 
 from nas.errors import EinsumNasError, InvalidInput
 from nas.proxy import Execution
+from nas.study.page import render
+from nas.study.report import analyse
 from nas.study.runs import run_all
 from nas.study.scales import runs_of, studies_of
 from nas.tasks import load_data
@@ -63,8 +65,6 @@ def reproduce(
     # in the order of the study, whatever order the runs ended in
     place = {run.key: i for i, run in enumerate(runs)}
     records.sort(key=lambda r: place[r["key"]])
-    from nas.study.report import analyse, render  # plotly: only once there is something to draw
-
     result = analyse(records, scale=scale)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(result, indent=1, allow_nan=False))

@@ -8,6 +8,7 @@ import stat
 import zipfile
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def _synthetic(input_dim: int, pool: int, held: int, seed: int) -> tuple[Arrays,
     widths = (input_dim, *[TARGET_WIDTH] * TARGET_DEPTH, 1)
     weights = [
         rng.standard_normal((o, i), dtype=np.float32) / np.float32(math.sqrt(i))
-        for i, o in zip(widths, widths[1:], strict=False)
+        for i, o in pairwise(widths)
     ]
     inputs = rng.standard_normal((held + (pool or _MOMENT_SAMPLES), input_dim), dtype=np.float32)
     raw = np.concatenate(

@@ -50,7 +50,7 @@ def test_patches_hold_their_own_pixels() -> None:
 def test_augmented_images_are_shifts_of_their_own(augmentation: str) -> None:
     recipe = replace(IMAGES, augmentation=augmentation, batch=64)
     arrays = image_arrays(count=3)
-    x, labels = training_batches(recipe, arrays)(generator())
+    x, _ = training_batches(recipe, arrays)(generator())
     plain = replace(recipe, augmentation="none", batch=64)
     originals, _ = training_batches(plain, arrays)(generator())  # the same images are drawn
     shifts, mirrored = set(), 0

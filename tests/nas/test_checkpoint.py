@@ -29,7 +29,8 @@ from nas.taxonomy import parse_theta
 
 torch.set_num_threads(1)
 name, path = sys.argv[1:]
-recipe = with_overrides(RECIPES[name], {"batch": 8, "warmup_steps": 5, **json.loads(sys.stdin.read())})
+settings = {"batch": 8, "warmup_steps": 5, **json.loads(sys.stdin.read())}
+recipe = with_overrides(RECIPES[name], settings)
 data = load_data(recipe)
 plan = plan_of_steps(recipe, parse_theta("btt:rho=1/4"), 32, 120)
 checkpoint = Checkpoint(Path(path), "key", every_seconds=0.0) if path != "none" else None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_learning_rates_warm_up_and_decay() -> None:
     assert decays[0] == 1.0
     assert decays[50] == pytest.approx(0.5)
     assert 0 < decays[-1] < 1e-3
-    assert all(a > b for a, b in zip(decays, decays[1:], strict=False))
+    assert all(a > b for a, b in pairwise(decays))
 
 
 def test_overrides_take_numbers_as_text() -> None:

@@ -11,7 +11,8 @@ from nas.request import SearchRequest, data_inside
 
 GOOD: dict[str, Any] = {"train_flops": 2e11}
 BAD: list[tuple[str, Any]] = [
-    ("task", "video"), ("task", 3), ("recipe", "mlp-digits-1"), ("recipe", 1), ("sampler", "cma"), ("objective", "speed"),
+    ("task", "video"), ("task", 3), ("recipe", "mlp-digits-1"), ("recipe", 1),
+    ("sampler", "cma"), ("objective", "speed"),
     ("train_flops", 0), ("train_flops", -1.0), ("train_flops", math.nan),
     ("train_flops", math.inf), ("train_flops", 1e30), ("train_flops", 10**400),
     ("train_flops", 1e9), ("train_flops", "2e11"), ("train_flops", None), ("train_flops", True),

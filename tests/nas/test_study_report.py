@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from nas.errors import InvalidInput
-from nas.study.report import GROUPS, REFERENCE, analyse, group_of, render, summary_lines
+from nas.study.page import render
+from nas.study.report import GROUPS, analyse, group_of, summary_lines
+from nas.study.wording import REFERENCE
 from nas.taxonomy import parse_theta
 
 Record = dict[str, Any]
