@@ -26,7 +26,9 @@ FLOPS_UNIT = "train FLOPs: 1 MAC = 2 FLOPs, training = 3 × forward, all matrix 
 
 
 def resolve_task(store: Store, task: str) -> tuple[str, str]:
-    """(name, fingerprint) of `name` or `name@fingerprint`; a bare name means its default data.
+    """(name, fingerprint) of `name` or `name@fingerprint`.
+
+    A bare name means its default data and recipe.
 
     Raises
     ------
@@ -41,7 +43,11 @@ def resolve_task(store: Store, task: str) -> tuple[str, str]:
     if not fingerprint:
         found = store.default_fingerprint(name)
         if found is None:
-            raise NotFound(f"no search on the default data of task {name!r} has begun here")
+            others = ", ".join(f"{name}@{f[0]}" for f in store.task_fingerprints(name)[:8])
+            raise NotFound(
+                f"no search on the default data and recipe of task {name!r} has begun here"
+                + (f"; on others: {others}" if others else "")
+            )
         fingerprint = found
     return name, fingerprint
 
@@ -262,7 +268,14 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
             "minimum_references": MIN_REFERENCES,
             "default_fingerprint": store.default_fingerprint(task),
             "fingerprints": [
-                {"fingerprint": f, "searches": n} for f, n in store.task_fingerprints(task)
+                {
+                    "fingerprint": fingerprint,
+                    "searches": searches,
+                    "recipe": newest.settings.name,
+                    "overrides": newest.overrides,
+                    "data": newest.data,
+                }
+                for fingerprint, searches, newest in store.task_fingerprints(task)
             ],
         }
         for task in TASKS

@@ -248,16 +248,22 @@ class Store:
         with reading(self.engine) as session:
             return session.scalar(query)
 
-    def task_fingerprints(self, task: str) -> Sequence[tuple[str, int]]:
-        """(fingerprint, searches) of a task's data on this store, newest first."""
-        query = (
-            select(SearchRow.task_fingerprint, func.count())
+    def task_fingerprints(self, task: str) -> Sequence[tuple[str, int, SearchRequest]]:
+        """(fingerprint, searches, request of the newest) of a task on this store, newest first."""
+        newest = (
+            select(func.max(SearchRow.sequence).label("sequence"), func.count().label("searches"))
             .where(SearchRow.task == task, SearchRow.task_fingerprint.is_not(None))
             .group_by(SearchRow.task_fingerprint)
-            .order_by(func.max(SearchRow.sequence).desc())
+            .subquery()
+        )
+        query = (
+            select(SearchRow.task_fingerprint, newest.c.searches, SearchRow.request)
+            .join(newest, SearchRow.sequence == newest.c.sequence)
+            .order_by(SearchRow.sequence.desc())
         )
         with reading(self.engine) as session:
-            return [(str(f), int(n)) for f, n in session.execute(query)]
+            found = session.execute(query).all()
+        return [(str(f), int(n), SearchRequest(**request)) for f, n, request in found]
 
     def schema_revision(self) -> str | None:
         """The migration that the database stands at."""

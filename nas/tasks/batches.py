@@ -90,7 +90,7 @@ def _pixels(recipe: Recipe, train: Arrays) -> Draw:
 
 
 def _shifted(images: Tensor, recipe: Recipe) -> Pair:
-    """Each value predicted from those before it, the first from a start token: (n, tokens) twice."""
+    """Each value predicted from those before it, the first from a start token: two (n, tokens)."""
     values = images.flatten(1).long()
     start = torch.full_like(values[:, :1], recipe.vocabulary)
     return torch.cat([start, values[:, :-1]], dim=1), values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from nas.cost import RunPlan, plan_at, references
+from nas.recipe import RECIPES
 from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Leases, Store, StoredPoint, TrialDraft
@@ -243,6 +245,49 @@ def test_preview_runs_nothing(client: TestClient) -> None:
     assert len({r["width"] for r in preview["references"]}) == 5
     assert all(r["train_flops"] <= BUDGET for r in preview["references"])
     assert client.get("/v1/searches").json()["items"] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_be_previewed_at_its_least_budget(client: TestClient, recipe: str) -> None:
+    listed = client.get("/v1/tasks").json()["items"]
+    assert [t["name"] for t in listed] == ["text", "regression", "pixels", "images"]
+    task, found = next((t["name"], r) for t in listed for r in t["recipes"] if r["name"] == recipe)
+    least = {"task": task, "recipe": recipe, "train_flops": found["minimum_train_flops"]}
+    preview = client.post("/v1/searches/preview", json=least).json()
+    assert len(preview["references"]) >= 3
+    assert preview["loss_unit"] == found["loss_unit"]
+    assert preview["recipe"] == found["settings"]
+    less = {**least, "train_flops": 0.99 * least["train_flops"]}
+    assert client.post("/v1/searches/preview", json=less).json()["field"] == "train_flops"
+
+
+def test_settings_of_a_recipe_can_be_set_anew(client: TestClient) -> None:
+    body = {**GOOD, "task": "regression", "overrides": {"depth": 6, "input_dim": 16}}
+    preview = client.post("/v1/searches/preview", json=body).json()
+    assert (preview["recipe"]["depth"], preview["recipe"]["input_dim"]) == (6, 16)
+    for overrides, field in (
+        ({"depth": -1}, "depth"),
+        ({"lr": "x"}, "lr"),
+        ({"speed": 1}, "overr"),
+    ):
+        answer = client.post("/v1/searches", json={**body, "overrides": overrides})
+        assert answer.status_code == 422
+        assert answer.json()["field"].startswith(field)
+
+
+def test_data_of_other_tasks_is_checked_before_it_is_taken(
+    client: TestClient, text_folder: Path
+) -> None:
+    folder = text_folder.parent
+    (folder / "rows.csv").write_text("".join(f"{i},{i % 7},{i * i % 11}\n" for i in range(400)))
+    (folder / "evil.npz").write_bytes(pickle.dumps({"inputs": [1]}))
+    table = {"task": "regression", "train_flops": 1e11, "data": "rows.csv"}
+    assert client.post("/v1/searches", json=table).status_code == 201
+    for body in ({**table, "data": "evil.npz"}, {**table, "task": "images", "data": "evil.npz"}):
+        answer = client.post("/v1/searches", json=body)
+        assert answer.status_code == 422
+        assert "never unpickled" in answer.json()["accepted"]
+        assert str(folder) not in answer.text
 
 
 def test_data_inside_the_folder_is_taken(client: TestClient) -> None:

@@ -376,15 +376,24 @@ def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leas
 
 
 def test_tasks_are_told_apart_by_their_data(store: Store, leases: Leases) -> None:
-    for fingerprint, path in (("aaa", None), ("bbb", None), ("ccc", "/data/x")):
-        store.create_search(REQUEST, data_path=path)
+    paper = REQUEST.model_copy(update={"recipe": "gpt-chars-paper"})
+    deep = REQUEST.model_copy(update={"overrides": {"depth": 6}})
+    for fingerprint, path, request in (
+        ("aaa", None, REQUEST), ("bbb", None, REQUEST), ("ccc", "/data/x", REQUEST),
+        ("ddd", None, paper), ("eee", None, deep), ("eee", None, deep),
+    ):  # fmt: skip
+        store.create_search(request, data_path=path)
         lease, _ = claimed(leases)
         assert leases.set_fingerprint(lease, fingerprint) == fingerprint
         assert leases.set_fingerprint(lease, "other") == fingerprint
         completed(leases, lease, draft(0, key=fingerprint))
         leases.release(lease, "succeeded")
     assert store.default_fingerprint("text") == "bbb"
-    assert [f for f, _ in store.task_fingerprints("text")] == ["ccc", "bbb", "aaa"]
+    found = store.task_fingerprints("text")
+    assert [(f, n) for f, n, _ in found] == [
+        ("eee", 2), ("ddd", 1), ("ccc", 1), ("bbb", 1), ("aaa", 1)
+    ]  # fmt: skip
+    assert [r.recipe for _, _, r in found] == [None, "gpt-chars-paper", None, None, None]
     assert len(store.curve_points(task="text", fingerprint="aaa")) == 1
 
 
