@@ -118,7 +118,9 @@ def compute_optimal(
     """Which points of a family are compute-optimal, as indices in the order of their FLOPs.
 
     The lower convex hull of all points in log-log, plus the points at most `tolerance` above it
-    (as a share of the loss), minus those that are no lower than one of less compute.
+    (as a share of the loss), minus those that are no lower than one of less compute.  Points that
+    one of up to `tolerance` more compute beats are left out first: runs stop at whole steps of
+    their own, and the cheapest of nearly equal compute is a corner of the hull whatever its loss.
 
     Parameters
     ----------
@@ -131,6 +133,9 @@ def compute_optimal(
         return np.array([], dtype=np.intp)
     order = np.lexsort((losses, flops))
     x, y = np.log(flops[order]), np.log(losses[order])
+    reach = np.searchsorted(x, x + math.log1p(tolerance), side="right")
+    unbeaten = np.minimum.accumulate(y)[reach - 1] >= y
+    order, x, y = order[unbeaten], x[unbeaten], y[unbeaten]
     hull: list[int] = []
     for i in range(len(x)):
         if hull and x[i] == x[hull[-1]]:
