@@ -38,7 +38,17 @@ class Checkpoint:
         return time.monotonic() - self._saved_at >= self._every
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state to a new file on disk, then put it in the place of the old one."""
+        """Write the state to a new file on disk, then put it in the place of the old one.
+
+        Where that fails (a full disk, a folder that cannot be written) the run goes on without.
+        """
+        self._saved_at = time.monotonic()
+        try:
+            self._replace(state)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            _log.warning("no checkpoint: %s", error)
+
+    def _replace(self, state: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f"{self._path.name}.")
         try:
@@ -50,7 +60,6 @@ class Checkpoint:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        self._saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The saved state of this run; None where there is none that can be used."""

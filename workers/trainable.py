@@ -78,6 +78,7 @@ class ProxyTrainable(tune.Trainable):
         try:
             point = next(self._points, None)
         except RunFailed as error:
+            self._checkpoint.remove()
             return _report("failure", str(error), done=True)
         except Exception as error:
             if _out_of_memory(error):

@@ -122,6 +122,14 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_a_run_goes_on_where_no_checkpoint_can_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    Checkpoint(tmp_path / "file" / "c.pt", "a").save({"step": 1})
+    assert "no checkpoint" in caplog.text
+
+
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "c.pt", "a")
     checkpoint.save({"step": 1})
