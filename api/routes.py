@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -12,6 +13,7 @@ from api.problems import responses
 from api.schemas import SearchOut, SearchPage, TrialDetail, TrialOut, TrialPage
 from nas import answers
 from nas.errors import InvalidInput
+from nas.recipe import Recipe
 from nas.request import SearchRequest, data_inside
 from nas.settings import Settings
 from nas.store import Search, Store
@@ -68,14 +70,20 @@ async def read_search_request(request: Request) -> SearchRequest:
 RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
 
 
-def _usable_data(request: SearchRequest, settings: Settings) -> str | None:
-    """The path of the request's data once it is known to be usable."""
+#: Data is read by one request at a time: it may fill the memory of the service.
+_reading = threading.Lock()
+
+
+def _usable_data(request: SearchRequest, settings: Settings) -> tuple[str | None, Recipe]:
+    """The path of the request's data once it is known to be usable, and the recipe it makes."""
     if request.data is None:
-        return None
+        return None, request.settings
     path = data_inside(settings.data_dir, request.data)
-    # errors repeat the name that was sent, not where it lies on this host
-    load_data(request.settings, path, shown=request.data)
-    return str(path)
+    with _reading:
+        # errors repeat the name that was sent, not where it lies on this host
+        recipe = load_data(request.settings, path, shown=request.data).recipe
+    request.check_budget(recipe)
+    return str(path), recipe
 
 
 def describe(search: Search) -> SearchOut:
@@ -97,7 +105,7 @@ def create_search(
     settings: SettingsDep,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> SearchOut:
-    data_path = _usable_data(body, settings)
+    data_path, _ = _usable_data(body, settings)
     search, new = store.create_search(body, data_path=data_path, idempotency_key=idempotency_key)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/searches/{search.id}"
@@ -111,8 +119,8 @@ def create_search(
     summary="What a search would run, without running it",
 )
 def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
-    _usable_data(body, settings)
-    return answers.get_preview(body)
+    _, recipe = _usable_data(body, settings)
+    return answers.get_preview(body, recipe)
 
 
 @router.get("/searches", responses=responses(422), summary="Searches, newest first")

@@ -16,7 +16,7 @@ from nas.cost import (
     references,
 )
 from nas.errors import InvalidInput, NotFound
-from nas.recipe import LOSS_UNITS, RECIPES, TASKS
+from nas.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
 from nas.request import SearchRequest
 from nas.store import CurvePoint, Search, Store
 from nas.taxonomy import name_of
@@ -208,9 +208,12 @@ def _multiplier_dict(multiplier: Multiplier | None) -> dict[str, Any] | None:
     }
 
 
-def get_preview(request: SearchRequest) -> dict[str, Any]:
-    """What a search would run, without running it: dense references and the range of widths."""
-    recipe, budget = request.settings, request.train_flops
+def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What a search would run, without running it: dense references and the range of widths.
+
+    `recipe` is the request's as its data completes it; by default as it is named.
+    """
+    recipe, budget = recipe or request.settings, request.train_flops
     dense = references(recipe, budget, request.references)
     shown = {"dense": DENSE, **_EXAMPLES}
     return {

@@ -78,4 +78,19 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Forget the run, once its result is kept elsewhere."""
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("a checkpoint stays behind: %s", error)
+
+
+def prune(folder: Path, older_than_seconds: float = 7 * 86_400.0) -> None:
+    """Delete the states of runs that nobody has gone on with, and half-written ones."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        try:
+            if time.time() - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
+        except OSError as error:  # another worker was faster, or it is not ours
+            _log.warning("%s is not pruned: %s", path.name, error)

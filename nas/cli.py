@@ -217,10 +217,12 @@ def _checked_data(request: SearchRequest) -> str | None:
     from nas.tasks.data import HUB_PREFIX
 
     data = load_data(request.settings, request.data)
+    request.check_budget(data.recipe)
     print(f"data: {data.summary}, fingerprint {data.fingerprint}", file=sys.stderr)
-    return (
-        request.data if request.data.startswith(HUB_PREFIX) else str(Path(request.data).resolve())
-    )
+    prefix = HUB_PREFIX if request.data.startswith(HUB_PREFIX) else ""
+    # a worker may run in another folder
+    name, colon, split = request.data.removeprefix(prefix).partition(":" if prefix else "\0")
+    return f"{prefix}{Path(name).resolve() if Path(name).exists() else name}{colon}{split}"
 
 
 def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from nas.models import build_model, build_optimizer
 from nas.recipe import Recipe
 from nas.tasks.batches import Arrays, sample_losses, training_batches, validation_set
 
+_log = logging.getLogger(__name__)
 _EVALUATION_TOKENS = 4096  # positions that are evaluated at once
 _LOOK_EVERY = 100  # steps between looks at the training loss on a GPU, each of which waits for it
 
@@ -75,8 +77,11 @@ CPU = Execution()
 def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
     """The steps at which a run is evaluated: spaced by √2, the last one included.
 
-    None comes before the warm-up has ended.
+    None comes before the warm-up has ended.  Under a cosine schedule it is the last one alone: an
+    earlier point has a learning rate that a run of that length would no longer have.
     """
+    if recipe.schedule == "cosine":
+        return [plan.steps]
     steps = {round(plan.steps / math.sqrt(2) ** i) for i in range(recipe.evaluations)}
     return sorted(s for s in steps if s >= min(max(1, recipe.warmup_steps), plan.steps))
 
@@ -151,6 +156,15 @@ def train(
     layer_plans = execution_plans(plan, recipe, execution) if layer_plans is None else layer_plans
     model, optimizer = _begin(plan, recipe, seed, device, layer_plans)
     peaks = [group["lr"] for group in optimizer.param_groups]
+    saved = checkpoint.load() if checkpoint else None
+    if saved is not None:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            _log.warning("a checkpoint does not fit, the run begins anew: %s", error)
+            saved = None
+            model, optimizer = _begin(plan, recipe, seed, device, layer_plans)
     forward = torch.compile(model) if execution.compile else model
     draw = training_batches(recipe, train_data)
     batches = torch.Generator().manual_seed(seed + (1 << 32))
@@ -158,10 +172,7 @@ def train(
     evaluations = set(evaluation_steps(plan, recipe))
     points: list[Point] = []
     done, seconds = 0, 0.0
-    saved = checkpoint.load() if checkpoint else None
     if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         batches.set_state(saved["batches"])
         done, seconds = saved["step"], saved["seconds"]
         points = [Point(**p) for p in saved["points"]]

@@ -61,7 +61,7 @@ class Recipe:
     batch: int
     #: steps over which the learning rate rises linearly
     warmup_steps: int
-    #: constant | cosine (to 0 at the last step)
+    #: constant | cosine (from the end of the warm-up towards 0 after the last step)
     schedule: str
     #: fewest steps of a run that still says something
     min_steps: int
@@ -73,7 +73,8 @@ class Recipe:
     #: samples of the fixed validation set, at most and at least
     validation_samples: int
     min_validation_samples: int
-    #: evaluations of a run, at step counts spaced by a constant ratio up to the last step
+    #: evaluations of a run, at step counts spaced by a constant ratio up to the last step; a
+    #: cosine run has one, for its earlier points are no results of shorter runs
     evaluations: int
     #: text: tokens per sequence
     context: int = 0
@@ -86,13 +87,14 @@ class Recipe:
     channels: int = 0
     #: vit: height and width of a patch in pixels
     patch: int = 0
-    #: images: classes; a user's data may have another number
+    #: images: classes; a user's data decides
     classes: int = 0
     #: images: none | crop | crop+flip
     augmentation: str = "none"
-    #: regression: numbers per sample
+    #: regression: numbers per sample; a user's data decides
     input_dim: int = 0
-    #: regression: samples generated before training; 0: fresh ones at every step
+    #: regression: samples generated before training; 0: fresh ones at every step; a user's data
+    #: decides
     pool: int = 0
     #: regression: seed of the target and its samples
     data_seed: int = 0
@@ -155,6 +157,11 @@ class Recipe:
         return self.min_validation_samples * (self.context + 1)
 
     @property
+    def has_default_data(self) -> bool:
+        """Whether the task's default data suits the recipe: the digits are grey and 8×8."""
+        return self.task in ("text", "regression") or (self.side, self.channels) == (8, 1)
+
+    @property
     def widths(self) -> range:
         """Every width a model may have."""
         return range(self.min_width, self.max_width + 1, self.head_dim)
@@ -170,10 +177,12 @@ class Recipe:
 
     def learning_rate_factor(self, step: int, steps: int) -> float:
         """Learning rate of step 1 … `steps` of a run over its peak."""
-        warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
         if self.schedule == "constant":
-            return warm
-        return warm * 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
+            return 1.0
+        past, whole = step - 1 - self.warmup_steps, steps - self.warmup_steps
+        return 0.5 * (1.0 + math.cos(math.pi * past / whole))
 
 
 _TEXT_FIELDS = {
@@ -188,16 +197,30 @@ _TEXT_FIELDS = {
 _RANGES: dict[str, tuple[float, float]] = {
     "depth": (1, 256), "base_width": (1, 1 << 16), "head_dim": (1, 1024), "mlp_ratio": (1, 64),
     "lr": (1e-12, 1e30), "beta1": (0.0, 0.9999999), "beta2": (0.0, 0.9999999),
-    "weight_decay": (0.0, 1e3), "clip": (0.0, 1e9), "batch": (1, 1 << 20),
-    "warmup_steps": (0, 1 << 31), "min_steps": (1, 1 << 31), "max_steps": (1, 1 << 31),
+    "weight_decay": (0.0, 1e3), "clip": (0.0, 1e9), "batch": (1, 1 << 16),
+    # with fewer steps, those of the dearest run would cost more FLOPs than 64 bits hold
+    "warmup_steps": (0, 1 << 30), "min_steps": (16, 1 << 30), "max_steps": (16, 1 << 30),
     "min_width": (1, 1 << 16), "max_width": (1, 1 << 16),
-    "validation_samples": (2, 1 << 20), "min_validation_samples": (2, 1 << 20),
-    "evaluations": (1, 256), "context": (0, 1 << 20), "vocabulary": (0, 1 << 16),
+    # every point keeps the loss of each sample
+    "validation_samples": (2, 1 << 14), "min_validation_samples": (2, 1 << 14),
+    "evaluations": (1, 32), "context": (0, 1 << 16), "vocabulary": (0, 1 << 16),
     "side": (0, 1024), "channels": (0, 3), "patch": (0, 1024), "classes": (0, 1 << 16),
-    "input_dim": (0, 4096), "pool": (0, 1 << 26), "data_seed": (0, 2**31 - 1),
+    "input_dim": (0, 4096), "pool": (0, 1 << 22), "data_seed": (0, 2**31 - 1),
 }  # fmt: skip
-#: Widths that a recipe may have: each is looked at when a budget is divided.
-_MOST_WIDTHS = 1024
+#: Fields of certain tasks or models only.
+_OWN: dict[str, tuple[str, ...]] = {
+    "context": ("gpt",), "vocabulary": ("gpt", "pixels"), "tokenizer": ("gpt",),
+    "side": ("pixels", "images"), "channels": ("pixels", "images"), "patch": ("vit",),
+    "classes": ("images",), "augmentation": ("images",),
+    "input_dim": ("regression",), "pool": ("regression",), "data_seed": ("regression",),
+}  # fmt: skip
+#: Positions of one step, and numbers generated in advance, at most: what a machine can hold.
+_MOST_TOKENS, _MOST_NUMBERS = 1 << 22, 1 << 28
+#: Token ids of byte-pair text: the 256 bytes and at least one pair.
+_LEAST_BPE = 257
+#: Widths that a recipe may have: dense references need three, and each is looked at when a budget
+#: is divided.
+_LEAST_WIDTHS, _MOST_WIDTHS = 3, 1024
 #: Fields that make a recipe what it is; they cannot be changed on their own.
 _FIXED = ("name", "task", "model", "bias")
 
@@ -211,10 +234,10 @@ def _check(recipe: Recipe) -> None:
         if not low <= getattr(recipe, name) <= high:
             raise InvalidInput(name, getattr(recipe, name), f"a number from {low:g} to {high:g}")
     r = recipe
-    if r.min_width % r.head_dim or not 0 < len(r.widths) <= _MOST_WIDTHS:
+    if r.min_width % r.head_dim or not _LEAST_WIDTHS <= len(r.widths) <= _MOST_WIDTHS:
         accepted = (
-            f"multiples of head_dim, {r.head_dim}, the least not above the greatest, and at most "
-            f"{_MOST_WIDTHS} of them"
+            f"multiples of head_dim, {r.head_dim}, with {_LEAST_WIDTHS} to {_MOST_WIDTHS} of them "
+            "from the least to the greatest"
         )
         raise InvalidInput("min_width, max_width", f"{r.min_width}, {r.max_width}", accepted)
     if r.tokens < 1 or r.outputs < 1 or not (r.is_token_model or r.features):
@@ -230,6 +253,16 @@ def _check(recipe: Recipe) -> None:
         raise InvalidInput("vocabulary", r.vocabulary, "96 with tokenizer=characters")
     if r.channels == 2:
         raise InvalidInput("channels", r.channels, "1 | 3")
+    if r.tokenizer == "bpe" and r.vocabulary < _LEAST_BPE:
+        raise InvalidInput("vocabulary", r.vocabulary, f"at least {_LEAST_BPE} with tokenizer=bpe")
+    if r.warmup_steps >= r.min_steps:
+        raise InvalidInput("warmup_steps", r.warmup_steps, f"below min_steps, {r.min_steps}")
+    if r.tokens_per_step > _MOST_TOKENS:
+        accepted = f"at most {_MOST_TOKENS} positions in a step, over {r.tokens} of a sample"
+        raise InvalidInput("batch", r.batch, accepted)
+    if r.pool * r.input_dim > _MOST_NUMBERS:
+        accepted = f"at most {_MOST_NUMBERS} numbers, over input_dim {r.input_dim}"
+        raise InvalidInput("pool", r.pool, accepted)
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
@@ -243,11 +276,17 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     >>> with_overrides(REGRESSION, {"input_dim": "16"}).features
     16
     """
-    free = {f.name: f.type for f in fields(Recipe) if f.name not in _FIXED}
+    own = {recipe.task, recipe.model}
+    free = {
+        f.name: f.type
+        for f in fields(Recipe)
+        if f.name not in _FIXED and own.intersection(_OWN.get(f.name, own))
+    }
     values: dict[str, Any] = {}
     for name, value in overrides.items():
         if name not in free:
-            raise InvalidInput("overrides", name, f"settings of a recipe: {', '.join(free)}")
+            accepted = f"settings of recipe {recipe.name}: {', '.join(free)}"
+            raise InvalidInput("overrides", name, accepted)
         values[name] = _converted(name, value, str(free[name]))
     return replace(recipe, **values)
 
@@ -369,7 +408,7 @@ IMAGES_VIT_CIFAR = replace(
 IMAGES_PAPER = replace(
     IMAGES_VIT_CIFAR, name="vit-s32-paper", side=224, patch=32, classes=1000, depth=12,
     head_dim=64, base_width=384, lr=2e-3, weight_decay=0.05, batch=3072, warmup_steps=10_000,
-    schedule="cosine", min_steps=1000, max_steps=125_000, min_width=64, validation_samples=8192,
+    schedule="cosine", min_steps=20_000, max_steps=125_000, min_width=64, validation_samples=8192,
 )  # fmt: skip
 
 #: Name → recipe; the first of each task is its default.

@@ -93,15 +93,33 @@ class SearchRequest(BaseModel):
         except ValidationError as error:
             raise _explain(error) from None
         request._check_ranges()
-        return request
+        return request._plain()
+
+    def _plain(self) -> SearchRequest:
+        """The same request without settings that are the default, so that equal ones are equal."""
+        same = self.recipe == recipe_of(self.task).name
+        overrides = self.overrides or None
+        return self.model_copy(
+            update={"recipe": None if same else self.recipe, "overrides": overrides}
+        )
+
+    def check_budget(self, recipe: Recipe) -> None:
+        """Raise `InvalidInput` if the budget is none for a recipe as its data completes it."""
+        least = minimum_train_flops(recipe)
+        if not (math.isfinite(self.train_flops) and least <= self.train_flops <= MAX_TRAIN_FLOPS):
+            raise InvalidInput("train_flops", self.train_flops, accepted_budget(recipe))
 
     def _check_ranges(self) -> None:
         recipe = self.settings
         if self.data is not None and (not self.data or not _clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
-        least = minimum_train_flops(recipe)
-        if not (math.isfinite(self.train_flops) and least <= self.train_flops <= MAX_TRAIN_FLOPS):
-            raise InvalidInput("train_flops", self.train_flops, accepted_budget(recipe))
+        if self.data is None and not recipe.has_default_data:
+            accepted = (
+                f"images of {recipe.side}×{recipe.side} pixels and {recipe.channels} channels: "
+                f"recipe {recipe.name} has no default data"
+            )
+            raise InvalidInput("data", "nothing", accepted)
+        self.check_budget(recipe)
         for field, low, high in (
             ("trials", 1, MAX_TRIALS),
             ("references", MIN_REFERENCES, MAX_REFERENCES),

@@ -28,6 +28,7 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from nas.checkpoint import prune
 from nas.cost import RunPlan
 from nas.errors import EinsumNasError
 from nas.settings import Settings
@@ -92,13 +93,15 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
         return
     resources = _resources(settings)
     fitting = _fitting(resources)
+    checkpoints = settings.resolved_home / "checkpoints"
+    prune(checkpoints)
     trainable = tune.with_resources(
         tune.with_parameters(
             ProxyTrainable,
             train_data=data.train,
             validation_data=data.validation,
             threads=settings.cpus_per_trial,
-            checkpoints=str(settings.resolved_home / "checkpoints"),
+            checkpoints=str(checkpoints),
         ),
         resources,
     )

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class ProxyTrainable(tune.Trainable):
 
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
         """One file for each run and way of computing it, so that a curve never mixes two."""
-        how = [run_key, asdict(self._execution), self._threads, self._plans, torch.__version__]
+        versions = [version("einsum-nas"), torch.__version__]
+        how = [run_key, asdict(self._execution), self._threads, self._plans, versions]
         key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
         return Checkpoint(self._checkpoints / f"{key}.pt", key)
 
@@ -83,6 +85,7 @@ class ProxyTrainable(tune.Trainable):
         except Exception as error:
             if _out_of_memory(error):
                 raise
+            self._checkpoint.remove()
             _log.exception("the run failed")
             return _report("failure", f"{type(error).__name__}: {error}", done=True)
         if point is None:

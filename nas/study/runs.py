@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class StudyRun:
     @property
     def key(self) -> str:
         """Digest of everything that decides the curve on one machine, 32 hex digits."""
-        decides = [self.task, asdict(self.plan), self.seed, torch.__version__]
+        versions = [version("einsum-nas"), torch.__version__]
+        decides = [self.task, asdict(self.plan), self.seed, versions]
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

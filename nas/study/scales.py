@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nas.cost import plan_at
+from nas.cost import RunPlan, plan_at, plans
 from nas.errors import InvalidInput
 from nas.recipe import REGRESSION, TEXT, TEXT_PAPER, Recipe, with_overrides
 from nas.study.runs import StudyRun
@@ -73,15 +73,26 @@ def studies_of(scale: str) -> tuple[Study, ...]:
 
 
 def runs_of(study: Study, data: TaskData, seeds: int) -> list[StudyRun]:
-    """Every run of a study: structures × widths × seeds, equal ones once, seed by seed.
+    """Every run of a study: structures × widths × seeds, seed by seed.
 
     Seeds come first, so that a study that is cut short has every structure.
     """
-    runs: dict[str, StudyRun] = {}
-    for seed in range(seeds):
-        for name in STRUCTURES:
-            for position in study.positions:
-                plan = plan_at(data.recipe, parse_theta(name), position, study.budget)
-                run = StudyRun.of(data, plan, seed)
-                runs.setdefault(run.key, run)
-    return list(runs.values())
+    chosen = {name: _plans(data.recipe, name, study) for name in STRUCTURES}
+    return [
+        StudyRun.of(data, plan, seed)
+        for seed in range(seeds)
+        for name in STRUCTURES
+        for plan in chosen[name]
+    ]
+
+
+def _plans(recipe: Recipe, name: str, study: Study) -> list[RunPlan]:
+    """One run a position, at distinct widths: the next wider where two positions meet."""
+    theta = parse_theta(name)
+    admitted = plans(recipe, theta, study.budget)
+    chosen: list[RunPlan] = []
+    for position in study.positions:
+        plan = plan_at(recipe, theta, position, study.budget)
+        wider = [p for p in admitted if p.width >= plan.width and p not in chosen]
+        chosen += wider[:1]
+    return chosen

@@ -117,8 +117,11 @@ def _read(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float6
         raise InvalidInput(
             "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.st_size}"
         )
-    with path.open("rb") as file:
-        start = file.read(2)
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise InvalidInput("data", name, f"{_ACCEPTED}; this cannot be read") from error
     if start[:1] == b"\x80":
         raise InvalidInput("data", name, f"{_ACCEPTED}; this is a pickle, which is never unpickled")
     table = _read_npz(path, name) if start == b"PK" else _read_csv(path, name)
@@ -136,12 +139,18 @@ def _read(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 def _read_npz(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     try:
+        with zipfile.ZipFile(path) as members:
+            size = sum(member.file_size for member in members.infolist())
+        if size > MAX_BYTES:
+            raise InvalidInput("data", name, f"{_ACCEPTED}, of at most {MAX_BYTES} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             return (
                 np.asarray(arrays["inputs"], dtype=np.float64),
                 np.asarray(arrays["targets"], dtype=np.float64),
             )
-    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except InvalidInput:
+        raise
+    except Exception as error:  # numpy parses the headers of hostile files as Python
         raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
 
 
@@ -176,14 +185,24 @@ def _split(
         least = math.ceil(recipe.min_validation_samples / _VALIDATION_SHARE)
         raise InvalidInput("data", name, f"at least {least} rows, a tenth of them for validation; "
                            f"this has {rows}")  # fmt: skip
-    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
+    # equal inputs stay on one side, or validation would ask for what was trained on
+    distinct, which = np.unique(inputs, axis=0, return_inverse=True)
+    place = np.random.default_rng(_SPLIT_SEED).permutation(len(distinct))[which.reshape(-1)]
+    order = np.argsort(place, kind="stable")
+    while held < rows and place[order[held]] == place[order[held - 1]]:
+        held += 1
     kept = order[held:]
-    mean, std = inputs[kept].mean(axis=0), inputs[kept].std(axis=0)
-    std[std == 0] = 1.0  # a constant column carries nothing, and stays 0
-    y_mean, y_std = targets[kept].mean(), targets[kept].std()
-    if not y_std > 0:
+    if len(kept) < recipe.min_validation_samples:
+        raise InvalidInput(
+            "data", name, f"{recipe.min_validation_samples} rows for training whose inputs are not "
+            f"among those for validation; this has {len(kept)}"
+        )  # fmt: skip
+    if np.ptp(targets[kept]) == 0:
         raise InvalidInput("data", name, "a target that varies; this one is constant")
-    x = ((inputs - mean) / std).astype(np.float32)
+    varies = np.ptp(inputs[kept], axis=0) > 0  # a constant column carries nothing, and becomes 0
+    mean, std = inputs[kept].mean(axis=0), np.where(varies, inputs[kept].std(axis=0), 1.0)
+    y_mean, y_std = targets[kept].mean(), targets[kept].std()
+    x = (np.where(varies, inputs - mean, 0.0) / std).astype(np.float32)
     y = ((targets - y_mean) / y_std).astype(np.float32)
     train: Arrays = {"inputs": x[kept], "targets": y[kept]}
     validation: Arrays = {"inputs": x[order[:held]], "targets": y[order[:held]]}

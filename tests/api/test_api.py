@@ -101,8 +101,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("train_flops", 0), ("train_flops", -5), ("train_flops", 1e30), ("train_flops", 1e6),
     ("train_flops", "x"), ("task", "nope"), ("sampler", "nope"), ("objective", "nope"),
     ("trials", 0), ("trials", 1.5), ("data", "../../etc/passwd"), ("data", "/etc/passwd"),
-    ("data", "missing.txt"), ("data", "empty.txt"), ("data", "texts/accents.txt"),
-    ("data", "a\x00b"), ("nonsense", 1),
+    ("data", "missing.txt"), ("data", "hf:imdb"), ("data", "empty.txt"),
+    ("data", "texts/accents.txt"), ("data", "a\x00b"), ("nonsense", 1),
 ]  # fmt: skip
 
 
@@ -254,6 +254,10 @@ def test_every_recipe_can_be_previewed_at_its_least_budget(client: TestClient, r
     task, found = next((t["name"], r) for t in listed for r in t["recipes"] if r["name"] == recipe)
     least = {"task": task, "recipe": recipe, "train_flops": found["minimum_train_flops"]}
     preview = client.post("/v1/searches/preview", json=least).json()
+    if not RECIPES[recipe].has_default_data:
+        assert (preview["field"], preview["value"]) == ("data", "nothing")
+        assert "has no default data" in preview["accepted"]
+        return
     assert len(preview["references"]) >= 3
     assert preview["loss_unit"] == found["loss_unit"]
     assert preview["recipe"] == found["settings"]
@@ -283,6 +287,8 @@ def test_data_of_other_tasks_is_checked_before_it_is_taken(
     (folder / "evil.npz").write_bytes(pickle.dumps({"inputs": [1]}))
     table = {"task": "regression", "train_flops": 1e11, "data": "rows.csv"}
     assert client.post("/v1/searches", json=table).status_code == 201
+    preview = client.post("/v1/searches/preview", json=table).json()
+    assert preview["recipe"]["input_dim"] == 2  # the table's, not the recipe's
     for body in ({**table, "data": "evil.npz"}, {**table, "task": "images", "data": "evil.npz"}):
         answer = client.post("/v1/searches", json=body)
         assert answer.status_code == 422

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nas.checkpoint import Checkpoint
+from nas.checkpoint import Checkpoint, prune
 
 #: Trains a small run with a checkpoint after every step, and prints its points as they come.
 PROGRAM = """
@@ -39,8 +39,8 @@ for p in train(plan, recipe, data.train, data.validation, 3, checkpoint=checkpoi
 """
 #: recipe → settings that make it quick
 SMALL = {
-    "mlp-regression-1": {"pool": 512, "validation_samples": 32, "schedule": "cosine"},
-    "vit-digits-1": {"validation_samples": 32},
+    "mlp-regression-1": {"pool": 0, "validation_samples": 32},
+    "ar-digits-1": {"validation_samples": 32},
 }
 
 
@@ -126,8 +126,21 @@ def test_a_run_goes_on_where_no_checkpoint_can_be_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    Checkpoint(tmp_path / "file" / "c.pt", "a").save({"step": 1})
+    checkpoint = Checkpoint(tmp_path / "file" / "c.pt", "a")
+    checkpoint.save({"step": 1})
     assert "no checkpoint" in caplog.text
+    checkpoint.remove()
+    assert "stays behind" in caplog.text
+
+
+def test_states_that_nobody_uses_are_pruned(tmp_path: Path) -> None:
+    for name, age in (("old.pt", 8), ("old.pt.half", 8), ("new.pt", 6)):
+        (tmp_path / name).write_text("")
+        then = time.time() - age * 86_400
+        os.utime(tmp_path / name, (then, then))
+    prune(tmp_path)
+    prune(tmp_path / "missing")
+    assert [p.name for p in tmp_path.iterdir()] == ["new.pt"]
 
 
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

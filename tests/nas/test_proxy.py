@@ -104,9 +104,11 @@ def test_validation_windows_are_distinct_and_do_not_overlap() -> None:
 
 
 def test_an_exploding_run_ends_with_its_reason() -> None:
-    wild = dataclasses.replace(TINY, lr=1e30)
+    wild = dataclasses.replace(REGRESSION, pool=256, batch=16, validation_samples=32, lr=1e30)
+    data = load_data(wild)
+    p = plan_of_steps(wild, parse_theta("monarch"), 16, 60)
     with pytest.raises(RunFailed, match=r"loss is (nan|inf) at step \d+ of 60"):
-        points("monarch", recipe=wild)
+        list(train(p, wild, data.train, data.validation, 0))
 
 
 #: Recipe → what a model that knows nothing but the mean answer would lose, at most.

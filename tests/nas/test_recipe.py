@@ -67,6 +67,9 @@ def test_learning_rates_warm_up_and_decay() -> None:
     factors = [TEXT.learning_rate_factor(s, 200) for s in range(1, 201)]
     assert factors[0] == 1 / 50
     assert factors[49:] == [1.0] * 151
+    warm = with_overrides(TEXT, {"schedule": "cosine"})
+    assert [warm.learning_rate_factor(s, 200) for s in (25, 50, 51)] == [0.5, 1.0, 1.0]
+    assert 0 < warm.learning_rate_factor(200, 200) < 1e-3
     cosine = with_overrides(TEXT, {"schedule": "cosine", "warmup_steps": 0})
     decays = [cosine.learning_rate_factor(s, 100) for s in range(1, 101)]
     assert decays[0] == 1.0
@@ -91,6 +94,10 @@ def test_overrides_take_numbers_as_text() -> None:
         ({"schedule": "linear"}, "schedule"), ({"normalize": "maybe"}, "normalize"),
         ({"input_dim": 0}, "context, vocabulary"), ({"head_dim": 7}, "min_width"),
         ({"head_dim": 1, "min_width": 1}, "min_width"), ({"max_width": 8}, "min_width"),
+        ({"max_width": 24}, "min_width"), ({"context": 64}, "overrides"),
+        ({"augmentation": "crop"}, "overrides"), ({"min_steps": 10}, "min_steps"),
+        ({"warmup_steps": 300}, "warmup_steps"), ({"validation_samples": 1 << 20}, "validation"),
+        ({"pool": 1 << 22, "input_dim": 1024}, "pool"), ({"batch": 1 << 20}, "batch"),
     ],
 )  # fmt: skip
 def test_bad_overrides_are_named(overrides: dict[str, Any], field: str) -> None:
@@ -103,6 +110,8 @@ def test_bad_overrides_are_named(overrides: dict[str, Any], field: str) -> None:
 def test_text_of_characters_has_96() -> None:
     with pytest.raises(InvalidInput, match="vocabulary: got 97; accepted: 96"):
         with_overrides(TEXT, {"vocabulary": 97})
+    with pytest.raises(InvalidInput, match="vocabulary: got 96; accepted: at least 257"):
+        with_overrides(TEXT, {"tokenizer": "bpe"})
     assert with_overrides(TEXT, {"vocabulary": 500, "tokenizer": "bpe"}).outputs == 500
 
 

@@ -83,6 +83,23 @@ def test_a_users_table(kind: str, tmp_path: Path) -> None:
     assert load_data(REGRESSION, path).fingerprint == data.fingerprint
 
 
+def test_equal_inputs_stay_on_one_side(tmp_path: Path) -> None:
+    rows = np.repeat(table(200), 5, axis=0)
+    np.savez(tmp_path / "t.npz", inputs=rows[:, :-1], targets=rows[:, -1])
+    data = load_data(REGRESSION, tmp_path / "t.npz")
+    train = {r.tobytes() for r in data.train["inputs"]}
+    assert len(data.validation["inputs"]) == 100
+    assert not any(r.tobytes() in train for r in data.validation["inputs"])
+
+
+@pytest.mark.parametrize("value", [0.3, 7.7, 1e-3])
+def test_a_constant_target_is_refused_whatever_its_rounding(value: float, tmp_path: Path) -> None:
+    rows = table(1000)
+    np.savez(tmp_path / "t.npz", inputs=rows[:, :-1], targets=np.full(1000, value))
+    with pytest.raises(InvalidInput, match="constant"):
+        load_data(REGRESSION, tmp_path / "t.npz")
+
+
 def test_bad_tables_are_refused(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
 
@@ -104,6 +121,10 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
     constant = table()
     constant[:, -1] = 1.0
     np.savetxt(tmp_path / "constant.csv", constant, delimiter=",")
+    np.savez_compressed(tmp_path / "broken.npz", inputs=table(), targets=np.ones(500))
+    content = bytearray((tmp_path / "broken.npz").read_bytes())
+    content[200:400] = bytes(200)
+    write("broken.npz", bytes(content))
     huge = write("huge.csv", b"")
     os.truncate(huge, 10 << 30)
     os.mkfifo(tmp_path / "fifo")
@@ -117,6 +138,7 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
         tmp_path / "objects.npz": "accepted",
         tmp_path / "shapes.npz": r"inputs \(5, 2\) and targets \(4,\)",
         tmp_path / "names.npz": "inputs",
+        tmp_path / "broken.npz": "accepted",
         tmp_path / "nan.csv": "sample 124",
         tmp_path / "few.csv": "at least 320 rows",
         tmp_path / "constant.csv": "constant",

@@ -34,6 +34,22 @@ def test_bad_fields_are_named_repeated_and_explained(field: str, value: Any) -> 
     str(error).encode()  # can be sent and logged
 
 
+def test_naming_the_default_changes_nothing() -> None:
+    plain = SearchRequest.checked(GOOD)
+    named = SearchRequest.checked({**GOOD, "recipe": "gpt-chars-1", "overrides": {}})
+    assert named == plain
+    assert named.digest == plain.digest
+    deep = SearchRequest.checked({**GOOD, "overrides": {"depth": 4}})
+    assert deep.settings.depth == 4
+    assert deep.digest != plain.digest
+
+
+def test_a_recipe_without_default_data_asks_for_some() -> None:
+    for fields in ({"recipe": "mlp-cifar-1"}, {"overrides": {"side": 16}}):
+        with pytest.raises(InvalidInput, match="data: got nothing; accepted: images of"):
+            SearchRequest.checked({"task": "images", "train_flops": 1e12, **fields})
+
+
 def test_a_missing_budget_is_named() -> None:
     with pytest.raises(InvalidInput, match="train_flops: got nothing; accepted: a finite number"):
         SearchRequest.checked({})

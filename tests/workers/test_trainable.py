@@ -1,0 +1,96 @@
+"""What a trial's actor does with its run, without Ray around it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nas.checkpoint import Checkpoint
+from nas.cost import plan_of_steps
+from nas.proxy import CPU
+from nas.recipe import REGRESSION, Recipe
+from nas.tasks import load_data
+from nas.taxonomy import parse_theta
+from workers.trainable import ProxyTrainable
+
+SMALL = replace(REGRESSION, pool=256, batch=16, validation_samples=32, evaluations=4)
+
+
+def actor(folder: Path, recipe: Recipe = SMALL, key: str = "k") -> ProxyTrainable:
+    """An actor that has been given its run."""
+    made = ProxyTrainable.__new__(ProxyTrainable)  # Tune's own set-up wants a cluster
+    data = load_data(recipe)
+    made._data = (data.train, data.validation)
+    made._threads, made._checkpoints, made._execution = 1, folder, CPU
+    plan = plan_of_steps(recipe, parse_theta("monarch"), 16, 200)
+    run = {
+        "plan": {**asdict(plan), "theta": plan.theta.values},
+        "recipe": recipe.as_dict(), "seed": 0, "key": key,
+    }  # fmt: skip
+    made.reset_config({"run": json.dumps(run)})
+    return made
+
+
+def report(made: ProxyTrainable) -> dict[str, Any]:
+    return dict(json.loads(made.step()["report"]))
+
+
+def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
+    """Every report to the end; the seconds left out."""
+    found = [report(made)]
+    while "point" in found[-1]:
+        found[-1]["point"].pop("seconds")
+        found.append(report(made))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _save_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "is_due", property(lambda _: True))
+
+
+def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
+    whole = reports(actor(tmp_path / "one"))
+    assert [list(r) for r in whole] == [["point"]] * 4 + [["environment"]]
+    first = actor(tmp_path / "two")
+    for _ in range(3):
+        report(first)
+    (state,) = (tmp_path / "two").iterdir()
+    assert reports(actor(tmp_path / "two")) == whole
+    assert not state.exists()  # the result is the store's now
+    assert not list((tmp_path / "one").iterdir())
+
+
+def test_another_run_has_another_checkpoint(tmp_path: Path) -> None:
+    first = actor(tmp_path)
+    for _ in range(3):
+        report(first)
+    (state,) = tmp_path.iterdir()
+    other = actor(tmp_path, key="other")
+    report(other)
+    report(other)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert state.exists()
+
+
+def test_a_failed_run_reports_why_and_leaves_no_state(tmp_path: Path) -> None:
+    made = actor(tmp_path, replace(SMALL, lr=1e30))
+    ended = reports(made)[-1]
+    assert "loss is" in ended["failure"]
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_a_state_that_does_not_fit_is_not_used(tmp_path: Path) -> None:
+    first = actor(tmp_path)
+    for _ in range(3):
+        report(first)
+    (state,) = tmp_path.iterdir()
+    content = torch.load(state, weights_only=True)
+    content["model"].pop("head.weight")
+    torch.save(content, state)
+    assert reports(actor(tmp_path)) == reports(actor(tmp_path / "fresh"))
