@@ -27,16 +27,18 @@ from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
 from nas.taxonomy import parse_theta
 
-#: dense, Monarch, three BTT, low-rank, Kronecker, Tensor-Train, and one without a name
+#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, and two without a name
 STRUCTURES = (
     "dense",
     "monarch",
     "2/3,0,1/3,0,1/3,2/3,0",
     "1/3,0,2/3,0,2/3,1/3,0",
     "btt:rho=1/4",
+    "3/4,0,1/4,0,3/4,1/4,0",
     "low-rank:rho=1/2",
     "kronecker",
     "tensor-train:rho=1/4",
+    "1/2,0,1/2,1/4,1/2,1/4,0",
     "1/2,1/4,1/4,1/4,1/2,1/4,0",
 )
 #: Updates are compared once features are learned: at the first steps those of a layer of low rank

@@ -15,7 +15,7 @@ WIDTHS = (64, 512)
     "structure",
     [
         "monarch", "2/3,0,1/3,0,1/3,2/3,0", "1/3,0,2/3,0,2/3,1/3,0", "btt:rho=1/4", "kronecker",
-        "1/2,1/4,1/4,1/4,1/2,1/4,0",
+        "1/2,0,1/2,1/4,1/2,1/4,0",
     ],
 )  # fmt: skip
 def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
