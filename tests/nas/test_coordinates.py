@@ -8,23 +8,19 @@ import pytest
 
 from benchmarks.coordinates import RECIPE, feature_updates, spread
 
-WIDTHS = (64, 512)
+WIDTHS = (64, 1024)
 
 
 @pytest.mark.parametrize(
-    "structure",
-    [
-        "monarch", "2/3,0,1/3,0,1/3,2/3,0", "1/3,0,2/3,0,2/3,1/3,0", "btt:rho=1/4", "kronecker",
-        "1/2,0,1/2,1/4,1/2,1/4,0",
-    ],
-)  # fmt: skip
+    "structure", ["monarch", "2/3,0,1/3,0,1/3,2/3,0", "1/2,0,1/2,1/4,1/2,1/4,0", "kronecker"]
+)
 def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     structure: str,
 ) -> None:
     aware = [feature_updates(RECIPE, structure, w) for w in WIDTHS]
     blind = [feature_updates(RECIPE, structure, w, aware=False) for w in WIDTHS]
     assert spread(aware) < 2
-    assert spread(blind) > 2
+    assert spread(blind) > 2.5
 
 
 def test_feature_updates_are_flat_over_depths() -> None:
