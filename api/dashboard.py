@@ -35,7 +35,10 @@ def index(request: Request, store: StoreDep) -> Response:
 @router.get("/searches/{search_id}", response_class=HTMLResponse)
 def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Response:
     search = store.search(search_id)
-    shown = {"search": describe(search).model_dump(), "unit": search.request.settings.loss_unit}
+    recipe = search.request.settings
+    shown = {
+        "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name
+    }  # fmt: skip
     return _templates.TemplateResponse(request, "search.html", shown)
 
 

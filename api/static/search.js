@@ -24,7 +24,7 @@ function showBest(best) {
   if (gap) {
     text("difference", signed(gap.difference));
     const [low, high] = gap.difference_interval;
-    const verdict = low > 0 ? "structured is lower on this text" : high < 0 ? "dense is lower on this text" : "no clear difference";
+    const verdict = low > 0 ? "structured is lower on this data" : high < 0 ? "dense is lower on this data" : "no clear difference";
     text("difference-note", `95%: ${signed(low)} to ${signed(high)} — ${verdict}; one seed a run`);
   }
   const m = best.multiplier_over_dense;

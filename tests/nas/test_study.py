@@ -23,7 +23,7 @@ from nas.study.scales import SCALES, STRUCTURES, Study, runs_of, studies_of
 from nas.tasks import TaskData, load_data
 from nas.taxonomy import parse_theta, taxonomy
 
-SMALL = replace(REGRESSION, pool=512, batch=32, validation_samples=32, min_steps=20)
+SMALL = replace(REGRESSION, pool=512, batch=32, validation_samples=32, warmup_steps=5, min_steps=20)
 
 
 @pytest.fixture(scope="module")
