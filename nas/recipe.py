@@ -216,8 +216,6 @@ _OWN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 #: Positions of one step, and numbers generated in advance, at most: what a machine can hold.
 _MOST_TOKENS, _MOST_NUMBERS = 1 << 22, 1 << 28
-#: Token ids of byte-pair text: the 256 bytes and at least one pair.
-_LEAST_BPE = 257
 #: Widths that a recipe may have: dense references need three, and each is looked at when a budget
 #: is divided.
 _LEAST_WIDTHS, _MOST_WIDTHS = 3, 1024
@@ -253,8 +251,6 @@ def _check(recipe: Recipe) -> None:
         raise InvalidInput("vocabulary", r.vocabulary, "96 with tokenizer=characters")
     if r.channels == 2:
         raise InvalidInput("channels", r.channels, "1 | 3")
-    if r.tokenizer == "bpe" and r.vocabulary < _LEAST_BPE:
-        raise InvalidInput("vocabulary", r.vocabulary, f"at least {_LEAST_BPE} with tokenizer=bpe")
     if r.warmup_steps >= r.min_steps:
         raise InvalidInput("warmup_steps", r.warmup_steps, f"below min_steps, {r.min_steps}")
     if r.tokens_per_step > _MOST_TOKENS:

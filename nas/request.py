@@ -21,6 +21,8 @@ SAMPLERS: tuple[str, ...] = get_args(Sampler)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
+#: Tokens that byte-pair text begins with; only text that is tokenised already may have fewer.
+_BYTES = 256
 MAX_SEED = 2**31 - 1
 
 
@@ -119,6 +121,9 @@ class SearchRequest(BaseModel):
                 f"recipe {recipe.name} has no default data"
             )
             raise InvalidInput("data", "nothing", accepted)
+        if self.data is None and recipe.tokenizer == "bpe" and recipe.vocabulary < _BYTES:
+            accepted = f"at least {_BYTES}, the bytes, with tokenizer=bpe"
+            raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
         self.check_budget(recipe)
         for field, low, high in (
             ("trials", 1, MAX_TRIALS),

@@ -110,7 +110,7 @@ def test_inspect_shows_what_sizes_waste_and_what_paper_sizing_loses() -> None:
 def test_reading_an_empty_store_says_so(tmp_path: Path) -> None:
     done = cli(tmp_path, "best", "--train-flops", "1e12")
     assert done.returncode == 1
-    assert "no search on the default data of task 'text' has begun here" in done.stderr
+    assert "no search on the default data and recipe of task 'text' has begun here" in done.stderr
 
 
 @pytest.mark.parametrize(

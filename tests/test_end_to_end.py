@@ -80,7 +80,8 @@ def test_the_same_search_again_reuses_every_run(
 
 def test_tasks_and_structures(service: Service, finished_search: RemoteSearch) -> None:
     with Client(service.url) as client:
-        (task,) = client.tasks()
+        task, *others = client.tasks()
+        assert [t["name"] for t in others] == ["regression", "pixels", "images"]
         assert task["default_fingerprint"] == finished_search.data["task_fingerprint"]
         assert client.structure("dense", 64, 128)["macs"] == 8192
         assert client.preview(**SMALL_SEARCH)["total_runs"] == 7

@@ -50,6 +50,11 @@ def test_a_recipe_without_default_data_asks_for_some() -> None:
             SearchRequest.checked({"task": "images", "train_flops": 1e12, **fields})
 
 
+def test_byte_pairs_begin_with_the_bytes() -> None:
+    with pytest.raises(InvalidInput, match="vocabulary: got 96; accepted: at least 256"):
+        SearchRequest.checked({**GOOD, "overrides": {"tokenizer": "bpe"}})
+
+
 def test_a_missing_budget_is_named() -> None:
     with pytest.raises(InvalidInput, match="train_flops: got nothing; accepted: a finite number"):
         SearchRequest.checked({})

@@ -18,7 +18,9 @@ from nas.tasks import load_data
 from nas.taxonomy import parse_theta
 from workers.trainable import ProxyTrainable
 
-SMALL = replace(REGRESSION, pool=256, batch=16, validation_samples=32, evaluations=4)
+SMALL = replace(
+    REGRESSION, pool=256, batch=16, validation_samples=32, evaluations=4, warmup_steps=0
+)
 
 
 def actor(folder: Path, recipe: Recipe = SMALL, key: str = "k") -> ProxyTrainable:
@@ -27,7 +29,7 @@ def actor(folder: Path, recipe: Recipe = SMALL, key: str = "k") -> ProxyTrainabl
     data = load_data(recipe)
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
-    plan = plan_of_steps(recipe, parse_theta("monarch"), 16, 200)
+    plan = plan_of_steps(recipe, parse_theta("monarch"), 16, 24)
     run = {
         "plan": {**asdict(plan), "theta": plan.theta.values},
         "recipe": recipe.as_dict(), "seed": 0, "key": key,
