@@ -94,7 +94,7 @@ def test_reproduce_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 
 #: A study of two runs, of which the test kills the process that trains.
 PROGRAM = """
-import dataclasses, sys
+import dataclasses, signal, sys
 from pathlib import Path
 from nas.cost import plan_of_steps
 from nas.proxy import Execution, train
@@ -104,6 +104,8 @@ from nas.tasks import load_data
 from nas.taxonomy import parse_theta
 
 if __name__ == "__main__":
+    # a background job of a shell inherits that Ctrl-C is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     recipe = dataclasses.replace(REGRESSION, pool=512, batch=32, validation_samples=32)
     data = load_data(recipe)
     plan = plan_of_steps(recipe, parse_theta("monarch"), 16, 400)
@@ -126,7 +128,10 @@ def test_an_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
                 time.sleep(0.05)
             time.sleep(1.0)
             process.send_signal(number)
-            process.wait(60)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
         assert process.stderr is not None
         for _ in range(300):
             if not any(Path(f"/proc/{pid}").exists() for pid in found):
