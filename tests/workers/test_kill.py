@@ -19,7 +19,7 @@ REQUEST = SearchRequest.checked({"train_flops": 5e10, "trials": 4, "references":
 
 
 def start_worker(home: Path) -> subprocess.Popen[bytes]:
-    environment = service_environment(home, concurrency="1", lease_seconds="3")
+    environment = service_environment(home, concurrency="1", lease_seconds="8")
     with (home / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
