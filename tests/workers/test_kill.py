@@ -17,9 +17,12 @@ from tests.conftest import service_environment
 
 REQUEST = SearchRequest.checked({"train_flops": 5e10, "trials": 4, "references": 3, "seed": 2})
 
+#: Long enough that a busy machine lets the heartbeat through.
+LEASE_SECONDS = 8
+
 
 def start_worker(home: Path) -> subprocess.Popen[bytes]:
-    environment = service_environment(home, concurrency="1", lease_seconds="8")
+    environment = service_environment(home, concurrency="1", lease_seconds=str(LEASE_SECONDS))
     with (home / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
@@ -58,8 +61,8 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(tmp_path: Path) -> Non
     curves = {t.id: broken.curve(t.id) for t in finished}
     (interrupted,) = [t for t in broken.trials(search_id) if t.state == "running"]
     assert len(finished) >= 4
-    time.sleep(3.5)  # until the lease has run out
 
+    time.sleep(LEASE_SECONDS + 1)  # an idle worker would end before the lease does
     heir = start_worker(tmp_path / "broken")
     assert heir.wait(300) == 0, (tmp_path / "broken" / "log").read_text()
     assert undisturbed.wait(300) == 0, (tmp_path / "whole" / "log").read_text()
