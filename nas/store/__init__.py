@@ -3,17 +3,23 @@
 from nas.store.leases import Leases
 from nas.store.migrate import upgrade
 from nas.store.records import (
+    ConfirmedPair,
     CurvePoint,
     Event,
     Lease,
+    MeasuredCost,
+    Run,
+    ScopeState,
     Search,
     StoredPoint,
     Trial,
     TrialDraft,
 )
 from nas.store.searches import Store
+from nas.store.standings import AXES, Standings, task_scope
 
 __all__ = [
-    "CurvePoint", "Event", "Lease", "Leases", "Search", "Store", "StoredPoint", "Trial",
-    "TrialDraft", "upgrade",
+    "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Run",
+    "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft",
+    "task_scope", "upgrade",
 ]  # fmt: skip

@@ -16,11 +16,12 @@ from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from nas.errors import LeaseLost
-from nas.store import rows
+from nas.store import rows, standings
 from nas.store.engine import writing
 from nas.store.records import (
     UNFINISHED,
     Lease,
+    MeasuredCost,
     Search,
     SearchState,
     StoredPoint,
@@ -99,8 +100,7 @@ class Leases:
             rows.add_event(session, row.id, "claimed", {"worker": worker, "epoch": row.epoch})
             session.flush()
             lease = Lease(row.id, row.epoch, worker, lease_seconds)
-            search = rows.to_search(row, rows.tally_trials(session, [row.id]))
-            return True, (lease, search)
+            return True, (lease, rows.to_search(row))
 
     def renew(self, lease: Lease) -> bool:
         """Extend the lease by its length from now; True if the search is to be cancelled.
@@ -129,15 +129,16 @@ class Leases:
 
     def set_fingerprint(self, lease: Lease, fingerprint: str) -> str:
         """Store the fingerprint of the search's data unless it has one; the one stored."""
-        with self._fenced(lease) as (_, row):
+        with self._fenced(lease) as (session, row):
             if row.task_fingerprint is None:
                 row.task_fingerprint = fingerprint
+                standings.touch(session, row)
             return row.task_fingerprint
 
     def add_trial(self, lease: Lease, draft: TrialDraft) -> Trial:
         """Commit a planned trial; it is dispatched only after this has returned."""
         plan = draft.plan
-        with self._fenced(lease) as (session, _):
+        with self._fenced(lease) as (session, search):
             same = select(TrialRow).where(
                 TrialRow.search_id == lease.search_id,
                 TrialRow.number == draft.number,
@@ -171,9 +172,13 @@ class Leases:
                 attempts=0,
                 epoch=lease.epoch,
                 created_at=rows.now(session),
+                model=rows.model_digest(search.task_fingerprint or search.id, plan),
+                confirms=draft.confirms,
             )
             session.add(row)
             session.flush()
+            reference = {rows.REFERENCES: 1} if draft.kind == "reference" else {}
+            rows.count(search, planned=1, **reference)
             rows.add_event(
                 session, lease.search_id, "trial_planned",
                 {"number": row.number, "name": row.name, "width": row.width, "kind": row.kind},
@@ -182,9 +187,11 @@ class Leases:
 
     def start_trial(self, lease: Lease, trial_id: int) -> None:
         """Mark an unfinished trial as dispatched and drop the points of an interrupted run."""
-        with self._fenced(lease) as (session, _):
+        with self._fenced(lease) as (session, search):
             row = self._trial(session, lease, trial_id)
             session.execute(delete(PointRow).where(PointRow.trial_id == trial_id))
+            rows.count(search, **{row.state: -1})
+            rows.count(search, running=1)
             row.state, row.epoch = "running", lease.epoch
             row.attempts += 1
             row.started_at = rows.now(session)
@@ -227,10 +234,14 @@ class Leases:
             )  # fmt: skip
 
     def complete_trial(
-        self, lease: Lease, trial_id: int, environment: Mapping[str, Any] | None
+        self,
+        lease: Lease,
+        trial_id: int,
+        environment: Mapping[str, Any] | None,
+        cost: MeasuredCost | None = None,
     ) -> None:
-        """End a trial whose last point has been stored."""
-        with self._fenced(lease) as (session, _):
+        """End a trial whose last point has been stored; from now on answers are made of it too."""
+        with self._fenced(lease) as (session, search):
             if self._has_ended(session, lease, trial_id, "complete"):
                 return
             row = self._trial(session, lease, trial_id)
@@ -239,35 +250,45 @@ class Leases:
                 raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
             row.loss = last.loss
             row.environment = None if environment is None else dict(environment)
-            self._finish_trial(session, lease, row, "complete", {"loss": last.loss})
+            if cost is not None:
+                row.seconds_per_step = cost.seconds_per_step
+                row.peak_memory_bytes = cost.peak_memory_bytes
+            self._finish_trial(session, search, row, "complete", {"loss": last.loss})
+            standings.enter(session, search, row)
 
     def fail_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
         """End a trial with the reason why it has no result; its points stay."""
-        with self._fenced(lease) as (session, _):
+        with self._fenced(lease) as (session, search):
             if self._has_ended(session, lease, trial_id, "failed"):
                 return
             row = self._trial(session, lease, trial_id)
             row.error = reason[:_LONGEST_ERROR]
-            self._finish_trial(session, lease, row, "failed", {"error": row.error})
+            self._finish_trial(session, search, row, "failed", {"error": row.error})
 
     def stop_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
         """End a trial before its last step; its points stay, and it never counts as complete."""
-        with self._fenced(lease) as (session, _):
+        with self._fenced(lease) as (session, search):
             row = self._trial(session, lease, trial_id)
             row.error = reason[:_LONGEST_ERROR]
-            self._finish_trial(session, lease, row, "stopped", {"reason": row.error})
+            self._finish_trial(session, search, row, "stopped", {"reason": row.error})
 
     def _finish_trial(
-        self, session: Session, lease: Lease, row: TrialRow, state: str, data: Mapping[str, Any]
+        self,
+        session: Session,
+        search: SearchRow,
+        row: TrialRow,
+        state: str,
+        data: Mapping[str, Any],
     ) -> None:
-        row.epoch = lease.epoch
+        row.epoch = search.epoch
+        rows.count(search, **{row.state: -1, state: 1})
         row.state, row.finished_at = state, rows.now(session)
         event = {"number": row.number, **data}
         rows.add_event(session, row.search_id, f"trial_{state}", event)
 
     def reuse_result(self, lease: Lease, trial_id: int) -> bool:
         """Complete a trial with the result of an equal run, if the store holds one."""
-        with self._fenced(lease) as (session, _):
+        with self._fenced(lease) as (session, search):
             if self._has_ended(session, lease, trial_id, "complete"):
                 return True
             row = self._trial(session, lease, trial_id)
@@ -287,9 +308,13 @@ class Leases:
             for point in session.scalars(select(PointRow).where(PointRow.trial_id == twin.id)):
                 copy = {c.name: getattr(point, c.name) for c in PointRow.__table__.columns}
                 session.add(PointRow(**{**copy, "trial_id": trial_id}))
-            row.reused_from, row.loss, row.environment = twin.id, twin.loss, twin.environment
-            row.started_at = rows.now(session)
-            self._finish_trial(session, lease, row, "complete", {"loss": row.loss, "reused": True})
+            for name in ("loss", "environment", "seconds_per_step", "peak_memory_bytes"):
+                setattr(row, name, getattr(twin, name))
+            row.reused_from, row.started_at = twin.id, rows.now(session)
+            data = {"loss": row.loss, "reused": True}
+            self._finish_trial(session, search, row, "complete", data)
+            session.flush()
+            standings.enter(session, search, row)
             return True
 
     def release(self, lease: Lease, state: SearchState, error: str | None = None) -> None:
@@ -307,6 +332,9 @@ class Leases:
             .where(TrialRow.search_id == row.id, TrialRow.state.in_(UNFINISHED))
             .values(state="stopped", error=f"search {state}", finished_at=at)
         )
+        unfinished = {name: row.tally.get(name, 0) for name in UNFINISHED}
+        changes = {name: -n for name, n in unfinished.items()}
+        rows.count(row, **changes, stopped=sum(unfinished.values()))
         row.state, row.finished_at, row.lease_until = state, at, None
         row.error = None if error is None else error[:_LONGEST_ERROR]
         rows.add_event(session, row.id, state, {} if error is None else {"error": row.error})

@@ -8,6 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection
 
+from nas.store import standings
 from nas.store.engine import open_engine, translated
 
 
@@ -27,5 +28,7 @@ def upgrade(url: str, revision: str = "head") -> None:
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7305614)")
             command.upgrade(_config(connection), revision)
+            if revision == "head":
+                standings.ensure(connection)
     finally:
         engine.dispose()

@@ -11,6 +11,7 @@ from nas.request import SearchRequest
 
 SearchState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 TrialState = Literal["planned", "running", "complete", "stopped", "failed"]
+TrialKind = Literal["candidate", "reference", "confirmation"]
 TERMINAL: tuple[SearchState, ...] = ("succeeded", "failed", "cancelled")
 UNFINISHED: tuple[TrialState, ...] = ("planned", "running")
 
@@ -31,7 +32,7 @@ class TrialDraft:
     """A trial before it is stored."""
 
     number: int
-    kind: Literal["candidate", "reference"]
+    kind: TrialKind
     plan: RunPlan
     seed: int
     key: str
@@ -39,6 +40,8 @@ class TrialDraft:
     params: Mapping[str, float] | None = None
     sampler_state: Mapping[str, Any] | None = None
     unseen: tuple[int, ...] = ()
+    #: the trial that this one runs again with a fresh seed
+    confirms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,22 @@ class Trial:
     created_at: float
     started_at: float | None
     finished_at: float | None
+    #: equal for runs that differ in steps and seed only; None in a search whose data is not loaded
+    model: str | None
+    #: the trial that this one runs again with a fresh seed
+    confirms: int | None
+    #: measured; None where the run was too short to tell
+    seconds_per_step: float | None
+    #: measured; what the run added to its process or took on its device; None where unknown
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredCost:
+    """What a run cost where it ran."""
+
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +167,67 @@ class CurvePoint:
     seconds: float
     #: whether the run it belongs to has completed
     complete: bool
+    forward_flops_per_token: float
+    params: int
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A completed run with its curve: the evidence that answers are made of."""
+
+    trial_id: int
+    search_id: str
+    number: int
+    kind: str
+    dense: bool
+    name: str
+    theta: tuple[float, ...]
+    #: θ in canonical form as text: equal for equal structures at any width
+    structure: str
+    #: equal for runs that differ in steps and seed only
+    model: str
+    width: int
+    depth: int
+    steps: int
+    seed: int
+    train_flops_per_step: int
+    forward_flops_per_token: float
+    params: int
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+    #: in the order of their steps, without the losses of single samples
+    points: tuple[StoredPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeState:
+    """How much is measured on a task or in a search."""
+
+    #: grows with every change of what answers are made of
+    revision: int
+    #: completed runs
+    trials: int
+    #: their evaluations
+    points: int
+    #: searches that they belong to
+    searches: int
+    #: least and greatest train FLOPs of any of their points; None before the first
+    least_flops: float | None
+    greatest_flops: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmedPair:
+    """A run of a search and what fresh seeds gave for it."""
+
+    trial_id: int
+    dense: bool
+    #: loss of the run that was confirmed
+    proxy_loss: float
+    #: mean loss of its confirmations
+    confirmed_loss: float
+    seeds: int
+    #: train FLOPs of the confirmations over those of the run
+    longer: float

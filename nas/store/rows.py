@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from nas.cost import RunPlan
 from nas.request import SearchRequest
 from nas.store.records import Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow, database_now
+
+#: The tally's name for planned dense references, next to the states of trials.
+REFERENCES = "references"
 
 
 def now(session: Session) -> float:
@@ -26,8 +31,7 @@ def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, An
     session.add(EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data)))
 
 
-def to_search(row: SearchRow, tallies: Mapping[str, Tally]) -> Search:
-    tally = tallies.get(row.id, Tally())
+def to_search(row: SearchRow) -> Search:
     return Search(
         id=row.id,
         sequence=row.sequence,
@@ -44,8 +48,8 @@ def to_search(row: SearchRow, tallies: Mapping[str, Tally]) -> Search:
         epoch=row.epoch,
         failures=row.failures,
         worker=row.worker,
-        trial_counts=dict(tally.states),
-        references=tally.references,
+        trial_counts={k: n for k, n in row.tally.items() if k != REFERENCES},
+        references=row.tally.get(REFERENCES, 0),
     )
 
 
@@ -80,7 +84,28 @@ def to_trial(row: TrialRow) -> Trial:
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
+        model=row.model,
+        confirms=row.confirms,
+        seconds_per_step=row.seconds_per_step,
+        peak_memory_bytes=row.peak_memory_bytes,
     )
+
+
+def model_digest(task: str, plan: RunPlan) -> str:
+    """What runs share that differ in steps and seed only.
+
+    Parameters
+    ----------
+    task
+        Identifies data and recipe.
+    """
+    return digest_of_model(task, plan.depth, plan.width, plan.structures)
+
+
+def digest_of_model(task: str, depth: int, width: int, structures: Sequence[str]) -> str:
+    """`model_digest` of stored values."""
+    decides = json.dumps([task, depth, width, list(structures)])
+    return hashlib.sha256(decides.encode()).hexdigest()
 
 
 def to_point(row: PointRow) -> StoredPoint:
@@ -104,25 +129,9 @@ def unpack_floats(packed: bytes) -> tuple[float, ...]:
     return struct.unpack(f"<{len(packed) // 4}f", packed)
 
 
-@dataclass
-class Tally:
-    """Counts of the trials of one search."""
-
-    #: trial state → how many
-    states: Counter[str] = field(default_factory=Counter)
-    references: int = 0
-
-
-def tally_trials(session: Session, search_ids: Iterable[str]) -> dict[str, Tally]:
-    """Search id → the counts of its trials; a search without any is left out."""
-    tallies: dict[str, Tally] = {}
-    query = (
-        select(TrialRow.search_id, TrialRow.state, TrialRow.kind, func.count())
-        .where(TrialRow.search_id.in_(list(search_ids)))
-        .group_by(TrialRow.search_id, TrialRow.state, TrialRow.kind)
-    )
-    for search_id, state, kind, count in session.execute(query):
-        tally = tallies.setdefault(search_id, Tally())
-        tally.states[state] += count
-        tally.references += count if kind == "reference" else 0
-    return tallies
+def count(row: SearchRow, **changes: int) -> None:
+    """Add to the counts of a search whose row the caller holds."""
+    # JSON columns notice a new object only
+    tally = Counter(row.tally)
+    tally.update(changes)
+    row.tally = {name: n for name, n in sorted(tally.items()) if n}

@@ -15,6 +15,7 @@ from sqlalchemy import (
     MetaData,
     String,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -87,6 +88,9 @@ class SearchRow(Base):
     lease_until: Mapped[float | None] = mapped_column(Float)
     #: not claimed before this time (backoff)
     not_before: Mapped[float] = mapped_column(Float, default=0.0)
+    #: trial state → how many, and `references` → how many are planned; kept with every change, so
+    #: that a list of searches counts nothing
+    tally: Mapped[dict[str, int]] = mapped_column(JSON, server_default=text("'{}'"))
 
     __table_args__ = (Index("ix_searches_state_sequence", "state", "sequence"),)
 
@@ -136,6 +140,13 @@ class TrialRow(Base):
     created_at: Mapped[float] = mapped_column(Float)
     started_at: Mapped[float | None] = mapped_column(Float)
     finished_at: Mapped[float | None] = mapped_column(Float)
+    #: digest of task, width, depth and integer structures: equal but for steps and seed
+    model: Mapped[str | None] = mapped_column(String(64), index=True)
+    #: trial that this one runs again with a fresh seed
+    confirms: Mapped[int | None] = mapped_column(_BIG, index=True)
+    #: measured
+    seconds_per_step: Mapped[float | None] = mapped_column(Float)
+    peak_memory_bytes: Mapped[int | None] = mapped_column(_BIG)
 
     __table_args__ = (UniqueConstraint("search_id", "number"),)
 
@@ -169,3 +180,36 @@ class EventRow(Base):
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
 
     __table_args__ = (Index("ix_events_search_id_id", "search_id", "id"),)
+
+
+class ScopeRow(Base):
+    """What is known of a scope: a search (its id), a task (`name@fingerprint`), or a bare task
+    name, whose revision alone counts."""
+
+    __tablename__ = "scopes"
+
+    scope: Mapped[str] = mapped_column(String(128), primary_key=True)
+    revision: Mapped[int] = mapped_column(_BIG)
+    #: completed runs, their points and their searches
+    trials: Mapped[int] = mapped_column(_BIG)
+    points: Mapped[int] = mapped_column(_BIG)
+    searches: Mapped[int] = mapped_column(_BIG)
+    least_flops: Mapped[float | None] = mapped_column(Float)
+    greatest_flops: Mapped[float | None] = mapped_column(Float)
+
+
+class StandingRow(Base):
+    """A point of one of the best runs of a scope at some budget; see `nas.store.standings`."""
+
+    __tablename__ = "standings"
+
+    scope: Mapped[str] = mapped_column(String(128), primary_key=True)
+    axis: Mapped[str] = mapped_column(String(24), primary_key=True)
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    step: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=False)
+    dense: Mapped[bool]
+    #: in the unit of the axis
+    x: Mapped[float] = mapped_column(Float)
+    loss: Mapped[float] = mapped_column(Float)

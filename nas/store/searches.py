@@ -19,7 +19,10 @@ from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 
 MAX_PAGE = 500
 #: Columns of a curve point, by the table they come from.
-_OF_TRIAL = ("search_id", "number", "kind", "dense", "name", "theta", "width", "seed")
+_OF_TRIAL = (
+    "search_id", "number", "kind", "dense", "name", "theta", "width", "seed",
+    "forward_flops_per_token", "seconds_per_step", "peak_memory_bytes",
+)  # fmt: skip
 _OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
 
 
@@ -75,8 +78,7 @@ class Store:
                         raise IdempotencyConflict(
                             f"Idempotency-Key {key!r} was used before with another request"
                         )
-                    tallies = rows.tally_trials(session, [found.id])
-                    return rows.to_search(found, tallies), False
+                    return rows.to_search(found), False
             last = session.scalar(select(func.max(SearchRow.sequence))) or 0
             row = SearchRow(
                 id=uuid.uuid4().hex,
@@ -92,17 +94,17 @@ class Store:
                 epoch=0,
                 failures=0,
                 not_before=0.0,
+                tally={},
             )
             session.add(row)
             session.flush()
             rows.add_event(session, row.id, "queued", {})
-            return rows.to_search(row, {}), True
+            return rows.to_search(row), True
 
     def search(self, search_id: str) -> Search:
         """One search; `NotFound` if there is none with this id."""
         with reading(self.engine) as session:
-            row = self._row(session, search_id)
-            return rows.to_search(row, rows.tally_trials(session, [row.id]))
+            return rows.to_search(self._row(session, search_id))
 
     def _row(self, session: Session, search_id: str, *, lock: bool = False) -> SearchRow:
         row = session.get(SearchRow, search_id, with_for_update=lock)
@@ -116,9 +118,7 @@ class Store:
         if before is not None:
             query = query.where(SearchRow.sequence < before)
         with reading(self.engine) as session:
-            found = session.scalars(query).all()
-            tallies = rows.tally_trials(session, [r.id for r in found])
-            return [rows.to_search(r, tallies) for r in found]
+            return [rows.to_search(r) for r in session.scalars(query)]
 
     def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
         """Trials of a search in the order of their numbers, from past number `after`."""
@@ -206,6 +206,7 @@ class Store:
                 TrialRow.id.label("trial_id"),
                 *(getattr(TrialRow, name) for name in _OF_TRIAL),
                 *(getattr(PointRow, name) for name in _OF_POINT),
+                TrialRow.model_params.label("params"),
                 (TrialRow.state == "complete").label("complete"),
             )
             .join(TrialRow, PointRow.trial_id == TrialRow.id)

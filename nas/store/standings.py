@@ -1,0 +1,586 @@
+"""The best runs of every task and search at every budget, kept in SQL as results land.
+
+A *scope* is a search (its id) or a task (`name@fingerprint`).  On each *axis* (train FLOPs,
+parameters, …) the table holds, for structured and for dense layers apart, every point that fewer
+than `KEPT_RUNS` other runs equal or beat in both the axis and the loss.  Its first layer is the
+Pareto front; the others are the runs that a best one has to be compared with.  That set never needs
+a point back that was left out, because completed runs do not change: a point leaves when
+`KEPT_RUNS` runs have beaten it, for good.  So a result is added by looking at the standings alone,
+however many trials the store holds.
+
+Runs enter when they complete; stopped, failed and running ones never do.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, tuple_
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from nas.store.engine import reading
+from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
+from nas.store.schema import PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
+from nas.store.searches import Store
+from nas.theta import Theta
+
+#: Runs that are kept at every budget, of structured and of dense layers each.
+KEPT_RUNS = 64
+#: Grows when the table is to be built anew; the revision of the scope `*`.
+LAYOUT = 1
+_LAYOUT_SCOPE = "*"
+#: Rows of one INSERT, and values of one IN: within the limits of every database.
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What a front is drawn against."""
+
+    meaning: str
+    unit: str
+    #: whether every point of a curve has its own value; otherwise a run has one, at its end
+    along_curve: bool
+    #: whether it is a time or a size measured where the run ran
+    measured: bool
+
+
+AXES: Mapping[str, Axis] = {
+    "train_flops": Axis(
+        "training compute", "train FLOPs: 1 MAC = 2 FLOPs, training = 3 × forward, all matrix "
+        "products", True, False,
+    ),
+    "train_seconds": Axis("training time", "seconds", True, True),
+    "inference_flops": Axis(
+        "inference compute", "forward FLOPs per token of the whole model", False, False
+    ),
+    "params": Axis("parameters", "trainable parameters of the whole model", False, False),
+    "step_seconds": Axis("time of a training step", "seconds per step", False, True),
+    "peak_memory": Axis("peak memory of training", "bytes", False, True),
+}  # fmt: skip
+#: Column of a trial that a per-run axis reads.
+_COLUMN_OF = {
+    "inference_flops": "forward_flops_per_token",
+    "params": "model_params",
+    "step_seconds": "seconds_per_step",
+    "peak_memory": "peak_memory_bytes",
+}
+
+
+@dataclass(slots=True)
+class Points:
+    """Points of runs on one axis, as columns of equal length (n,)."""
+
+    trial: NDArray[np.int64]
+    step: NDArray[np.int64]
+    x: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Any]]) -> Points:
+        """From rows of (trial, step, x, loss)."""
+        trial, step, x, loss = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return cls(
+            np.array(trial, dtype=np.int64),
+            np.array(step, dtype=np.int64),
+            np.array(x, dtype=np.float64),
+            np.array(loss, dtype=np.float64),
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[Points]) -> Points:
+        """The points of all parts."""
+        names = ("trial", "step", "x", "loss")
+        return cls(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+
+    def __len__(self) -> int:
+        return len(self.trial)
+
+    def select(self, which: Any) -> Points:
+        """Those of a mask or of indices."""
+        return Points(self.trial[which], self.step[which], self.x[which], self.loss[which])
+
+    def rows(self) -> Iterable[tuple[int, int, float, float]]:
+        """(trial, step, x, loss) of each."""
+        return zip(
+            self.trial.tolist(), self.step.tolist(), self.x.tolist(), self.loss.tolist(),
+            strict=True,
+        )  # fmt: skip
+
+
+def kept(points: Points, runs: int = KEPT_RUNS) -> NDArray[np.bool_]:
+    """Which points lower their own run's loss and are beaten by fewer than `runs` other runs.
+
+    A run beats a point if one of its own has no more of the axis and no higher loss; of equal
+    points, the one with the lower trial id is first.
+    """
+    order = np.lexsort((points.step, points.trial, points.loss, points.x))
+    chosen = np.zeros(len(points), dtype=bool)
+    lowest: list[tuple[float, int]] = []  # the best loss so far of the `runs` best runs, sorted
+    own: dict[int, float] = {}
+    bar = math.inf  # loss of the last of them: nothing at or above it enters
+    trials, losses = points.trial.tolist(), points.loss.tolist()
+    for i in order.tolist():
+        loss, trial = losses[i], trials[i]
+        if loss >= bar:
+            continue
+        before = own.get(trial, math.inf)
+        if loss >= before:
+            continue
+        chosen[i] = True
+        own[trial] = loss
+        if before < math.inf:
+            at = bisect.bisect_left(lowest, (before, trial))
+            if at < len(lowest) and lowest[at] == (before, trial):
+                del lowest[at]
+        bisect.insort(lowest, (loss, trial))
+        del lowest[runs:]
+        if len(lowest) == runs:
+            bar = lowest[-1][0]
+    return chosen
+
+
+def task_scope(task: str, fingerprint: str) -> str:
+    """The scope of a task's data and recipe."""
+    return f"{task}@{fingerprint}"
+
+
+def _is_default(search: SearchRow) -> bool:
+    """Whether a bare task name may mean this search's data and recipe."""
+    request = search.request
+    return search.data_path is None and not request["recipe"] and not request["overrides"]
+
+
+def _scopes(search: SearchRow, reused: bool) -> list[str]:
+    """Where a completed run counts: one that shares another search's result adds nothing to the
+    task."""
+    if reused or search.task_fingerprint is None:
+        return [search.id]
+    return sorted([search.id, task_scope(search.task, search.task_fingerprint)])
+
+
+def _locked_scope(session: Session, scope: str) -> ScopeRow:
+    """The scope's row, made if it is missing, held until the transaction ends."""
+    new = {"scope": scope, "revision": 0, "trials": 0, "points": 0, "searches": 0}
+    dialect = session.get_bind().dialect.name
+    make = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    session.execute(make(ScopeRow).values(**new).on_conflict_do_nothing())
+    query = select(ScopeRow).where(ScopeRow.scope == scope).with_for_update()
+    return session.scalars(query, execution_options={"populate_existing": True}).one()
+
+
+def touch(session: Session, search: SearchRow) -> None:
+    """Note that a bare task name may mean other data from now on."""
+    if _is_default(search):
+        _locked_scope(session, search.task).revision += 1
+
+
+def enter(session: Session, search: SearchRow, trial: TrialRow) -> None:
+    """Add a run that has just completed, in the transaction that completes it."""
+    source = trial.reused_from and session.get(TrialRow, trial.reused_from)
+    if source and source.search_id == search.id:
+        return  # the run whose result it shares is there already
+    query = (
+        select(PointRow.step, PointRow.train_flops, PointRow.loss, PointRow.seconds)
+        .where(PointRow.trial_id == trial.id)
+        .order_by(PointRow.step)
+    )
+    curve = session.execute(query).all()
+    found = _points_of(trial, curve)
+    for scope in _scopes(search, bool(source)):
+        state = _locked_scope(session, scope)
+        state.revision += 1
+        state.trials += 1
+        state.points += len(curve)
+        state.searches += _is_first(session, search, trial, scope)
+        ends = [c.train_flops for c in curve]
+        state.least_flops = min(ends + _known(state.least_flops))
+        state.greatest_flops = max(ends + _known(state.greatest_flops))
+        _merge(session, scope, trial.dense, found)
+    if not source:
+        touch(session, search)
+
+
+def _is_first(session: Session, search: SearchRow, trial: TrialRow, scope: str) -> bool:
+    """Whether a completed run is the first of its search in a scope."""
+    others = select(TrialRow.id).where(
+        TrialRow.search_id == search.id, TrialRow.state == "complete", TrialRow.id != trial.id
+    )
+    if scope != search.id:
+        others = others.where(TrialRow.reused_from.is_(None))
+    return session.scalar(others.limit(1)) is None
+
+
+def _known(value: float | None) -> list[float]:
+    return [] if value is None else [value]
+
+
+def _points_of(trial: TrialRow, curve: Sequence[Any]) -> dict[str, Points]:
+    """The run on every axis that it has a value of."""
+    last = curve[-1]
+    found = {
+        "train_flops": [(trial.id, c.step, c.train_flops, c.loss) for c in curve],
+        "train_seconds": [(trial.id, c.step, c.seconds, c.loss) for c in curve],
+    }
+    for axis, column in _COLUMN_OF.items():
+        value = getattr(trial, column)
+        if value is not None:
+            found[axis] = [(trial.id, last.step, float(value), last.loss)]
+    return {axis: Points.of(rows) for axis, rows in found.items()}
+
+
+def _merge(session: Session, scope: str, dense: bool, new: Mapping[str, Points]) -> None:
+    """Let points of one new run into the standings of a scope, and out those they push out."""
+    of_scope = and_(StandingRow.scope == scope, StandingRow.dense == dense)
+    query = select(
+        StandingRow.axis, StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss
+    ).where(of_scope)
+    standing: dict[str, list[Any]] = {}
+    for row in session.execute(query):
+        standing.setdefault(row[0], []).append(row[1:])
+    entering: list[dict[str, Any]] = []
+    for axis, points in new.items():
+        old = Points.of(standing.get(axis, []))
+        both = Points.together([old, points.select(_may_enter(old, points))])
+        if len(both) == len(old):
+            continue
+        stays = kept(both)
+        entering += _as_rows(scope, axis, dense, both.select(stays & _tail(both, len(old))))
+        leaving = both.select(~stays & ~_tail(both, len(old)))
+        for part in _pieces(list(zip(leaving.trial.tolist(), leaving.step.tolist(), strict=True))):
+            of_axis = and_(of_scope, StandingRow.axis == axis)
+            key = tuple_(StandingRow.trial_id, StandingRow.step)
+            session.execute(delete(StandingRow).where(of_axis, key.in_(part)))
+    _insert(session, entering)
+
+
+def _tail(points: Points, start: int) -> NDArray[np.bool_]:
+    return np.arange(len(points)) >= start
+
+
+def _may_enter(old: Points, new: Points) -> NDArray[np.bool_]:
+    """Points that fewer than `KEPT_RUNS` standing runs beat: most of a late run's are not."""
+    may = np.ones(len(new), dtype=bool)
+    if len(old):
+        for i in range(len(new)):
+            beaten_by = old.trial[(old.x <= new.x[i]) & (old.loss <= new.loss[i])]
+            may[i] = len(beaten_by) < KEPT_RUNS or len(np.unique(beaten_by)) < KEPT_RUNS
+    return may
+
+
+def _as_rows(scope: str, axis: str, dense: bool, points: Points) -> list[dict[str, Any]]:
+    same = {"scope": scope, "axis": axis, "dense": dense}
+    return [{**same, "trial_id": t, "step": s, "x": x, "loss": y} for t, s, x, y in points.rows()]
+
+
+def _pieces(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (values[i : i + _AT_ONCE] for i in range(0, len(values), _AT_ONCE))
+
+
+def _insert(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+    for part in _pieces(rows):
+        session.execute(insert(StandingRow), list(part))
+
+
+# --- building them anew
+
+
+def ensure(connection: Connection) -> None:
+    """Build the standings anew if this version's are not there yet."""
+    with Session(connection) as session:
+        layout = session.get(ScopeRow, _LAYOUT_SCOPE)
+        if layout is None or layout.revision != LAYOUT:
+            rebuild(session)
+        session.flush()
+
+
+def rebuild(session: Session) -> None:
+    """Standings and counts of every scope from the completed runs, in the caller's transaction.
+
+    Search by search, so that no more than one search's points and the standings of the tasks are in
+    memory.  Revisions go on from where they were.
+    """
+    revisions = dict(session.execute(select(ScopeRow.scope, ScopeRow.revision)).all())
+    session.execute(delete(StandingRow))
+    session.execute(delete(ScopeRow))
+    session.flush()
+    counts: dict[str, dict[str, Any]] = {}
+    tasks: dict[tuple[str, bool, str], list[Points]] = {}
+    for search in session.scalars(select(SearchRow).order_by(SearchRow.sequence)).all():
+        if _is_default(search):
+            counts.setdefault(search.task, _no_counts())
+        own, shared = _of_search(session, search)
+        _tally(counts, search.id, own)
+        scope = task_scope(search.task, search.task_fingerprint or "")
+        if search.task_fingerprint is not None:
+            _tally(counts, scope, shared)
+        for (axis, dense), points in own.points.items():
+            best = points.select(kept(points))
+            _insert(session, _as_rows(search.id, axis, dense, best))
+        for (axis, dense), points in shared.points.items():
+            if search.task_fingerprint is None:
+                continue
+            held = tasks.setdefault((scope, dense, axis), [])
+            held.append(points.select(kept(points)))
+            if len(held) > 16:
+                merged = Points.together(held)
+                tasks[scope, dense, axis] = [merged.select(kept(merged))]
+    for (scope, dense, axis), parts in tasks.items():
+        merged = Points.together(parts)
+        _insert(session, _as_rows(scope, axis, dense, merged.select(kept(merged))))
+    for scope, values in counts.items():
+        revision = revisions.get(scope, 0) + 1
+        session.execute(insert(ScopeRow).values(scope=scope, revision=revision, **values))
+    session.execute(
+        insert(ScopeRow).values(scope=_LAYOUT_SCOPE, **{**_no_counts(), "revision": LAYOUT})
+    )
+
+
+def _no_counts() -> dict[str, Any]:
+    return {
+        "trials": 0, "points": 0, "searches": 0, "least_flops": None, "greatest_flops": None
+    }  # fmt: skip
+
+
+@dataclass
+class _OfSearch:
+    """The completed runs of one search."""
+
+    trials: int
+    points: dict[tuple[str, bool], Points]
+
+
+def _tally(counts: dict[str, dict[str, Any]], scope: str, found: _OfSearch) -> None:
+    if not found.trials:
+        return
+    state = counts.setdefault(scope, _no_counts())
+    state["trials"] += found.trials
+    state["searches"] += 1
+    curves = [p for (axis, _), p in found.points.items() if axis == "train_flops"]
+    state["points"] += sum(len(p) for p in curves)
+    flops = np.concatenate([p.x for p in curves])
+    state["least_flops"] = min([float(flops.min()), *_known(state["least_flops"])])
+    state["greatest_flops"] = max([float(flops.max()), *_known(state["greatest_flops"])])
+
+
+def _of_search(session: Session, search: SearchRow) -> tuple[_OfSearch, _OfSearch]:
+    """(what counts in the search, what counts in its task)."""
+    own = select(TrialRow.id).where(TrialRow.search_id == search.id)
+    counts = or_(TrialRow.reused_from.is_(None), TrialRow.reused_from.not_in(own.scalar_subquery()))
+    where = (TrialRow.search_id == search.id, TrialRow.state == "complete", counts)
+    columns = [getattr(TrialRow, name) for name in _COLUMN_OF.values()]
+    trials = session.execute(
+        select(TrialRow.id, TrialRow.dense, TrialRow.reused_from, TrialRow.steps, TrialRow.loss,
+               *columns).where(*where)
+    ).all()  # fmt: skip
+    curves = session.execute(
+        select(PointRow.trial_id, PointRow.step, PointRow.train_flops, PointRow.seconds,
+               PointRow.loss)
+        .join(TrialRow, PointRow.trial_id == TrialRow.id)
+        .where(*where)
+    ).all()  # fmt: skip
+    every = np.array(curves, dtype=np.float64).reshape(-1, 5)  # ids are exact up to 2^53
+    dense = {t.id for t in trials if t.dense}
+    reused = {t.id for t in trials if t.reused_from is not None}
+    parts: dict[tuple[str, bool], Points] = {}
+    ids, steps = every[:, 0].astype(np.int64), every[:, 1].astype(np.int64)
+    is_dense = np.isin(ids, list(dense))
+    for kind in (False, True):
+        of_kind = is_dense == kind
+        if of_kind.any():
+            for axis, column in (("train_flops", 2), ("train_seconds", 3)):
+                parts[axis, kind] = Points(
+                    ids[of_kind], steps[of_kind], every[of_kind, column], every[of_kind, 4]
+                )
+        for axis, name in _COLUMN_OF.items():
+            rows = [
+                (t.id, t.steps, float(getattr(t, name)), t.loss)
+                for t in trials
+                if t.dense == kind and getattr(t, name) is not None
+            ]
+            if rows:
+                parts[axis, kind] = Points.of(rows)
+    first = {
+        key: points.select(~np.isin(points.trial, list(reused))) for key, points in parts.items()
+    }
+    first = {key: points for key, points in first.items() if len(points)}
+    return _OfSearch(len(trials), parts), _OfSearch(len(trials) - len(reused), first)
+
+
+# --- reading
+
+
+class Standings:
+    """What answers are made of: the fronts, the runs near them, and their curves."""
+
+    def __init__(self, store: Store) -> None:
+        self._engine = store.engine
+
+    def state(self, scope: str) -> ScopeState | None:
+        """Counts of a scope; None where nothing has completed in it."""
+        columns = (
+            ScopeRow.revision, ScopeRow.trials, ScopeRow.points, ScopeRow.searches,
+            ScopeRow.least_flops, ScopeRow.greatest_flops,
+        )  # fmt: skip
+        with reading(self._engine) as session:
+            row = session.execute(select(*columns).where(ScopeRow.scope == scope)).one_or_none()
+        return None if row is None else ScopeState(*row)
+
+    def points(self, scope: str, axis: str, *, dense: bool) -> Points:
+        """The standing points of a scope on an axis."""
+        query = select(
+            StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss
+        ).where(StandingRow.scope == scope, StandingRow.axis == axis, StandingRow.dense == dense)
+        with reading(self._engine) as session:
+            return Points.of(session.execute(query).all())
+
+    def front(self, scope: str, axis: str, *, dense: bool) -> list[CurvePoint]:
+        """The Pareto front of a scope, in the order of the axis."""
+        points = self.points(scope, axis, dense=dense)
+        first = points.select(kept(points, runs=1))
+        order = np.lexsort((first.trial, first.loss, first.x))
+        keys = list(zip(first.trial[order].tolist(), first.step[order].tolist(), strict=True))
+        found = {(p.trial_id, p.step): p for p in self._curve_points(keys)}
+        return [found[key] for key in keys]
+
+    def _curve_points(self, keys: Sequence[tuple[int, int]]) -> Iterable[CurvePoint]:
+        with reading(self._engine) as session:
+            for part in _pieces(keys):
+                query = (
+                    select(*(c.label(name) for name, c in _CURVE_POINT.items()))
+                    .join(TrialRow, PointRow.trial_id == TrialRow.id)
+                    .where(tuple_(PointRow.trial_id, PointRow.step).in_(part))
+                )
+                for row in session.execute(query):
+                    fields = {**row._mapping, "theta": tuple(row.theta), "complete": True}
+                    yield CurvePoint(**fields)
+
+    def runs(
+        self,
+        scope: str,
+        *,
+        trials: Iterable[int] = (),
+        models: Iterable[str] = (),
+    ) -> list[Run]:
+        """Completed runs of a scope with their curves: those named, and all of the given models.
+
+        Of runs that share one result, only the one that ran is given.
+        """
+        ids, digests = sorted(set(trials)), sorted(set(models))
+        where = _in_scope(scope)
+        found: dict[int, Any] = {}
+        curves: dict[int, list[StoredPoint]] = {}
+        with reading(self._engine) as session:
+            wanted: tuple[tuple[Any, Sequence[Any]], ...] = (
+                (TrialRow.id, ids), (TrialRow.model, digests)
+            )  # fmt: skip
+            for column, values in wanted:
+                for part in _pieces(values):
+                    query = (
+                        select(*(c.label(name) for name, c in _RUN.items()))
+                        .join(SearchRow, TrialRow.search_id == SearchRow.id)
+                        .where(TrialRow.state == "complete", where, column.in_(part))
+                    )
+                    found.update((r.trial_id, r) for r in session.execute(query))
+            for part in _pieces(sorted(found)):
+                points = select(
+                    PointRow.trial_id, PointRow.step, PointRow.train_flops, PointRow.loss,
+                    PointRow.loss_stderr, PointRow.seconds,
+                ).where(PointRow.trial_id.in_(part)).order_by(PointRow.step)  # fmt: skip
+                for trial, *values in session.execute(points):
+                    curves.setdefault(trial, []).append(StoredPoint(*values))
+        return [
+            Run(
+                **{**row._mapping, "theta": tuple(row.theta), "model": row.model or str(trial)},
+                structure=structure_key(row.theta),
+                points=tuple(curves.get(trial, ())),
+            )
+            for trial, row in sorted(found.items())
+        ]
+
+    def models(self, trials: Iterable[int]) -> set[str]:
+        """The models of the given trials."""
+        found: set[str] = set()
+        with reading(self._engine) as session:
+            for part in _pieces(sorted(set(trials))):
+                query = select(TrialRow.model).where(
+                    TrialRow.id.in_(part), TrialRow.model.is_not(None)
+                )
+                found.update(str(m) for m in session.scalars(query))
+        return found
+
+    def confirmed(self, scope: str) -> list[ConfirmedPair]:
+        """Every run of a scope that was confirmed, with what its confirmations gave."""
+        source = TrialRow.__table__.alias("source")
+        query = (
+            select(
+                source.c.id, source.c.dense, source.c.loss, func.avg(TrialRow.loss),
+                func.count(), TrialRow.train_flops / source.c.train_flops,
+            )
+            .join(SearchRow, TrialRow.search_id == SearchRow.id)
+            .join(source, source.c.id == TrialRow.confirms)
+            .where(_in_scope(scope), TrialRow.state == "complete", source.c.state == "complete")
+            .where(TrialRow.confirms.is_not(None))
+            .group_by(source.c.id, source.c.dense, source.c.loss,
+                      TrialRow.train_flops / source.c.train_flops)
+            .order_by(source.c.id)
+        )  # fmt: skip
+        with reading(self._engine) as session:
+            return [ConfirmedPair(*row) for row in session.execute(query)]
+
+
+def structure_key(theta: Sequence[float]) -> str:
+    """θ in canonical form as text; equal for equal structures whatever their widths."""
+    return ",".join(f"{v:.6g}" for v in Theta(*theta).canonical().values)
+
+
+def _in_scope(scope: str) -> ColumnElement[bool]:
+    task, _, fingerprint = scope.partition("@")
+    if not fingerprint:
+        own = select(TrialRow.id).where(TrialRow.search_id == scope).scalar_subquery()
+        elsewhere = or_(TrialRow.reused_from.is_(None), TrialRow.reused_from.not_in(own))
+        return and_(SearchRow.id == scope, elsewhere)
+    return and_(
+        SearchRow.task == task,
+        SearchRow.task_fingerprint == fingerprint,
+        TrialRow.reused_from.is_(None),
+    )
+
+
+_SHARED: Mapping[str, Any] = {
+    "trial_id": TrialRow.id,
+    "search_id": TrialRow.search_id,
+    "number": TrialRow.number,
+    "kind": TrialRow.kind,
+    "dense": TrialRow.dense,
+    "name": TrialRow.name,
+    "theta": TrialRow.theta,
+    "width": TrialRow.width,
+    "seed": TrialRow.seed,
+    "forward_flops_per_token": TrialRow.forward_flops_per_token,
+    "params": TrialRow.model_params,
+    "seconds_per_step": TrialRow.seconds_per_step,
+    "peak_memory_bytes": TrialRow.peak_memory_bytes,
+}
+_RUN: Mapping[str, Any] = {
+    **_SHARED,
+    "model": TrialRow.model,
+    "depth": TrialRow.depth,
+    "steps": TrialRow.steps,
+    "train_flops_per_step": TrialRow.train_flops_per_step,
+}
+_CURVE_POINT: Mapping[str, Any] = {
+    **_SHARED,
+    "step": PointRow.step,
+    "train_flops": PointRow.train_flops,
+    "loss": PointRow.loss,
+    "loss_stderr": PointRow.loss_stderr,
+    "seconds": PointRow.seconds,
+}

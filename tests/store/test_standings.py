@@ -1,0 +1,226 @@
+"""The standings: the right points stay, whatever the order in which results land."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.orm import Session
+
+from nas.store import AXES, Lease, Leases, MeasuredCost, Standings, Store, StoredPoint, task_scope
+from nas.store import standings as module
+from nas.store.engine import open_engine, writing
+from nas.store.migrate import upgrade
+from nas.store.schema import ScopeRow, StandingRow
+from nas.store.standings import Points, kept
+from tests.store.test_contract import REQUEST, draft
+
+AXIS_OF_CURVES = [name for name, axis in AXES.items() if axis.along_curve]
+POINTS = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)),
+    max_size=40,
+    unique_by=lambda p: p[:2],
+)
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    upgrade(database_url)
+    opened = Store(database_url)
+    yield opened
+    opened.close()
+
+
+def slowly_kept(rows: list[tuple[int, int, int, int]], runs: int) -> set[tuple[int, int]]:
+    """The definition: below the own run's earlier points, and beaten by few other runs."""
+    order = sorted(rows, key=lambda r: (r[2], r[3], r[0], r[1]))
+    found = set()
+    for i, (trial, step, _, loss) in enumerate(order):
+        if any(t == trial and y <= loss for t, _, _, y in order[:i]):
+            continue
+        if len({t for t, _, _, y in order[:i] if t != trial and y <= loss}) < runs:
+            found.add((trial, step))
+    return found
+
+
+@given(rows=POINTS, runs=st.integers(1, 4))
+def test_kept_points_are_those_that_few_runs_beat(
+    rows: list[tuple[int, int, int, int]], runs: int
+) -> None:
+    points = Points.of(rows)
+    chosen = points.select(kept(points, runs))
+    assert {(t, s) for t, s, _, _ in chosen.rows()} == slowly_kept(rows, runs)
+
+
+@given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9))
+def test_nothing_that_was_left_out_is_missed_later(
+    rows: list[tuple[int, int, int, int]], runs: int, seed: int
+) -> None:
+    """Run by run in any order, what stays is what would stay if all came at once."""
+    by_run: dict[int, list[tuple[int, int, int, int]]] = {}
+    for row in rows:
+        by_run.setdefault(row[0], []).append(row)
+    order = np.random.default_rng(seed).permutation(list(by_run)).tolist()
+    held = Points.of([])
+    for trial in order:
+        both = Points.together([held, Points.of(by_run[trial])])
+        held = both.select(kept(both, runs))
+    assert {(t, s) for t, s, _, _ in held.rows()} == slowly_kept(rows, runs)
+
+
+def begun(store: Store, fingerprint: str | None = "f1", **changes: Any) -> Lease:
+    store.create_search(REQUEST.model_copy(update=changes))
+    claimed = Leases(store).claim("w", 60.0)
+    assert claimed is not None
+    if fingerprint is not None:
+        Leases(store).set_fingerprint(claimed[0], fingerprint)
+    return claimed[0]
+
+
+def run(
+    store: Store, lease: Lease, number: int, losses: list[float], *, flops: float = 1e9, **plan: Any
+) -> int:
+    """A completed run with points at equal distances."""
+    leases = Leases(store)
+    trial = leases.add_trial(lease, draft(number, **plan))
+    leases.start_trial(lease, trial.id)
+    for i, loss in enumerate(losses):
+        step = trial.steps if i == len(losses) - 1 else i + 1
+        point = StoredPoint(step, flops * (i + 1), loss, 0.01, i + 1.0, (loss, loss))
+        leases.add_point(lease, trial.id, point)
+    leases.complete_trial(lease, trial.id, {}, MeasuredCost(0.01 * (number + 1), 1000 + number))
+    return trial.id
+
+
+def standing(store: Store) -> set[tuple[Any, ...]]:
+    with Session(store.engine) as session:
+        rows = session.execute(sa.select(StandingRow.__table__)).all()
+        scopes = session.execute(
+            sa.select(ScopeRow.scope, ScopeRow.trials, ScopeRow.points, ScopeRow.searches,
+                      ScopeRow.least_flops, ScopeRow.greatest_flops)
+        ).all()  # fmt: skip
+    return {tuple(r) for r in rows} | {tuple(s) for s in scopes}
+
+
+def test_results_as_they_land_equal_those_built_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT_RUNS", 2)
+    monkeypatch.setattr(kept, "__defaults__", (2,))
+    rng = np.random.default_rng(5)
+    for search in range(3):
+        lease = begun(store, "f1" if search < 2 else "f2", seed=search)
+        for number in range(6):
+            losses = sorted(rng.uniform(1, 3, 4).round(2).tolist(), reverse=True)
+            run(store, lease, number, losses, key=f"{search}-{number}")
+        twin = Leases(store).add_trial(lease, draft(6, key=f"{search}-0"))
+        assert Leases(store).reuse_result(lease, twin.id)
+        Leases(store).release(lease, "succeeded")
+    before = standing(store)
+    assert len(before) > 30
+    with writing(store.engine) as session:
+        module.rebuild(session)
+    assert standing(store) == before
+
+
+def test_the_front_is_read_with_what_identifies_its_runs(store: Store) -> None:
+    lease = begun(store)
+    slow = run(store, lease, 0, [3.0, 2.0], flops=2e9)
+    quick = run(store, lease, 1, [3.5, 2.5])
+    reading = Standings(store)
+    for scope in (lease.search_id, task_scope("text", "f1")):
+        front = reading.front(scope, "train_flops", dense=True)
+        assert [(p.trial_id, p.train_flops, p.loss) for p in front] == [
+            (quick, 1e9, 3.5), (quick, 2e9, 2.5), (slow, 4e9, 2.0),
+        ]  # fmt: skip
+        assert reading.front(scope, "train_flops", dense=False) == []
+        by_memory = reading.front(scope, "peak_memory", dense=True)
+        assert [(p.trial_id, p.peak_memory_bytes) for p in by_memory] == [(slow, 1000)]
+    state = reading.state(task_scope("text", "f1"))
+    assert state is not None
+    assert (state.trials, state.points, state.searches) == (2, 4, 1)
+    assert (state.least_flops, state.greatest_flops) == (1e9, 4e9)
+    assert reading.state("text@nothing") is None
+
+
+def test_only_completed_runs_stand(store: Store) -> None:
+    lease, leases = begun(store), Leases(store)
+    for number, end in enumerate(("fail", "stop", "leave")):
+        trial = leases.add_trial(lease, draft(number))
+        leases.start_trial(lease, trial.id)
+        leases.add_point(lease, trial.id, StoredPoint(5, 1e9, 1.0, 0.1, 1.0, (1.0,)))
+        if end == "fail":
+            leases.fail_trial(lease, trial.id, "diverged")
+        elif end == "stop":
+            leases.stop_trial(lease, trial.id, "pruned")
+    assert Standings(store).points(lease.search_id, "train_flops", dense=True).rows is not None
+    assert len(Standings(store).points(lease.search_id, "train_flops", dense=True)) == 0
+    assert Standings(store).state(lease.search_id) is None
+
+
+def test_a_shared_result_counts_once_on_the_task(store: Store) -> None:
+    first = begun(store)
+    original = run(store, first, 0, [2.0], key="same")
+    Leases(store).release(first, "succeeded")
+    second = begun(store, seed=1)
+    twin = Leases(store).add_trial(second, draft(0, key="same"))
+    assert Leases(store).reuse_result(second, twin.id)
+    reading = Standings(store)
+    task = task_scope("text", "f1")
+    assert [r.trial_id for r in reading.runs(task, trials=[original, twin.id])] == [original]
+    assert [r.trial_id for r in reading.runs(second.search_id, trials=[twin.id])] == [twin.id]
+    state = reading.state(task)
+    assert state is not None
+    assert (state.trials, state.searches) == (1, 1)
+    stored = store.trial(twin.id)
+    assert (stored.seconds_per_step, stored.peak_memory_bytes) == (0.01, 1000)
+
+
+def test_runs_of_a_model_come_with_their_curves(store: Store) -> None:
+    lease = begun(store)
+    ids = [run(store, lease, i, [3.0, 2.0 - i / 10], seed=i, plan=draft(0).plan) for i in range(3)]
+    reading = Standings(store)
+    models = reading.models(ids[:1])
+    found = reading.runs(task_scope("text", "f1"), models=models)
+    assert [r.trial_id for r in found] == ids
+    assert {r.seed for r in found} == {0, 1, 2}
+    assert [[p.loss for p in r.points] for r in found] == [[3.0, 2.0 - i / 10] for i in range(3)]
+    assert {r.structure for r in found} == {"0,0,1,0,0,1,0"}
+
+
+def test_a_store_of_the_first_version_gets_its_standings(tmp_path: Path) -> None:
+    """Everything that the newer columns and tables hold is made from what was stored."""
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    upgrade(url)
+    store = Store(url)
+    lease = begun(store)
+    for number in range(4):
+        run(store, lease, number, [3.0, 2.5 - number / 10])
+    search = store.search(lease.search_id)
+    before, models = standing(store), [t.model for t in store.trials(search.id)]
+    store.close()
+    upgrade_down(url)
+    upgrade(url)
+    store = Store(url)
+    assert store.search(search.id) == search
+    assert [t.model for t in store.trials(search.id)] == models
+    measured = {"step_seconds", "peak_memory"}  # the first version did not store these
+    assert standing(store) == {row for row in before if row[1] not in measured}
+    store.close()
+
+
+def upgrade_down(url: str) -> None:
+    from alembic import command
+
+    from nas.store.migrate import _config
+
+    engine = open_engine(url)
+    with engine.execution_options(writes=True).begin() as connection:
+        command.downgrade(_config(connection), "0001")
+    engine.dispose()
