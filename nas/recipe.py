@@ -161,6 +161,15 @@ class Recipe:
         """Whether the task's default data suits the recipe: the digits are grey and 8×8."""
         return self.task in ("text", "regression") or (self.side, self.channels) == (8, 1)
 
+    def check_default_data(self) -> None:
+        """Raise `InvalidInput` unless the task's default data suits the recipe."""
+        if not self.has_default_data:
+            accepted = (
+                f"images of {self.side}×{self.side} pixels and {self.channels} channels: "
+                f"recipe {self.name} has no default data"
+            )
+            raise InvalidInput("data", "nothing", accepted)
+
     @property
     def widths(self) -> range:
         """Every width a model may have."""

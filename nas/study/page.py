@@ -7,43 +7,33 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nas.figures_style import DENSE, MARK, STRUCTURED, figure_layout, log_axis, loss_axis
 from nas.study.wording import REFERENCE, flops, number, plain
 
 Json = dict[str, Any]
 
-_COLOURS = {REFERENCE: "#2563eb", "ω = 0, ψ < 1": "#a855f7", "ω > 0": "#e11d48"}
-_DENSE, _PAPER = "#d97706", "#94a3b8"
+_COLOURS = {REFERENCE: STRUCTURED, "ω = 0, ψ < 1": "#a855f7", "ω > 0": "#e11d48"}
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 
 
 def _colour(s: Mapping[str, Any]) -> str:
-    return _DENSE if s["dense"] else _COLOURS[s["group"]]
+    return DENSE if s["dense"] else _COLOURS[s["group"]]
 
 
 def _layout(title: str, x: Json, y: Json, **more: Any) -> Json:
-    axis = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False}
-    return {
-        "title": {"text": title, "font": {"size": 15}, "x": 0.01, "xanchor": "left"},
-        "xaxis": {**axis, **x},
-        "yaxis": {**axis, **y},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "color": "#64748b", "size": 12},
-        "margin": {"l": 64, "r": 16, "t": 48, "b": 48},
-        "legend": {"orientation": "h", "y": -0.16, "yanchor": "top", "itemwidth": 30},
-        "hovermode": "closest",
-        "template": {},
-        **more,
-    }
+    legend = {"orientation": "h", "y": -0.16, "yanchor": "top", "itemwidth": 30}
+    margin = {"l": 64, "r": 16, "t": 48, "b": 48}
+    own = {"legend": legend, "margin": margin, "template": {}, **more}
+    return figure_layout(title, x, y, **own)
 
 
 def _flops_axis() -> Json:
-    return {"title": {"text": "train FLOPs"}, "type": "log", "exponentformat": "power"}
+    return log_axis("train FLOPs")
 
 
 def _loss_axis() -> Json:
     # the unit stands in the text above: the longest would not fit beside a small figure
-    return {"title": {"text": "validation loss"}, "type": "log", "nticks": 8, "tickformat": ".3~g"}
+    return loss_axis("validation loss")
 
 
 def _figures(task: Mapping[str, Any]) -> dict[str, Json]:
@@ -128,15 +118,14 @@ def _forest(
 
 
 def _draw_ratios(task: Mapping[str, Any]) -> Json:
-    x = {"title": {"text": f"loss ÷ mean of {REFERENCE}, same seed"}, "type": "log",
-         "tickformat": ".3~g", "nticks": 8}  # fmt: skip
+    x = loss_axis(f"loss ÷ mean of {REFERENCE}, same seed")
     figure = _forest(
         task, "Loss at the full budget, against the reference", x,
         lambda s: s["ratios"]["C"], number, [],
     )  # fmt: skip
     figure["layout"]["shapes"] = [{
         "type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1,
-        "line": {"dash": "dot", "color": _PAPER, "width": 1},
+        "line": {"dash": "dot", "color": MARK, "width": 1},
     }]  # fmt: skip
     return figure
 
@@ -146,7 +135,7 @@ def _draw_exponents(task: Mapping[str, Any]) -> Json:
     papers = {
         "x": [s["exponent"]["paper"] for s in known], "mode": "markers", "name": "papers",
         "y": [html.escape(s["name"]) for s in known],
-        "marker": {"color": _PAPER, "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
+        "marker": {"color": MARK, "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
         "hovertemplate": "papers: b = %{x}<extra></extra>",
     }  # fmt: skip
     return _forest(
@@ -187,6 +176,6 @@ def render(result: Mapping[str, Any]) -> str:
         result=result,
         figures={k: v for task in result["tasks"] for k, v in _figures(task).items()},
         plotly=Markup(get_plotlyjs()),
-        dense=_DENSE,
+        dense=DENSE,
         colours=_COLOURS,
     )

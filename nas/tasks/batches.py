@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nas.recipe import Recipe
+from nas.tasks.data import Arrays
 
-Arrays = Mapping[str, NDArray[np.generic]]
 Pair = tuple[Tensor, Tensor]
 #: generator → inputs and targets of one step
 Draw = Callable[[torch.Generator], Pair]
@@ -44,7 +44,8 @@ def validation_set(recipe: Recipe, train: Arrays, validation: Arrays) -> Pair:
     count = len(next(iter(validation.values())))
     chosen = torch.randperm(count, generator=generator)[: recipe.validation_samples]
     if recipe.task == "regression":
-        return tuple(torch.from_numpy(validation[k])[chosen] for k in ("inputs", "targets"))  # type: ignore[return-value]
+        inputs, targets = validation["inputs"], validation["targets"]
+        return torch.from_numpy(inputs)[chosen], torch.from_numpy(targets)[chosen]
     images = torch.from_numpy(validation["images"])[chosen]
     if recipe.task == "pixels":
         return _shifted(images, recipe)

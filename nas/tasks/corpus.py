@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
-from nas.tasks.data import Arrays, TaskData, content_digest
+from nas.tasks.data import (
+    HUB_PREFIX,
+    MAX_BYTES,
+    Arrays,
+    TaskData,
+    content_digest,
+    is_pickle,
+    reading_path,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,14 +40,11 @@ if TYPE_CHECKING:
 ALPHABET = bytes(range(32, 127)) + b"\n"
 #: Share of the characters held out for validation, at least.
 VALIDATION_SHARE = 0.05
-#: Largest data that is read, bytes.
-MAX_CHARACTERS = 1 << 31
 #: Bytes of training text from which byte pairs are counted, about; of longer text every k-th piece.
 COUNTED_CHARACTERS = 1 << 23
 
 _TOKEN_OF_BYTE = bytes(max(ALPHABET.find(byte), 0) for byte in range(256))
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", ".git"})
-_PICKLES = frozenset({".pkl", ".pickle", ".pt"})
 _NPY = b"\x93NUMPY"
 #: Bytes read, and encoded, at a time.
 _PIECE = 1 << 16
@@ -76,7 +81,7 @@ class _Reading:
         return InvalidInput("data", self.name, accepted)
 
     def too_large(self) -> InvalidInput:
-        return self.error(f"at most {MAX_CHARACTERS:,} bytes")
+        return self.error(f"at most {MAX_BYTES:,} bytes")
 
     def foreign(self) -> Callable[[bytes], tuple[int, int] | None]:
         """A function of a text's successive pieces: the first byte that it cannot have, and where.
@@ -132,27 +137,19 @@ def load_text(
     """
     name = shown or ("the default corpus" if data is None else str(data))
     reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None)
-    if data is not None and str(data).startswith("hf:"):
+    if data is not None and str(data).startswith(HUB_PREFIX):
         from nas.tasks.hub import hub_texts
 
         return _task_data(recipe, reading, ([text] for text in hub_texts(str(data))), "texts")
     path = default_folder() if data is None else Path(data)
-    try:
-        mode = path.stat().st_mode
-        single = stat.S_ISREG(mode)
-        if not (single or stat.S_ISDIR(mode)):
-            raise reading.error("this is neither a regular file nor a folder")
+    with reading_path(path, reading.error) as found:
+        single = stat.S_ISREG(found.st_mode)
         files = [(file, file.stat().st_size) for file in _files(path, data is None)]
         head = _begin(path) if single else b""
-    except InvalidInput:
-        raise
-    except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise reading.error(f"this path {reason}") from error
-    if single and (path.suffix.lower() in _PICKLES or b"\x80\x02" <= head[:2] <= b"\x80\x05"):
+    if single and is_pickle(path.name, head):
         raise reading.error("this file is a pickle, which is never unpickled")
-    if sum(size for _, size in files) > MAX_CHARACTERS and (
-        single or sum(size for file, size in files if _is_text(file, reading)) > MAX_CHARACTERS
+    if sum(size for _, size in files) > MAX_BYTES and (
+        single or sum(size for file, size in files if _is_text(file, reading)) > MAX_BYTES
     ):
         raise reading.too_large()
     if single and head.startswith(_NPY):
@@ -245,7 +242,7 @@ def _task_data(
             continue
         texts[digest] = text
         size += len(text)
-        if size > MAX_CHARACTERS:
+        if size > MAX_BYTES:
             raise reading.too_large()
     splits = _split([texts[digest] for digest in sorted(texts)])
     characters = size

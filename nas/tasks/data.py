@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.errors import InvalidInput
 from nas.recipe import Recipe
 
 #: Data that the `datasets` library reads is named with this before it.
 HUB_PREFIX = "hf:"
+#: Largest data that is read, bytes: of text, of a table, of encoded or of decoded images.
+MAX_BYTES = 1 << 31
 
-Arrays = dict[str, NDArray[np.generic]]
+_PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth"})
+
+#: The arrays of a split by name.
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ def task_fingerprint(recipe: Recipe, content: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def content_digest(label: str, *splits: Mapping[str, NDArray[np.generic]]) -> str:
+def content_digest(label: str, *splits: Arrays) -> str:
     """Digest of arrays with their names, shapes and dtypes; 64 bits in hex."""
     digest = hashlib.sha256(label.encode())
     for split in splits:
@@ -60,3 +70,43 @@ def content_digest(label: str, *splits: Mapping[str, NDArray[np.generic]]) -> st
             digest.update(f"/{name}/{array.shape}/{array.dtype.str}/".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def reading_path(
+    path: Path, error: Callable[[str], InvalidInput], *, folders: bool = True
+) -> Iterator[os.stat_result]:
+    """What a user's path leads to, for as long as it is read.
+
+    Parameters
+    ----------
+    error
+        The error of a loader, made from what is wrong.
+    folders
+        Whether a folder is data, too.
+
+    Raises
+    ------
+    InvalidInput
+        The path does not exist, leads to a device, a pipe or the like, or cannot be read.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not (folders and stat.S_ISDIR(found.st_mode)):
+            what = "neither a regular file nor a folder" if folders else "not a regular file"
+            raise error(f"this is {what}")
+        yield found
+    except InvalidInput:
+        raise
+    except (OSError, ValueError) as reason:  # ValueError: a name that no file can have
+        what = "does not exist" if isinstance(reason, FileNotFoundError) else "cannot be read"
+        raise error(f"this path {what}") from reason
+
+
+def is_pickle(name: str, head: bytes) -> bool:
+    """Whether a file is a pickle by its name or by how it begins: with protocol 2 or later.
+
+    No other data that is read begins with this byte: it is neither ASCII nor UTF-8, and above
+    every label of CIFAR's.
+    """
+    return Path(name).suffix.lower() in _PICKLES or head.startswith(b"\x80")

@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
-from nas.tasks.data import HUB_PREFIX
+from nas.tasks.data import HUB_PREFIX, MAX_BYTES
 
-#: Largest data that is read, bytes of text or of encoded images.
-MAX_BYTES = 1 << 31
 #: End of a local file → what reads it.  None of these readers unpickles; others of the library do.
 _BUILDERS = {
     ".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",

@@ -22,13 +22,19 @@ from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
-from nas.tasks.data import HUB_PREFIX, Arrays, TaskData, content_digest
+from nas.tasks.data import (
+    HUB_PREFIX,
+    MAX_BYTES,
+    Arrays,
+    TaskData,
+    content_digest,
+    is_pickle,
+    reading_path,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Largest data that is read, bytes of decoded images: all of them are held in memory.
-MAX_BYTES = 1 << 31
 #: Share of the images held out for validation where the data has no split of its own, at most.
 VALIDATION_SHARE = 0.2
 #: Largest image file of a folder, bytes.
@@ -40,7 +46,6 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 _SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
 )
-_PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth"})
 _NPY = b"\x93NUMPY"
 _DIGIT_LEVELS = 17
 _CIFAR_SHAPE = (3, 32, 32)
@@ -149,28 +154,17 @@ def load_images(
         _read_hub(reading, str(data))
         return _task_data(reading)
     path = Path(data)
-    try:
-        found = path.stat()
+    with reading_path(path, reading.error) as found:
         if stat.S_ISDIR(found.st_mode):
             _read_folder(reading, path)
-        elif stat.S_ISREG(found.st_mode):
-            _read_file(reading, path, found.st_size)
         else:
-            raise reading.error("this is neither a regular file nor a folder")
-    except InvalidInput:
-        raise
-    except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise reading.error(f"this path {reason}") from error
+            _read_file(reading, path, found.st_size)
     return _task_data(reading)
 
 
 def _digits(reading: _Reading) -> TaskData:
     recipe = reading.recipe
-    if (recipe.side, recipe.channels) != (8, 1):
-        size = f"{recipe.side}×{recipe.side} pixels and {recipe.channels} channels"
-        reading.name = "no data"
-        raise reading.error(f"recipe {recipe.name} has no default data: it needs images of {size}")
+    recipe.check_default_data()
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -184,10 +178,6 @@ def _digits(reading: _Reading) -> TaskData:
     return _task_data(reading, " of scikit-learn's digits")
 
 
-def _is_pickle(name: str, head: bytes) -> bool:
-    return Path(name).suffix.lower() in _PICKLES or b"\x80\x02" <= head[:2] <= b"\x80\x05"
-
-
 def _read_file(reading: _Reading, path: Path, size: int) -> None:
     with path.open("rb") as stream:
         head = stream.read(8)
@@ -196,7 +186,7 @@ def _read_file(reading: _Reading, path: Path, size: int) -> None:
             raise reading.error("this file is empty")
         if path.suffix.lower() == ".bin":
             reading.check_size(size)
-        if _is_pickle(path.name, head):
+        if is_pickle(path.name, head):
             raise reading.pickled()
         if path.suffix.lower() == ".bin":
             _read_cifar(reading, [path], path.parent)
@@ -372,7 +362,7 @@ def _read_folder(reading: _Reading, folder: Path) -> None:
     if not images:
         for file in files:
             with file.open("rb") as stream:
-                if _is_pickle(file.name, stream.read(2)):
+                if is_pickle(file.name, stream.read(2)):
                     raise reading.pickled()
         raise reading.error(f"none of the {len(files):,} files of this folder is an image")
     reading.check_count(len(images))
@@ -477,7 +467,6 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
             f"at least {least} images for training and {least} for validation, without a split of "
             f"its own {math.ceil(least / VALIDATION_SHARE)} that differ; this has {counts}"
         )
-    splits: tuple[Arrays, Arrays] = {"images": images[train]}, {"images": images[validation]}
     shape = f"{recipe.side}×{recipe.side}" + (f"×{recipe.channels}" if recipe.channels > 1 else "")
     if reading.labelled:
         present = set(labels[train].tolist())
@@ -487,8 +476,12 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
             raise reading.error(f"at least 2 classes; every image has the class {names[0]}")
         recipe = replace(recipe, classes=len(names))
         shape += f", {len(names)} classes"
-        for part, arrays in zip((train, validation), splits, strict=True):
-            arrays["labels"] = labels[part].astype(np.int64)
+
+    def arrays(part: list[int]) -> Arrays:
+        labelled = {"labels": labels[part].astype(np.int64)} if reading.labelled else {}
+        return {"images": images[part], **labelled}
+
+    splits = arrays(train), arrays(validation)
     total = len(train) + len(validation)
     summary = f"{total:,} images{source}, {shape}: {counts}"
     return TaskData(recipe, *splits, content_digest(recipe.task, *splits), summary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import zipfile
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
-from nas.tasks.data import Arrays, TaskData, content_digest
+from nas.tasks.data import MAX_BYTES, Arrays, TaskData, content_digest, is_pickle, reading_path
 
 #: Hidden layers of the target network and their width.
 TARGET_DEPTH, TARGET_WIDTH = 6, 1024
@@ -25,8 +24,6 @@ _MOMENT_SAMPLES = 16_384
 _PIECE = 8192  # samples that pass through the target network at once
 _VALIDATION_SHARE = 0.1
 _SPLIT_SEED = 20241002
-#: Largest file that is read, bytes.
-MAX_BYTES = 1 << 31
 _ACCEPTED = (
     "a .csv file of numbers whose last column is the target (a header is allowed), or an .npz "
     "file with `inputs` (rows, columns) and `targets` (rows,)"
@@ -106,24 +103,18 @@ def _target(weights: list[Floats], x: Floats) -> Floats:
 
 
 def _read(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    try:
-        found = path.stat()
-    except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise InvalidInput("data", name, f"{_ACCEPTED}; this path {reason}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise InvalidInput("data", name, f"{_ACCEPTED}; this is not a regular file")
-    if not 0 < found.st_size <= MAX_BYTES:
-        raise InvalidInput(
-            "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.st_size}"
-        )
-    try:
+    def refusal(what: str) -> InvalidInput:
+        return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
+
+    with reading_path(path, refusal, folders=False) as found:
+        if not 0 < found.st_size <= MAX_BYTES:
+            raise InvalidInput(
+                "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.st_size}"
+            )
         with path.open("rb") as file:
             start = file.read(2)
-    except OSError as error:
-        raise InvalidInput("data", name, f"{_ACCEPTED}; this cannot be read") from error
-    if start[:1] == b"\x80":
-        raise InvalidInput("data", name, f"{_ACCEPTED}; this is a pickle, which is never unpickled")
+    if is_pickle(path.name, start):
+        raise refusal("this is a pickle, which is never unpickled")
     table = _read_npz(path, name) if start == b"PK" else _read_csv(path, name)
     inputs, targets = table
     if inputs.ndim != 2 or targets.shape != (len(inputs),) or inputs.shape[1] < 1:

@@ -2,86 +2,75 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nas.checkpoint import Checkpoint, prune
-
-#: Trains a small run with a checkpoint after every step, and prints its points as they come.
-PROGRAM = """
-import dataclasses, json, sys
-from pathlib import Path
-import torch
-from nas.checkpoint import Checkpoint
 from nas.cost import plan_of_steps
-from nas.proxy import train
+from nas.proxy import Point, train
 from nas.recipe import RECIPES, with_overrides
 from nas.tasks import load_data
 from nas.taxonomy import parse_theta
 
-torch.set_num_threads(1)
-name, path = sys.argv[1:]
-settings = {"batch": 8, "warmup_steps": 5, **json.loads(sys.stdin.read())}
-recipe = with_overrides(RECIPES[name], settings)
-data = load_data(recipe)
-plan = plan_of_steps(recipe, parse_theta("btt:rho=1/4"), 32, 120)
-checkpoint = Checkpoint(Path(path), "key", every_seconds=0.0) if path != "none" else None
-for p in train(plan, recipe, data.train, data.validation, 3, checkpoint=checkpoint):
-    print(json.dumps([p.step, p.loss, p.window_losses]), flush=True)
-"""
 #: recipe → settings that make it quick
 SMALL = {
     "mlp-regression-1": {"pool": 0, "validation_samples": 32},
     "ar-digits-1": {"validation_samples": 32},
 }
+STEPS = 60
+#: Trains a run in a process of its own, which says how far it is.
+PROGRAM = """
+import sys
+from tests.nas.test_checkpoint import points
+
+for p in points(sys.argv[1], sys.argv[2]):
+    print(p.step, flush=True)
+"""
 
 
-def begin(recipe: str, path: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, recipe, path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({**SMALL[recipe], "evaluations": 12}))
-    process.stdin.close()
-    return process
-
-
-def curve(process: subprocess.Popen[str]) -> list[str]:
-    with process:
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
-    assert process.returncode == 0
-    return lines
+def points(name: str, path: str | Path | None) -> Iterator[Point]:
+    """A small run with a checkpoint after every step, if it has a path for it."""
+    torch.set_num_threads(1)
+    settings = {"depth": 2, "batch": 8, "warmup_steps": 5, "evaluations": 12, **SMALL[name]}
+    recipe = with_overrides(RECIPES[name], settings)
+    data = load_data(recipe)
+    plan = plan_of_steps(recipe, parse_theta("btt:rho=1/4"), 32, STEPS)
+    checkpoint = Checkpoint(Path(path), "key", every_seconds=0.0) if path is not None else None
+    for point in train(plan, recipe, data.train, data.validation, 3, checkpoint=checkpoint):
+        yield replace(point, seconds=0.0)
 
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_a_killed_run_ends_with_the_curve_of_an_uninterrupted_one(
     recipe: str, tmp_path: Path
 ) -> None:
-    whole = curve(begin(recipe, "none"))
-    assert len(whole) >= 6
     path = tmp_path / "deep" / "run.pt"
-    killed = begin(recipe, str(path))
+    killed = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, recipe, str(path)],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert killed.stdout is not None
-    for _ in range(len(whole) // 2):  # half way through its evaluations
-        killed.stdout.readline()
+    begun = [int(killed.stdout.readline()) for _ in range(4)]  # half of its evaluations
     while not path.exists():
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait(60) == -signal.SIGKILL
     killed.stdout.close()
     step = torch.load(path, weights_only=True)["step"]
-    assert 0 < step < 120
-    assert curve(begin(recipe, str(path))) == whole
+    assert 0 < step < STEPS
+    whole = list(points(recipe, None))
+    assert [p.step for p in whole[:4]] == begun
+    assert len(whole) == 8
+    assert list(points(recipe, path)) == whole
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 import nas.tasks.corpus
 from nas.errors import InvalidInput
 from nas.recipe import TEXT, TEXT_BPE
-from nas.tasks.corpus import ALPHABET, MAX_CHARACTERS, learn_tokens, load_text
-from nas.tasks.data import TaskData
+from nas.tasks.corpus import ALPHABET, learn_tokens, load_text
+from nas.tasks.data import MAX_BYTES, TaskData
 
 SMALL = replace(TEXT, context=4, min_validation_samples=13)
 SMALL_BPE = replace(TEXT_BPE, context=4, min_validation_samples=13, vocabulary=300)
@@ -194,12 +194,12 @@ def test_large_files_are_not_read(
     tmp_path: Path, recipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huge = sparse(tmp_path / "huge", 10 << 30)
-    assert f"at most {MAX_CHARACTERS:,} bytes" in refusal(huge, recipe)
+    assert f"at most {MAX_BYTES:,} bytes" in refusal(huge, recipe)
     assert "the byte 0x00 at offset 0" in refusal(sparse(tmp_path / "large", 1 << 30), recipe)
     # in a folder what does not begin as text is left out, whatever its size
     (tmp_path / "text").write_text("one two three four\n" * 1000)
     assert "2 files left out" in load_text(SMALL, tmp_path).summary
-    monkeypatch.setattr(nas.tasks.corpus, "MAX_CHARACTERS", 1 << 15)
+    monkeypatch.setattr(nas.tasks.corpus, "MAX_BYTES", 1 << 15)
     (tmp_path / "other").write_text("five six seven eight\n" * 1000)
     assert "at most 32,768 bytes" in refusal(tmp_path, recipe)
 
@@ -215,7 +215,7 @@ class Marker:
 
 
 @pytest.mark.parametrize("recipe", [SMALL, SMALL_BPE])
-@pytest.mark.parametrize("kind", ["0.pkl", "0.PT", "2.bin", "3.txt", "4.dat", "5", "npy"])
+@pytest.mark.parametrize("kind", ["0.pkl", "0.PT", "0.pth", "2.bin", "3.txt", "4.dat", "5", "npy"])
 def test_pickles_are_never_unpickled(tmp_path: Path, recipe: object, kind: str) -> None:
     marker, path = tmp_path / "marker", tmp_path / f"data{kind}"
     if kind == "npy":

@@ -106,8 +106,8 @@ def test_the_digits_with_labels(recipe: Recipe) -> None:
 def test_other_recipes_need_data(recipe: Recipe) -> None:
     side, channels = recipe.side, recipe.channels
     assert (
-        f"{recipe.name} has no default data: it needs images of {side}×{side} pixels and "
-        f"{channels} channels"
+        f"images of {side}×{side} pixels and {channels} channels: recipe {recipe.name} has no "
+        "default data"
     ) in refusal(recipe, None)
 
 

@@ -133,6 +133,7 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
         write("empty.csv", b""): "this has 0",
         write("binary.csv", bytes(range(256)) * 9): "accepted",
         write("pickle.csv", pickle.dumps(Evil())): "never unpickled",
+        write("pickle.PT", pickle.dumps(Evil(), protocol=0)): "never unpickled",
         write("one.csv", b"1\n2\n3\n"): "1 columns",
         write("ragged.csv", b"1,2\n3\n"): "accepted",
         tmp_path / "objects.npz": "accepted",

@@ -15,7 +15,13 @@ from nas.request import SearchRequest
 from nas.store import Store, Trial, upgrade
 from tests.conftest import service_environment
 
-REQUEST = SearchRequest.checked({"train_flops": 5e10, "trials": 4, "references": 3, "seed": 2})
+#: Runs of seconds: what is lost and what is proposed does not depend on how long they train.
+REQUEST = SearchRequest.checked(
+    {
+        "train_flops": 1e10, "trials": 4, "references": 3, "seed": 2,
+        "overrides": {"min_steps": 20, "warmup_steps": 5, "validation_samples": 64},
+    }
+)  # fmt: skip
 
 #: Long enough that a busy machine lets the heartbeat through.
 LEASE_SECONDS = 8
@@ -97,8 +103,9 @@ def trial_processes(driver: int) -> list[int]:
             status = (entry / "stat").read_text()
         except (OSError, ValueError):
             continue
-        # Ray titles it after the wrapper that carries the trial's resources
-        if command.startswith("ray::ResourceTrainable") and driver in ancestors(status):
+        # while it works Ray titles it after the wrapper that carries the trial's resources
+        titles = ("ray::ResourceTrainable", "ray::ProxyTrainable")
+        if command.startswith(titles) and driver in ancestors(status):
             found.append(int(entry.name))
     return found
 
