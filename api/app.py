@@ -11,8 +11,9 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.staticfiles import StaticFiles
 
 from api import dashboard, events, problems, routes
+from api.cache import AnswerCache
 from nas.settings import Settings, settings
-from nas.store import Store, upgrade
+from nas.store import Standings, Store, upgrade
 
 _LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 DESCRIPTION = """
@@ -39,6 +40,7 @@ def create_app(configured: Settings | None = None, *, any_host: bool = False) ->
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         upgrade(used.resolved_database_url)
         app.state.store = Store(used.resolved_database_url)
+        app.state.cache = AnswerCache(Standings(app.state.store))
         app.state.settings = used
         yield
         app.state.store.close()

@@ -12,10 +12,11 @@ from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.templating import Jinja2Templates
 
 from api import figures
-from api.routes import SearchId, StoreDep, describe
+from api.routes import Axis, SearchId, StoreDep, describe
 from api.schemas import TrialOut
 from nas import answers
 from nas.errors import NotFound
+from nas.store import AXES
 
 router = APIRouter(include_in_schema=False)
 _HERE = Path(__file__).parent
@@ -37,21 +38,22 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
     search = store.search(search_id)
     recipe = search.request.settings
     shown = {
-        "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name
+        "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name,
+        "axes": AXES,
     }  # fmt: skip
     return _templates.TemplateResponse(request, "search.html", shown)
 
 
 @router.get("/searches/{search_id}/live")
-def search_live(search_id: SearchId, store: StoreDep) -> Response:
+def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -> Response:
     """Everything the page of a search shows, as one JSON document."""
+    answers.checked_axis(x)
     search = store.search(search_id)
     points = store.curve_points(search_id=search_id)
     budget, unit = search.request.train_flops, search.request.settings.loss_unit
     try:
-        best: dict[str, Any] | None = answers.get_best(
-            store, search_id=search_id, train_flops=budget
-        )
+        found = answers.get_best(store, search_id=search_id, train_flops=budget)
+        best: dict[str, Any] | None = found.model_dump(mode="json")
     except NotFound:
         best = None  # nothing has completed yet
     from plotly.utils import PlotlyJSONEncoder  # plotly only once a page is open
@@ -59,7 +61,7 @@ def search_live(search_id: SearchId, store: StoreDep) -> Response:
     body = {
         "search": describe(search).model_dump(),
         "best": best,
-        "scatter": figures.draw_scatter(figures.scatter_data(points), budget, unit),
+        "scatter": figures.draw_scatter(figures.scatter_data(points, x), x, budget, unit),
         "curves": figures.draw_curves(figures.curves_data(points), unit),
         "trials_total": sum(search.trial_counts.values()),
         "trials": [TrialOut.of(t).model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.analysis import frontier
-from nas.store import CurvePoint
+from nas.analysis.frontier import axis_value, has_axis
+from nas.figures_style import DENSE, MARK, STRUCTURED, figure_layout, log_axis, loss_axis
+from nas.store import AXES, CurvePoint
 
-STRUCTURED, DENSE, OTHER = "#2563eb", "#d97706", "#94a3b8"
 _SHOWN_CURVES = 200  # lines past this cannot be told apart, and slow the page
 
 
@@ -31,23 +32,30 @@ def _label(p: CurvePoint) -> str:
     return f"#{p.number} {p.name}<br>width {p.width}, {p.step} steps<br>loss {p.loss:.4f}"
 
 
-def _series(name: str, points: Sequence[CurvePoint]) -> Series:
+def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
     return Series(
         name,
-        tuple(p.train_flops for p in points),
+        tuple(axis_value(p, axis) for p in points),
         tuple(p.loss for p in points),
         tuple(_label(p) for p in points),
     )
 
 
-def scatter_data(points: Sequence[CurvePoint]) -> dict[str, Series]:
-    """Every point by kind, and the Pareto fronts of structured and of dense layers."""
-    fronts = frontier(points)
+def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dict[str, Series]:
+    """Every point by kind, and the Pareto fronts of structured and of dense layers.
+
+    On an axis of which a run has one value, only the ends of completed runs are points.
+    """
+    shown = list(points)
+    if not AXES[axis].along_curve:
+        ends = {p.trial_id: p for p in sorted(points, key=lambda p: p.step) if p.complete}
+        shown = [p for p in ends.values() if has_axis(p, axis)]
+    fronts = frontier(shown, axis)
     return {
-        "structured": _series("structured", [p for p in points if not p.dense]),
-        "dense": _series("dense", [p for p in points if p.dense]),
-        "structured_front": _series("structured front", fronts.structured),
-        "dense_front": _series("dense front (reference)", fronts.dense),
+        "structured": _series("structured", [p for p in shown if not p.dense], axis),
+        "dense": _series("dense", [p for p in shown if p.dense], axis),
+        "structured_front": _series("structured front", fronts.structured, axis),
+        "dense_front": _series("dense front (reference)", fronts.dense, axis),
     }
 
 
@@ -72,29 +80,24 @@ def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
 
 
 def _layout(title: str, x_title: str, unit: str) -> dict[str, Any]:
-    grid = {"gridcolor": "rgba(128,128,128,.18)", "zeroline": False}
-    return {
-        "title": {"text": title, "font": {"size": 15}, "x": 0.01, "xanchor": "left"},
-        "xaxis": {"title": {"text": x_title}, "type": "log", "exponentformat": "power", **grid},
-        "yaxis": {
-            "title": {"text": f"validation loss ({unit})"}, "type": "log",
-            "nticks": 8, "tickformat": ".3~g", **grid,
-        },
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "color": "#64748b", "size": 12},
-        "margin": {"l": 64, "r": 16, "t": 72, "b": 48},
-        "legend": {"orientation": "h", "y": 1.0, "x": 1.0, "xanchor": "right", "yanchor": "bottom"},
-        "hovermode": "closest",
-        "uirevision": "keep",  # zoom and selection survive the live updates
-    }  # fmt: skip
+    return figure_layout(
+        title,
+        log_axis(x_title),
+        loss_axis(f"validation loss ({unit})"),
+        margin={"l": 64, "r": 16, "t": 72, "b": 48},
+        legend={"orientation": "h", "y": 1.0, "x": 1.0, "xanchor": "right", "yanchor": "bottom"},
+        uirevision="keep",  # zoom and selection survive the live updates
+    )
 
 
-def draw_scatter(data: Mapping[str, Series], budget: float, unit: str) -> dict[str, Any]:
-    """Loss against train FLOPs, both fronts as lines, the budget as a dotted line."""
+def draw_scatter(data: Mapping[str, Series], axis: str, budget: float, unit: str) -> dict[str, Any]:
+    """Loss against an axis, both fronts as lines; on train FLOPs the budget as a dotted line."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=_layout("Loss against compute", "train FLOPs", unit))
+    shown = AXES[axis]
+    measured = ", measured where it ran" if shown.measured else ""
+    x_title = f"{shown.unit.partition(':')[0]}{measured}"
+    figure = go.Figure(layout=_layout(f"Loss against {shown.meaning}", x_title, unit))
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
         points, front = data[key], data[f"{key}_front"]
         figure.add_scatter(
@@ -106,7 +109,8 @@ def draw_scatter(data: Mapping[str, Series], budget: float, unit: str) -> dict[s
             name=front.name, line={"color": colour, "width": 2},
             marker={"size": 8, "color": colour},
         )  # fmt: skip
-    figure.add_vline(x=budget, line={"dash": "dot", "color": OTHER, "width": 1})
+    if axis == "train_flops":
+        figure.add_vline(x=budget, line={"dash": "dot", "color": MARK, "width": 1})
     return dict(figure.to_plotly_json())
 
 

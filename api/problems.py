@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound, StoreUnavailable, echo
+from nas.store import AXES
 
 _log = logging.getLogger(__name__)
 PROBLEM_JSON = "application/problem+json"
@@ -31,7 +32,11 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 _PARAMETER_ACCEPTS = {
     "d_in": "a whole number from 1 to 16777216",
     "d_out": "a whole number from 1 to 16777216",
-    "train_flops": "a finite number above 0",
+    **dict.fromkeys(
+        ("train_flops", "inference_flops", "params", "step_seconds", "peak_memory"),
+        "a finite number above 0",
+    ),
+    "x": " | ".join(AXES),
     "search_id": "the id of a search",
     "search": "the id of a search",
     "task": "the name of a task, or name@fingerprint",

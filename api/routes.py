@@ -9,14 +9,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from api.cache import AnswerCache
 from api.problems import responses
 from api.schemas import SearchOut, SearchPage, TrialDetail, TrialOut, TrialPage
 from nas import answers
+from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
 from nas.request import SearchRequest, data_inside
+from nas.results import Answer, FrontierAnswer
 from nas.settings import Settings
-from nas.store import Search, Store
+from nas.store import AXES, Search, Store
 from nas.structure import MAX_DIMENSION, Sizing, inspect_structure
 from nas.tasks import load_data
 from nas.taxonomy import parse_theta
@@ -34,10 +37,19 @@ _TEXT = r"^[^\x00]*$"
 Cursor = Annotated[int, Query(ge=-1, le=_MAX_ID)]
 SearchId = Annotated[str, Path(pattern=_TEXT, max_length=64)]
 Text = Annotated[str | None, Query(pattern=_TEXT, max_length=200)]
+Axis = Annotated[str, Query(max_length=64, description=" | ".join(AXES))]
 _SEARCH_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {"application/json": {"schema": SearchRequest.model_json_schema()}},
+    }
+}
+
+
+_CONFIRM_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": ConfirmRequest.model_json_schema()}},
     }
 }
 
@@ -52,19 +64,27 @@ def get_settings(request: Request) -> Settings:
     return settings
 
 
+def get_cache(request: Request) -> AnswerCache:
+    cache: AnswerCache = request.app.state.cache
+    return cache
+
+
+CacheDep = Annotated[AnswerCache, Depends(get_cache)]
 StoreDep = Annotated[Store, Depends(get_store)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 
 async def read_search_request(request: Request) -> SearchRequest:
     """The body as a `SearchRequest`; `InvalidInput` if it is none."""
-    body = await request.body()
+    return SearchRequest.checked(_parsed(await request.body()))
+
+
+def _parsed(body: bytes) -> Any:
     try:
-        values = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
         shown = body[:100].decode("utf-8", "replace")
-        raise InvalidInput("body", shown, "a JSON object with the fields of a search") from None
-    return SearchRequest.checked(values)
+        raise InvalidInput("body", shown, "a JSON object") from None
 
 
 RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
@@ -156,6 +176,29 @@ def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.cancel(search_id))
 
 
+@router.post(
+    "/searches/{search_id}/confirm",
+    status_code=201,
+    openapi_extra=_CONFIRM_BODY,
+    responses={**responses(404, 409, 422), 200: {"description": "Made before with the same key"}},
+    summary="Run the best of a search and of dense again with fresh seeds, as a search of its own",
+)
+async def confirm_search(
+    search_id: SearchId,
+    request: Request,
+    response: Response,
+    store: StoreDep,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> SearchOut:
+    wanted = ConfirmRequest.checked(_parsed(await request.body()))
+    search, new = await run_in_threadpool(
+        create_confirmation, store, search_id, wanted, idempotency_key=idempotency_key
+    )
+    response.status_code = 201 if new else 200
+    response.headers["Location"] = f"/v1/searches/{search.id}"
+    return describe(search)
+
+
 @router.get("/trials/{trial_id}", responses=responses(404, 422), summary="A trial with its curve")
 def read_trial(trial_id: Annotated[int, Path(ge=0, le=_MAX_ID)], store: StoreDep) -> TrialDetail:
     return TrialDetail.with_curve(store.trial(trial_id), store.curve(trial_id))
@@ -164,21 +207,63 @@ def read_trial(trial_id: Annotated[int, Path(ge=0, le=_MAX_ID)], store: StoreDep
 @router.get(
     "/frontier",
     responses=responses(404, 422),
-    summary="Pareto fronts of a task or a search: loss against train FLOPs",
+    response_model=FrontierAnswer,
+    summary="Pareto fronts of a task or a search over completed runs: loss against an axis",
 )
-def read_frontier(store: StoreDep, task: Text = None, search: Text = None) -> dict[str, Any]:
-    return answers.get_frontier(store, task=task, search_id=search)
+def read_frontier(
+    store: StoreDep,
+    cache: CacheDep,
+    task: Text = None,
+    search: Text = None,
+    x: Axis = "train_flops",
+) -> Response:
+    answers.checked_axis(x)
+    return _json(
+        cache.body(
+            search or task or "",
+            ("frontier", task, search, x),
+            lambda: answers.get_frontier(store, task=task, search_id=search, x=x),
+        )
+    )
 
 
 @router.get(
     "/best",
     responses=responses(404, 422),
-    summary="The best measured structure within a budget of train FLOPs, against dense",
+    response_model=Answer,
+    summary="The best structure within one budget, against dense",
 )
 def read_best(
-    store: StoreDep, train_flops: float, task: Text = None, search: Text = None
-) -> dict[str, Any]:
-    return answers.get_best(store, train_flops=train_flops, task=task, search_id=search)
+    store: StoreDep,
+    cache: CacheDep,
+    train_flops: float | None = None,
+    inference_flops: Annotated[float | None, Query(description="per token")] = None,
+    params: float | None = None,
+    step_seconds: float | None = None,
+    peak_memory: Annotated[float | None, Query(description="bytes")] = None,
+    task: Text = None,
+    search: Text = None,
+) -> Response:
+    axis, budget = answers.checked_budget(
+        {
+            "train_flops": train_flops,
+            "inference_flops": inference_flops,
+            "params": params,
+            "step_seconds": step_seconds,
+            "peak_memory": peak_memory,
+        }
+    )
+    return _json(
+        cache.body(
+            search or task or "",
+            ("best", task, search, axis, budget),
+            lambda: answers.get_best(store, task=task, search_id=search, **{axis: budget}),
+        )
+    )
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
 
 @router.get(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from nas.analysis import best_for_budget, frontier
-from nas.analysis.best import INTERVAL_MEANS, Multiplier, Rival
+from nas.analysis import best_for_budget, predict_for_budget
+from nas.analysis.best import OVER_SEEDS, BestMultiplier, Contender
+from nas.analysis.best import Answer as BestFound
+from nas.analysis.best import Rival as BestRival
+from nas.analysis.confirmation import rank_correlation
+from nas.analysis.frontier import axis_value, hypervolume, non_dominated
+from nas.analysis.predict import MOST_BEYOND, PredictedRival, Prediction, formula, predicted_rival
 from nas.cost import (
     MIN_REFERENCES,
     accepted_budget,
@@ -18,11 +24,39 @@ from nas.cost import (
 from nas.errors import InvalidInput, NotFound
 from nas.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
 from nas.request import SearchRequest
-from nas.store import CurvePoint, Search, Store
+from nas.results import (
+    Answer,
+    Candidate,
+    Evidence,
+    Extrapolation,
+    FrontierAnswer,
+    Hypervolume,
+    Multiplier,
+    Point,
+    RankCorrelation,
+    Rival,
+)
+from nas.store import (
+    AXES,
+    CurvePoint,
+    Run,
+    ScopeState,
+    Search,
+    Standings,
+    Store,
+    StoredPoint,
+    task_scope,
+)
+from nas.store.standings import KEPT_RUNS
 from nas.taxonomy import name_of
 from nas.theta import DENSE, Theta
 
-FLOPS_UNIT = "train FLOPs: 1 MAC = 2 FLOPs, training = 3 × forward, all matrix products"
+FLOPS_UNIT = AXES["train_flops"].unit
+UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
+OF_LAW = (
+    "95% of the fitted law over runs with other seeds, by the jackknife; that the law goes on to "
+    "hold outside of what was measured is assumed"
+)
 
 
 def resolve_task(store: Store, task: str) -> tuple[str, str]:
@@ -69,143 +103,438 @@ def search_dict(search: Search) -> dict[str, Any]:
         **{name: getattr(search, name) for name in shown},
         "request": search.request.model_dump(),
         "trial_counts": dict(search.trial_counts),
-        "runs_total": search.references + search.request.trials if search.references else None,
+        "runs_total": _runs_total(search),
     }
 
 
-def get_frontier(
-    store: Store, *, task: str | None = None, search_id: str | None = None
-) -> dict[str, Any]:
-    """Pareto fronts of one task or one search.
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What an answer is about: a task's data and recipe, or one search on it."""
+
+    #: of `nas.store.standings`
+    name: str
+    task: str
+    #: None for a search whose data no worker has loaded yet
+    fingerprint: str | None
+    loss_unit: str
+
+    @property
+    def label(self) -> str:
+        """name@fingerprint of the task."""
+        return f"{self.task}@{self.fingerprint}"
+
+
+def resolve_scope(store: Store, task: str | None, search_id: str | None) -> Scope:
+    """The scope that exactly one of a task and a search names.
 
     Raises
     ------
     InvalidInput
-        Not exactly one of `task` and `search_id` is given, or the task is unknown.
+        Not exactly one of the two is given, or the task is unknown.
     NotFound
-        No such search, or nothing measured on the task.
+        No such search, or nothing has begun on the task.
     """
     if (task is None) == (search_id is None):
         raise InvalidInput("task, search", f"{task}, {search_id}", "exactly one of the two")
-    points = _points(store, task, search_id)
-    if task is not None and not points:
-        raise NotFound(f"nothing is measured on task {task!r}")
-    front = frontier(points)
-    return {
-        "x": "train_flops",
-        "x_unit": FLOPS_UNIT,
-        "y": "loss",
-        "y_unit": loss_unit(store, task, search_id, points),
-        "frontier": [point_dict(p) for p in front.overall],
-        "structured": [point_dict(p) for p in front.structured],
-        "dense": [point_dict(p) for p in front.dense],
-        "points": len(points),
-        "trials": len({p.trial_id for p in points}),
-    }
-
-
-def _points(store: Store, task: str | None, search_id: str | None) -> list[CurvePoint]:
     if search_id is not None:
-        return store.curve_points(search_id=search_id)
+        search = store.search(search_id)
+        unit = search.request.settings.loss_unit
+        return Scope(search.id, search.task, search.task_fingerprint, unit)
     name, fingerprint = resolve_task(store, task or "")
-    return store.curve_points(task=name, fingerprint=fingerprint)
+    newest = next((r for f, _, r in store.task_fingerprints(name) if f == fingerprint), None)
+    if newest is None:
+        raise _nothing_yet(f"task {name}@{fingerprint}", name)
+    return Scope(task_scope(name, fingerprint), name, fingerprint, newest.settings.loss_unit)
 
 
-def loss_unit(
-    store: Store, task: str | None, search_id: str | None, points: Sequence[CurvePoint]
-) -> str:
-    """What a loss is measured in; a mean over the task's fixed validation samples."""
-    if search_id is None and not points:
-        return LOSS_UNITS[(task or "").partition("@")[0]]
-    return store.search(search_id or points[0].search_id).request.settings.loss_unit
+def _nothing_yet(where: str, task: str) -> NotFound:
+    return NotFound(
+        f"nothing is measured on {where} yet: no run has completed; "
+        f"run `einsum-nas search --task {task} --train-flops 2e11 --wait`"
+    )
 
 
-def point_dict(point: CurvePoint) -> dict[str, Any]:
+def _state_of(store: Standings, scope: Scope, where: str) -> ScopeState:
+    state = store.state(scope.name)
+    if state is None or not state.trials:
+        raise _nothing_yet(where, scope.task)
+    return state
+
+
+def checked_axis(axis: str) -> str:
+    """`axis` if fronts can be drawn against it."""
+    if axis not in AXES:
+        raise InvalidInput("x", axis, " | ".join(AXES))
+    return axis
+
+
+def _runs_total(search: Search) -> int | None:
+    if search.request.confirm is not None:
+        return search.request.trials
+    return search.references + search.request.trials if search.references else None
+
+
+def get_frontier(
+    store: Store, *, task: str | None = None, search_id: str | None = None, x: str = "train_flops"
+) -> FrontierAnswer:
+    """Pareto fronts of one task or one search over completed runs, against one axis.
+
+    Raises
+    ------
+    InvalidInput
+        Not exactly one of `task` and `search_id` is given, or one of the values is unknown.
+    NotFound
+        No such search, or nothing measured on the task.
+    """
+    axis = AXES[checked_axis(x)]
+    scope = resolve_scope(store, task, search_id)
+    standings = Standings(store)
+    state = standings.state(scope.name)
+    if search_id is None:
+        state = _state_of(standings, scope, f"task {scope.label}")
+    structured = standings.front(scope.name, x, dense=False)
+    dense = standings.front(scope.name, x, dense=True)
+    overall = non_dominated([*structured, *dense], x)
+    return FrontierAnswer(
+        x=x,
+        x_unit=axis.unit,
+        x_measured=axis.measured,
+        y_unit=scope.loss_unit,
+        frontier=[to_point(p) for p in overall],
+        structured=[to_point(p) for p in structured],
+        dense=[to_point(p) for p in dense],
+        hypervolume=_hypervolume(x, overall, structured, dense, scope.loss_unit),
+        points=state.points if state else 0,
+        trials=state.trials if state else 0,
+    )
+
+
+def _hypervolume(
+    x: str,
+    overall: Sequence[CurvePoint],
+    structured: Sequence[CurvePoint],
+    dense: Sequence[CurvePoint],
+    unit: str,
+) -> Hypervolume | None:
+    every = [*structured, *dense]
+    if not every:
+        return None
+    reference = (max(axis_value(p, x) for p in every), max(p.loss for p in every))
+
+    def area(points: Sequence[CurvePoint]) -> float:
+        return hypervolume([axis_value(p, x) for p in points], [p.loss for p in points], reference)
+
+    return Hypervolume(
+        overall=area(overall), structured=area(structured), dense=area(dense),
+        reference=reference, unit=f"decades of {x} × {unit}",
+    )  # fmt: skip
+
+
+def to_point(point: CurvePoint) -> Point:
     """A curve point for users."""
-    return {
-        "search_id": point.search_id,
-        "trial_id": point.trial_id,
-        "number": point.number,
-        "kind": point.kind,
-        "name": point.name,
-        "theta": list(point.theta),
-        "width": point.width,
-        "seed": point.seed,
-        "steps": point.step,
-        "train_flops": point.train_flops,
-        "loss": point.loss,
-        "loss_stderr": point.loss_stderr,
-        "train_seconds": point.seconds,
-    }
+    return Point(
+        search_id=point.search_id,
+        trial_id=point.trial_id,
+        number=point.number,
+        kind=point.kind,
+        name=point.name,
+        theta=list(point.theta),
+        width=point.width,
+        seed=point.seed,
+        steps=point.step,
+        train_flops=point.train_flops,
+        loss=point.loss,
+        loss_stderr=point.loss_stderr,
+        train_seconds=point.seconds,
+        inference_flops=point.forward_flops_per_token,
+        params=point.params,
+        step_seconds=point.seconds_per_step,
+        peak_memory=point.peak_memory_bytes,
+    )
+
+
+#: Axes that a budget of `get_best` can be in, besides train FLOPs.
+BUDGETS: Mapping[str, Callable[[Run], float | None]] = {
+    "inference_flops": lambda run: run.forward_flops_per_token,
+    "params": lambda run: run.params,
+    "step_seconds": lambda run: run.seconds_per_step,
+    "peak_memory": lambda run: run.peak_memory_bytes,
+}
+#: A budget this much above the greatest one measured is still measured: runs end at most one step
+#: short of theirs.
+_SAME_BUDGET = 1.02
+#: Evaluations lie this far apart: what is best at a budget may have its next one after it.
+_NEXT_EVALUATION = 2.0
+
+
+def checked_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    """(axis, value) of the one budget that is given.
+
+    Raises
+    ------
+    InvalidInput
+        None or several are given, or one that is no positive finite number.
+    """
+    given = {axis: value for axis, value in budgets.items() if value is not None}
+    accepted = ", ".join(("train_flops", *BUDGETS))
+    for axis in given:
+        if axis != "train_flops" and axis not in BUDGETS:
+            raise InvalidInput("budget", axis, f"one of {accepted}")
+    if len(given) != 1:
+        shown = ", ".join(f"{axis}={value}" for axis, value in given.items()) or "none"
+        raise InvalidInput("budget", shown, f"exactly one of {accepted}")
+    ((axis, value),) = given.items()
+    return axis, checked_flops(value, axis)
 
 
 def get_best(
     store: Store,
     *,
-    train_flops: float,
     task: str | None = None,
     search_id: str | None = None,
-) -> dict[str, Any]:
-    """The best measured structure within a budget, against dense.
+    **budgets: float | None,
+) -> Answer:
+    """The best structure within a budget, against dense.
+
+    Parameters
+    ----------
+    task, search_id
+        Exactly one of the two: over all searches on a task's data and recipe, or one search.
+    budgets
+        Exactly one: train_flops, inference_flops (per token), params, step_seconds or peak_memory
+        (bytes).
 
     Raises
     ------
     InvalidInput
-        A budget that is no positive number, or an unknown task.
+        A budget that is no positive number, none or several, or an unknown task.
     NotFound
-        Nothing is measured within the budget.
+        Nothing is measured within the budget, or it lies past everything measured and nothing can
+        be extrapolated.
     """
-    checked_flops(train_flops)
-    if (task is None) == (search_id is None):
-        raise InvalidInput("task, search", f"{task}, {search_id}", "exactly one of the two")
-    answer = best_for_budget(_points(store, task, search_id), train_flops, store.window_losses)
-    best = answer.best
+    axis, budget = checked_budget(budgets)
+    scope = resolve_scope(store, task, search_id)
+    standings = Standings(store)
+    where = f"search {search_id}" if search_id else f"task {scope.label}"
+    state = _state_of(standings, scope, where)
+    greatest = state.greatest_flops or 0.0
+    if axis == "train_flops" and budget > greatest * _SAME_BUDGET:
+        return _predicted(standings, scope, state, budget)
+    runs, left_out = _evidence(standings, scope, axis, budget)
+    value_of = BUDGETS.get(axis)
+    try:
+        found = best_for_budget(runs, budget, store.window_losses, value_of)
+    except NotFound:
+        least = _least(standings, scope, axis)
+        raise NotFound(
+            f"no completed run on {where} within {axis}={budget:.4g}: "
+            + (f"the least measured is {least:.6g}" if least else "none was measured")
+        ) from None
+    return _measured(found, standings, scope, state, axis, budget, left_out)
+
+
+def _evidence(
+    standings: Standings, scope: Scope, axis: str, budget: float
+) -> tuple[list[Run], int]:
+    """(runs near the front at a budget with every run of their models, runs that are unusable)."""
+    near: set[int] = set()
+    limits = [budget, budget * _NEXT_EVALUATION] if axis == "train_flops" else [budget]
+    for dense in (False, True):
+        points = standings.points(scope.name, axis, dense=dense)
+        for limit in limits:
+            within = points.select(points.x <= limit)
+            lowest: dict[int, float] = {}
+            for trial, _, _, loss in within.rows():
+                lowest[trial] = min(loss, lowest.get(trial, math.inf))
+            near.update(sorted(lowest, key=lambda t: (lowest[t], t))[:KEPT_RUNS])
+    runs = standings.runs(scope.name, trials=near, models=standings.models(near))
+    usable = [r for r in runs if r.points and all(_is_usable(p) for p in r.points)]
+    return usable, len(runs) - len(usable)
+
+
+def _is_usable(point: StoredPoint) -> bool:
+    return math.isfinite(point.loss) and math.isfinite(point.train_flops) and point.loss > 0
+
+
+def _least(standings: Standings, scope: Scope, axis: str) -> float | None:
+    parts = [standings.points(scope.name, axis, dense=dense) for dense in (False, True)]
+    return min((float(p.x.min()) for p in parts if len(p)), default=None)
+
+
+def _measured(
+    found: BestFound,
+    standings: Standings,
+    scope: Scope,
+    state: ScopeState,
+    axis: str,
+    budget: float,
+    left_out: int,
+) -> Answer:
+    best = found.best
+    difference = found.dense_difference
+    return Answer(
+        kind="measured",
+        **_of_structure(best.run, scope, axis, budget),
+        steps=best.steps,
+        train_flops=best.train_flops,
+        expected_loss=best.loss,
+        interval=found.interval,
+        interval_means=OVER_SEEDS if found.noise else UNKNOWN,
+        validation_interval=found.validation_interval,
+        multiplier_over_dense=_to_multiplier(found.multiplier),
+        structured_multiplier=_to_multiplier(found.structured_multiplier),
+        indistinguishable=[_to_rival(r) for r in found.indistinguishable],
+        comparisons_mean=found.basis,
+        best_structured=found.best_structured and Candidate(**_of_contender(found.best_structured)),
+        best_dense=found.best_dense and Candidate(**_of_contender(found.best_dense)),
+        dense_minus_structured=difference and _to_rival(difference),
+        confirmed=best.confirmed,
+        confirmation=_confirmation(standings, scope),
+        evidence=_to_evidence(
+            state, best.seeds, found.compared, found.noise.sd if found.noise else None, left_out
+        ),
+        extrapolation=None,
+    )
+
+
+def _of_structure(run: Run, scope: Scope, axis: str, budget: float) -> dict[str, Any]:
     return {
-        "theta": list(best.theta),
-        "canonical_theta": list(Theta(*best.theta).canonical().values),
-        "name": best.name,
-        "width": best.width,
-        "steps": best.step,
-        "train_flops": best.train_flops,
+        "budget": budget,
+        "budget_axis": axis,
+        "budget_unit": AXES[axis].unit,
+        "task": scope.label,
+        "name": run.name,
+        "theta": list(run.theta),
+        "canonical_theta": list(Theta(*run.theta).canonical().values),
+        "width": run.width,
         "train_flops_unit": FLOPS_UNIT,
-        "expected_loss": best.loss,
-        "loss_unit": loss_unit(store, task, search_id, [best]),
-        "interval": list(answer.interval),
-        "interval_means": INTERVAL_MEANS,
-        "multiplier_over_dense": _multiplier_dict(answer.multiplier),
-        "indistinguishable": [_rival_dict(r) for r in answer.indistinguishable],
-        "best_structured": point_dict(answer.best_structured) if answer.best_structured else None,
-        "best_dense": point_dict(answer.best_dense) if answer.best_dense else None,
-        "dense_minus_structured": _rival_dict(answer.dense_difference)
-        if answer.dense_difference
-        else None,
-        "evidence": {
-            "trials": answer.trials,
-            "seeds": answer.seeds,
-            "searches": answer.searches,
-            "compared": answer.compared,
-        },
-        "kind": "measured",
-        "budget": train_flops,
+        "loss_unit": scope.loss_unit,
     }
 
 
-def _rival_dict(rival: Rival) -> dict[str, Any]:
+def _of_run(run: Run) -> dict[str, Any]:
     return {
-        **point_dict(rival.point),
-        "difference": rival.difference,
-        "difference_interval": list(rival.interval),
+        "search_id": run.search_id,
+        "trial_id": run.trial_id,
+        "number": run.number,
+        "kind": run.kind,
+        "name": run.name,
+        "theta": list(run.theta),
+        "width": run.width,
+        "inference_flops": run.forward_flops_per_token,
+        "params": run.params,
+        "step_seconds": run.seconds_per_step,
+        "peak_memory": run.peak_memory_bytes,
     }
 
 
-def _multiplier_dict(multiplier: Multiplier | None) -> dict[str, Any] | None:
-    if multiplier is None:
+def _of_contender(c: Contender) -> dict[str, Any]:
+    return {
+        **_of_run(c.run), "seeds": c.seeds, "steps": c.steps, "train_flops": c.train_flops,
+        "loss": c.loss, "confirmed": c.confirmed,
+    }  # fmt: skip
+
+
+def _to_rival(rival: BestRival) -> Rival:
+    return Rival(
+        **_of_contender(rival.contender),
+        difference=rival.difference,
+        difference_interval=rival.interval,
+    )
+
+
+def _to_multiplier(found: BestMultiplier | None) -> Multiplier | None:
+    if found is None:
         return None
+    return Multiplier(
+        value=found.value, kind=found.kind, interval=found.interval, seeds=found.seeds
+    )
+
+
+def _to_evidence(
+    state: ScopeState, seeds: int, compared: int, noise: float | None, left_out: int
+) -> Evidence:
+    return Evidence(
+        trials=state.trials, points=state.points, searches=state.searches, seeds=seeds,
+        compared=compared, noise=noise, not_finite=left_out,
+    )  # fmt: skip
+
+
+def _confirmation(standings: Standings, scope: Scope) -> RankCorrelation | None:
+    found = rank_correlation(standings.confirmed(scope.name))
+    return None if found is None else RankCorrelation(**asdict(found))
+
+
+def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: float) -> Answer:
+    least, greatest = state.least_flops or 0.0, state.greatest_flops or 0.0
+    if budget > greatest * MOST_BEYOND:
+        raise InvalidInput(
+            "train_flops", budget,
+            f"at most {MOST_BEYOND:g} times the greatest measured on it, {greatest:.4g}",
+        )  # fmt: skip
+    runs, left_out = _evidence(standings, scope, "train_flops", greatest)
+    found = predict_for_budget(runs, budget, greatest)
+    if found is None:
+        raise NotFound(
+            f"train_flops={budget:.4g} is past everything measured on {scope.label} (at most "
+            f"{greatest:.4g}), and no structure has curves that a law could be fitted to; run "
+            f"`einsum-nas search --task {scope.task} --train-flops {budget:.4g} --wait`"
+        )
+    best, structured, dense = found.best, found.best_structured, found.best_dense
+    difference = None
+    if structured and dense:
+        difference = _to_predicted_rival(predicted_rival(structured, dense), budget)
+    return Answer(
+        kind="predicted",
+        **_of_structure(best.run, scope, "train_flops", budget),
+        steps=int(budget // best.run.train_flops_per_step),
+        train_flops=_whole_steps(best.run, budget),
+        expected_loss=best.loss,
+        interval=best.interval,
+        interval_means=OF_LAW,
+        validation_interval=None,
+        multiplier_over_dense=_predicted_multiplier(found.multiplier, best.seeds),
+        structured_multiplier=None,
+        indistinguishable=[_to_predicted_rival(r, budget) for r in found.indistinguishable],
+        comparisons_mean=OF_LAW,
+        best_structured=structured and Candidate(**_of_prediction(structured, budget)),
+        best_dense=dense and Candidate(**_of_prediction(dense, budget)),
+        dense_minus_structured=difference,
+        confirmed=False,
+        confirmation=_confirmation(standings, scope),
+        evidence=_to_evidence(state, best.seeds, found.compared, None, left_out),
+        extrapolation=Extrapolation(
+            measured=(least, greatest),
+            beyond=budget / greatest,
+            law=formula(best.law),
+            widths=best.widths,
+        ),
+    )
+
+
+def _whole_steps(run: Run, budget: float) -> float:
+    return float(int(budget // run.train_flops_per_step) * run.train_flops_per_step)
+
+
+def _of_prediction(p: Prediction, budget: float) -> dict[str, Any]:
     return {
-        "value": multiplier.value,
-        "kind": multiplier.kind,
-        "interval": None if multiplier.interval is None else list(multiplier.interval),
-    }
+        **_of_run(p.run), "seeds": p.seeds, "steps": int(budget // p.run.train_flops_per_step),
+        "train_flops": _whole_steps(p.run, budget), "loss": p.loss, "confirmed": False,
+    }  # fmt: skip
+
+
+def _to_predicted_rival(rival: PredictedRival, budget: float) -> Rival:
+    return Rival(
+        **_of_prediction(rival.prediction, budget),
+        difference=rival.difference,
+        difference_interval=rival.interval,
+    )
+
+
+def _predicted_multiplier(value: float | None, seeds: int) -> Multiplier | None:
+    if value is None:
+        return None
+    return Multiplier(value=value, kind="predicted", interval=None, seeds=seeds)
 
 
 def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from nas.processes import (
 if TYPE_CHECKING:
     from nas.client import RemoteSearch
     from nas.request import SearchRequest
-    from nas.store import Store
+    from nas.store import Search, Store
     from nas.structure import Sizing
 
 app = typer.Typer(
@@ -192,13 +192,17 @@ def search(
     data_path = _checked_data(request)
     with _local_store() as store:
         created, _ = store.create_search(request, data_path=data_path)
-        if wait:
-            _see_through(store, created.id, quiet=as_json)
-            _show_answer(store, created.id, request.train_flops, as_json)
-        elif as_json:
-            _print_json({"id": created.id, "state": created.state})
-        else:
-            print(f"search {created.id} is queued; `einsum-nas worker` or `serve` runs it")
+        _finish_here(store, created, wait, as_json)
+
+
+def _finish_here(store: Store, created: Search, wait: bool, as_json: bool) -> None:
+    if wait:
+        _see_through(store, created.id, quiet=as_json)
+        _show_answer(store, created.id, created.request.train_flops, as_json)
+    elif as_json:
+        _print_json({"id": created.id, "state": created.state})
+    else:
+        print(f"search {created.id} is queued; `einsum-nas worker` or `serve` runs it")
 
 
 def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
@@ -227,20 +231,24 @@ def _checked_data(request: SearchRequest) -> str | None:
 
 def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:
     from nas.client import Client
-    from nas.terminal import show_best, show_frontier
 
     with Client(server) as client:
-        remote = client.search(**fields)
-        if not wait:
-            _print_json(remote.data) if as_json else print(f"search {remote.id} is queued")
-            return
-        remote = _follow(remote, quiet=as_json)
-        _end_unless_succeeded(remote.state, remote.data["error"])
-        if as_json:
-            _print_json({"search": remote.data, "best": remote.best()})
-            return
-        show_frontier(remote.frontier())
-        show_best(remote.best())
+        _finish_remotely(client.search(**fields), wait, as_json)
+
+
+def _finish_remotely(remote: RemoteSearch, wait: bool, as_json: bool) -> None:
+    from nas.terminal import show_best, show_frontier
+
+    if not wait:
+        _print_json(remote.data) if as_json else print(f"search {remote.id} is queued")
+        return
+    remote = _follow(remote, quiet=as_json)
+    _end_unless_succeeded(remote.state, remote.data["error"])
+    if as_json:
+        _print_json({"search": remote.data, "best": remote.best().model_dump(mode="json")})
+        return
+    show_frontier(remote.frontier())
+    show_best(remote.best())
 
 
 def _follow(remote: RemoteSearch, *, quiet: bool) -> RemoteSearch:
@@ -257,7 +265,6 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
     from contextlib import nullcontext
 
     from nas.answers import search_dict
-    from nas.store import Search
     from nas.terminal import search_progress
 
     child: subprocess.Popen[bytes] | None = None
@@ -265,7 +272,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
     with nullcontext(lambda _: None) if quiet else search_progress() as show:
         try:
             while True:
-                current: Search = store.search(search_id)
+                current = store.search(search_id)
                 show(search_dict(current))
                 if current.finished_at is not None:
                     return
@@ -284,7 +291,7 @@ def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> 
     _end_unless_succeeded(ended.state, ended.error)
     best = get_best(store, search_id=search_id, train_flops=budget)
     if as_json:
-        _print_json({"search": search_dict(ended), "best": best})
+        _print_json({"search": search_dict(ended), "best": best.model_dump(mode="json")})
         return
     show_frontier(get_frontier(store, search_id=search_id))
     show_best(best)
@@ -303,54 +310,132 @@ def frontier(
     search_id: Annotated[
         str | None, typer.Option("--search", help="Of this search alone instead of the task.")
     ] = None,
+    x: Annotated[
+        str,
+        typer.Option(
+            help="train_flops | train_seconds | inference_flops | params | step_seconds | "
+            "peak_memory"
+        ),
+    ] = "train_flops",
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Pareto front of loss against train FLOPs."""
+    """Pareto front of loss against train FLOPs, or another axis."""
     from nas.answers import get_frontier
     from nas.client import Client
 
-    wanted = {"search": search_id} if search_id else {"task": task}
     if server is not None:
         with Client(server) as client:
-            front = client.get("/v1/frontier", **wanted)
+            found = client.get_search(search_id).frontier(x) if search_id else None
+            front = found or client.frontier(task, x)
     else:
         with _local_store() as store:
-            front = get_frontier(store, search_id=search_id, task=wanted.get("task"))
+            front = get_frontier(store, search_id=search_id, task=_unless(search_id, task), x=x)
     if as_json:
-        _print_json(front)
+        _print_json(front.model_dump(mode="json"))
     else:
         from nas.terminal import show_frontier
 
         show_frontier(front)
 
 
+def _unless(search_id: str | None, task: str) -> str | None:
+    return None if search_id else task
+
+
+def _budget(help_text: str) -> Any:
+    return typer.Option(parser=_number, metavar="NUMBER", help=help_text)
+
+
 @app.command()
 @_reported
 def best(
-    train_flops: Annotated[
-        float, typer.Option(parser=_number, metavar="FLOPS", help="Budget, train FLOPs.")
-    ],
+    train_flops: Annotated[float | None, _budget("Budget in train FLOPs.")] = None,
+    inference_flops: Annotated[float | None, _budget("Or in forward FLOPs per token.")] = None,
+    params: Annotated[float | None, _budget("Or in parameters of the whole model.")] = None,
+    step_seconds: Annotated[float | None, _budget("Or in measured seconds per step.")] = None,
+    peak_memory: Annotated[float | None, _budget("Or in measured bytes at the peak.")] = None,
     task: Task = "text",
+    search_id: Annotated[
+        str | None, typer.Option("--search", help="Of this search alone instead of the task.")
+    ] = None,
+    snippet: Annotated[
+        bool, typer.Option("--snippet", help="Print Python that uses it, and nothing else.")
+    ] = False,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """The best measured structure within a budget, against dense."""
-    from nas.answers import get_best
+    """The best structure within one budget, against dense, and how sure that is."""
+    from nas.answers import checked_budget, get_best
     from nas.client import Client
 
+    axis, value = checked_budget(
+        {
+            "train_flops": train_flops,
+            "inference_flops": inference_flops,
+            "params": params,
+            "step_seconds": step_seconds,
+            "peak_memory": peak_memory,
+        }
+    )
     if server is not None:
         with Client(server) as client:
-            answer = client.best(task=task, train_flops=train_flops)
+            if search_id:
+                answer = client.get_search(search_id).best(**{axis: value})
+            else:
+                answer = client.best(task=task, **{axis: value})
     else:
         with _local_store() as store:
-            answer = get_best(store, task=task, train_flops=train_flops)
+            scope = _unless(search_id, task)
+            answer = get_best(store, search_id=search_id, task=scope, **{axis: value})
     if as_json:
-        _print_json(answer)
+        _print_json(answer.model_dump(mode="json"))
+    elif snippet:
+        print(answer.snippet, end="")
     else:
         from nas.terminal import show_best
 
         show_best(answer)
+
+
+@app.command()
+@_reported
+def confirm(
+    search_id: Annotated[
+        str, typer.Option("--search", help="The search; its id is printed when it is submitted.")
+    ],
+    top: Annotated[
+        int, typer.Option(parser=_whole, metavar="K", help="Candidates; best dense on top.")
+    ] = 3,
+    seeds: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="Fresh seeds of each.")
+    ] = 3,
+    longer: Annotated[
+        float, typer.Option(parser=_number, metavar="C", help="Steps over those of the runs.")
+    ] = 1.0,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Take them across the ranking, not from its top.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Run the best of a search again with fresh seeds, which no luck has chosen."""
+    from nas.confirm import ConfirmRequest, create_confirmation
+
+    fields: dict[str, Any] = {
+        "top": top, "seeds": seeds, "longer": longer, "spread": spread
+    }  # fmt: skip
+    wanted = ConfirmRequest.checked(fields)
+    if server is not None:
+        from nas.client import Client
+
+        with Client(server) as client:
+            _finish_remotely(client.get_search(search_id).confirm(**fields), wait, as_json)
+        return
+    with _local_store() as store:
+        created, _ = create_confirmation(store, search_id, wanted)
+        _finish_here(store, created, wait, as_json)
 
 
 @app.command()
@@ -521,6 +606,36 @@ def reproduce(
     for line in summary_lines(result):
         console.print(line, markup=False, highlight=False)
     console.print(f"{(time.monotonic() - started) / 60:.1f} min; report: {out / 'report.html'}")
+
+
+@app.command()
+@_reported
+def export(
+    file_format: Annotated[str, typer.Option("--format", help="csv | parquet | json | optuna")],
+    out: Annotated[
+        str, typer.Option(metavar="FILE|URL", help="File; with optuna, URL of its storage.")
+    ],
+    task: Task = "text",
+    search_id: Annotated[
+        str | None, typer.Option("--search", help="Of this search alone instead of the task.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="trials | points: one row an evaluation")] = "trials",
+    study: Annotated[
+        str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+) -> None:
+    """Write every trial, or every evaluation, to a file or an Optuna study."""
+    from nas.export import export as write
+
+    with _local_store() as store:
+        done = write(
+            store, file_format, out, task=task, search_id=search_id, rows=rows, study=study,
+            overwrite=overwrite,
+        )  # fmt: skip
+    print(done.summary)
 
 
 @db.command("upgrade")

@@ -17,9 +17,11 @@ from nas.cost import RunPlan, structures_of
 from nas.errors import RunFailed
 from nas.layers import EinsumLinear
 from nas.layers.plan import choose
+from nas.metering import CostMeter
 from nas.models import build_model, build_optimizer
 from nas.recipe import Recipe
-from nas.tasks.batches import Arrays, sample_losses, training_batches, validation_set
+from nas.tasks.batches import sample_losses, training_batches, validation_set
+from nas.tasks.data import Arrays
 
 _log = logging.getLogger(__name__)
 _EVALUATION_TOKENS = 4096  # positions that are evaluated at once
@@ -132,6 +134,7 @@ def train(
     execution: Execution = CPU,
     layer_plans: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
+    meter: CostMeter | None = None,
 ) -> Iterator[Point]:
     """Train `plan` and yield a point at each evaluation.
 
@@ -146,6 +149,8 @@ def train(
     checkpoint
         Where the state of the run is kept while it goes on.  A run that finds its own yields the
         points it had again, and goes on to the same curve as one that was never interrupted.
+    meter
+        Measures what the steps cost.
 
     Raises
     ------
@@ -183,14 +188,15 @@ def train(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         inputs, targets = (t.to(device) for t in draw(batches))
-        with execution.autocast():
-            outputs = forward(inputs)
-        loss = sample_losses(recipe, outputs, targets).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if recipe.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+        with meter.step(optimizer) if meter else nullcontext():
+            with execution.autocast():
+                outputs = forward(inputs)
+            loss = sample_losses(recipe, outputs, targets).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if recipe.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
         looks = device == "cpu" or step % _LOOK_EVERY == 0
         if looks and not math.isfinite(loss.item()):
             raise RunFailed(f"training loss is {loss.item()} at step {step} of {plan.steps}")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nas.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, minimum_train_flops
 from nas.errors import InvalidInput
 from nas.recipe import RECIPES, TASKS, Recipe, recipe_of
+from nas.theta import Theta
 
 Sampler = Literal["tpe", "nsga2", "random", "qmc", "gp"]
 Objective = Literal["budget", "pareto"]
@@ -21,9 +22,32 @@ SAMPLERS: tuple[str, ...] = get_args(Sampler)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
+MAX_CONFIRM_SEEDS = 64
 #: Tokens that byte-pair text begins with; only text that is tokenised already may have fewer.
 _BYTES = 256
 MAX_SEED = 2**31 - 1
+
+
+class ConfirmedRun(BaseModel):
+    """A run to be run again as it was, but for its seed and its length."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    trial_id: int = Field(ge=0, description="The run that is confirmed.")
+    theta: tuple[float, float, float, float, float, float, float]
+    width: int = Field(ge=1)
+    steps: int = Field(ge=1)
+
+
+class Confirm(BaseModel):
+    """Runs of a search and the fresh seeds that each is run again with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    search: str = Field(max_length=64, description="The search whose runs are confirmed.")
+    runs: tuple[ConfirmedRun, ...] = Field(min_length=1, max_length=MAX_TRIALS)
+    seeds: tuple[int, ...] = Field(min_length=1, max_length=MAX_CONFIRM_SEEDS)
+    longer: float = Field(1.0, ge=1, description="Steps over those of the confirmed run.")
 
 
 class SearchRequest(BaseModel):
@@ -68,6 +92,13 @@ class SearchRequest(BaseModel):
         "budget admits fewer widths."
     )  # fmt: skip
 
+    confirm: Confirm | None = Field(
+        None,
+        strict=False,
+        description="Given by `POST /v1/searches/{id}/confirm`: these runs with these seeds, "
+        "instead of references and candidates.",
+    )
+
     @property
     def settings(self) -> Recipe:
         """Model and training settings; a user's data may complete them (classes, features)."""
@@ -76,7 +107,10 @@ class SearchRequest(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 of the request, equal for equal requests."""
-        canonical = json.dumps(self.model_dump(), sort_keys=True, allow_nan=False)
+        # requests from before there were confirmations keep their digests
+        left_out = {"confirm"} if self.confirm is None else set()
+        values = self.model_dump(mode="json", exclude=left_out)
+        canonical = json.dumps(values, sort_keys=True, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
@@ -115,16 +149,13 @@ class SearchRequest(BaseModel):
         recipe = self.settings
         if self.data is not None and (not self.data or not _clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
-        if self.data is None and not recipe.has_default_data:
-            accepted = (
-                f"images of {recipe.side}×{recipe.side} pixels and {recipe.channels} channels: "
-                f"recipe {recipe.name} has no default data"
-            )
-            raise InvalidInput("data", "nothing", accepted)
+        if self.data is None:
+            recipe.check_default_data()
         if self.data is None and recipe.tokenizer == "bpe" and recipe.vocabulary < _BYTES:
             accepted = f"at least {_BYTES}, the bytes, with tokenizer=bpe"
             raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
         self.check_budget(recipe)
+        self._check_confirm(recipe)
         for field, low, high in (
             ("trials", 1, MAX_TRIALS),
             ("references", MIN_REFERENCES, MAX_REFERENCES),
@@ -133,8 +164,22 @@ class SearchRequest(BaseModel):
             if not low <= getattr(self, field) <= high:
                 raise InvalidInput(field, getattr(self, field), _ACCEPTED[field])
 
+    def _check_confirm(self, recipe: Recipe) -> None:
+        if self.confirm is None:
+            return
+        if self.trials != len(self.confirm.runs) * len(self.confirm.seeds):
+            raise InvalidInput("trials", self.trials, "runs × seeds of `confirm`")
+        for seed in self.confirm.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise InvalidInput("confirm", seed, _ACCEPTED["seed"])
+        for run in self.confirm.runs:
+            Theta(*run.theta)
+            if run.width not in recipe.widths:
+                raise InvalidInput("confirm", run.width, f"a width of recipe {recipe.name}")
+
 
 _ACCEPTED = {
+    "confirm": "what POST /v1/searches/{id}/confirm makes of a search",
     "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
     "recipe": " | ".join(RECIPES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nas.errors import InvalidInput
@@ -120,3 +121,13 @@ def name_of(theta: Theta) -> str:
             return f"kronecker:alpha={alpha},epsilon={epsilon}"
         return f"tensor-train:alpha={alpha},epsilon={epsilon},rho={rho}"
     return "einsum"
+
+
+def describe(theta: Sequence[float]) -> str:
+    """The name of a θ, or its seven numbers where it has none.
+
+    >>> describe([0.5, 0.25, 0.25, 0, 0.5, 0.5, 0])
+    'einsum 0.5,0.25,0.25,0,0.5,0.5,0'
+    """
+    name = name_of(Theta(*theta))
+    return name if name != "einsum" else "einsum " + ",".join(f"{v:.3g}" for v in theta)

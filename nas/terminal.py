@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nas.analysis.best import INTERVAL_MEANS
+from nas.results import Answer, Candidate, FrontierAnswer
 
 console = Console()
 _FINISHED = ("complete", "failed", "stopped")
@@ -56,77 +56,152 @@ def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield show
 
 
-def show_frontier(front: Mapping[str, Any]) -> None:
+def show_frontier(front: FrontierAnswer) -> None:
     """The overall front, with what is dense marked as such."""
-    table = Table(title="Pareto front: loss against train FLOPs", title_justify="left")
+    unit = front.x_unit.partition(":")[0]
+    measured = ", measured" if front.x_measured else ""
+    table = Table(title=f"Pareto front: loss against {unit}{measured}", title_justify="left")
+    columns = [(unit, True)] if front.x != "train_flops" else []
     for name, right in (
-        ("train FLOPs", True), ("loss", True), ("structure", False), ("width", True),
+        *columns, ("train FLOPs", True), ("loss", True), ("structure", False), ("width", True),
         ("steps", True), ("trial", True),
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left")
-    for p in front["frontier"]:
+    for p in front.frontier:
+        own = [f"{p[front.x]:.6g}"] if columns else []
         table.add_row(
-            f"{p['train_flops']:.3e}", f"{p['loss']:.4f}", _structure(p), str(p["width"]),
-            str(p["steps"]), f"#{p['number']}",
+            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", _structure(p.name, p.theta),
+            str(p.width), str(p.steps), f"#{p.number}",
         )  # fmt: skip
     console.print(table)
-    console.print(
-        f"{front['points']} points of {front['trials']} runs. loss: {front['y_unit']}", style="dim"
-    )
+    line = f"{front.points} points of {front.trials} completed runs. loss: {front.y_unit}"
+    if front.hypervolume is not None:
+        hv = front.hypervolume
+        line += (
+            f"\nhypervolume {hv.overall:.4g} (structured {hv.structured:.4g}, dense "
+            f"{hv.dense:.4g}) {hv.unit}, up to {hv.reference[0]:.4g} and loss {hv.reference[1]:.4g}"
+        )
+    console.print(line, style="dim")
 
 
-def _structure(point: Mapping[str, Any]) -> str:
-    if point["name"] != "einsum":
-        return str(point["name"])
-    return "einsum " + " ".join(f"{v:.2f}" for v in point["theta"])
+def _structure(name: str, theta: Sequence[float]) -> str:
+    return name if name != "einsum" else "einsum " + " ".join(f"{v:.2f}" for v in theta)
 
 
-def show_best(best: Mapping[str, Any]) -> None:
-    """The best structured run and the best dense run side by side."""
-    table = Table(title=f"Best within {best['budget']:.3e} train FLOPs", title_justify="left")
+def show_best(best: Answer) -> None:
+    """The best structured and the best dense model side by side, and how sure that is."""
+    unit = "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
+    table = Table(title=f"Best within {best.budget:.4g} {unit}: {best.kind}", title_justify="left")
     table.add_column("")
     table.add_column("structured")
     table.add_column("dense")
-    runs = (best["best_structured"], best["best_dense"])
-    table.caption = f"validation loss in {best['loss_unit']}"
+    runs = (best.best_structured, best.best_dense)
+    table.caption = f"validation loss in {best.loss_unit}"
     for label, read in _BEST_ROWS:
         table.add_row(label, *("–" if r is None else read(r) for r in runs))
     console.print(table)
-    gap = best["dense_minus_structured"]
+    for line in _best_lines(best):
+        console.print(line, markup=False, highlight=False)
+    for line in _small_print(best):
+        console.print(line, style="dim", markup=False, highlight=False)
+
+
+def _best_lines(best: Answer) -> Iterator[str]:
+    interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
+    name = _structure(best.name, best.theta)
+    yield f"best: {name}, width {best.width}, {best.steps} steps"
+    yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
+    gap = best.dense_minus_structured
     if gap is not None:
-        low, high = gap["difference_interval"]
-        console.print(
-            f"dense − structured: {gap['difference']:+.4f} {best['loss_unit']} "
-            f"(95%: {low:+.4f} to {high:+.4f}), paired over validation samples"
+        yield (
+            f"dense − structured: {gap.difference:+.4f} {best.loss_unit} "
+            f"({_range(gap.difference_interval, '+.4f')})"
         )
-    multiplier = best["multiplier_over_dense"]
-    if multiplier is not None:
-        sign = {"exact": "", "at_least": "≥ ", "less_than": "< "}[multiplier["kind"]]
-        line = f"compute multiplier over dense: {sign}{multiplier['value']:.2f}"
-        if multiplier["interval"] is not None:
-            low, high = multiplier["interval"]
-            line += f" (95%: {low:.2f} to {high:.2f})"
-        console.print(line)
-    evidence = best["evidence"]
-    console.print(
-        f"{best['kind']} on {evidence['trials']} runs, {evidence['seeds']} seed(s), "
-        f"{evidence['searches']} search(es); of the {evidence['compared']} next best, "
-        f"{len(best['indistinguishable'])} cannot be told apart from the best.\n"
-        f"intervals: {INTERVAL_MEANS}",
-        style="dim",
+    multiplier = best.structured_multiplier or best.multiplier_over_dense
+    if multiplier is not None and multiplier.value is not None:
+        sign = {"at_least": "≥ ", "less_than": "< "}.get(multiplier.kind, "")
+        seeds = f"{multiplier.seeds} seed(s)"
+        interval = (
+            f"{_range(multiplier.interval, '.2f')}, {seeds}" if multiplier.interval else seeds
+        )
+        predicted = ", predicted" if multiplier.kind == "predicted" else ""
+        yield f"compute multiplier over dense: {sign}{multiplier.value:.2f} ({interval}{predicted})"
+    if best.indistinguishable:
+        yield f"cannot be told apart from the best, of {best.evidence.compared} compared:"
+        for r in best.indistinguishable[:_SHOWN_RIVALS]:
+            yield (
+                f"  {_structure(r.name, r.theta)}, width {r.width}: {r.difference:+.4f} "
+                f"({_range(r.difference_interval, '+.4f')})"
+            )
+        more = len(best.indistinguishable) - _SHOWN_RIVALS
+        if more > 0:
+            yield f"  and {more} more (--json)"
+    else:
+        yield f"told apart from all of the {best.evidence.compared} next best"
+    if best.extrapolation is not None:
+        out = best.extrapolation
+        yield (
+            f"PREDICTED, {out.beyond:.3g} times past the greatest budget measured "
+            f"({out.measured[0]:.3g} to {out.measured[1]:.3g} train FLOPs): {out.law}, fitted to "
+            f"{out.widths} width(s)"
+        )
+    yield _tau_line(best)
+
+
+_SHOWN_RIVALS = 6
+
+
+def _tau_line(best: Answer) -> str:
+    found = best.confirmation
+    if found is None:
+        return "not confirmed with fresh seeds: `einsum-nas confirm` does that"
+    tau = "none" if found.tau is None else f"{found.tau:.2f}"
+    return (
+        f"confirmed: {found.candidates} runs with {found.seeds} fresh seed(s) each at "
+        f"{found.longer:g}× their compute; Kendall's τ of the ranking {tau} "
+        f"({_range(found.interval, '.2f')})"
     )
 
 
-_BEST_ROWS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
-    ("structure", lambda r: str(r["name"])),
-    ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r["theta"])),
-    ("validation loss", lambda r: f"{r['loss']:.4f} ± {1.96 * r['loss_stderr']:.4f}"),
-    ("width", lambda r: str(r["width"])),
-    ("steps", lambda r: str(r["steps"])),
-    ("train FLOPs", lambda r: f"{r['train_flops']:.6e}"),
-    ("training time", lambda r: f"{r['train_seconds']:.1f} s measured"),
-    ("trial", lambda r: f"#{r['number']}"),
+def _range(interval: tuple[float, float] | None, form: str) -> str:
+    if interval is None:
+        return "interval unknown"
+    return f"95%: {interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _small_print(best: Answer) -> Iterator[str]:
+    evidence = best.evidence
+    yield (
+        f"{best.kind} on {best.task}: {evidence.trials} completed runs of {evidence.searches} "
+        f"search(es), {evidence.seeds} seed(s) behind the best"
+    )
+    yield f"interval of the loss: {best.interval_means}"
+    yield f"comparisons: {best.comparisons_mean}; together at 95% for all compared"
+    if best.validation_interval is not None:
+        low, high = best.validation_interval
+        yield f"over the sampling of the validation data the loss is {low:.4f} to {high:.4f} (95%)"
+    if not best.confirmed and best.kind == "measured":
+        yield "the loss is read from the runs that the best was chosen by, which biases it low"
+
+
+_BEST_ROWS: Sequence[tuple[str, Callable[[Candidate], str]]] = (
+    ("structure", lambda r: r.name),
+    ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r.theta)),
+    ("validation loss", lambda r: f"{r.loss:.4f}"),
+    ("seeds", lambda r: f"{r.seeds}{' fresh' if r.confirmed else ''}"),
+    ("width", lambda r: str(r.width)),
+    ("steps", lambda r: str(r.steps)),
+    ("train FLOPs", lambda r: f"{r.train_flops:.6e}"),
+    ("inference FLOPs/token", lambda r: f"{r.inference_flops:.4e}"),
+    ("parameters", lambda r: f"{r.params:,}"),
+    ("time per step", lambda r: _measured(r.step_seconds, 1e3, "ms")),
+    ("peak memory", lambda r: _measured(r.peak_memory, 2**-20, "MiB")),
+    ("trial", lambda r: f"#{r.number}"),
 )
+
+
+def _measured(value: float | None, scale: float, unit: str) -> str:
+    return "not measured" if value is None else f"{value * scale:.4g} {unit} measured"
 
 
 def show_structure(inspected: Mapping[str, Any]) -> None:

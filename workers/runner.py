@@ -32,7 +32,7 @@ from nas.checkpoint import prune
 from nas.cost import RunPlan
 from nas.errors import EinsumNasError
 from nas.settings import Settings
-from nas.store import StoredPoint, Trial
+from nas.store import MeasuredCost, StoredPoint, Trial
 from nas.tasks import TaskData
 from nas.theta import Theta
 from workers.session import SearchSession
@@ -205,8 +205,9 @@ class _SessionSearcher(Searcher):
                 self._session.fail(number, f"failed {times} times; before the last: {reason}")
             elif "failure" in report:
                 self._session.fail(number, report["failure"])
-            elif "environment" in report:
-                self._session.complete(number, report["environment"])
+            elif "ended" in report:
+                ended = report["ended"]
+                self._session.complete(number, ended["environment"], MeasuredCost(**ended["cost"]))
             # else stopped with the search: it stays unfinished until the search ends
 
     def save(self, checkpoint_path: str) -> None:

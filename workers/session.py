@@ -11,19 +11,20 @@ import json
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from nas.cost import RunPlan, references
+from nas.cost import RunPlan, plan_of_steps, references
 from nas.errors import EinsumNasError, StoreUnavailable
 from nas.recipe import Recipe
-from nas.request import SearchRequest
+from nas.request import Confirm, SearchRequest
 from nas.search import PastTrial, propose
-from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft
+from nas.store import Lease, Leases, MeasuredCost, Search, Store, StoredPoint, Trial, TrialDraft
 from nas.taxonomy import name_of
+from nas.theta import Theta
 
 T = TypeVar("T")
 
@@ -99,20 +100,43 @@ class SearchSession:
         """Plan the references and queue what an earlier worker left; how many may still start."""
         stored = self._sql(self._store.trials, self.search.id)
         numbers = {t.number for t in stored}
-        plans = references(self.recipe, self.request.train_flops, self.request.references)
-        for number, plan in enumerate(plans):
-            if number not in numbers:
-                self._add(number, plan, kind="reference")
-        self._first_candidate = len(plans)
+        if self.request.confirm is not None:
+            self._prepare_confirmation(self.request.confirm, numbers)
+        else:
+            self._prepare_references(numbers)
         stored = self._sql(self._store.trials, self.search.id)
         self._waiting.extend(t for t in stored if t.state in ("planned", "running"))
-        candidates = sum(t.kind == "candidate" for t in stored)
-        return len(self._waiting) + self.request.trials - candidates
+        return len(self._waiting) + self._unproposed(stored)
 
-    def _add(self, number: int, plan: RunPlan, *, kind: Any, **proposed: Any) -> Trial:
-        key = run_key(self.recipe, self.fingerprint, plan, self.request.seed)
-        name = name_of(plan.theta)
-        draft = TrialDraft(number, kind, plan, self.request.seed, key, name, **proposed)
+    def _prepare_references(self, planned: set[int]) -> None:
+        plans = references(self.recipe, self.request.train_flops, self.request.references)
+        for number, plan in enumerate(plans):
+            if number not in planned:
+                self._add(number, plan, kind="reference")
+        self._first_candidate = len(plans)
+
+    def _prepare_confirmation(self, confirm: Confirm, planned: set[int]) -> None:
+        """Every run with the first fresh seed, then every run with the second, and so on: wherever
+        it ends early, the seeds are spread over the runs."""
+        pairs = [(seed, run) for seed in confirm.seeds for run in confirm.runs]
+        for number, (seed, run) in enumerate(pairs):
+            if number not in planned:
+                theta = Theta(*run.theta)
+                plan = plan_of_steps(self.recipe, theta, run.width, run.steps)
+                self._add(number, plan, kind="confirmation", seed=seed, confirms=run.trial_id)
+
+    def _unproposed(self, stored: Sequence[Trial]) -> int:
+        """Candidates that the sampler has still to propose; none where all runs are given."""
+        if self.request.confirm is not None:
+            return 0
+        return self.request.trials - sum(t.kind == "candidate" for t in stored)
+
+    def _add(
+        self, number: int, plan: RunPlan, *, kind: Any, seed: int | None = None, **proposed: Any
+    ) -> Trial:
+        seed = self.request.seed if seed is None else seed
+        key = run_key(self.recipe, self.fingerprint, plan, seed)
+        draft = TrialDraft(number, kind, plan, seed, key, name_of(plan.theta), **proposed)
         return self._sql(self._leases.add_trial, self._lease, draft)
 
     def next_trial(self) -> Trial | None:
@@ -142,11 +166,11 @@ class SearchSession:
         return [t for t in stored if t.kind == "candidate"]
 
     def _planned_all(self) -> bool:
-        return len(self._candidates()) >= self.request.trials
+        return self._unproposed(self._candidates()) <= 0
 
     def _propose(self) -> Trial | None:
         candidates = self._candidates()
-        if len(candidates) >= self.request.trials:
+        if self._unproposed(candidates) <= 0:
             return None
         number = self._first_candidate + len(candidates)
         known = {t.key for t in self._sql(self._store.trials, self.search.id)}
@@ -171,9 +195,11 @@ class SearchSession:
         """Store one evaluation of a running trial."""
         self._sql(self._leases.add_point, self._lease, trial_id, point)
 
-    def complete(self, trial_id: int, environment: Mapping[str, Any]) -> None:
+    def complete(
+        self, trial_id: int, environment: Mapping[str, Any], cost: MeasuredCost | None = None
+    ) -> None:
         """End a trial that reached its last step, and give its result to its twins."""
-        self._sql(self._leases.complete_trial, self._lease, trial_id, environment)
+        self._sql(self._leases.complete_trial, self._lease, trial_id, environment, cost)
         self._settle(trial_id)
 
     def fail(self, trial_id: int, reason: str) -> None:
@@ -193,12 +219,12 @@ class SearchSession:
             return
         trials = self._sql(self._store.trials, self.search.id)
         unfinished = [t.number for t in trials if t.state in ("planned", "running")]
-        missing = self.request.trials - sum(t.kind == "candidate" for t in trials)
+        missing = self._unproposed(trials)
         if unfinished or missing > 0:
             raise EinsumNasError(
                 f"the runner ended early: trials {unfinished} unfinished, {missing} not proposed"
             )
-        if any(t.state == "complete" and t.kind == "candidate" for t in trials):
+        if any(t.state == "complete" and t.kind != "reference" for t in trials):
             self._sql(self._leases.release, self._lease, "succeeded")
         else:
             reasons = {t.error for t in trials if t.error}

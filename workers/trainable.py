@@ -18,6 +18,7 @@ from ray import tune
 from nas.checkpoint import Checkpoint
 from nas.cost import RunPlan
 from nas.errors import RunFailed
+from nas.metering import CostMeter
 from nas.proxy import Execution, Point, execution_plans, train
 from nas.recipe import Recipe
 from nas.tasks.data import Arrays
@@ -27,10 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 class ProxyTrainable(tune.Trainable):
-    """Runs the plan in its config; reports a point at each evaluation, then its environment.
+    """Runs the plan in its config; reports a point at each evaluation, then its environment
+    and what its steps cost.
 
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
-    results: {"point": …}, {"environment": …} or, for the run's own errors, {"failure": …}.  Only
+    results: {"point": …}, {"ended": …} or, for the run's own errors, {"failure": …}.  Only
     what a fresh process may cure (memory) is raised, so that Ray starts the trial anew.
     """
 
@@ -65,9 +67,11 @@ class ProxyTrainable(tune.Trainable):
         recipe = Recipe(**run["recipe"])
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
+        self._meter = CostMeter(self._execution.device)
         self._points = train(
-            plan, recipe, *self._data, run["seed"], self._execution, self._plans, self._checkpoint
-        )
+            plan, recipe, *self._data, run["seed"], self._execution, self._plans,
+            self._checkpoint, self._meter,
+        )  # fmt: skip
 
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
         """One file for each run and way of computing it, so that a curve never mixes two."""
@@ -90,7 +94,8 @@ class ProxyTrainable(tune.Trainable):
             return _report("failure", f"{type(error).__name__}: {error}", done=True)
         if point is None:
             self._checkpoint.remove()
-            return _report("environment", self._environment(), done=True)
+            ended = {"environment": self._environment(), "cost": self._meter.result().as_dict()}
+            return _report("ended", ended, done=True)
         return _report("point", asdict(point), done=False)
 
     def _environment(self) -> dict[str, Any]:

@@ -10,7 +10,12 @@ const flops = (x) => x.toPrecision(4).replace(/e\+?/, "e");
 
 function text(name, value) { byId(name).textContent = value; }
 
-function runNote(run) { return `${run.name}, width ${run.width}, ${run.steps} steps`; }
+function runNote(run) {
+  const seeds = run.confirmed ? `, confirmed with ${run.seeds} fresh seed(s)` : run.seeds > 1 ? `, ${run.seeds} seeds` : "";
+  return `${run.name}, width ${run.width}, ${run.steps} steps${seeds}`;
+}
+
+function range(interval, show) { return interval ? `95%: ${show(interval[0])} to ${show(interval[1])}` : "one seed: no interval"; }
 
 function showBest(best) {
   if (!best) return;
@@ -23,20 +28,27 @@ function showBest(best) {
   const gap = best.dense_minus_structured;
   if (gap) {
     text("difference", signed(gap.difference));
-    const [low, high] = gap.difference_interval;
-    const verdict = low > 0 ? "structured is lower on this data" : high < 0 ? "dense is lower on this data" : "no clear difference";
-    text("difference-note", `95%: ${signed(low)} to ${signed(high)} — ${verdict}; one seed a run`);
+    const [low, high] = gap.difference_interval || [-Infinity, Infinity];
+    const verdict = low > 0 ? "structured is lower" : high < 0 ? "dense is lower" : "no clear difference";
+    text("difference-note", `${range(gap.difference_interval, signed)} — ${verdict}`);
   }
-  const m = best.multiplier_over_dense;
-  if (m) {
-    const sign = { exact: "", at_least: "≥ ", less_than: "< " }[m.kind];
+  const m = best.structured_multiplier;
+  if (m && m.value !== null) {
+    const sign = { at_least: "≥ ", less_than: "< " }[m.kind] || "";
     text("multiplier", `${sign}${m.value.toFixed(2)}×`);
     text("multiplier-note", {
-      exact: () => `compute of dense over structured at the best dense loss; 95%: ${m.interval[0].toFixed(2)} to ${m.interval[1].toFixed(2)}`,
-      at_least: () => "structured curves begin below the best dense loss",
-      less_than: () => "structured runs do not reach the best dense loss within the budget",
-    }[m.kind]());
+      exact: `compute of dense over structured at the best dense loss; ${range(m.interval, (x) => x.toFixed(2))}`,
+      at_least: "structured curves begin below the best dense loss",
+      less_than: "structured runs do not reach the best dense loss within the budget",
+    }[m.kind]);
   }
+  const tau = best.confirmation;
+  const held = tau && tau.tau !== null
+    ? ` Ranking against ${tau.candidates} confirmed runs: Kendall's τ ${fixed(tau.tau, 2)}${tau.interval ? ` (95%: ${fixed(tau.interval[0], 2)} to ${fixed(tau.interval[1], 2)})` : ""}.`
+    : " Not confirmed with fresh seeds yet.";
+  text("evidence", `${best.evidence.trials} completed runs; ${best.indistinguishable.length} of the ${best.evidence.compared} `
+    + `next best structures cannot be told apart from the best.${held}`);
+  text("means", `Comparisons: ${best.comparisons_mean}.`);
 }
 
 function cell(row, value, number = false) {
@@ -54,7 +66,8 @@ function showTrials(trials, total, best) {
     row.className = t.kind;
     if (best && best.best_structured && best.best_structured.trial_id === t.id) row.classList.add("best");
     cell(row, t.number, true);
-    cell(row, t.kind === "reference" ? "dense (reference)" : t.name.split(":")[0]).title = t.name;
+    const kind = t.kind === "candidate" ? "" : ` (${t.kind})`;
+    cell(row, t.name.split(":")[0] + kind).title = t.name;
     const th = t.theta.map((v) => v.toFixed(2));
     cell(row, `${th.slice(0, 3).join(" ")} · ${th.slice(3, 6).join(" ")} · ${th[6]}`).classList.add("mono");
     const state = document.createElement("span");
@@ -91,7 +104,7 @@ function showSearch(search) {
 }
 
 async function refresh() {
-  const response = await fetch(`/searches/${id}/live`);
+  const response = await fetch(`/searches/${id}/live?x=${byId("axis").value}`);
   if (!response.ok) return;
   const live = await response.json();
   showSearch(live.search);
@@ -119,6 +132,7 @@ function follow() {
   for (const kind of TERMINAL) events.addEventListener(kind, () => { events.close(); refresh(); });
 }
 
+byId("axis").addEventListener("change", refresh);
 byId("cancel").addEventListener("click", async () => {
   await fetch(`/v1/searches/${id}/cancel`, { method: "POST" });
   soon();

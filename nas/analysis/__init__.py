@@ -2,5 +2,6 @@
 
 from nas.analysis.best import Answer, best_for_budget
 from nas.analysis.frontier import Frontier, frontier
+from nas.analysis.predict import predict_for_budget
 
-__all__ = ["Answer", "Frontier", "best_for_budget", "frontier"]
+__all__ = ["Answer", "Frontier", "best_for_budget", "frontier", "predict_for_budget"]

@@ -1,204 +1,415 @@
 """The best structure for a budget, against dense, with what is known of its error.
 
-Every run is judged on the same validation windows, so that differences between runs are paired
-over windows.  The intervals here hold for that sampling of the data alone: each run has one seed,
-and how much another seed would move it is not in them.
+A *model* is a structure at one width.  Its runs differ in their seeds and lengths.  Where models
+were run with several seeds, their spread about their models' means, in logarithms and pooled over
+all models, is what a run varies by; comparisons and intervals rest on it.  Where every model has
+one run, that is not known, no interval over runs is claimed, and models are compared over the
+samples of the validation data alone, on which all runs are judged alike.
+
+Runs that were chosen because they came out low are biased low (the winner's curse).  So a model
+that was confirmed with fresh seeds is judged by these alone, and a model with a single run comes
+before one with several only if it is better beyond the noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
-from nas.analysis.frontier import flops_to_reach
+from nas.analysis.intervals import Interval, half_width, t_quantile
+from nas.analysis.scaling import Curve, multiplier_over_dense, summarise_multiplier
 from nas.errors import NotFound
-from nas.store import CurvePoint
+from nas.store import Run
 
-Windows = Callable[[Sequence[CurvePoint]], list[tuple[float, ...]]]
-Interval = tuple[float, float]
+#: (trial, step) of points → the loss of each validation sample at each.
+Windows = Callable[[Sequence[tuple[int, int]]], list[tuple[float, ...]]]
 
-CONFIDENCE = 0.95
-_RESAMPLES = 400
-_RESAMPLING_SEED = 7
-#: Most rivals that are compared with the best.
-_MOST_RIVALS = 50
-INTERVAL_MEANS = (
-    "95%, over the sampling of the validation data only; run-to-run variation is not included, "
-    "for each run has one seed"
+#: Most structures that are compared with the best.
+MOST_RIVALS = 50
+
+OVER_SEEDS = (
+    "95% over runs with other seeds: Student's t on the spread of runs about their models' means, "
+    "pooled over all models that were run more than once"
+)
+OVER_SAMPLES = (
+    "95% over the sampling of the validation data only; run-to-run variation is not included, "
+    "for each model was run once"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """A run compared with the best one, window by window."""
+class Reading:
+    """A run at a budget, on its curve taken as straight in log-log between evaluations."""
 
-    point: CurvePoint
-    #: its loss minus the best one's, in the unit of the task
-    difference: float
-    interval: Interval
+    run: Run
+    loss: float
+    #: steps of the evaluations on either side, and how far between them
+    steps: tuple[int, int]
+    share: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model at a budget: one reading a seed."""
+
+    readings: tuple[Reading, ...]
+    #: where it was read; below the budget where its runs end before
+    train_flops: float
+    steps: int
+
+    @property
+    def run(self) -> Run:
+        """The first of its runs."""
+        return self.readings[0].run
+
+    @cached_property
+    def log_loss(self) -> float:
+        """Mean of the logarithms of its losses."""
+        return math.fsum(math.log(r.loss) for r in self.readings) / len(self.readings)
+
+    @property
+    def loss(self) -> float:
+        """Geometric mean of its losses, in the unit of the task."""
+        return math.exp(self.log_loss) if len(self.readings) > 1 else self.readings[0].loss
+
+    @property
+    def seeds(self) -> int:
+        return len(self.readings)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it is judged by confirmations."""
+        return self.run.kind == "confirmation"
 
 
 @dataclass(frozen=True, slots=True)
-class Multiplier:
-    """Compute multiplier over dense: what the best dense run within the budget has spent, over
-    what structured layers need for its loss (arXiv:2410.02117, section 5)."""
+class Noise:
+    """What a run varies by with its seed."""
 
-    value: float
-    #: exact | at_least (structured curves begin below that loss) | less_than (they never reach it)
-    kind: str
-    #: of an exact value only: a bound has no interval of its own
+    #: standard deviation of the logarithm of a loss
+    sd: float
+    degrees: int
+
+    def half_width(self, variance: float, tests: int = 1) -> float:
+        """Half an interval on logarithms, for `variance` in units of a run's own.
+
+        `tests` intervals hold together (Bonferroni), each against one side for more than one.
+        """
+        return t_quantile(self.degrees, tests) * self.sd * math.sqrt(variance)
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A structure compared with the best one."""
+
+    contender: Contender
+    #: its loss minus the best one's, in the unit of the task
+    difference: float
     interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The best measured run within a budget."""
+class BestMultiplier:
+    """Compute multiplier over dense; see `nas.analysis.scaling.multiplier_over_dense`."""
 
-    budget: float
-    best: CurvePoint
-    best_structured: CurvePoint | None
-    best_dense: CurvePoint | None
-    #: 95% interval of the best one's loss
-    interval: Interval
-    #: the best dense run compared with the best structured one
+    #: None where some seeds have an upper and others a lower bound only
+    value: float | None
+    #: exact | at_least (its curves begin below that loss) | less_than (they never reach it) |
+    #: undetermined | predicted
+    kind: str
+    #: over seeds; None for a bound, and for a single seed
+    interval: Interval | None
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The best measured structure within a budget."""
+
+    best: Contender
+    best_structured: Contender | None
+    best_dense: Contender | None
+    #: 95% interval of the best one's loss over runs; None where no model was run twice
+    interval: Interval | None
+    #: the same over the sampling of the validation data
+    validation_interval: Interval | None
+    #: the best dense model compared with the best structured one
     dense_difference: Rival | None
-    multiplier: Multiplier | None
-    #: runs whose difference from the best may be 0 at 95%, among the `compared` next best
+    multiplier: BestMultiplier | None
+    structured_multiplier: BestMultiplier | None
+    #: structures whose difference from the best may be 0, among the `compared` next best
     indistinguishable: tuple[Rival, ...]
     compared: int
-    trials: int
-    seeds: int
-    searches: int
+    noise: Noise | None
+
+    @property
+    def basis(self) -> str:
+        """What the comparisons hold over."""
+        return OVER_SEEDS if self.noise else OVER_SAMPLES
 
 
-def best_for_budget(points: Sequence[CurvePoint], train_flops: float, windows: Windows) -> Answer:
-    """The least validation loss that a completed run reached within `train_flops`.
+def best_for_budget(
+    runs: Sequence[Run],
+    budget: float,
+    windows: Windows,
+    value_of: Callable[[Run], float | None] | None = None,
+) -> Answer:
+    """The structure with the least expected loss within a budget.
 
     Parameters
     ----------
-    points
-        Curve points of one task; those of unfinished runs and above the budget are not used.
-    train_flops
-        The budget.
+    runs
+        Completed runs of one task: those near the front and every run of their models.
+    budget
+        In train FLOPs, or in the unit of `value_of`.
     windows
-        Loss of each validation window at given points.
+        Loss of each validation sample at given points.
+    value_of
+        What a run has of another axis (its parameters, say); None where that is not known.  Runs
+        are then judged at their ends.  By default the budget is one of train FLOPs.
 
     Raises
     ------
     NotFound
-        No completed run has a point within the budget.
+        No completed run lies within the budget.
     """
-    within = [p for p in points if p.complete and p.train_flops <= train_flops]
-    if not within:
-        least = min((p.train_flops for p in points if p.complete), default=None)
-        reach = "none has completed" if least is None else f"the least measured is {least:.4g}"
-        raise NotFound(f"no completed run within {train_flops:.4g} train FLOPs: {reach}")
-    runs = _best_of_each_run(within)
-    best = runs[0]
-    structured = next((p for p in runs if not p.dense), None)
-    dense = next((p for p in runs if p.dense), None)
-    rivals = _compare(best, runs[1 : 1 + _MOST_RIVALS], windows)
-    both = structured is not None and dense is not None
+    found = contenders(runs, budget) if value_of is None else _at_ends(runs, budget, value_of)
+    if not found:
+        raise NotFound(f"no completed run within {budget:.4g}")
+    noise = pooled_noise(found)
+    leaders = _one_a_structure(found, noise)
+    best = _choose(leaders, noise)
+    others = sorted((c for c in leaders if c is not best), key=_order)[:MOST_RIVALS]
+    structured = [c for c in leaders if not c.run.dense]
+    dense = [c for c in leaders if c.run.dense]
+    best_structured = _choose(structured, noise) if structured else None
+    best_dense = _choose(dense, noise) if dense else None
+    rivals = compare(best, others, noise, windows)
+    difference = None
+    if best_structured and best_dense:
+        (difference,) = compare(best_structured, [best_dense], noise, windows)
+
+    def multiplier(of: Contender | None) -> BestMultiplier | None:
+        if of is None or best_dense is None or value_of is not None:
+            return None
+        return _multiplier(of, best_dense, runs, budget)
+
     return Answer(
-        budget=train_flops,
         best=best,
-        best_structured=structured,
-        best_dense=dense,
-        interval=_loss_interval(best, windows),
-        dense_difference=_compare(structured, [dense], windows)[0]
-        if structured is not None and dense is not None
-        else None,
-        multiplier=_multiplier(within, windows) if both else None,
-        indistinguishable=tuple(r for r in rivals if r.interval[0] <= 0.0),
+        best_structured=best_structured,
+        best_dense=best_dense,
+        interval=_interval(best, noise),
+        validation_interval=_validation_interval(best, windows),
+        dense_difference=difference,
+        multiplier=multiplier(best),
+        structured_multiplier=multiplier(best_structured),
+        indistinguishable=tuple(r for r in rivals if r.interval is None or r.interval[0] <= 0.0),
         compared=len(rivals),
-        trials=len({p.trial_id for p in within}),
-        seeds=len({p.seed for p in within}),
-        searches=len({p.search_id for p in within}),
+        noise=noise,
     )
 
 
-def _best_of_each_run(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """One point a run, its lowest, ordered by loss."""
-    lowest: dict[int, CurvePoint] = {}
-    for p in points:
-        held = lowest.get(p.trial_id)
-        if held is None or (p.loss, p.train_flops) < (held.loss, held.train_flops):
-            lowest[p.trial_id] = p
-    return sorted(lowest.values(), key=lambda p: (p.loss, p.train_flops, p.trial_id))
+def _order(c: Contender) -> tuple[float, float, int]:
+    return c.log_loss, c.train_flops, c.run.trial_id
 
 
-def _loss_interval(point: CurvePoint, windows: Windows) -> Interval:
-    (losses,) = windows([point])
-    half = _half_width(np.asarray(losses))
-    return point.loss - half, point.loss + half
+# --- readings
 
 
-def _half_width(values: NDArray[np.float64]) -> float:
-    """Half the t interval of a mean; infinite for a single value, which shows no spread."""
-    if len(values) < 2:
-        return math.inf
-    quantile = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
-    return float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
+def contenders(runs: Iterable[Run], budget: float) -> list[Contender]:
+    """Every model that has a run within the budget, read at the budget or at its runs' ends."""
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.points and run.points[0].train_flops <= budget:
+            models.setdefault(run.model, []).append(run)
+    return [_read_model(of_model, budget) for of_model in models.values()]
 
 
-def _compare(best: CurvePoint, others: Sequence[CurvePoint], windows: Windows) -> list[Rival]:
-    if not others:
-        return []
-    base, *rest = (np.asarray(w) for w in windows([best, *others]))
+def _read_model(runs: Sequence[Run], budget: float) -> Contender:
+    at = min(budget, max(r.points[-1].train_flops for r in runs))
+    step = runs[0].train_flops_per_step
+    reach = [r for r in runs if r.points[0].train_flops <= at <= r.points[-1].train_flops + step]
+    readings = tuple(_read(r, at) for r in one_a_seed(reach))
+    # where no run lies at the budget itself, the lowest evaluation before it is meant
+    ends = all(r.share == 0.0 for r in readings)
+    steps = readings[0].steps[0] if ends else int(at // step)
+    flops = next(p.train_flops for p in readings[0].run.points if p.step == steps) if ends else at
+    return Contender(readings, flops, steps)
+
+
+def one_a_seed(runs: Iterable[Run]) -> list[Run]:
+    """The first run of every seed; where there are confirmations, these alone.
+
+    Runs of one model with one seed are one run, read at different lengths.
+    """
+    listed = sorted(runs, key=lambda r: r.trial_id)
+    fresh = [r for r in listed if r.kind == "confirmation"]
+    seeds: dict[int, Run] = {}
+    for run in fresh or listed:
+        seeds.setdefault(run.seed, run)
+    return [seeds[s] for s in sorted(seeds)]
+
+
+def _read(run: Run, at: float) -> Reading:
+    """The lowest loss that the run has come down to by `at`, which lies on its curve."""
+    flops = np.array([p.train_flops for p in run.points])
+    losses = np.array([p.loss for p in run.points])
+    lowest = np.minimum.accumulate(losses)
+    below = int(np.searchsorted(flops, at, side="right")) - 1
+    first = _step_of_lowest(run, below)
+    if below == len(flops) - 1 or lowest[below + 1] == lowest[below]:
+        return Reading(run, float(lowest[below]), (first, first), 0.0)
+    share = math.log(at / flops[below]) / math.log(flops[below + 1] / flops[below])
+    if share <= 0.0 or lowest[below + 1] <= 0.0:
+        return Reading(run, float(lowest[below]), (first, first), 0.0)
+    log_loss = (1 - share) * math.log(lowest[below]) + share * math.log(lowest[below + 1])
+    return Reading(run, math.exp(log_loss), (first, run.points[below + 1].step), share)
+
+
+def _step_of_lowest(run: Run, last: int) -> int:
+    return min(run.points[: last + 1], key=lambda p: (p.loss, p.step)).step
+
+
+def _at_ends(
+    runs: Iterable[Run], budget: float, value_of: Callable[[Run], float | None]
+) -> list[Contender]:
+    """Models at the ends of their runs, of equal length each, whose value is within the budget."""
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        value = value_of(run)
+        if run.points and value is not None and value <= budget:
+            groups.setdefault((run.model, run.steps), []).append(run)
+    found = []
+    for group in groups.values():
+        last = [(r, r.points[-1]) for r in one_a_seed(group)]
+        readings = tuple(Reading(r, p.loss, (p.step, p.step), 0.0) for r, p in last)
+        found.append(Contender(readings, last[0][1].train_flops, last[0][1].step))
+    return found
+
+
+# --- noise and comparisons
+
+
+def pooled_noise(found: Iterable[Contender]) -> Noise | None:
+    """Spread of runs about their models' means, on logarithms; None without a repeated model."""
+    total, degrees = 0.0, 0
+    for c in found:
+        total += math.fsum((math.log(r.loss) - c.log_loss) ** 2 for r in c.readings)
+        degrees += c.seeds - 1
+    return Noise(math.sqrt(total / degrees), degrees) if degrees else None
+
+
+def _one_a_structure(found: Iterable[Contender], noise: Noise | None) -> list[Contender]:
+    """The best model of every structure."""
+    structures: dict[str, list[Contender]] = {}
+    for c in found:
+        structures.setdefault(c.run.structure, []).append(c)
+    return [_choose(of_structure, noise) for of_structure in structures.values()]
+
+
+def _choose(found: Sequence[Contender], noise: Noise | None) -> Contender:
+    """The lowest; a single run comes before repeated ones only if it is lower beyond the noise."""
+    repeated = min((c for c in found if c.seeds > 1), key=_order, default=None)
+    singles = [c for c in found if c.seeds == 1]
+    single = min(singles, key=_order, default=None)
+    if repeated is None or single is None:
+        either = single or repeated
+        assert either is not None
+        return either
+    assert noise is not None
+    margin = noise.half_width(1 + 1 / repeated.seeds, max(2, len(singles)))
+    return single if single.log_loss < repeated.log_loss - margin else repeated
+
+
+def compare(
+    best: Contender, others: Sequence[Contender], noise: Noise | None, windows: Windows
+) -> list[Rival]:
+    """Differences from the best, whose intervals hold together for all of them."""
+    tests = len(others)
+    if noise is not None:
+        rivals = []
+        for c in others:
+            ratio = c.log_loss - best.log_loss
+            half = noise.half_width(1 / c.seeds + 1 / best.seeds, tests)
+            ends = (math.expm1(ratio - half), math.expm1(ratio + half))
+            difference = c.loss - best.loss
+            rivals.append(Rival(c, difference, (best.loss * ends[0], best.loss * ends[1])))
+        return rivals
+    base, *rest = _sample_losses([best, *others], windows)
     rivals = []
-    for point, losses in zip(others, rest, strict=True):
-        half = _half_width(losses - base)
-        difference = point.loss - best.loss
-        rivals.append(Rival(point, difference, (difference - half, difference + half)))
+    for c, losses in zip(others, rest, strict=True):
+        half = half_width(losses - base, tests)
+        difference = c.loss - best.loss
+        known = math.isfinite(half)
+        rivals.append(
+            Rival(c, difference, (difference - half, difference + half) if known else None)
+        )
     return rivals
 
 
-def _multiplier(within: Sequence[CurvePoint], windows: Windows) -> Multiplier:
-    """The multiplier of all structured layers together, resampled over validation windows.
-
-    The compute of structured layers is the least at which one of their own curves, taken as
-    straight in log-log between its points, comes down to the loss of the best dense run.
-    """
-    dense = min((p for p in within if p.dense), key=lambda p: p.loss)
-    runs: dict[int, list[CurvePoint]] = {}
-    for p in sorted(within, key=lambda p: p.step):
-        if not p.dense:
-            runs.setdefault(p.trial_id, []).append(p)
-    curves = sorted(runs.values(), key=lambda run: min(p.loss for p in run))[:_MOST_RIVALS]
-    flops = [np.array([p.train_flops for p in run]) for run in curves]
-    flat = [p for run in curves for p in run]
-    ends = np.cumsum([len(run) for run in curves])[:-1]
-
-    def at(losses: NDArray[np.float64], target: float) -> tuple[float, str]:
-        spent, kind = _least_to_reach(flops, np.split(losses, ends), target)
-        return dense.train_flops / spent, kind
-
-    value, kind = at(np.array([p.loss for p in flat]), dense.loss)
-    if kind != "exact":
-        return Multiplier(value, kind, None)
-    losses = np.array(windows([*flat, dense]))  # (points, windows)
-    count = losses.shape[1]
-    draws = np.random.default_rng(_RESAMPLING_SEED).multinomial(
-        count, np.full(count, 1 / count), size=_RESAMPLES
-    )
-    means = draws @ losses.T / count  # (resamples, points)
-    resampled = [at(m[:-1], m[-1])[0] for m in means]
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Multiplier(value, kind, (float(low), float(high)))
+def _sample_losses(found: Sequence[Contender], windows: Windows) -> list[NDArray[np.float64]]:
+    """Loss of each validation sample, of the first run of each contender."""
+    keys = [(c.run.trial_id, step) for c in found for step in c.readings[0].steps]
+    got = [np.asarray(w, dtype=np.float64) for w in windows(keys)]
+    shares = [c.readings[0].share for c in found]
+    return [(1 - share) * got[2 * i] + share * got[2 * i + 1] for i, share in enumerate(shares)]
 
 
-def _least_to_reach(
-    flops: Sequence[NDArray[np.float64]], losses: Sequence[NDArray[np.float64]], target: float
-) -> tuple[float, str]:
-    """(FLOPs, kind of the multiplier) of the curve that comes down to `target` first."""
-    reached = [flops_to_reach(f, y, target) for f, y in zip(flops, losses, strict=True)]
-    sure = [r for r in reached if r[1] != "more_than"]
-    if not sure:
-        return max(r[0] for r in reached), "less_than"
-    spent, kind = min(sure)
-    return spent, "exact" if kind == "exact" else "at_least"
+def _interval(best: Contender, noise: Noise | None) -> Interval | None:
+    if noise is None:
+        return None
+    half = noise.half_width(1 / best.seeds)
+    return math.exp(best.log_loss - half), math.exp(best.log_loss + half)
+
+
+def _validation_interval(best: Contender, windows: Windows) -> Interval | None:
+    (losses,) = _sample_losses([best], windows)
+    half = half_width(losses)
+    return (best.loss - half, best.loss + half) if math.isfinite(half) else None
+
+
+# --- multiplier
+
+
+def _multiplier(
+    of: Contender, dense: Contender, runs: Sequence[Run], budget: float
+) -> BestMultiplier | None:
+    """At every seed that both have; over all their runs where they have none in common."""
+    if of.run.dense:
+        return BestMultiplier(1.0, "exact", None, of.seeds)
+    own = _curves(r for r in runs if r.structure == of.run.structure)
+    references = _curves(r for r in runs if r.dense)
+    seeds = {r.run.seed for r in of.readings} & {r.run.seed for r in dense.readings}
+    bounds = {
+        seed: bound
+        for seed in sorted(seeds)
+        if (bound := multiplier_over_dense(own[seed], references[seed], budget))
+    }
+    if not bounds:
+        every = [list(chain.from_iterable(c.values())) for c in (own, references)]
+        bound = multiplier_over_dense(every[0], every[1], budget)
+        return None if bound is None else BestMultiplier(bound.value, bound.kind, None, 0)
+    summary = summarise_multiplier(bounds)
+    kinds = {b.kind for b in bounds.values()}
+    if summary.value is not None:
+        return BestMultiplier(summary.value, "exact", summary.interval, len(bounds))
+    if "less_than" not in kinds:
+        return BestMultiplier(summary.least, "at_least", None, len(bounds))
+    if "at_least" not in kinds:
+        return BestMultiplier(summary.most, "less_than", None, len(bounds))
+    return BestMultiplier(None, "undetermined", None, len(bounds))
+
+
+def _curves(runs: Iterable[Run]) -> Mapping[int, list[Curve]]:
+    """The curves of every seed."""
+    found: dict[int, list[Curve]] = {}
+    for run in runs:
+        flops = np.array([p.train_flops for p in run.points])
+        found.setdefault(run.seed, []).append((flops, np.array([p.loss for p in run.points])))
+    return found

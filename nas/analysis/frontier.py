@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,26 +24,68 @@ class Frontier:
     dense: tuple[CurvePoint, ...]
 
 
-def non_dominated(points: Iterable[CurvePoint]) -> tuple[CurvePoint, ...]:
-    """The points that no other point equals or beats in both FLOPs and loss."""
+#: Field of a point that an axis reads.
+_FIELDS = {
+    "train_seconds": "seconds",
+    "inference_flops": "forward_flops_per_token",
+    "step_seconds": "seconds_per_step",
+    "peak_memory": "peak_memory_bytes",
+}
+
+
+def axis_value(point: CurvePoint, axis: str) -> float:
+    """What a point has of an axis of `nas.store.AXES`."""
+    return float(getattr(point, _FIELDS.get(axis, axis)))
+
+
+def has_axis(point: CurvePoint, axis: str) -> bool:
+    """Whether that was measured."""
+    return getattr(point, _FIELDS.get(axis, axis)) is not None
+
+
+def non_dominated(
+    points: Iterable[CurvePoint], axis: str = "train_flops"
+) -> tuple[CurvePoint, ...]:
+    """The points that no other point equals or beats in both the axis and the loss."""
     front: list[CurvePoint] = []
-    for point in sorted(points, key=lambda p: (p.train_flops, p.loss, p.trial_id, p.step)):
+    order = sorted(points, key=lambda p: (axis_value(p, axis), p.loss, p.trial_id, p.step))
+    for point in order:
         if not front or point.loss < front[-1].loss:
             front.append(point)
     return tuple(front)
 
 
-def frontier(points: Sequence[CurvePoint]) -> Frontier:
-    """The fronts of all, structured and dense points.
+def frontier(points: Sequence[CurvePoint], axis: str = "train_flops") -> Frontier:
+    """The fronts of all, structured and dense points of completed runs.
 
-    Runs still going count: at a constant learning rate every point of a curve is the result of a
-    shorter run.
+    At a constant learning rate every point of such a run's curve is the result of a shorter run.
     """
+    ended = [p for p in points if p.complete]
     return Frontier(
-        overall=non_dominated(points),
-        structured=non_dominated(p for p in points if not p.dense),
-        dense=non_dominated(p for p in points if p.dense),
+        overall=non_dominated(ended, axis),
+        structured=non_dominated((p for p in ended if not p.dense), axis),
+        dense=non_dominated((p for p in ended if p.dense), axis),
     )
+
+
+def hypervolume(
+    x: Sequence[float], losses: Sequence[float], reference: tuple[float, float]
+) -> float:
+    """Area that a front dominates up to a reference point, over log10 of the axis and the loss.
+
+    Parameters
+    ----------
+    x, losses
+        Points (n,) in any order; those not below the reference add nothing.
+    reference
+        (axis, loss), neither better than what is to count.
+    """
+    area, level = 0.0, reference[1]
+    for at, loss in sorted(zip(x, losses, strict=True)):
+        if at < reference[0] and loss < level:
+            area += (level - loss) * math.log10(reference[0] / at)
+            level = loss
+    return area
 
 
 def flops_to_reach(

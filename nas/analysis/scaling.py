@@ -16,14 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import theilslopes
 
-from nas.analysis.best import Interval, _half_width
 from nas.analysis.frontier import flops_to_reach
-
-Floats = NDArray[np.float64]
-#: Train FLOPs and losses of a run, (n,) each.
-Curve = tuple[Floats, Floats]
+from nas.analysis.intervals import Interval, t_interval
+from nas.analysis.laws import Curve as Curve
+from nas.analysis.laws import Floats, theil_sen
 
 #: A point this close to the hull, as a share of the loss, counts as compute-optimal.
 HULL_TOLERANCE = 0.02
@@ -83,15 +80,6 @@ class Multiplier:
     def censored(self) -> int:
         """Seeds of which only a bound is known."""
         return sum(b.kind != "exact" for b in self.by_seed.values())
-
-
-def t_interval(values: Sequence[float]) -> Interval | None:
-    """95% interval of a mean with n - 1 degrees of freedom; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    array = np.asarray(values, dtype=np.float64)
-    mean, half = float(array.mean()), _half_width(array)
-    return mean - half, mean + half
 
 
 def mean_over_seeds(by_seed: Mapping[int, float]) -> Estimate:
@@ -168,8 +156,8 @@ def fit_power_law(flops: Floats, losses: Floats) -> PowerLaw | None:
     if len(np.unique(flops)) < MIN_POINTS:
         return None
     x, y = np.log(flops), np.log(losses)
-    slope = float(theilslopes(y, x).slope)
-    return PowerLaw(_exp(float(np.median(y - slope * x))), -slope, len(x))
+    slope, (level,) = theil_sen(x, y)
+    return PowerLaw(_exp(level), -slope, len(x))
 
 
 def loss_at(flops: Floats, losses: Floats, budget: float) -> float | None:

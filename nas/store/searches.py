@@ -47,8 +47,11 @@ class Store:
         *,
         data_path: str | None = None,
         idempotency_key: str | None = None,
+        fingerprint: str | None = None,
     ) -> tuple[Search, bool]:
         """Queue a search; (search, whether it is new).
+
+        Given a fingerprint, it runs on that data and recipe or not at all.
 
         The same idempotency key with the same request returns the search it made.
 
@@ -59,7 +62,7 @@ class Store:
         """
         for attempt in range(50):
             try:
-                return self._create(request, data_path, idempotency_key)
+                return self._create(request, data_path, idempotency_key, fingerprint)
             except IntegrityError:
                 # another transaction took the key or the sequence number in between
                 if attempt == 49:
@@ -67,7 +70,11 @@ class Store:
         raise AssertionError("unreachable")
 
     def _create(
-        self, request: SearchRequest, data_path: str | None, key: str | None
+        self,
+        request: SearchRequest,
+        data_path: str | None,
+        key: str | None,
+        fingerprint: str | None,
     ) -> tuple[Search, bool]:
         with writing(self.engine) as session:
             if key is not None:
@@ -85,7 +92,8 @@ class Store:
                 sequence=last + 1,
                 state="queued",
                 task=request.task,
-                request=request.model_dump(),
+                task_fingerprint=fingerprint,
+                request=request.model_dump(mode="json"),
                 data_path=data_path,
                 idempotency_key=key,
                 request_digest=request.digest,
@@ -222,15 +230,14 @@ class Store:
                 for r in session.execute(query)
             ]
 
-    def window_losses(self, at: Sequence[CurvePoint]) -> list[tuple[float, ...]]:
-        """Loss of each validation window at each of the given points, in their order."""
-        wanted = [(p.trial_id, p.step) for p in at]
+    def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
+        """Loss of each validation sample at the given (trial, step) points, in their order."""
         query = select(PointRow.trial_id, PointRow.step, PointRow.window_losses).where(
-            tuple_(PointRow.trial_id, PointRow.step).in_(wanted)
+            tuple_(PointRow.trial_id, PointRow.step).in_(set(at))
         )
         with reading(self.engine) as session:
             found = {(r[0], r[1]): rows.unpack_floats(r[2]) for r in session.execute(query)}
-        return [found[key] for key in wanted]
+        return [found[key] for key in at]
 
     def default_fingerprint(self, task: str) -> str | None:
         """Fingerprint of the task's default data and recipe in the newest search with both."""

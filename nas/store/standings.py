@@ -21,11 +21,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    tuple_,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from nas.store.engine import reading
+from nas.store.engine import reading, translated
 from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
 from nas.store.schema import PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 from nas.store.searches import Store
@@ -122,6 +133,9 @@ def kept(points: Points, runs: int = KEPT_RUNS) -> NDArray[np.bool_]:
     points, the one with the lower trial id is first.
     """
     order = np.lexsort((points.step, points.trial, points.loss, points.x))
+    # what is not a number has no place among numbers; nothing is made of it
+    usable = np.isfinite(points.x) & np.isfinite(points.loss)
+    order = order[usable[order]]
     chosen = np.zeros(len(points), dtype=bool)
     lowest: list[tuple[float, int]] = []  # the best loss so far of the `runs` best runs, sorted
     own: dict[int, float] = {}
@@ -155,7 +169,8 @@ def task_scope(task: str, fingerprint: str) -> str:
 def _is_default(search: SearchRow) -> bool:
     """Whether a bare task name may mean this search's data and recipe."""
     request = search.request
-    return search.data_path is None and not request["recipe"] and not request["overrides"]
+    chosen = request.get("recipe") or request.get("overrides")  # older requests have neither
+    return search.data_path is None and not chosen
 
 
 def _scopes(search: SearchRow, reused: bool) -> list[str]:
@@ -204,6 +219,9 @@ def enter(session: Session, search: SearchRow, trial: TrialRow) -> None:
         state.least_flops = min(ends + _known(state.least_flops))
         state.greatest_flops = max(ends + _known(state.greatest_flops))
         _merge(session, scope, trial.dense, found)
+    confirmed = trial.confirms and session.get(TrialRow, trial.confirms)
+    if confirmed:  # how well its own search's ranking held is told with that search
+        _locked_scope(session, confirmed.search_id).revision += 1
     if not source:
         touch(session, search)
 
@@ -417,11 +435,15 @@ def _of_search(session: Session, search: SearchRow) -> tuple[_OfSearch, _OfSearc
 # --- reading
 
 
+_REVISION = text("SELECT revision FROM scopes WHERE scope = :scope")
+
+
 class Standings:
     """What answers are made of: the fronts, the runs near them, and their curves."""
 
     def __init__(self, store: Store) -> None:
         self._engine = store.engine
+        self._plain = store.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def state(self, scope: str) -> ScopeState | None:
         """Counts of a scope; None where nothing has completed in it."""
@@ -432,6 +454,13 @@ class Standings:
         with reading(self._engine) as session:
             row = session.execute(select(*columns).where(ScopeRow.scope == scope)).one_or_none()
         return None if row is None else ScopeState(*row)
+
+    def revision(self, scope: str) -> int | None:
+        """Grows with every change of what answers about a scope are made of; also of a bare task
+        name, which then may mean other data.  One statement without a transaction around it."""
+        with translated(), self._plain.connect() as connection:
+            found = connection.execute(_REVISION, {"scope": scope}).scalar()
+        return None if found is None else int(found)
 
     def points(self, scope: str, axis: str, *, dense: bool) -> Points:
         """The standing points of a scope on an axis."""
@@ -517,8 +546,12 @@ class Standings:
         return found
 
     def confirmed(self, scope: str) -> list[ConfirmedPair]:
-        """Every run of a scope that was confirmed, with what its confirmations gave."""
+        """Every run of a scope that was confirmed, with what its confirmations gave.
+
+        Of a search, both the runs that it confirms and those of its own that others confirmed.
+        """
         source = TrialRow.__table__.alias("source")
+        either = or_(TrialRow.search_id == scope, source.c.search_id == scope)
         query = (
             select(
                 source.c.id, source.c.dense, source.c.loss, func.avg(TrialRow.loss),
@@ -526,8 +559,9 @@ class Standings:
             )
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .join(source, source.c.id == TrialRow.confirms)
-            .where(_in_scope(scope), TrialRow.state == "complete", source.c.state == "complete")
-            .where(TrialRow.confirms.is_not(None))
+            .where(TrialRow.state == "complete", source.c.state == "complete")
+            .where(TrialRow.confirms.is_not(None), TrialRow.reused_from.is_(None))
+            .where(_in_scope(scope) if "@" in scope else either)
             .group_by(source.c.id, source.c.dense, source.c.loss,
                       TrialRow.train_flops / source.c.train_flops)
             .order_by(source.c.id)

@@ -1,0 +1,41 @@
+"""Student's t intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+Interval = tuple[float, float]
+
+CONFIDENCE = 0.95
+
+
+def half_width(values: NDArray[np.float64], tests: int = 1) -> float:
+    """Half the 95% t interval of a mean; infinite for a single value, which shows no spread.
+
+    `tests` intervals hold together (Bonferroni), each against one side for more than one.
+    """
+    if len(values) < 2:
+        return math.inf
+    spread = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return t_quantile(len(values) - 1, tests) * spread
+
+
+def t_quantile(degrees: int, tests: int = 1) -> float:
+    """Of Student's t, such that one two-sided interval, or `tests` one-sided ones together, hold
+    at 95%."""
+    tail = (1 - CONFIDENCE) / (2 if tests <= 1 else tests)
+    return float(stdtrit(degrees, 1 - tail))
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """95% interval of a mean with n - 1 degrees of freedom; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    mean, half = float(array.mean()), half_width(array)
+    return mean - half, mean + half

@@ -1,0 +1,152 @@
+"""Running the best of a search again with fresh seeds, against the winner's curse.
+
+Of many noisy runs the lowest is low by luck too.  A confirmation runs the top ones, or some taken
+evenly across the ranking, and the best dense one, with seeds that none of them has had; answers
+then rest on these runs alone, and tell how well the ranking held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nas.cost import MAX_TRAIN_FLOPS
+from nas.errors import Conflict, InvalidInput
+from nas.request import MAX_CONFIRM_SEEDS, MAX_TRIALS, Confirm, ConfirmedRun, SearchRequest
+from nas.store import Search, Standings, Store, Trial, task_scope
+
+MAX_LONGER = 100.0
+
+
+class ConfirmRequest(BaseModel):
+    """Which runs of a search to confirm, and how.  Build one with `ConfirmRequest.checked`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    top: int = Field(
+        3, ge=1, le=MAX_TRIALS, description="Candidates that are run again; the best dense one too."
+    )
+    seeds: int = Field(
+        3, ge=1, le=MAX_CONFIRM_SEEDS, description="Fresh seeds that each is run with."
+    )
+    longer: float = Field(
+        1.0, ge=1, le=MAX_LONGER, description="Steps of a confirmation over those of its run."
+    )
+    spread: bool = Field(
+        False,
+        description="Take the candidates evenly across the ranking, the best and the worst "
+        "included, instead of the top: that is what a rank correlation needs.",
+    )
+
+    @classmethod
+    def checked(cls, values: Any) -> ConfirmRequest:
+        """Validate plain values; `InvalidInput` names the first bad field."""
+        if not isinstance(values, dict):
+            raise InvalidInput("body", values, "a JSON object with top, seeds, longer, spread")
+        try:
+            return cls(**{str(k): v for k, v in values.items()})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            field = str(first["loc"][0]) if first["loc"] else "body"
+            raise InvalidInput(field, first["input"], _ACCEPTED.get(field, _ONLY)) from None
+
+
+_ACCEPTED = {
+    "top": f"a whole number from 1 to {MAX_TRIALS}",
+    "seeds": f"a whole number from 1 to {MAX_CONFIRM_SEEDS}",
+    "longer": f"a number from 1 to {MAX_LONGER:g}",
+    "spread": "true | false",
+}
+_ONLY = f"only the fields {', '.join(_ACCEPTED)}"
+
+
+def create_confirmation(
+    store: Store, search_id: str, wanted: ConfirmRequest, *, idempotency_key: str | None = None
+) -> tuple[Search, bool]:
+    """Queue the confirmation of a search as a search of its own; (search, whether it is new).
+
+    Raises
+    ------
+    NotFound
+        No such search.
+    Conflict
+        It has not ended, is a confirmation itself, or no candidate of it has completed.
+    InvalidInput
+        More candidates are wanted than have completed, or the longer runs are past any budget.
+    """
+    source = store.search(search_id)
+    if source.request.confirm is not None:
+        raise Conflict(f"search {search_id} is a confirmation itself")
+    if source.finished_at is None or source.task_fingerprint is None:
+        raise Conflict(f"search {search_id} has not ended: {source.state}")
+    chosen = _choose(store.trials(search_id), wanted)
+    if not any(not t.dense for t in chosen):
+        raise Conflict(f"search {search_id} has no completed candidate to confirm")
+    request = _request(source, chosen, wanted, _fresh_seeds(store, source, chosen, wanted.seeds))
+    return store.create_search(
+        request,
+        data_path=source.data_path,
+        idempotency_key=idempotency_key,
+        fingerprint=source.task_fingerprint,
+    )
+
+
+def _choose(trials: Sequence[Trial], wanted: ConfirmRequest) -> list[Trial]:
+    """The candidates by their loss, and the best dense run."""
+    ended = sorted(
+        (t for t in trials if t.state == "complete" and t.loss is not None),
+        key=lambda t: (t.loss, t.number),
+    )
+    models: dict[str | None, Trial] = {}
+    for trial in ended:
+        models.setdefault(trial.model, trial)
+    ranking = [t for t in models.values() if not t.dense]
+    if ranking and wanted.top > len(ranking):
+        raise InvalidInput(
+            "top", wanted.top, f"at most {len(ranking)}: so many distinct candidates have completed"
+        )
+    chosen = ranking[: wanted.top]
+    if wanted.spread and wanted.top > 1:
+        last = len(ranking) - 1
+        chosen = [ranking[round(i * last / (wanted.top - 1))] for i in range(wanted.top)]
+    return chosen + [t for t in models.values() if t.dense][:1]
+
+
+def _fresh_seeds(
+    store: Store, source: Search, chosen: Sequence[Trial], count: int
+) -> tuple[int, ...]:
+    """The least seeds that none of the chosen models has been run with."""
+    scope = task_scope(source.task, source.task_fingerprint or "")
+    models = {t.model for t in chosen if t.model is not None}
+    runs = Standings(store).runs(scope, trials=[t.id for t in chosen], models=models)
+    used = {r.seed for r in runs} | {t.seed for t in chosen}
+    fresh = (seed for seed in range(len(used) + count) if seed not in used)
+    return tuple(seed for seed, _ in zip(fresh, range(count), strict=False))
+
+
+def _request(
+    source: Search, chosen: Sequence[Trial], wanted: ConfirmRequest, seeds: tuple[int, ...]
+) -> SearchRequest:
+    runs = tuple(
+        ConfirmedRun(
+            trial_id=t.id,
+            theta=t.theta,
+            width=t.width,
+            steps=round(t.steps * wanted.longer),
+        )
+        for t in chosen
+    )
+    budget = source.request.train_flops * wanted.longer
+    if budget > MAX_TRAIN_FLOPS:
+        least = MAX_TRAIN_FLOPS / source.request.train_flops
+        raise InvalidInput("longer", wanted.longer, f"at most {least:g} for this search's budget")
+    confirm = Confirm(search=source.id, runs=runs, seeds=seeds, longer=wanted.longer)
+    fields = {
+        **source.request.model_dump(mode="json"),
+        "train_flops": budget,
+        "trials": len(runs) * len(seeds),
+        "confirm": confirm.model_dump(mode="json"),
+    }
+    return SearchRequest.checked(fields)

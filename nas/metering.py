@@ -1,0 +1,111 @@
+"""What a training step costs where it runs: seconds, and memory at its peak."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+#: Steps before anything is timed: the first ones allocate, compile and warm caches.
+_WARM_UP = 5
+#: The step whose allocations are recorded on a CPU: the optimiser has its state by then.
+_RECORDED = 3
+#: Steps timed together on a GPU, which is only waited for before and after.
+_BURST = 20
+#: Fewest timed steps that a median is taken of.
+_MIN_TIMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Measured cost of a training step; None where the run was too short to tell."""
+
+    #: median on a CPU, mean of a burst on a GPU; evaluations are not in it
+    seconds_per_step: float | None
+    #: parameters, optimiser state, and the most that a step holds besides; on a GPU the most
+    #: allocated since the run began. Neither data nor the process itself is in it
+    peak_memory_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+class CostMeter:
+    """Measures the steps of one run; changes nothing that they compute."""
+
+    def __init__(self, device: str) -> None:
+        self._gpu = device.startswith("cuda")
+        self._device = device
+        self._done = 0
+        self._seconds: list[float] = []
+        self._peak: int | None = None
+        self._base = 0
+        self._started = 0.0
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            self._base = torch.cuda.memory_allocated(device)
+
+    @contextmanager
+    def step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Around one training step, from its forward pass to its update."""
+        self._done += 1
+        if self._gpu:
+            yield from self._gpu_step()
+        elif self._done == _RECORDED:
+            yield from self._recorded_step(optimizer)
+        else:
+            started = time.perf_counter()
+            yield
+            if self._done > _WARM_UP:
+                self._seconds.append(time.perf_counter() - started)
+
+    def _gpu_step(self) -> Iterator[None]:
+        if self._done == _WARM_UP + 1:
+            torch.cuda.synchronize()
+            self._started = time.perf_counter()
+        yield
+        if self._done == _WARM_UP + _BURST:
+            torch.cuda.synchronize()
+            self._seconds = [(time.perf_counter() - self._started) / _BURST]
+
+    def _recorded_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        # gradients of the step before would be freed unseen
+        optimizer.zero_grad(set_to_none=True)
+        held = _bytes_held(optimizer)
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
+        ) as record:
+            yield
+        level = most = 0
+        for event in record.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                level += event.nbytes()
+                most = max(most, level)
+        self._peak = held + most
+
+    def result(self) -> StepCost:
+        """What was measured so far."""
+        if self._gpu:
+            peak = torch.cuda.max_memory_allocated(self._device) - self._base
+            return StepCost(self._seconds[0] if self._seconds else None, peak)
+        timed = len(self._seconds) >= _MIN_TIMED
+        return StepCost(statistics.median(self._seconds) if timed else None, self._peak)
+
+
+def _bytes_held(optimizer: torch.optim.Optimizer) -> int:
+    """Parameters and optimiser state."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,238 @@
+"""Answers as values: the same for REST, the command line and Python.
+
+Torch-free.  What an answer is good for, a layer or a whole model in its structure, is imported on
+use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nas.taxonomy import describe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.layers import EinsumLinear
+    from nas.layers.surgery import Surgery
+
+Pair = tuple[float, float]
+
+
+class Result(BaseModel):
+    """A frozen value whose fields can also be read as items."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in type(self).model_fields:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+class Point(Result):
+    """A point of a run's curve."""
+
+    search_id: str
+    trial_id: int
+    number: int = Field(description="number of the trial in its search")
+    kind: str = Field(description="candidate | reference | confirmation")
+    name: str
+    theta: list[float]
+    width: int
+    seed: int
+    steps: int
+    train_flops: float
+    loss: float = Field(description="mean over the task's fixed validation samples")
+    loss_stderr: float = Field(description="standard error over the validation samples")
+    train_seconds: float = Field(description="measured seconds of training up to here")
+    inference_flops: float = Field(description="forward FLOPs per token of the whole model")
+    params: int = Field(description="trainable parameters of the whole model")
+    step_seconds: float | None = Field(description="measured seconds of a training step")
+    peak_memory: int | None = Field(description="measured peak memory of training, bytes")
+
+
+class FrontierAnswer(Result):
+    """Pareto fronts of loss against one axis, both minimised, over completed runs."""
+
+    x: str = Field(description="axis: the field of a point that the front is drawn against")
+    x_unit: str
+    x_measured: bool = Field(description="whether the axis is measured where the runs ran")
+    y: Literal["loss"] = "loss"
+    y_unit: str
+    frontier: list[Point] = Field(description="over every structure")
+    structured: list[Point]
+    dense: list[Point]
+    hypervolume: Hypervolume | None = Field(description="null for an empty front")
+    points: int = Field(description="evaluations of completed runs")
+    trials: int = Field(description="completed runs")
+
+
+class Hypervolume(Result):
+    """Area that a front dominates, over decades of the axis times the unit of the loss.
+
+    Up to the reference point: the greatest value of the axis on any front, and the greatest loss.
+    """
+
+    overall: float
+    structured: float
+    dense: float
+    reference: Pair = Field(description="(axis, loss)")
+    unit: str
+
+
+class Candidate(Result):
+    """A structure at a width, read at the budget."""
+
+    search_id: str
+    trial_id: int = Field(description="the first of its runs")
+    number: int
+    kind: str
+    name: str
+    theta: list[float]
+    width: int
+    seeds: int = Field(description="runs with distinct seeds that its loss is the mean of")
+    steps: int
+    train_flops: float
+    loss: float
+    confirmed: bool = Field(description="judged by confirmations alone")
+    inference_flops: float
+    params: int
+    step_seconds: float | None
+    peak_memory: int | None
+
+
+class Rival(Candidate):
+    """A structure compared with another."""
+
+    difference: float = Field(description="its loss minus the other's")
+    difference_interval: Pair | None = Field(
+        description="95%, holding together for all that were compared; null where unknown"
+    )
+
+
+class Multiplier(Result):
+    """Compute multiplier over dense: what the best dense run within the budget has spent, over
+    what the structure needs for the same loss."""
+
+    value: float | None
+    kind: str = Field(
+        description="exact | at_least: its curves begin below that loss | less_than: they never "
+        "reach it | undetermined | predicted"
+    )
+    interval: Pair | None = Field(description="95% over seeds; null for a bound or a single seed")
+    seeds: int
+
+
+class Evidence(Result):
+    """What an answer rests on."""
+
+    trials: int = Field(description="completed runs on the task or in the search")
+    points: int = Field(description="their evaluations")
+    searches: int
+    seeds: int = Field(description="seeds behind the best one's loss")
+    compared: int = Field(description="structures that the best was compared with")
+    noise: float | None = Field(
+        description="standard deviation of the logarithm of a loss from seed to seed, pooled over "
+        "models that were run more than once; null where none was"
+    )
+    not_finite: int = Field(
+        0, description="runs near the best that were left out because a stored value of theirs is "
+        "no usable number"
+    )  # fmt: skip
+
+
+class RankCorrelation(Result):
+    """How well the runs that were ranked agree with their confirmations: Kendall's τ-b."""
+
+    tau: float | None = Field(description="null for fewer than 2, or where all are tied")
+    interval: Pair | None = Field(
+        description="95%, Fieller, Hartley and Pearson (1957); null below 5"
+    )
+    candidates: int = Field(description="runs that were confirmed, dense ones included")
+    seeds: int = Field(description="fewest confirmations of one of them")
+    longer: float = Field(description="train FLOPs of a confirmation over those of its run")
+
+
+class Extrapolation(Result):
+    """How far a predicted answer lies outside of what was measured."""
+
+    measured: Pair = Field(description="least and greatest train FLOPs of the evidence")
+    beyond: float = Field(description="budget over the greatest measured train FLOPs")
+    law: str = Field(description="what was fitted to the structure's compute-optimal points")
+    widths: int = Field(description="widths that it was fitted to")
+
+
+class Answer(Result):
+    """The best structure within a budget."""
+
+    kind: Literal["measured", "predicted"]
+    budget: float
+    budget_axis: str
+    budget_unit: str
+    task: str = Field(description="name@fingerprint")
+    name: str
+    theta: list[float]
+    canonical_theta: list[float]
+    width: int
+    steps: int
+    train_flops: float
+    train_flops_unit: str
+    expected_loss: float
+    loss_unit: str
+    interval: Pair | None = Field(
+        description="95% of the expected loss over runs with other seeds; null where unknown"
+    )
+    interval_means: str
+    validation_interval: Pair | None = Field(
+        description="95% over the sampling of the validation data; null where unknown"
+    )
+    multiplier_over_dense: Multiplier | None
+    structured_multiplier: Multiplier | None = Field(
+        description="of the best structured layers, where the best of all is dense"
+    )
+    indistinguishable: list[Rival] = Field(
+        description="structures that cannot be told apart from the best"
+    )
+    comparisons_mean: str
+    best_structured: Candidate | None
+    best_dense: Candidate | None
+    dense_minus_structured: Rival | None
+    confirmed: bool = Field(
+        description="whether the expected loss rests on fresh seeds alone; otherwise the runs that "
+        "it was chosen by are the ones it is read from, which biases it low"
+    )
+    confirmation: RankCorrelation | None = Field(description="null before any `confirm`")
+    evidence: Evidence
+    extrapolation: Extrapolation | None = Field(description="null for a measured answer")
+
+    def layer(self, d_in: int, d_out: int, **options: Any) -> EinsumLinear:
+        """A layer of this structure; options as of `nas.layers.EinsumLinear`."""
+        from nas.layers import EinsumLinear
+
+        return EinsumLinear(self._theta, d_in, d_out, **options)
+
+    def replace_linears(self, model: nn.Module, **options: Any) -> Surgery:
+        """Put this structure in the place of a model's linear layers; options and report as of
+        `nas.layers.replace_linears`."""
+        from nas.layers import replace_linears
+
+        return replace_linears(model, self._theta, **options)
+
+    @property
+    def _theta(self) -> str:
+        return ",".join(repr(v) for v in self.theta)
+
+    @property
+    def snippet(self) -> str:
+        """Python that puts this structure into a model."""
+        return (
+            "from nas.layers import param_groups, replace_linears\n\n"
+            f"# {describe(self.theta)}: {self.kind} best for {self.task} within {self.budget:.4g} "
+            f"{self.budget_axis}\n"
+            f'theta = "{self._theta}"\n'
+            "print(replace_linears(model, theta))\n"
+            "optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3))\n"
+        )

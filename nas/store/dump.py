@@ -1,0 +1,242 @@
+"""Reading everything of a task or a search in bounded memory, and databases of other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, create_engine, inspect, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from nas.errors import InvalidInput, NotFound, StoreUnavailable
+from nas.store import rows
+from nas.store.engine import reading
+from nas.store.records import CurvePoint, StoredPoint, Trial
+from nas.store.schema import PointRow, SearchRow, TrialRow
+from nas.store.searches import Store
+
+_ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
+_CONNECT_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A trial in whatever state, with its curve and what it was trained on."""
+
+    trial: Trial
+    #: in the order of their steps, without the losses of single samples
+    points: tuple[StoredPoint, ...]
+    task: str
+    #: None until a worker has loaded the search's data
+    fingerprint: str | None
+    #: whether it shares the result of another run of the scope, and so is no evidence of its own
+    repeats: bool
+
+    def curve_points(self) -> list[CurvePoint]:
+        """The points with what identifies their run, as analysis takes them."""
+        return [self._curve_point(p) for p in self.points]
+
+    def _curve_point(self, point: StoredPoint) -> CurvePoint:
+        trial = self.trial
+        renamed = {
+            "trial_id": trial.id,
+            "params": trial.model_params,
+            "complete": trial.state == "complete",
+        }
+        values: dict[str, Any] = {}
+        for field in fields(CurvePoint):
+            owner = point if hasattr(point, field.name) else trial
+            # FLOPs and loss belong to the point wherever both records have them
+            values[field.name] = (
+                renamed[field.name] if field.name in renamed else getattr(owner, field.name)
+            )
+        return CurvePoint(**values)
+
+
+def iterate_runs(
+    store: Store,
+    *,
+    search_id: str | None = None,
+    task: str | None = None,
+    fingerprint: str | None = None,
+    batch: int = 500,
+) -> Iterator[StoredRun]:
+    """Every trial of a search, or of a task's data, in the order of their ids.
+
+    Trials are read in pages of `batch`, each in a transaction of its own with the curves of all
+    of them in one query, so that memory does not grow with the store and a slow reader holds no
+    transaction open.  What is written meanwhile is seen as it is when its page is read.
+
+    Raises
+    ------
+    NotFound
+        No such search.
+    """
+    repeats, where = _scope(search_id, task, fingerprint)
+    query = (
+        select(TrialRow, SearchRow.task, SearchRow.task_fingerprint, repeats.label("repeats"))
+        .join(SearchRow, TrialRow.search_id == SearchRow.id)
+        .where(*where)
+        .order_by(TrialRow.id)
+        .limit(batch)
+    )
+    after: int | None = None
+    while True:
+        with reading(store.engine) as session:
+            if after is None and search_id is not None and not session.get(SearchRow, search_id):
+                raise NotFound(f"no search {search_id!r}")
+            page = session.execute(
+                query if after is None else query.where(TrialRow.id > after)
+            ).all()
+            curves = _curves(session, [row.id for row, *_ in page])
+            runs = [
+                StoredRun(
+                    rows.to_trial(row), tuple(curves.get(row.id, ())), name, found, bool(twin)
+                )
+                for row, name, found, twin in page
+            ]
+        yield from runs
+        if len(runs) < batch:
+            return
+        after = runs[-1].trial.id
+
+
+def _scope(
+    search_id: str | None, task: str | None, fingerprint: str | None
+) -> tuple[ColumnElement[bool], list[ColumnElement[bool]]]:
+    """(whether a trial repeats another of the scope, what belongs to the scope).
+
+    A search shows a result that it found done elsewhere; of a task as a whole each run counts
+    once, for the run that it was taken from is in the scope too.
+    """
+    shared: ColumnElement[bool] = TrialRow.reused_from.is_not(None)
+    where: list[ColumnElement[bool]] = []
+    if search_id is not None:
+        own = select(TrialRow.id).where(TrialRow.search_id == search_id)
+        shared = shared & TrialRow.reused_from.in_(own.scalar_subquery())
+        where.append(TrialRow.search_id == search_id)
+    if task is not None:
+        where.append(SearchRow.task == task)
+    if fingerprint is not None:
+        where.append(SearchRow.task_fingerprint == fingerprint)
+    return shared, where
+
+
+def _curves(session: Session, trial_ids: Sequence[int]) -> dict[int, list[StoredPoint]]:
+    """Trial id → its points, without the losses of single samples, most of the stored bytes."""
+    query = (
+        select(
+            PointRow.trial_id,
+            PointRow.step,
+            PointRow.train_flops,
+            PointRow.loss,
+            PointRow.loss_stderr,
+            PointRow.seconds,
+        )
+        .where(PointRow.trial_id.in_(trial_ids))
+        .order_by(PointRow.trial_id, PointRow.step)
+    )
+    curves: dict[int, list[StoredPoint]] = {}
+    for trial_id, step, train_flops, loss, loss_stderr, seconds in session.execute(query):
+        point = StoredPoint(step, train_flops, loss, loss_stderr, seconds)
+        curves.setdefault(trial_id, []).append(point)
+    return curves
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignDatabase:
+    """A database of another program, known to be no store of ours."""
+
+    #: with the driver that is installed; holds the password
+    url: str
+    #: without password and connection options
+    shown: str
+    #: for the driver
+    connect_args: dict[str, Any]
+
+
+def foreign_database(url: str, field: str) -> ForeignDatabase:
+    """The database at `url`, looked at before another program's tables are made in it.
+
+    A SQLite file that does not exist is accepted if its folder does, and is not created here.
+
+    Raises
+    ------
+    InvalidInput
+        About `field`: no URL, another kind of database, one that cannot be reached, or one that
+        holds a store of searches or another program's schema.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # not repeated: whatever it is, it may hold a password
+        raise InvalidInput(field, "a text that is no URL", _ACCEPTED) from None
+    shown = parsed.set(query={}).render_as_string(hide_password=True)
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        found = ForeignDatabase(
+            _plain(parsed.set(drivername="postgresql+psycopg")),
+            shown,
+            {"connect_timeout": _CONNECT_SECONDS},
+        )
+    elif backend == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        path = Path(str(parsed.database))
+        if not path.parent.is_dir():
+            raise InvalidInput(field, shown, f"{_ACCEPTED}: folder {path.parent} does not exist")
+        found = ForeignDatabase(_plain(parsed.set(drivername="sqlite")), shown, {})
+        if not path.exists():
+            return found
+    else:
+        raise InvalidInput(field, shown, _ACCEPTED)
+    with refusing(found, field):
+        tables = _tables(found)
+    if "searches" in tables or ("studies" not in tables and tables & {"trials", "alembic_version"}):
+        raise InvalidInput(
+            field,
+            shown,
+            "a database that is empty or Optuna's: its tables are called as those here",
+        )
+    return found
+
+
+def _plain(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+def _tables(database: ForeignDatabase) -> set[str]:
+    engine = create_engine(database.url, connect_args=database.connect_args)
+    try:
+        return set(inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def refusing(database: ForeignDatabase, field: str) -> Iterator[None]:
+    """Turn errors of a database that is being opened into `InvalidInput` about `field`."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        accepted = f"{_ACCEPTED} that can be opened and written: {_reason(error, database)}"
+        raise InvalidInput(field, database.shown, accepted) from None
+
+
+@contextmanager
+def translating(database: ForeignDatabase) -> Iterator[None]:
+    """Turn errors of a database that has been opened into `StoreUnavailable`."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"{database.shown}: {_reason(error, database)}") from None
+
+
+def _reason(error: SQLAlchemyError, database: ForeignDatabase) -> str:
+    """One line of what the driver says, without the password."""
+    said = " ".join(str(getattr(error, "orig", None) or error).split())
+    password = make_url(database.url).password
+    return said.replace(str(password), "***") if password else said
