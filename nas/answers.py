@@ -81,6 +81,7 @@ def resolve_task(store: Store, task: str) -> tuple[str, str]:
             raise NotFound(
                 f"no search on the default data and recipe of task {name!r} has begun here"
                 + (f"; on others: {others}" if others else "")
+                + f"; run `einsum-nas search --task {name} --train-flops 2e11 --wait`"
             )
         fingerprint = found
     return name, fingerprint

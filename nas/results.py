@@ -149,7 +149,7 @@ class RankCorrelation(Result):
 
     tau: float | None = Field(description="null for fewer than 2, or where all are tied")
     interval: Pair | None = Field(
-        description="95%, Fieller, Hartley and Pearson (1957); null below 5"
+        description="95%; null for fewer than 5 runs"
     )
     candidates: int = Field(description="runs that were confirmed, dense ones included")
     seeds: int = Field(description="fewest confirmations of one of them")

@@ -238,7 +238,7 @@ def _read_model(runs: Sequence[Run], budget: float) -> Contender:
     readings = tuple(_read(r, at) for r in one_a_seed(reach))
     # where no run lies at the budget itself, the lowest evaluation before it is meant
     ends = all(r.share == 0.0 for r in readings)
-    steps = readings[0].steps[0] if ends else int(at // step)
+    steps = readings[0].steps[0] if ends else int(at / step + 1e-6)  # division may fall just short
     flops = next(p.train_flops for p in readings[0].run.points if p.step == steps) if ends else at
     return Contender(readings, flops, steps)
 

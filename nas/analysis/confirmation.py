@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import ndtri
+import numpy as np
 from scipy.stats import kendalltau
 
-from nas.analysis.intervals import CONFIDENCE, Interval
+from nas.analysis.intervals import Interval, t_quantile
 from nas.store import ConfirmedPair
 
 #: Fewest pairs of which an interval is given: its variance has n - 4 in the denominator.
@@ -45,10 +45,11 @@ def rank_correlation(pairs: Sequence[ConfirmedPair]) -> Confirmation | None:
     used = [p for _, p in sorted(longest.items())]
     if not used:
         return None
-    tau = kendall_tau([p.proxy_loss for p in used], [p.confirmed_loss for p in used])
+    proxy, confirmed = [p.proxy_loss for p in used], [p.confirmed_loss for p in used]
+    tau = kendall_tau(proxy, confirmed)
     return Confirmation(
         tau=tau,
-        interval=None if tau is None else tau_interval(tau, len(used)),
+        interval=None if tau is None else tau_interval(proxy, confirmed),
         candidates=len(used),
         seeds=min(p.seeds for p in used),
         longer=max(p.longer for p in used),
@@ -60,14 +61,31 @@ def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
     tau = float(kendalltau(x, y).statistic)
-    return tau if math.isfinite(tau) else None
+    return round(tau, 12) if math.isfinite(tau) else None  # 1 - 2e-16 is 1
 
 
-def tau_interval(tau: float, n: int) -> Interval | None:
-    """95% interval of Kendall's τ over n independent pairs; None below `MIN_PAIRS`."""
+def tau_interval(x: Sequence[float], y: Sequence[float]) -> Interval | None:
+    """95% interval of Kendall's τ; None below `MIN_PAIRS` pairs.
+
+    On Fisher's z with Student's t, and the larger of two standard errors: Fieller's, which is too
+    small for strong correlations, and the delete-one jackknife's, which is too small for few pairs.
+
+    Parameters
+    ----------
+    x, y
+        Pairs (n,); τ has a meaning for them.
+    """
+    n = len(x)
     if n < MIN_PAIRS:
         return None
-    half = float(ndtri((1 + CONFIDENCE) / 2)) * math.sqrt(_VARIANCE / (n - 4))
-    # τ of ±1 has an infinite z; the next pair could have been the other way round
-    z = math.atanh(min(max(tau, -1 + 1 / n**2), 1 - 1 / n**2))
-    return math.tanh(z - half), math.tanh(z + half) if tau < 1 else 1.0
+    signs = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
+    without = (signs.sum() - 2 * signs.sum(axis=1)) / ((n - 1) * (n - 2))
+    error = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+    # τ of ±1 has an infinite z: its interval begins at the next value that τ can have
+    step = 4 / (n * (n - 1))
+    tau = float(signs.sum()) / (n * (n - 1))
+    inside = min(max(tau, step - 1), 1 - step)
+    half = t_quantile(n - 2) * max(math.sqrt(_VARIANCE / (n - 4)), error / (1 - inside**2))
+    z = math.atanh(inside)
+    low, high = math.tanh(z - half), math.tanh(z + half)
+    return (-1.0 if tau <= step - 1 else low), (1.0 if tau >= 1 - step else high)

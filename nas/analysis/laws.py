@@ -47,6 +47,8 @@ _LEAST_DROP, _MOST_DROP = 0.01, 50.0
 _ALL_PAIRS = 32
 #: Scale of the first descent over that of the start's residuals, and how fast it shrinks.
 _FIRST_SCALE, _SHRINK = 10.0, 4.0
+#: How often it is taken anew once it no longer shrinks so fast: at first, outliers are still in it.
+_SETTLED = 3
 _STEPS = 200
 #: How often an offset may be chosen where there is none.
 _SIGNIFICANCE = 0.01
@@ -283,13 +285,12 @@ def _estimate(data: _Data, *, offset: bool) -> _Estimates:
     # The scale shrinks by steps: from the start, whose offset is one of a grid, the biweight would
     # take the ends of the curve for outliers.
     scale = _FIRST_SCALE * _scale(_residuals(data, state)[0], parameters)
-    while True:
-        state = _descend(data, state, everything, scale, offset, 1e-6)
+    settled = 0
+    while settled < _SETTLED:
+        state = _descend(data, state, everything, scale, offset, 1e-5)
         aim = _scale(_residuals(data, state)[0], parameters)
-        if aim >= scale / _SHRINK:
-            break
-        scale /= _SHRINK
-    scale = aim
+        settled += aim >= scale / _SHRINK
+        scale = max(aim, scale / _SHRINK)
     state = _descend(data, state, everything, scale, offset, 1e-10)
     runs = len(data.starts)
     if runs == 1 or not all(data.determined(offset, without=i) for i in range(runs)):

@@ -161,6 +161,7 @@ def test_a_huge_body_is_refused(client: TestClient) -> None:
      "/v1/structures?theta=monarch&d_in=0&d_out=8", "/v1/structures?theta=monarch&d_in=x&d_out=8",
      "/v1/structures?theta=monarch&d_in=8&d_out=8&sizing=x",
      "/v1/best?task=text&train_flops=nan", "/v1/best?task=text&train_flops=-1",
+     "/v1/best?task=text&params=0", "/v1/best?task=text&params=1e6&train_flops=1e12",
      "/v1/best?task=text",
      "/v1/best?task=nope&train_flops=1e12", "/v1/best?train_flops=1e12", "/v1/frontier",
      "/v1/frontier?task=text&search=x", "/v1/searches?limit=0", "/v1/searches?cursor=x",
@@ -207,7 +208,10 @@ def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) 
         best = client.get(f"/v1/best?{query}&train_flops={BUDGET}").json()
         assert best["name"] == "monarch"
         assert best["expected_loss"] == pytest.approx(2.0, abs=0.01)
-        assert best["interval"][0] < best["expected_loss"] < best["interval"][1]
+        low, high = best["validation_interval"]
+        assert low < best["expected_loss"] < high
+        assert best["interval"] is None  # one seed: how much another would move it is not known
+        assert "one seed" in best["interval_means"]
         assert best["best_dense"]["loss"] == pytest.approx(2.2, abs=0.01)
         assert best["dense_minus_structured"]["difference"] == pytest.approx(0.2)
         # windows move together, so the difference is sure although each loss is not
@@ -222,9 +226,117 @@ def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) 
     assert multiplier["kind"] == "exact"
     assert multiplier["value"] == pytest.approx(4 ** (1 - share), rel=0.02)
     assert client.get("/v1/best?task=text&train_flops=1").status_code == 404
-    # a budget beyond what was measured changes nothing that was measured
-    beyond = client.get("/v1/best?task=text&train_flops=1e15").json()
-    assert beyond["multiplier_over_dense"] == multiplier
+    # two points a curve are no law: nothing is said about budgets beyond what was measured
+    beyond = client.get("/v1/best?task=text&train_flops=1e12")
+    assert beyond.status_code == 404
+    assert "past everything measured" in beyond.json()["detail"]
+    assert "einsum-nas search" in beyond.json()["detail"]
+    far = client.get("/v1/best?task=text&train_flops=1e15")
+    assert far.status_code == 422
+    assert far.json()["field"] == "train_flops"
+
+
+def test_best_within_budgets_of_other_units(client: TestClient) -> None:
+    search = plant(client)
+    trials = {t["number"]: t for t in client.get(f"/v1/searches/{search}/trials").json()["items"]}
+    narrow = trials[0]
+    for unit, value in (
+        ("params", narrow["params"]), ("inference_flops", narrow["forward_flops_per_token"])
+    ):  # fmt: skip
+        best = client.get(f"/v1/best?search={search}&{unit}={value}").json()
+        assert best["best_dense"]["number"] == 0
+        assert best["budget_axis"] == unit
+        assert best["budget_unit"]
+        assert client.get(f"/v1/best?search={search}&{unit}=0.5").status_code == 404
+    # nothing was timed here
+    slow = client.get(f"/v1/best?search={search}&step_seconds=1")
+    assert slow.status_code == 404
+    assert "none was measured" in slow.json()["detail"]
+
+
+def test_fronts_on_other_axes(client: TestClient) -> None:
+    search = plant(client)
+    front = client.get(f"/v1/frontier?search={search}&x=params").json()
+    params = [p["params"] for p in front["frontier"]]
+    assert params == sorted(params)
+    assert {p["steps"] for p in front["dense"]} <= {
+        t["steps"] for t in client.get(f"/v1/searches/{search}/trials").json()["items"]
+    }
+    assert client.get(f"/v1/frontier?search={search}&x=step_seconds").json()["frontier"] == []
+    live = client.get(f"/searches/{search}/live?x=params").json()
+    assert set(live["scatter"]["data"][2]["x"]) >= {p["params"] for p in front["dense"]}
+    refused = client.get(f"/v1/frontier?search={search}&x=parsecs").json()
+    assert (refused["field"], refused["value"]) == ("x", "parsecs")
+    assert "params" in refused["accepted"]
+
+
+def test_an_answer_is_never_older_than_the_store(client: TestClient) -> None:
+    search = plant(client)
+    before = client.get(f"/v1/frontier?search={search}").json()
+    ask = f"/v1/best?task=text&train_flops={BUDGET}"
+    assert client.get(ask).json() == client.get(ask).json()
+    store: Store = client.app.state.store  # type: ignore[attr-defined]
+    leases, request = Leases(store), SearchRequest.checked({**GOOD, "seed": 5})
+    second, _ = store.create_search(request)
+    got = leases.claim("w", 60, search_id=second.id)
+    assert got is not None
+    leases.set_fingerprint(got[0], "0011223344556677")
+    plan = plan_at(request.settings, parse_theta("kronecker"), 0.5, BUDGET)
+    trial = leases.add_trial(got[0], TrialDraft(0, "candidate", plan, 5, "new", "kronecker"))
+    leases.start_trial(got[0], trial.id)
+    leases.add_point(got[0], trial.id, _point(plan, plan.steps, 1.5))
+    assert client.get(ask).json()["name"] == "monarch"  # it has not completed
+    leases.complete_trial(got[0], trial.id, {})
+    assert client.get(ask).json()["name"].startswith("kronecker")
+    assert client.get(ask).json()["evidence"]["searches"] == 2
+    assert client.get(f"/v1/frontier?search={search}").json() == before
+
+
+def test_a_search_is_confirmed_with_fresh_seeds(client: TestClient) -> None:
+    search = plant(client)
+    path = f"/v1/searches/{search}/confirm"
+    made = client.post(path, json={"top": 1, "seeds": 2}, headers={"Idempotency-Key": "c"})
+    assert made.status_code == 201
+    again = client.post(path, json={"top": 1, "seeds": 2}, headers={"Idempotency-Key": "c"})
+    assert (again.status_code, again.json()["id"]) == (200, made.json()["id"])
+    confirm = made.json()["request"]["confirm"]
+    trials = {t["number"]: t for t in client.get(f"/v1/searches/{search}/trials").json()["items"]}
+    # the only completed candidate, and the best dense run
+    assert [r["trial_id"] for r in confirm["runs"]] == [trials[5]["id"], trials[0]["id"]]
+    assert [r["steps"] for r in confirm["runs"]] == [trials[5]["steps"], trials[0]["steps"]]
+    assert 0 not in confirm["seeds"]
+    assert made.json()["runs_total"] == 4
+    assert made.json()["task_fingerprint"] == "0011223344556677"
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "status"),
+    [({"top": 2}, "top", 422), ({"top": 0}, "top", 422), ({"seeds": "3"}, "seeds", 422),
+     ({"longer": 0.5}, "longer", 422), ({"longer": 1e9}, "longer", 422), ({"k": 1}, "k", 422),
+     ([], "body", 422)],
+)  # fmt: skip
+def test_bad_confirmations_name_the_field(
+    client: TestClient, body: Any, field: str, status: int
+) -> None:
+    search = plant(client)
+    answer = client.post(f"/v1/searches/{search}/confirm", json=body)
+    assert (answer.status_code, answer.json()["field"]) == (status, field)
+    assert answer.json()["accepted"]
+    assert len(client.get("/v1/searches").json()["items"]) == 1
+
+
+def test_only_a_search_that_has_ended_is_confirmed(client: TestClient) -> None:
+    queued = client.post("/v1/searches", json=GOOD).json()["id"]
+    assert client.post(f"/v1/searches/{queued}/confirm", json={}).status_code == 409
+    assert client.post("/v1/searches/nope/confirm", json={}).status_code == 404
+
+
+def test_nothing_yet_says_what_to_run(client: TestClient) -> None:
+    search = client.post("/v1/searches", json=GOOD).json()["id"]
+    for path in (f"/v1/best?search={search}&train_flops=1e11", "/v1/frontier?task=images"):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert "einsum-nas search" in answer.json()["detail"]
 
 
 def test_the_frontier_is_the_non_dominated_set(client: TestClient) -> None:
@@ -334,11 +446,15 @@ def test_the_openapi_document_describes_every_route(client: TestClient) -> None:
     assert set(document["paths"]) == {
         "/healthz", "/readyz", "/v1/best", "/v1/frontier", "/v1/searches", "/v1/searches/preview",
         "/v1/searches/{search_id}", "/v1/searches/{search_id}/cancel",
+        "/v1/searches/{search_id}/confirm",
         "/v1/searches/{search_id}/events", "/v1/searches/{search_id}/trials", "/v1/structures",
         "/v1/tasks", "/v1/trials/{trial_id}",
     }  # fmt: skip
     body = document["paths"]["/v1/searches"]["post"]["requestBody"]
     assert "train_flops" in json.dumps(body)
+    for path, model in (("/v1/best", "Answer"), ("/v1/frontier", "FrontierAnswer")):
+        answer = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]
+        assert answer["schema"]["$ref"].endswith(model)
 
 
 def test_pages_need_nothing_from_elsewhere(client: TestClient) -> None:

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.analysis import best_for_budget, frontier
-from nas.analysis.best import Multiplier
-from nas.analysis.frontier import flops_to_reach, non_dominated
-from nas.errors import NotFound
-from nas.store import CurvePoint
-
-_RNG = np.random.default_rng(0)
-#: What every run shares on a window, and what is left of it in a single run.
-_SHARED = _RNG.normal(0, 0.5, 200)
+from nas.analysis import frontier
+from nas.analysis.confirmation import kendall_tau, rank_correlation, tau_interval
+from nas.analysis.frontier import flops_to_reach, hypervolume, non_dominated
+from nas.store import ConfirmedPair, CurvePoint
 
 
 def point(
@@ -27,18 +22,9 @@ def point(
         trial_id=trial, search_id="s", number=trial, kind="reference" if dense else "candidate",
         dense=dense, name="dense" if dense else "monarch", theta=(0, 0, 1, 0, 0, 1, 0), width=32,
         seed=0, step=step, train_flops=flops, loss=loss, loss_stderr=0.03, seconds=1.0,
-        complete=complete,
+        complete=complete, forward_flops_per_token=1e3, params=trial * 100, seconds_per_step=0.1,
+        peak_memory_bytes=None,
     )  # fmt: skip
-
-
-def windows(points: Sequence[CurvePoint]) -> list[tuple[float, ...]]:
-    """Losses that differ a lot between windows and little between runs on one window."""
-    rows = []
-    for p in points:
-        own = np.random.default_rng(p.trial_id * 1000 + p.step).normal(0, 0.02, 200)
-        row = _SHARED + own
-        rows.append(tuple(p.loss + row - row.mean()))
-    return rows
 
 
 numbers = st.floats(0.5, 10).map(lambda x: round(x, 1))
@@ -58,7 +44,10 @@ def test_the_front_is_the_non_dominated_set(pairs: list[tuple[float, float]]) ->
 
 
 def test_fronts_are_told_apart_by_kind() -> None:
-    points = [point(1, 1.0, 3.0, dense=True), point(2, 2.0, 2.0), point(3, 3.0, 2.5, dense=True)]
+    points = [
+        point(1, 1.0, 3.0, dense=True), point(2, 2.0, 2.0), point(3, 3.0, 2.5, dense=True),
+        point(4, 1.0, 1.0, complete=False),
+    ]  # fmt: skip
     fronts = frontier(points)
     assert [p.trial_id for p in fronts.overall] == [1, 2]
     assert [p.trial_id for p in fronts.dense] == [1, 3]
@@ -86,82 +75,80 @@ def test_a_curve_that_rises_again_has_reached_what_it_reached() -> None:
     assert got == (2.0, "exact")
 
 
-def power_law(trial: int, scale: float, *, dense: bool) -> list[CurvePoint]:
-    """loss = scale · flops^(-1/4) at four doublings up to 16."""
-    return [
-        point(trial, f, scale * f**-0.25, dense=dense, step=i)
-        for i, f in enumerate((2.0, 4.0, 8.0, 16.0))
-    ]
+def test_a_front_on_another_axis() -> None:
+    points = [point(3, 1.0, 2.0), point(1, 9.0, 3.0), point(2, 5.0, 3.5)]
+    assert [p.trial_id for p in non_dominated(points, "params")] == [1, 3]
 
 
-def test_the_multiplier_of_known_power_laws() -> None:
-    # structured layers need half the compute: scale ratio 2^(-1/4)
-    points = power_law(1, 4.0, dense=True) + power_law(2, 4.0 * 2**-0.25, dense=False)
-    answer = best_for_budget(points, 16.0, windows)
-    assert answer.multiplier is not None
-    assert answer.multiplier.kind == "exact"
-    assert answer.multiplier.interval is not None
-    assert answer.multiplier.value == pytest.approx(2.0)
-    low, high = answer.multiplier.interval
-    assert low < 2.0 < high < 2.2
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12), numbers)
+def test_the_hypervolume_is_the_area_that_is_dominated(
+    pairs: list[tuple[float, float]], far: float
+) -> None:
+    """By counting the cells of the grid that the points' own coordinates make."""
+    reference = (10.0 + far, 10.0 + far)
+    xs = sorted({x for x, _ in pairs} | {reference[0]})
+    ys = sorted({y for _, y in pairs} | {reference[1]})
+    area = 0.0
+    for x, right in itertools.pairwise(xs):
+        for y, above in itertools.pairwise(ys):
+            if any(px <= x and py <= y for px, py in pairs):
+                area += math.log10(right / x) * (above - y)
+    got = hypervolume([x for x, _ in pairs], [y for _, y in pairs], reference)
+    assert got == pytest.approx(area)
 
 
-def test_a_multiplier_is_censored_where_structured_curves_begin_too_low() -> None:
-    points = [*power_law(1, 4.0, dense=True), point(2, 8.0, 1.0)]
-    multiplier = best_for_budget(points, 16.0, windows).multiplier
-    assert multiplier == Multiplier(2.0, "at_least", None)
-    # asking for more than was measured does not make dense spend more
-    assert best_for_budget(points, 1e6, windows).multiplier == multiplier
+def test_what_lies_past_the_reference_adds_nothing() -> None:
+    assert hypervolume([1.0, 200.0], [5.0, 1.0], (100.0, 4.0)) == 0.0
+    assert hypervolume([], [], (1.0, 1.0)) == 0.0
+    assert hypervolume([1.0], [1.0], (100.0, 4.0)) == pytest.approx(2 * 3)
 
 
-def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
-    points = [*power_law(1, 2.0, dense=True), *power_law(2, 4.0, dense=False)]
-    multiplier = best_for_budget(points, 16.0, windows).multiplier
-    assert multiplier == Multiplier(1.0, "less_than", None)
+# --- confirmation
 
 
-def test_unfinished_and_over_budget_runs_never_win() -> None:
-    points = [
-        point(1, 10.0, 2.5, dense=True), point(2, 10.0, 2.2), point(3, 9.0, 1.0, complete=False),
-        point(4, 10.5, 1.5),
-    ]  # fmt: skip
-    answer = best_for_budget(points, 10.0, windows)
-    assert answer.best.trial_id == 2
-    assert answer.trials == 2
-    with pytest.raises(NotFound, match="the least measured is 10"):
-        best_for_budget(points, 5.0, windows)
-    with pytest.raises(NotFound, match="none has completed"):
-        best_for_budget([points[2]], 10.0, windows)
+def pair(trial: int, proxy: float, confirmed: float, longer: float = 1.0) -> ConfirmedPair:
+    return ConfirmedPair(trial, False, proxy, confirmed, 3, longer)
 
 
-def test_runs_are_compared_window_by_window() -> None:
-    points = [point(1, 10.0, 2.000), point(2, 10.0, 2.001), point(3, 10.0, 2.02),
-              point(4, 10.0, 2.1, dense=True)]  # fmt: skip
-    answer = best_for_budget(points, 10.0, windows)
-    # the loss itself is uncertain by far more than the differences that are resolved
-    assert answer.interval[1] - answer.interval[0] > 0.1
-    assert [r.point.trial_id for r in answer.indistinguishable] == [2]
-    assert answer.dense_difference is not None
-    assert answer.dense_difference.difference == pytest.approx(0.1)
-    low, high = answer.dense_difference.interval
-    assert 0.09 < low < 0.1 < high < 0.11
+def test_the_rank_correlation_of_a_ranking_that_holds_and_of_one_that_does_not() -> None:
+    held = rank_correlation([pair(i, 1 + i / 10, 2 + i / 5) for i in range(12)])
+    assert held is not None
+    assert (held.tau, held.candidates, held.seeds) == (1.0, 12, 3)
+    assert held.interval is not None
+    assert 0.3 < held.interval[0] < held.interval[1] == 1.0
+    turned = rank_correlation([pair(i, 1 + i / 10, 2 - i / 10) for i in range(12)])
+    assert turned is not None
+    assert turned.tau == -1.0
+    assert turned.interval is not None
+    assert turned.interval[0] == -1.0
+    assert turned.interval[1] < -0.3
 
 
-def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_longest_confirmation_of_a_run_counts() -> None:
+    both = [pair(i, 1 + i, 5 - i) for i in range(6)] + [pair(i, 1 + i, i, 4.0) for i in range(6)]
+    found = rank_correlation(both)
+    assert found is not None
+    assert (found.tau, found.longer, found.candidates) == (1.0, 4.0, 6)
+
+
+def test_no_correlation_is_made_up() -> None:
+    assert rank_correlation([]) is None
+    alone = rank_correlation([pair(1, 1.0, 2.0)])
+    assert alone is not None
+    assert (alone.tau, alone.interval) == (None, None)
+    assert kendall_tau([1.0, 1.0], [1.0, 2.0]) is None
+    assert tau_interval([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]) is None
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_the_interval_of_tau_covers_the_truth(noise: float) -> None:
+    """Normal pairs of correlation r have a true τ of 2/π·asin(r)."""
+    rng = np.random.default_rng(3)
+    truth = 2 / math.pi * math.asin(1 / math.sqrt(1 + noise**2))
     covered = 0
-    rng = np.random.default_rng(1)
-    for _ in range(400):
-        base = rng.normal(2.0, 0.5, 100)
-        other = base + rng.normal(0.03, 0.1, 100)
-        points = [point(1, 1.0, base.mean()), point(2, 1.0, other.mean(), dense=True)]
-        rows = {1: tuple(base), 2: tuple(other)}
-        answer = best_for_budget(points, 1.0, lambda ps, r=rows: [r[p.trial_id] for p in ps])  # type: ignore[misc]
-        assert answer.dense_difference is not None
-        low, high = answer.dense_difference.interval
-        covered += low <= 0.03 <= high
-    assert 0.92 <= covered / 400 <= 0.98
-
-
-def test_the_order_of_rows_does_not_matter() -> None:
-    points = power_law(1, 4.0, dense=True) + power_law(2, 3.9, dense=False)
-    assert best_for_budget(points, 16.0, windows) == best_for_budget(points[::-1], 16.0, windows)
+    for _ in range(600):
+        x = rng.normal(size=13)
+        interval = tau_interval(x.tolist(), (x + noise * rng.normal(size=13)).tolist())
+        assert interval is not None
+        covered += interval[0] <= truth <= interval[1]
+    assert 0.94 <= covered / 600 <= 0.998

@@ -1,0 +1,320 @@
+"""The best structure for a budget: what wins, what ties with it, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.analysis import Answer, best_for_budget, predict_for_budget
+from nas.analysis.best import BestMultiplier
+from nas.errors import NotFound
+from nas.store import Run, StoredPoint
+from nas.store.standings import structure_key
+from nas.taxonomy import parse_theta
+
+STEP = 0.01  # FLOPs of a step
+DENSE = "dense"
+#: What every run shares on a sample, and what is left of it in a single run.
+_SHARED = np.random.default_rng(0).normal(0, 0.5, 200)
+
+
+def run(
+    trial: int, points: Sequence[tuple[float, float]], *, structure: str = "monarch",
+    width: int = 32, seed: int = 0, kind: str = "candidate", **fields: Any,
+) -> Run:  # fmt: skip
+    """A completed run from its (train FLOPs, loss) points."""
+    theta = parse_theta(structure).values
+    values: dict[str, Any] = {
+        "trial_id": trial, "search_id": "s", "number": trial, "kind": kind,
+        "dense": structure == DENSE, "name": structure, "theta": theta,
+        "structure": structure_key(theta), "model": f"{structure} {width}", "width": width,
+        "depth": 2, "steps": round(points[-1][0] / STEP), "seed": seed,
+        "train_flops_per_step": STEP, "forward_flops_per_token": 10.0 * width, "params": width,
+        "seconds_per_step": None, "peak_memory_bytes": None,
+        "points": tuple(
+            StoredPoint(round(f / STEP), f, y, 0.03, f, ()) for f, y in points
+        ),
+        **fields,
+    }  # fmt: skip
+    return Run(**values)
+
+
+def samples(keys: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
+    """Losses that differ a lot between samples and little between runs on one sample."""
+    rows = []
+    for trial, step in keys:
+        row = _SHARED + np.random.default_rng(trial * 1000 + step).normal(0, 0.02, 200)
+        rows.append(tuple(OFFSETS.get(trial, 2.0) + row - row.mean()))
+    return rows
+
+
+OFFSETS: dict[int, float] = {}
+
+
+@pytest.fixture(autouse=True)
+def no_offsets() -> None:
+    OFFSETS.clear()
+
+
+def ask(runs: Sequence[Run], budget: float, **options: Any) -> Answer:
+    return best_for_budget(runs, budget, samples, **options)
+
+
+def power_law(trial: int, scale: float, exponent: float = 0.25, **fields: Any) -> Run:
+    """loss = scale · flops^(-exponent) at four doublings up to 16."""
+    points = [(f, scale * f**-exponent) for f in (2.0, 4.0, 8.0, 16.0)]
+    return run(trial, points, **fields)
+
+
+# --- what wins
+
+
+def test_the_lowest_run_within_the_budget_wins() -> None:
+    runs = [run(1, [(10.0, 2.5)], structure=DENSE), run(2, [(10.0, 2.2)]),
+            run(4, [(10.5, 1.5)], structure="kronecker")]  # fmt: skip
+    answer = ask(runs, 10.0)
+    assert (answer.best.run.trial_id, answer.best.loss) == (2, 2.2)
+    assert answer.best_dense is not None
+    assert answer.best_dense.run.trial_id == 1
+    with pytest.raises(NotFound):
+        ask(runs, 5.0)
+    assert ask(runs, 10.5).best.run.trial_id == 4
+
+
+def test_between_evaluations_a_curve_is_straight_in_log_log() -> None:
+    answer = ask([power_law(1, 4.0)], 6.0)
+    assert answer.best.loss == pytest.approx(4.0 * 6.0**-0.25)
+    assert answer.best.steps == 600
+    assert answer.best.train_flops == 6.0
+
+
+def test_past_its_end_a_run_is_what_it_was() -> None:
+    """A shorter run is within a larger budget, and what it would become is not known."""
+    long = run(2, [(10.0, 3.0), (40.0, 2.9)], structure="kronecker")
+    answer = ask([power_law(1, 4.0), long], 40.0)
+    assert (answer.best.run.trial_id, answer.best.loss) == (1, 2.0)
+    assert (answer.best.train_flops, answer.best.steps) == (16.0, 1600)
+
+
+def test_a_run_that_rises_again_is_read_at_its_lowest() -> None:
+    rising = run(1, [(2.0, 3.0), (4.0, 2.0), (8.0, 2.5)])
+    answer = ask([rising], 8.0)
+    assert (answer.best.loss, answer.best.steps, answer.best.train_flops) == (2.0, 400, 4.0)
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
+    runs = [
+        power_law(i, 4.0 + 0.01 * i, structure=(DENSE, "monarch", "kronecker")[i % 3], seed=i // 3)
+        for i in range(6)
+    ]
+    assert ask([runs[i] for i in order], 11.0) == ask(runs, 11.0)
+
+
+# --- seeds
+
+
+def replicated(base: int, losses: Sequence[float], **fields: Any) -> list[Run]:
+    return [run(base + s, [(10.0, y)], seed=s, **fields) for s, y in enumerate(losses)]
+
+
+def test_runs_of_a_model_are_averaged_over_seeds() -> None:
+    runs = replicated(0, [2.0, 2.2, 2.1]) + replicated(10, [2.6, 2.4, 2.5], structure=DENSE)
+    answer = ask(runs, 10.0)
+    assert answer.best.seeds == 3
+    assert answer.best.loss == pytest.approx((2.0 * 2.2 * 2.1) ** (1 / 3))
+    assert answer.interval is not None
+    assert answer.noise is not None
+    assert answer.noise.degrees == 4
+    logs = [np.log([2.0, 2.2, 2.1]), np.log([2.6, 2.4, 2.5])]
+    pooled = math.sqrt(sum(float(v.var(ddof=1)) for v in logs) / 2)
+    assert answer.noise.sd == pytest.approx(pooled)
+    half = 2.7764451 * pooled / math.sqrt(3)
+    assert answer.interval == pytest.approx(
+        (answer.best.loss * math.exp(-half), answer.best.loss * math.exp(half))
+    )
+
+
+def test_a_single_run_has_no_interval_over_runs() -> None:
+    answer = ask([power_law(1, 4.0)], 16.0)
+    assert answer.interval is None
+    assert answer.noise is None
+    assert answer.indistinguishable == ()
+    assert answer.multiplier is None
+
+
+def test_equal_seeds_are_one_run() -> None:
+    """The same model with the same seed in two searches is no second opinion."""
+    runs = [run(1, [(10.0, 2.0)]), run(2, [(10.0, 2.0), (20.0, 1.9)])]
+    answer = ask(runs, 10.0)
+    assert answer.best.seeds == 1
+    assert answer.interval is None
+
+
+def test_confirmations_take_the_place_of_the_runs_that_were_chosen() -> None:
+    lucky = run(1, [(10.0, 1.8)])
+    fresh = [run(10 + s, [(10.0, y)], seed=s + 1, kind="confirmation")
+             for s, y in enumerate((2.2, 2.3, 2.25))]  # fmt: skip
+    answer = ask([lucky, *fresh], 10.0)
+    assert answer.best.confirmed
+    assert answer.best.seeds == 3
+    assert answer.best.loss > 2.2
+
+
+def test_one_lucky_run_does_not_beat_several() -> None:
+    several = replicated(0, [2.0, 2.1, 1.9, 2.0])
+    a_little_lower = run(20, [(10.0, 1.95)], structure="kronecker")
+    answer = ask([*several, a_little_lower], 10.0)
+    assert answer.best.run.name == "monarch"
+    assert [r.contender.run.name for r in answer.indistinguishable] == ["kronecker"]
+    far_lower = run(20, [(10.0, 1.0)], structure="kronecker")
+    answer = ask([*several, far_lower], 10.0)
+    assert answer.best.run.name == "kronecker"
+    assert answer.indistinguishable == ()
+
+
+def test_the_set_that_cannot_be_told_apart_holds_the_best_as_often_as_it_says() -> None:
+    """Eight structures, two of them equally good, seeds of 2% noise: nearly always both are in."""
+    rng = np.random.default_rng(2)
+    names = ["monarch", "kronecker", DENSE, *(f"low-rank:rho=0.{i}" for i in range(1, 6))]
+    truth = [2.0, 2.0, 2.05, 2.1, 2.2, 2.3, 2.5, 3.0]
+    held, sizes = 0, []
+    for _ in range(300):
+        runs = [
+            r
+            for i, (name, mean) in enumerate(zip(names, truth, strict=True))
+            for r in replicated(i * 10, mean * np.exp(rng.normal(0, 0.02, 4)), structure=name)
+        ]
+        answer = ask(runs, 10.0)
+        chosen = {answer.best.run.name, *(r.contender.run.name for r in answer.indistinguishable)}
+        held += {"monarch", "kronecker"} <= chosen
+        sizes.append(len(chosen))
+    assert held / 300 >= 0.95
+    assert np.median(sizes) <= 4
+
+
+def test_one_seed_each_is_compared_sample_by_sample() -> None:
+    OFFSETS.update({1: 2.0, 2: 2.001, 3: 2.02, 4: 2.1})
+    names = {1: "monarch", 2: "kronecker", 3: "low-rank:rho=0.5", 4: DENSE}
+    runs = [run(t, [(10.0, OFFSETS[t])], structure=name) for t, name in names.items()]
+    answer = ask(runs, 10.0)
+    # the loss itself is uncertain by far more than the differences that are resolved
+    assert answer.validation_interval is not None
+    assert answer.validation_interval[1] - answer.validation_interval[0] > 0.1
+    assert [r.contender.run.trial_id for r in answer.indistinguishable] == [2]
+    assert answer.dense_difference is not None
+    assert answer.dense_difference.interval is not None
+    low, high = answer.dense_difference.interval
+    assert 0.09 < low < 0.1 < high < 0.11
+    assert answer.interval is None
+
+
+# --- multiplier
+
+
+def test_the_multiplier_of_known_power_laws() -> None:
+    # structured layers need half the compute: scale ratio 2^(-1/4)
+    runs = [power_law(1, 4.0, structure=DENSE), power_law(2, 4.0 * 2**-0.25)]
+    answer = ask(runs, 16.0)
+    assert answer.multiplier is not None
+    assert answer.multiplier.kind == "exact"
+    assert answer.multiplier.value == pytest.approx(2.0)
+    assert answer.multiplier.interval is None  # one seed
+
+
+def test_the_interval_of_the_multiplier_is_over_seeds() -> None:
+    runs = []
+    for seed, scale in enumerate((1.0, 1.02, 0.99)):
+        runs.append(power_law(10 + seed, 4.0 * scale, structure=DENSE, seed=seed))
+        runs.append(power_law(20 + seed, 4.0 * 2**-0.25, seed=seed))
+    multiplier = ask(runs, 16.0).multiplier
+    assert multiplier is not None
+    assert multiplier.interval is not None
+    assert multiplier.seeds == 3
+    assert multiplier.interval[0] < 2.0 < multiplier.interval[1]
+    # of each seed 2 · scale^4, where dense of that seed reaches what it reaches
+    assert multiplier.value == pytest.approx(2 * math.prod((1.0, 1.02, 0.99)) ** (4 / 3))
+
+
+def test_a_multiplier_is_censored_where_structured_curves_begin_too_low() -> None:
+    runs = [power_law(1, 4.0, structure=DENSE), run(2, [(8.0, 1.0)])]
+    multiplier = ask(runs, 16.0).multiplier
+    assert multiplier is not None
+    assert (multiplier.kind, multiplier.interval) == ("at_least", None)
+    assert multiplier.value == pytest.approx(2.0)
+    # asking for more than was measured does not make dense spend more
+    assert ask(runs, 1e6).multiplier == multiplier
+
+
+def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
+    answer = ask([power_law(1, 2.0, structure=DENSE), power_law(2, 4.0)], 16.0)
+    assert answer.structured_multiplier is not None
+    assert answer.structured_multiplier.kind == "less_than"
+    assert answer.structured_multiplier.value == pytest.approx(1.0)
+    assert answer.multiplier == BestMultiplier(1.0, "exact", None, 1)
+
+
+# --- other budgets
+
+
+def test_a_budget_of_parameters_takes_runs_at_their_ends() -> None:
+    runs = [run(1, [(5.0, 3.0), (10.0, 2.0)], width=64), run(2, [(90.0, 2.4)], width=32),
+            run(3, [(50.0, 2.6)], width=16, structure=DENSE)]  # fmt: skip
+    answer = ask(runs, 40.0, value_of=lambda r: r.params)
+    assert (answer.best.run.trial_id, answer.best.train_flops) == (2, 90.0)
+    assert answer.multiplier is None
+    with pytest.raises(NotFound):
+        ask(runs, 10.0, value_of=lambda r: r.params)
+    with pytest.raises(NotFound):
+        ask(runs, 1e9, value_of=lambda r: r.seconds_per_step)
+
+
+# --- predictions
+
+
+def long_law(trial: int, scale: float, exponent: float, **fields: Any) -> Run:
+    points = [(f, scale * f**-exponent) for f in np.geomspace(1e9, 1e12, 12)]
+    return run(trial, points, **fields)
+
+
+def test_past_the_data_the_laws_are_extrapolated() -> None:
+    """Dense is better within the data and steeper laws win beyond."""
+    runs = [
+        r
+        for s in range(3)
+        for r in (
+            long_law(10 + s, 40.0 * (1 + s / 200), 0.10, structure=DENSE, seed=s),
+            long_law(20 + s, 90.0 * (1 - s / 200), 0.13, seed=s),
+        )
+    ]
+    answer = predict_for_budget(runs, 1e14, 1e12)
+    assert answer is not None
+    assert answer.best.run.name == "monarch"
+    assert answer.best.loss == pytest.approx(90.0 * 1e14**-0.13, rel=0.01)
+    assert answer.best.interval is not None
+    assert answer.best.interval[0] < answer.best.loss < answer.best.interval[1]
+    assert answer.best.seeds == 3
+    # the mean runs of the seeds: scales 1.005 and 0.995 times those above
+    needed = (40.2 * 1e14**-0.10 / 89.55) ** (-1 / 0.13)
+    assert answer.multiplier == pytest.approx(1e14 / needed, rel=0.01)
+    assert answer.indistinguishable == ()
+
+
+def test_one_seed_claims_no_interval_of_a_prediction() -> None:
+    runs = [long_law(1, 40.0, 0.10, structure=DENSE), long_law(2, 41.0, 0.10)]
+    answer = predict_for_budget(runs, 2e12, 1e12)
+    assert answer is not None
+    assert answer.best.interval is None
+    assert [r.interval for r in answer.indistinguishable] == [None]
+
+
+def test_nothing_is_extrapolated_from_too_little() -> None:
+    assert predict_for_budget([run(1, [(5.0, 2.0), (10.0, 1.9)])], 100.0, 10.0) is None
+    rising = run(1, [(2.0, 1.0), (4.0, 1.1), (8.0, 1.2), (10.0, 1.3)])
+    assert predict_for_budget([rising], 100.0, 10.0) is None
