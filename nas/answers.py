@@ -47,7 +47,6 @@ from nas.store import (
     StoredPoint,
     task_scope,
 )
-from nas.store.standings import KEPT_RUNS
 from nas.taxonomy import name_of
 from nas.theta import DENSE, Theta
 
@@ -326,7 +325,7 @@ def get_best(
     try:
         found = best_for_budget(runs, budget, store.window_losses, value_of)
     except NotFound:
-        least = _least(standings, scope, axis)
+        least = standings.least(scope.name, axis)
         raise NotFound(
             f"no completed run on {where} within {axis}={budget:.4g}: "
             + (f"the least measured is {least:.6g}" if least else "none was measured")
@@ -338,16 +337,13 @@ def _evidence(
     standings: Standings, scope: Scope, axis: str, budget: float
 ) -> tuple[list[Run], int]:
     """(runs near the front at a budget with every run of their models, runs that are unusable)."""
-    near: set[int] = set()
     limits = [budget, budget * _NEXT_EVALUATION] if axis == "train_flops" else [budget]
-    for dense in (False, True):
-        points = standings.points(scope.name, axis, dense=dense)
-        for limit in limits:
-            within = points.select(points.x <= limit)
-            lowest: dict[int, float] = {}
-            for trial, _, _, loss in within.rows():
-                lowest[trial] = min(loss, lowest.get(trial, math.inf))
-            near.update(sorted(lowest, key=lambda t: (lowest[t], t))[:KEPT_RUNS])
+    near = {
+        trial
+        for dense in (False, True)
+        for limit in limits
+        for trial in standings.lowest(scope.name, axis, limit, dense=dense)
+    }
     runs = standings.runs(scope.name, trials=near, models=standings.models(near))
     usable = [r for r in runs if r.points and all(_is_usable(p) for p in r.points)]
     return usable, len(runs) - len(usable)
@@ -355,11 +351,6 @@ def _evidence(
 
 def _is_usable(point: StoredPoint) -> bool:
     return math.isfinite(point.loss) and math.isfinite(point.train_flops) and point.loss > 0
-
-
-def _least(standings: Standings, scope: Scope, axis: str) -> float | None:
-    parts = [standings.points(scope.name, axis, dense=dense) for dense in (False, True)]
-    return min((float(p.x.min()) for p in parts if len(p)), default=None)
 
 
 def _measured(

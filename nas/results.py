@@ -148,9 +148,7 @@ class RankCorrelation(Result):
     """How well the runs that were ranked agree with their confirmations: Kendall's τ-b."""
 
     tau: float | None = Field(description="null for fewer than 2, or where all are tied")
-    interval: Pair | None = Field(
-        description="95%; null for fewer than 5 runs"
-    )
+    interval: Pair | None = Field(description="95%; null for fewer than 5 runs")
     candidates: int = Field(description="runs that were confirmed, dense ones included")
     seeds: int = Field(description="fewest confirmations of one of them")
     longer: float = Field(description="train FLOPs of a confirmation over those of its run")

@@ -198,6 +198,22 @@ class ScopeRow(Base):
     greatest_flops: Mapped[float | None] = mapped_column(Float)
 
 
+class BarRow(Base):
+    """What a point has to be below to enter the standings of a scope on an axis."""
+
+    __tablename__ = "bars"
+
+    scope: Mapped[str] = mapped_column(String(128), primary_key=True)
+    axis: Mapped[str] = mapped_column(String(24), primary_key=True)
+    dense: Mapped[bool] = mapped_column(primary_key=True)
+    #: standing points, and those of them that came since the last look at them all
+    size: Mapped[int] = mapped_column(_BIG)
+    added: Mapped[int] = mapped_column(_BIG)
+    #: pairs (x, loss), float64 little-endian, both in order: at or right of x, and above the loss, a
+    #: point is beaten by enough runs
+    edges: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class StandingRow(Base):
     """A point of one of the best runs of a scope at some budget; see `nas.store.standings`."""
 

@@ -5,8 +5,12 @@ parameters, …) the table holds, for structured and for dense layers apart, eve
 than `KEPT_RUNS` other runs equal or beat in both the axis and the loss.  Its first layer is the
 Pareto front; the others are the runs that a best one has to be compared with.  That set never needs
 a point back that was left out, because completed runs do not change: a point leaves when
-`KEPT_RUNS` runs have beaten it, for good.  So a result is added by looking at the standings alone,
-however many trials the store holds.
+`KEPT_RUNS` runs have beaten it, for good.
+
+A result enters without a look at the others.  A short list of *bars*, kept from the last time when
+all were looked at, tells which of its points are beaten for certain; the rest stand until a quarter
+of the standings is new, and only then are those swept out that do not belong.  What stands too long
+does no harm.
 
 Runs enter when they complete; stopped, failed and running ones never do.
 """
@@ -38,7 +42,7 @@ from sqlalchemy.orm import Session
 
 from nas.store.engine import reading, translated
 from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
-from nas.store.schema import PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
+from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 from nas.store.searches import Store
 from nas.theta import Theta
 
@@ -47,6 +51,10 @@ KEPT_RUNS = 64
 #: Grows when the table is to be built anew; the revision of the scope `*`.
 LAYOUT = 1
 _LAYOUT_SCOPE = "*"
+#: Standings are swept when more than this many points, and one in so many, are new.
+_SWEPT_AT_LEAST = 256
+_SWEPT_SHARE = 4
+_MOST_EDGES = 256
 #: Rows of one INSERT, and values of one IN: within the limits of every database.
 _AT_ONCE = 500
 
@@ -126,21 +134,27 @@ class Points:
         )  # fmt: skip
 
 
-def kept(points: Points, runs: int = KEPT_RUNS) -> NDArray[np.bool_]:
+def kept(points: Points, runs: int | None = None) -> NDArray[np.bool_]:
     """Which points lower their own run's loss and are beaten by fewer than `runs` other runs.
 
     A run beats a point if one of its own has no more of the axis and no higher loss; of equal
-    points, the one with the lower trial id is first.
+    points, the one with the lower trial id is first.  By default `KEPT_RUNS`.
     """
+    return _sweep(points, KEPT_RUNS if runs is None else runs)[0]
+
+
+def _sweep(points: Points, runs: int) -> tuple[NDArray[np.bool_], list[tuple[float, float]]]:
+    """(what `kept` gives, every (x, loss) from which on a point is beaten by `runs` runs)."""
     order = np.lexsort((points.step, points.trial, points.loss, points.x))
     # what is not a number has no place among numbers; nothing is made of it
     usable = np.isfinite(points.x) & np.isfinite(points.loss)
     order = order[usable[order]]
     chosen = np.zeros(len(points), dtype=bool)
+    bars: list[tuple[float, float]] = []
     lowest: list[tuple[float, int]] = []  # the best loss so far of the `runs` best runs, sorted
     own: dict[int, float] = {}
     bar = math.inf  # loss of the last of them: nothing at or above it enters
-    trials, losses = points.trial.tolist(), points.loss.tolist()
+    xs, trials, losses = points.x.tolist(), points.trial.tolist(), points.loss.tolist()
     for i in order.tolist():
         loss, trial = losses[i], trials[i]
         if loss >= bar:
@@ -156,9 +170,10 @@ def kept(points: Points, runs: int = KEPT_RUNS) -> NDArray[np.bool_]:
                 del lowest[at]
         bisect.insort(lowest, (loss, trial))
         del lowest[runs:]
-        if len(lowest) == runs:
+        if len(lowest) == runs and lowest[-1][0] < bar:
             bar = lowest[-1][0]
-    return chosen
+            bars.append((xs[i], bar))
+    return chosen, bars
 
 
 def task_scope(task: str, fingerprint: str) -> str:
@@ -255,42 +270,55 @@ def _points_of(trial: TrialRow, curve: Sequence[Any]) -> dict[str, Points]:
 
 
 def _merge(session: Session, scope: str, dense: bool, new: Mapping[str, Points]) -> None:
-    """Let points of one new run into the standings of a scope, and out those they push out."""
-    of_scope = and_(StandingRow.scope == scope, StandingRow.dense == dense)
-    query = select(
-        StandingRow.axis, StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss
-    ).where(of_scope)
-    standing: dict[str, list[Any]] = {}
-    for row in session.execute(query):
-        standing.setdefault(row[0], []).append(row[1:])
-    entering: list[dict[str, Any]] = []
+    """Let the points of one new run into the standings of a scope that is locked."""
+    query = select(BarRow).where(BarRow.scope == scope, BarRow.dense == dense)
+    bars = {bar.axis: bar for bar in session.scalars(query)}
     for axis, points in new.items():
-        old = Points.of(standing.get(axis, []))
-        both = Points.together([old, points.select(_may_enter(old, points))])
-        if len(both) == len(old):
+        bar = bars.get(axis)
+        if bar is None:
+            bar = BarRow(scope=scope, axis=axis, dense=dense, size=0, added=0, edges=b"")
+            session.add(bar)
+        entering = points.select(kept(points) & ~_is_beaten(points, bar.edges))
+        if not len(entering):
             continue
-        stays = kept(both)
-        entering += _as_rows(scope, axis, dense, both.select(stays & _tail(both, len(old))))
-        leaving = both.select(~stays & ~_tail(both, len(old)))
-        for part in _pieces(list(zip(leaving.trial.tolist(), leaving.step.tolist(), strict=True))):
-            of_axis = and_(of_scope, StandingRow.axis == axis)
-            key = tuple_(StandingRow.trial_id, StandingRow.step)
-            session.execute(delete(StandingRow).where(of_axis, key.in_(part)))
-    _insert(session, entering)
+        _insert(session, _as_rows(scope, axis, dense, entering))
+        bar.size += len(entering)
+        bar.added += len(entering)
+        if bar.added > max(_SWEPT_AT_LEAST, bar.size // _SWEPT_SHARE):
+            session.flush()
+            _sweep_out(session, bar)
 
 
-def _tail(points: Points, start: int) -> NDArray[np.bool_]:
-    return np.arange(len(points)) >= start
+def _is_beaten(points: Points, packed: bytes) -> NDArray[np.bool_]:
+    """Points that enough runs beat for certain."""
+    if not packed:
+        return np.zeros(len(points), dtype=bool)
+    x, loss = np.frombuffer(packed, dtype="<f8").reshape(-1, 2).T
+    at = np.searchsorted(x, points.x, side="right") - 1
+    # strictly above: of equal points the one with the lower trial id, which may come late, is first
+    return (at >= 0) & (points.loss > loss[np.maximum(at, 0)])
 
 
-def _may_enter(old: Points, new: Points) -> NDArray[np.bool_]:
-    """Points that fewer than `KEPT_RUNS` standing runs beat: most of a late run's are not."""
-    may = np.ones(len(new), dtype=bool)
-    if len(old):
-        for i in range(len(new)):
-            beaten_by = old.trial[(old.x <= new.x[i]) & (old.loss <= new.loss[i])]
-            may[i] = len(beaten_by) < KEPT_RUNS or len(np.unique(beaten_by)) < KEPT_RUNS
-    return may
+def _sweep_out(session: Session, bar: BarRow) -> None:
+    """Take out the points that enough others beat by now, and set the bars anew."""
+    own = and_(
+        StandingRow.scope == bar.scope, StandingRow.axis == bar.axis,
+        StandingRow.dense == bar.dense,
+    )  # fmt: skip
+    query = select(StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss)
+    points = Points.of(session.execute(query.where(own)).all())
+    stays, bars = _sweep(points, KEPT_RUNS)
+    leaving = points.select(~stays)
+    key = tuple_(StandingRow.trial_id, StandingRow.step)
+    for part in _pieces(list(zip(leaving.trial.tolist(), leaving.step.tolist(), strict=True))):
+        session.execute(delete(StandingRow).where(own, key.in_(part)))
+    bar.size, bar.added, bar.edges = int(stays.sum()), 0, _packed(bars)
+
+
+def _packed(bars: Sequence[tuple[float, float]]) -> bytes:
+    """At most `_MOST_EDGES` of the bars: fewer let more in, and nothing wrong."""
+    every = max(1, math.ceil(len(bars) / _MOST_EDGES))
+    return np.array(bars[::-1][::every][::-1], dtype="<f8").tobytes()
 
 
 def _as_rows(scope: str, axis: str, dense: bool, points: Points) -> list[dict[str, Any]]:
@@ -326,8 +354,8 @@ def rebuild(session: Session) -> None:
     memory.  Revisions go on from where they were.
     """
     revisions = dict(session.execute(select(ScopeRow.scope, ScopeRow.revision)).all())
-    session.execute(delete(StandingRow))
-    session.execute(delete(ScopeRow))
+    for table in (StandingRow, BarRow, ScopeRow):
+        session.execute(delete(table))
     session.flush()
     counts: dict[str, dict[str, Any]] = {}
     tasks: dict[tuple[str, bool, str], list[Points]] = {}
@@ -340,8 +368,7 @@ def rebuild(session: Session) -> None:
         if search.task_fingerprint is not None:
             _tally(counts, scope, shared)
         for (axis, dense), points in own.points.items():
-            best = points.select(kept(points))
-            _insert(session, _as_rows(search.id, axis, dense, best))
+            _stand(session, search.id, axis, dense, points)
         for (axis, dense), points in shared.points.items():
             if search.task_fingerprint is None:
                 continue
@@ -351,14 +378,25 @@ def rebuild(session: Session) -> None:
                 merged = Points.together(held)
                 tasks[scope, dense, axis] = [merged.select(kept(merged))]
     for (scope, dense, axis), parts in tasks.items():
-        merged = Points.together(parts)
-        _insert(session, _as_rows(scope, axis, dense, merged.select(kept(merged))))
+        _stand(session, scope, axis, dense, Points.together(parts))
     for scope, values in counts.items():
         revision = revisions.get(scope, 0) + 1
         session.execute(insert(ScopeRow).values(scope=scope, revision=revision, **values))
     session.execute(
         insert(ScopeRow).values(scope=_LAYOUT_SCOPE, **{**_no_counts(), "revision": LAYOUT})
     )
+
+
+def _stand(session: Session, scope: str, axis: str, dense: bool, points: Points) -> None:
+    """All standings of a scope on an axis, of which there are none yet."""
+    stays, bars = _sweep(points, KEPT_RUNS)
+    _insert(session, _as_rows(scope, axis, dense, points.select(stays)))
+    session.execute(
+        insert(BarRow).values(
+            scope=scope, axis=axis, dense=dense, size=int(stays.sum()), added=0,
+            edges=_packed(bars),
+        )
+    )  # fmt: skip
 
 
 def _no_counts() -> dict[str, Any]:
@@ -462,22 +500,45 @@ class Standings:
             found = connection.execute(_REVISION, {"scope": scope}).scalar()
         return None if found is None else int(found)
 
-    def points(self, scope: str, axis: str, *, dense: bool) -> Points:
-        """The standing points of a scope on an axis."""
-        query = select(
-            StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss
-        ).where(StandingRow.scope == scope, StandingRow.axis == axis, StandingRow.dense == dense)
-        with reading(self._engine) as session:
-            return Points.of(session.execute(query).all())
-
     def front(self, scope: str, axis: str, *, dense: bool) -> list[CurvePoint]:
         """The Pareto front of a scope, in the order of the axis."""
-        points = self.points(scope, axis, dense=dense)
-        first = points.select(kept(points, runs=1))
-        order = np.lexsort((first.trial, first.loss, first.x))
-        keys = list(zip(first.trial[order].tolist(), first.step[order].tolist(), strict=True))
+        order = (StandingRow.x, StandingRow.loss, StandingRow.trial_id, StandingRow.step)
+        lowest_before = func.min(StandingRow.loss).over(order_by=order, rows=(None, -1))
+        ranked = (
+            select(StandingRow, lowest_before.label("before"))
+            .where(_standing(scope, axis, dense))
+            .subquery()
+        )
+        first = (
+            select(ranked.c.trial_id, ranked.c.step)
+            .where(or_(ranked.c.before.is_(None), ranked.c.loss < ranked.c.before))
+            .order_by(ranked.c.x)
+        )
+        with reading(self._engine) as session:
+            keys = [(int(trial), int(step)) for trial, step in session.execute(first)]
         found = {(p.trial_id, p.step): p for p in self._curve_points(keys)}
         return [found[key] for key in keys]
+
+    def lowest(self, scope: str, axis: str, limit: float, *, dense: bool) -> list[int]:
+        """The trials with the lowest losses within a limit on an axis, `KEPT_RUNS` at most."""
+        best = func.min(StandingRow.loss)
+        query = (
+            select(StandingRow.trial_id)
+            .where(_standing(scope, axis, dense), StandingRow.x <= limit)
+            .group_by(StandingRow.trial_id)
+            .order_by(best, StandingRow.trial_id)
+            .limit(KEPT_RUNS)
+        )
+        with reading(self._engine) as session:
+            return list(session.scalars(query))
+
+    def least(self, scope: str, axis: str) -> float | None:
+        """The least value of an axis that any completed run has; None without one."""
+        query = select(func.min(StandingRow.x)).where(
+            StandingRow.scope == scope, StandingRow.axis == axis
+        )
+        with reading(self._engine) as session:
+            return session.scalar(query)
 
     def _curve_points(self, keys: Sequence[tuple[int, int]]) -> Iterable[CurvePoint]:
         with reading(self._engine) as session:
@@ -568,6 +629,10 @@ class Standings:
         )  # fmt: skip
         with reading(self._engine) as session:
             return [ConfirmedPair(*row) for row in session.execute(query)]
+
+
+def _standing(scope: str, axis: str, dense: bool) -> ColumnElement[bool]:
+    return and_(StandingRow.scope == scope, StandingRow.axis == axis, StandingRow.dense == dense)
 
 
 def structure_key(theta: Sequence[float]) -> str:

@@ -372,7 +372,7 @@ def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leas
     assert {(p.trial_id, p.complete) for p in points} == {(done.id, True), (ids[2], False)}
     assert [store.trial(i).state for i in ids] == ["failed", "stopped", "running"]
     complete = [p for p in points if p.complete]
-    assert store.window_losses(complete) == [(1.5, 2.5)]
+    assert store.window_losses([(p.trial_id, p.step) for p in complete]) == [(1.5, 2.5)]
 
 
 def test_tasks_are_told_apart_by_their_data(store: Store, leases: Leases) -> None:

@@ -17,11 +17,11 @@ from nas.store import AXES, Lease, Leases, MeasuredCost, Standings, Store, Store
 from nas.store import standings as module
 from nas.store.engine import open_engine, writing
 from nas.store.migrate import upgrade
-from nas.store.schema import ScopeRow, StandingRow
+from nas.store.schema import BarRow, ScopeRow, StandingRow
 from nas.store.standings import Points, kept
 from tests.store.test_contract import REQUEST, draft
 
-AXIS_OF_CURVES = [name for name, axis in AXES.items() if axis.along_curve]
+SCOPES = (task_scope("text", "f1"), task_scope("text", "f2"))
 POINTS = st.lists(
     st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)),
     max_size=40,
@@ -74,6 +74,20 @@ def test_nothing_that_was_left_out_is_missed_later(
     assert {(t, s) for t, s, _, _ in held.rows()} == slowly_kept(rows, runs)
 
 
+@given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9), edges=st.integers(1, 4))
+def test_bars_turn_away_only_what_is_beaten(
+    rows: list[tuple[int, int, int, int]], runs: int, seed: int, edges: int
+) -> None:
+    points = Points.of(rows)
+    half = np.random.default_rng(seed).random(len(points)) < 0.5
+    _, bars = module._sweep(points.select(half), runs)
+    thinned = np.array(bars[::-1][::edges][::-1], dtype="<f8").tobytes()
+    late = points.select(~half & ~np.isin(points.trial, points.trial[half]))
+    turned_away = late.select(module._is_beaten(late, thinned))
+    stays = slowly_kept(rows, runs)
+    assert not {(t, s) for t, s, _, _ in turned_away.rows()} & stays
+
+
 def begun(store: Store, fingerprint: str | None = "f1", **changes: Any) -> Lease:
     store.create_search(REQUEST.model_copy(update=changes))
     claimed = Leases(store).claim("w", 60.0)
@@ -99,6 +113,10 @@ def run(
 
 
 def standing(store: Store) -> set[tuple[Any, ...]]:
+    """Counts and standings, once what does not belong any more has been swept out."""
+    with writing(store.engine) as session:
+        for bar in session.scalars(sa.select(BarRow)):
+            module._sweep_out(session, bar)
     with Session(store.engine) as session:
         rows = session.execute(sa.select(StandingRow.__table__)).all()
         scopes = session.execute(
@@ -112,7 +130,8 @@ def test_results_as_they_land_equal_those_built_anew(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "KEPT_RUNS", 2)
-    monkeypatch.setattr(kept, "__defaults__", (2,))
+    monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 4)
+    monkeypatch.setattr(module, "_MOST_EDGES", 3)
     rng = np.random.default_rng(5)
     for search in range(3):
         lease = begun(store, "f1" if search < 2 else "f2", seed=search)
@@ -122,11 +141,16 @@ def test_results_as_they_land_equal_those_built_anew(
         twin = Leases(store).add_trial(lease, draft(6, key=f"{search}-0"))
         assert Leases(store).reuse_result(lease, twin.id)
         Leases(store).release(lease, "succeeded")
+    fronts = [Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES]
     before = standing(store)
     assert len(before) > 30
     with writing(store.engine) as session:
         module.rebuild(session)
     assert standing(store) == before
+    # what stood too long changed no front
+    assert fronts == [
+        Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES
+    ]
 
 
 def test_the_front_is_read_with_what_identifies_its_runs(store: Store) -> None:
@@ -159,8 +183,8 @@ def test_only_completed_runs_stand(store: Store) -> None:
             leases.fail_trial(lease, trial.id, "diverged")
         elif end == "stop":
             leases.stop_trial(lease, trial.id, "pruned")
-    assert Standings(store).points(lease.search_id, "train_flops", dense=True).rows is not None
-    assert len(Standings(store).points(lease.search_id, "train_flops", dense=True)) == 0
+    assert Standings(store).front(lease.search_id, "train_flops", dense=True) == []
+    assert Standings(store).lowest(lease.search_id, "train_flops", 1e30, dense=True) == []
     assert Standings(store).state(lease.search_id) is None
 
 

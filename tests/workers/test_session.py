@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from nas.answers import get_best
+from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import EinsumNasError, LeaseLost
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, upgrade
@@ -216,3 +218,75 @@ def test_trials_record_what_their_ask_had_not_seen(store: Store) -> None:
     assert first is not None
     assert second is not None
     assert (first.unseen, second.unseen) == ((), (first.number,))
+
+
+def test_a_confirmation_runs_what_it_was_given_with_fresh_seeds(store: Store) -> None:
+    source, lease, search = begin(store)
+    Leases(store).set_fingerprint(lease, FINGERPRINT)
+    source.prepare()
+    drain(source)
+    source.finish()
+    made, _ = create_confirmation(store, search.id, ConfirmRequest(top=2, seeds=3))
+    got = Leases(store).claim("w", 60)
+    assert got is not None
+    assert got[1].id == made.id
+    session = SearchSession(store, *got, made.request.settings, FINGERPRINT, Signals())
+    assert session.prepare() == 9
+    for _ in range(4):
+        trial = session.next_trial()
+        assert trial is not None
+        finish(session, trial)
+    resumed = resume(store, store.search(made.id))
+    assert resumed.prepare() == 5
+    drain(resumed)
+    assert resumed.exhausted
+    resumed.finish()
+    assert store.search(made.id).state == "succeeded"
+
+    ranking = sorted(
+        (t for t in store.trials(search.id) if not t.dense), key=lambda t: (t.loss, t.number)
+    )
+    best_dense = min(
+        (t for t in store.trials(search.id) if t.dense), key=lambda t: (t.loss, t.number)
+    )
+    chosen = [*ranking[:2], best_dense]
+    runs = store.trials(made.id)
+    assert [t.kind for t in runs] == ["confirmation"] * 9
+    # seed by seed, so that whatever is cut off, every run has as many seeds as the others
+    assert [(t.confirms, t.seed) for t in runs] == [(c.id, s) for s in (1, 2, 3) for c in chosen]
+    for trial, source_trial in zip(runs, chosen * 3, strict=True):
+        assert (trial.theta, trial.width, trial.steps, trial.structures, trial.model) == (
+            source_trial.theta, source_trial.width, source_trial.steps, source_trial.structures,
+            source_trial.model,
+        )  # fmt: skip
+
+    best = get_best(store, task=f"text@{FINGERPRINT}", train_flops=2e11)
+    assert best.confirmed
+    assert best.evidence.seeds == 3
+    assert best.confirmation is not None
+    assert best.confirmation.candidates == 3
+    for scope in (search.id, made.id):  # told with the search, and with its confirmation
+        told = get_best(store, search_id=scope, train_flops=2e11).confirmation
+        assert told == best.confirmation
+    # once more: seeds that none of them has had
+    again, _ = create_confirmation(store, search.id, ConfirmRequest(top=2, seeds=2, longer=2.0))
+    assert again.request.confirm is not None
+    assert again.request.confirm.seeds == (4, 5)
+    assert [r.steps for r in again.request.confirm.runs] == [2 * t.steps for t in chosen]
+
+
+def test_spread_takes_candidates_across_the_ranking(store: Store) -> None:
+    source, lease, search = begin(store, trials=9)
+    Leases(store).set_fingerprint(lease, FINGERPRINT)
+    source.prepare()
+    drain(source)
+    source.finish()
+    made, _ = create_confirmation(store, search.id, ConfirmRequest(top=3, seeds=1, spread=True))
+    assert made.request.confirm is not None
+    models = {}
+    for t in sorted(store.trials(search.id), key=lambda t: (t.loss, t.number)):
+        if not t.dense:
+            models.setdefault(t.model, t.id)
+    ranking = list(models.values())
+    picked = [r.trial_id for r in made.request.confirm.runs[:3]]
+    assert picked == [ranking[0], ranking[round((len(ranking) - 1) / 2)], ranking[-1]]

@@ -48,6 +48,7 @@ def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
     while "point" in found[-1]:
         found[-1]["point"].pop("seconds")
         found.append(report(made))
+    found[-1].get("ended", {}).pop("cost", None)  # measured: never twice the same
     return found
 
 
@@ -58,7 +59,7 @@ def _save_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
     whole = reports(actor(tmp_path / "one"))
-    assert [list(r) for r in whole] == [["point"]] * 4 + [["environment"]]
+    assert [list(r) for r in whole] == [["point"]] * 4 + [["ended"]]
     first = actor(tmp_path / "two")
     for _ in range(3):
         report(first)
@@ -66,6 +67,17 @@ def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
     assert reports(actor(tmp_path / "two")) == whole
     assert not state.exists()  # the result is the store's now
     assert not list((tmp_path / "one").iterdir())
+
+
+def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
+    made = actor(tmp_path)
+    ended: dict[str, Any] = {"point": None}
+    while "point" in ended:
+        ended = report(made)
+    assert ended["ended"]["environment"]["device"] == "cpu"
+    cost = ended["ended"]["cost"]
+    assert cost["seconds_per_step"] > 0
+    assert cost["peak_memory_bytes"] > 0
 
 
 def test_another_run_has_another_checkpoint(tmp_path: Path) -> None:

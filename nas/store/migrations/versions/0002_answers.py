@@ -49,6 +49,16 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("scope", "axis", "trial_id", "step", name="pk_standings"),
     )
+    op.create_table(
+        "bars",
+        sa.Column("scope", sa.String(length=128), nullable=False),
+        sa.Column("axis", sa.String(length=24), nullable=False),
+        sa.Column("dense", sa.Boolean(), nullable=False),
+        sa.Column("size", _BIG, nullable=False),
+        sa.Column("added", _BIG, nullable=False),
+        sa.Column("edges", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "axis", "dense", name="pk_bars"),
+    )
     _fill(op.get_bind())
 
 
@@ -84,6 +94,7 @@ def _fill(connection: sa.Connection) -> None:
 
 
 def downgrade() -> None:
+    op.drop_table("bars")
     op.drop_table("standings")
     op.drop_table("scopes")
     op.drop_index("ix_trials_confirms", table_name="trials")
