@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
 
 from api.cache import AnswerCache
 from api.problems import responses
@@ -143,14 +144,20 @@ def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
     return answers.get_preview(body, recipe)
 
 
-@router.get("/searches", responses=responses(422), summary="Searches, newest first")
-def list_searches(store: StoreDep, limit: Limit = 50, cursor: Cursor | None = None) -> SearchPage:
+@router.get(
+    "/searches",
+    responses=responses(422),
+    response_model=SearchPage,
+    summary="Searches, newest first",
+)
+def list_searches(store: StoreDep, limit: Limit = 50, cursor: Cursor | None = None) -> Response:
     found = store.searches(before=cursor, limit=limit)
     more = len(found) == limit
-    return SearchPage(
+    page = SearchPage(
         items=[describe(s) for s in found],
         next=str(found[-1].sequence) if more else None,
     )
+    return _encoded(page)
 
 
 @router.get("/searches/{search_id}", responses=responses(404), summary="One search")
@@ -159,16 +166,25 @@ def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 
 
 @router.get(
-    "/searches/{search_id}/trials", responses=responses(404, 422), summary="Trials of a search"
+    "/searches/{search_id}/trials",
+    responses=responses(404, 422),
+    response_model=TrialPage,
+    summary="Trials of a search",
 )
 def list_trials(
     search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Cursor = -1
-) -> TrialPage:
+) -> Response:
     found = store.trials(search_id, after=cursor, limit=limit)
     more = len(found) == limit
-    return TrialPage(
+    page = TrialPage(
         items=[TrialOut.of(t) for t in found], next=str(found[-1].number) if more else None
     )
+    return _encoded(page)
+
+
+def _encoded(page: BaseModel) -> Response:
+    """A model that has just been validated, written once."""
+    return _json(page.model_dump_json().encode())
 
 
 @router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")

@@ -50,7 +50,7 @@ class TrialOut(_Out):
     id: int
     search_id: str
     number: int
-    kind: str = Field(description="candidate | reference")
+    kind: str = Field(description="candidate | reference | confirmation")
     state: str = Field(description="planned | running | complete | stopped | failed")
     name: str
     theta: list[float]
@@ -76,6 +76,11 @@ class TrialOut(_Out):
     created_at: float
     started_at: float | None
     finished_at: float | None
+    confirms: int | None = Field(description="trial that this one runs again with a fresh seed")
+    seconds_per_step: float | None = Field(description="measured; null where it is not known")
+    peak_memory_bytes: int | None = Field(
+        description="measured: parameters, optimiser state and the most that a step holds besides"
+    )
 
     @classmethod
     def of(cls, trial: Trial) -> TrialOut:
@@ -86,7 +91,8 @@ def _trial_fields(trial: Trial) -> dict[str, Any]:
     same = (
         "id", "search_id", "number", "kind", "state", "name", "dense", "width", "depth", "steps",
         "train_flops", "train_flops_per_step", "forward_flops_per_token", "seed", "loss", "error",
-        "attempts", "reused_from", "created_at", "started_at", "finished_at",
+        "attempts", "reused_from", "created_at", "started_at", "finished_at", "confirms",
+        "seconds_per_step", "peak_memory_bytes",
     )  # fmt: skip
     return {
         **{name: getattr(trial, name) for name in same},
