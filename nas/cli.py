@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from nas.errors import EinsumNasError, InvalidInput, echo
+from nas.errors import EinsumNasError, InvalidInput, NotFound, echo
 from nas.processes import (
     end_with,
     exit_on_signals,
@@ -402,8 +402,8 @@ def best(
 @_reported
 def confirm(
     search_id: Annotated[
-        str, typer.Option("--search", help="The search; its id is printed when it is submitted.")
-    ],
+        str | None, typer.Option("--search", help="The search; by default the newest that ended.")
+    ] = None,
     top: Annotated[
         int, typer.Option(parser=_whole, metavar="K", help="Candidates; best dense on top.")
     ] = 3,
@@ -421,6 +421,7 @@ def confirm(
     as_json: Json = False,
 ) -> None:
     """Run the best of a search again with fresh seeds, which no luck has chosen."""
+    from nas.answers import search_dict
     from nas.confirm import ConfirmRequest, create_confirmation
 
     fields: dict[str, Any] = {
@@ -431,11 +432,21 @@ def confirm(
         from nas.client import Client
 
         with Client(server) as client:
-            _finish_remotely(client.get_search(search_id).confirm(**fields), wait, as_json)
+            source = search_id or _newest_ended(client.searches())
+            _finish_remotely(client.get_search(source).confirm(**fields), wait, as_json)
         return
     with _local_store() as store:
-        created, _ = create_confirmation(store, search_id, wanted)
+        source = search_id or _newest_ended(search_dict(s) for s in store.searches(limit=500))
+        created, _ = create_confirmation(store, source, wanted)
         _finish_here(store, created, wait, as_json)
+
+
+def _newest_ended(searches: Iterable[dict[str, Any]]) -> str:
+    """The id of the first that succeeded and is no confirmation."""
+    for found in searches:
+        if found["state"] == "succeeded" and found["request"].get("confirm") is None:
+            return str(found["id"])
+    raise NotFound("no search has succeeded yet; run `einsum-nas search --wait`, then confirm it")
 
 
 @app.command()

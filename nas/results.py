@@ -227,7 +227,7 @@ class Answer(Result):
     def snippet(self) -> str:
         """Python that puts this structure into a model."""
         return (
-            "from nas.layers import param_groups, replace_linears\n\n"
+            "import torch\nfrom nas.layers import param_groups, replace_linears\n\n"
             f"# {describe(self.theta)}: {self.kind} best for {self.task} within {self.budget:.4g} "
             f"{self.budget_axis}\n"
             f'theta = "{self._theta}"\n'

@@ -127,7 +127,8 @@ def _best_lines(best: Answer) -> Iterator[str]:
         predicted = ", predicted" if multiplier.kind == "predicted" else ""
         yield f"compute multiplier over dense: {sign}{multiplier.value:.2f} ({interval}{predicted})"
     if best.indistinguishable:
-        yield f"cannot be told apart from the best, of {best.evidence.compared} compared:"
+        count = best.evidence.compared
+        yield f"cannot be told apart from the best, of {count} compared (intervals hold together):"
         for r in best.indistinguishable[:_SHOWN_RIVALS]:
             yield (
                 f"  {_structure(r.name, r.theta)}, width {r.width}: {r.difference:+.4f} "
@@ -175,8 +176,9 @@ def _small_print(best: Answer) -> Iterator[str]:
         f"{best.kind} on {best.task}: {evidence.trials} completed runs of {evidence.searches} "
         f"search(es), {evidence.seeds} seed(s) behind the best"
     )
-    yield f"interval of the loss: {best.interval_means}"
-    yield f"comparisons: {best.comparisons_mean}; together at 95% for all compared"
+    yield f"intervals: {best.interval_means}"
+    if best.comparisons_mean != best.interval_means:
+        yield f"comparisons: {best.comparisons_mean}"
     if best.validation_interval is not None:
         low, high = best.validation_interval
         yield f"over the sampling of the validation data the loss is {low:.4f} to {high:.4f} (95%)"

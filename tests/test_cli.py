@@ -154,9 +154,12 @@ def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSe
     assert best["train_flops"] <= float(budget)
 
 
-def test_search_with_wait_runs_its_own_worker(tmp_path: Path, text_folder: Path) -> None:
+def test_search_and_confirm_with_wait_run_their_own_workers(
+    tmp_path: Path, text_folder: Path
+) -> None:
     done = cli(
-        tmp_path, "search", "--train-flops", "5e10", "--trials", "1", "--references", "3",
+        tmp_path, "search", "--train-flops", "1e10", "--trials", "1", "--references", "3",
+        "--set", "min_steps=20", "--set", "warmup_steps=5", "--set", "validation_samples=64",
         "--data", str(text_folder), "--wait", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -165,3 +168,43 @@ def test_search_with_wait_runs_its_own_worker(tmp_path: Path, text_folder: Path)
     assert answer["search"]["state"] == "succeeded"
     assert answer["search"]["trial_counts"] == {"complete": 4}
     assert answer["best"]["evidence"]["trials"] == 4
+    assert answer["best"]["interval"] is None
+    assert answer["best"]["best_dense"]["peak_memory"] > 4 * answer["best"]["best_dense"]["params"]
+    assert answer["best"]["best_dense"]["step_seconds"] > 0
+
+    # the newest search, by default
+    done = cli(tmp_path, "confirm", "--top", "1", "--seeds", "2", "--wait", "--json")
+    assert done.returncode == 0, done.stderr
+    confirmed = json.loads(done.stdout)
+    assert confirmed["search"]["trial_counts"] == {"complete": 4}
+    assert confirmed["search"]["request"]["confirm"]["search"] == answer["search"]["id"]
+    best = json.loads(
+        cli(tmp_path, "best", "--task", answer["best"]["task"], "--train-flops", "1e10", "--json")
+        .stdout
+    )  # fmt: skip
+    assert best["evidence"]["trials"] == 8
+    assert best["confirmed"]
+    assert best["evidence"]["seeds"] == 2
+    assert best["interval"][0] < best["expected_loss"] < best["interval"][1]
+    assert best["confirmation"]["candidates"] == 2
+    refused = cli(tmp_path, "confirm", "--top", "2")
+    assert (refused.returncode, "top: got 2" in refused.stderr) == (2, True)
+
+
+def test_nothing_to_confirm_says_so(tmp_path: Path) -> None:
+    done = cli(tmp_path, "confirm")
+    assert done.returncode == 1
+    assert "no search has succeeded yet" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--params", "2e4"], "trainable parameters"), (["--step-seconds", "100"], "seconds per step"),
+     (["--train-flops", "5e10", "--snippet"], "replace_linears(model, theta)")],
+)  # fmt: skip
+def test_best_within_other_budgets_and_as_code(
+    service: Service, finished_search: RemoteSearch, arguments: list[str], expected: str
+) -> None:
+    done = cli(service.home, "best", "--search", finished_search.id, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
 
-from nas.client import Client, RemoteSearch
+from nas.client import AsyncClient, Client, RemoteSearch, ServiceError
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound
 from tests.conftest import SMALL_SEARCH, Service
 
@@ -87,3 +88,31 @@ def test_tasks_and_structures(service: Service, finished_search: RemoteSearch) -
         assert client.preview(**SMALL_SEARCH)["total_runs"] == 7
         listed = [s["id"] for s in client.searches()]
         assert finished_search.id in listed
+
+
+def test_the_asynchronous_client_is_the_same(
+    service: Service, finished_search: RemoteSearch
+) -> None:
+    async def ask() -> None:
+        async with AsyncClient(service.url) as client:
+            search = await client.get_search(finished_search.id)
+            assert (await search.wait()).data == finished_search.data
+            assert await search.trials() == finished_search.trials()
+            assert await search.best() == finished_search.best()
+            assert await search.frontier("params") == finished_search.frontier("params")
+            budget = finished_search.data["request"]["train_flops"]
+            best = await client.best(train_flops=budget)
+            assert best == finished_search.client.best(train_flops=budget)
+            assert await client.frontier() == finished_search.client.frontier()
+            assert await client.tasks() == finished_search.client.tasks()
+            ids = [s["id"] async for s in client.searches()]
+            assert ids == [s["id"] for s in finished_search.client.searches()]
+            with pytest.raises(InvalidInput, match="parsecs"):
+                await client.frontier(x="parsecs")
+            with pytest.raises(NotFound):
+                await client.get_search("nope")
+        async with AsyncClient("http://127.0.0.1:1") as nobody:
+            with pytest.raises(ServiceError):
+                await nobody.tasks()
+
+    asyncio.run(ask())

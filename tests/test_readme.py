@@ -28,14 +28,20 @@ def run(language: str, code: str, service: Service) -> str:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command,
+        env=environment,
+        cwd=service.home,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_the_readme_has_its_examples() -> None:
-    assert [language for language, _ in BLOCKS] == ["bash"] * 3 + ["python"] * 5
+    assert [language for language, _ in BLOCKS] == ["bash"] * 4 + ["python"] * 6
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
@@ -45,9 +51,11 @@ def test_an_example_runs(index: int, service: Service, finished_search: RemoteSe
     output = run(language, code, service)
     expected = [
         ["Pareto front", "structured", "dense − structured", "canonical_theta"],
-        ["Best within 2.000e+10", "nats per image"],
+        ["Best within 2e+04", "canonical_theta", "seconds per step", "trials.csv", "optuna-"],
+        ["Best within 2e+10", "nats per image"],
         ['"total_runs":7', '"state":"succeeded"', '"frontier":[', '"expected_loss":'],
-        ["'kind':"],
+        ["kind='"],
+        ["whole model", "after 100 steps"],
         [f"{Structure.of(BTT, 768, 3072).macs} "],
         ["of the weight's norm is lost"],
         ["transformer.h.1.mlp.c_proj", "left out: lm_head: not selected"],

@@ -517,7 +517,8 @@ class Standings:
         with reading(self._engine) as session:
             keys = [(int(trial), int(step)) for trial, step in session.execute(first)]
         found = {(p.trial_id, p.step): p for p in self._curve_points(keys)}
-        return [found[key] for key in keys]
+        # a stored loss that is no number stands on no front, whoever has put it there
+        return [found[key] for key in keys if math.isfinite(found[key].loss)]
 
     def lowest(self, scope: str, axis: str, limit: float, *, dense: bool) -> list[int]:
         """The trials with the lowest losses within a limit on an axis, `KEPT_RUNS` at most."""
