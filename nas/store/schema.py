@@ -209,7 +209,7 @@ class BarRow(Base):
     #: standing points, and those of them that came since the last look at them all
     size: Mapped[int] = mapped_column(_BIG)
     added: Mapped[int] = mapped_column(_BIG)
-    #: pairs (x, loss), float64 little-endian, in order: at or right of x, and above the loss, a point
+    #: pairs (x, loss), float64 little-endian, in order: a point at or right of x and above the loss
     #: is beaten by enough runs
     edges: Mapped[bytes] = mapped_column(LargeBinary)
 
