@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from api.cache import AnswerCache
 from api.problems import responses
 from api.schemas import SearchOut, SearchPage, TrialDetail, TrialOut, TrialPage
-from nas import answers
+from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
@@ -109,7 +109,7 @@ def _usable_data(request: SearchRequest, settings: Settings) -> tuple[str | None
 
 def describe(search: Search) -> SearchOut:
     """A search as the service gives it out."""
-    return SearchOut.model_validate(answers.search_dict(search))
+    return SearchOut.model_validate(catalogue.search_dict(search))
 
 
 @router.post(
@@ -141,7 +141,7 @@ def create_search(
 )
 def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
     _, recipe = _usable_data(body, settings)
-    return answers.get_preview(body, recipe)
+    return catalogue.get_preview(body, recipe)
 
 
 @router.get(
@@ -298,7 +298,7 @@ def read_structure(
 
 @router.get("/tasks", summary="Tasks, their recipes and the data that searches have used")
 def list_tasks(store: StoreDep) -> dict[str, Any]:
-    return {"items": answers.get_tasks(store)}
+    return {"items": catalogue.get_tasks(store)}
 
 
 health = APIRouter()

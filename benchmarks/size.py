@@ -57,7 +57,10 @@ def load(store: Store, trials: int) -> None:
     request = json.dumps(REQUEST.model_dump(mode="json")).replace("'", "''").replace(":", "\\:")
     tally = json.dumps({"complete": SEARCH_TRIALS}).replace(":", "\\:")
     hexadecimal = "md5(CAST(i AS text))" if postgresql else "printf('%032x', i)"
-    counted = "WITH RECURSIVE n(i) AS (SELECT CAST(1 AS bigint) UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
+    counted = (
+        "WITH RECURSIVE n(i) AS "
+        "(SELECT CAST(1 AS bigint) UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
+    )
     share = "((i * {} + {}) % 10007) / 10007.0"  # of trial i, between 0 and 1, without a pattern
     size = f"CAST(power(10.0, 4 + 3 * {share.format(7919, 13)}) AS bigint)"
     key = "CAST(i AS text)" if postgresql else "'' || i"

@@ -14,16 +14,8 @@ from nas.analysis.best import Rival as BestRival
 from nas.analysis.confirmation import rank_correlation
 from nas.analysis.frontier import axis_value, hypervolume, non_dominated
 from nas.analysis.predict import MOST_BEYOND, PredictedRival, Prediction, formula, predicted_rival
-from nas.cost import (
-    MIN_REFERENCES,
-    accepted_budget,
-    minimum_train_flops,
-    plans,
-    references,
-)
 from nas.errors import InvalidInput, NotFound
-from nas.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
-from nas.request import SearchRequest
+from nas.recipe import TASKS
 from nas.results import (
     Answer,
     Candidate,
@@ -41,14 +33,12 @@ from nas.store import (
     CurvePoint,
     Run,
     ScopeState,
-    Search,
     Standings,
     Store,
     StoredPoint,
     task_scope,
 )
-from nas.taxonomy import name_of
-from nas.theta import DENSE, Theta
+from nas.theta import Theta
 
 FLOPS_UNIT = AXES["train_flops"].unit
 UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
@@ -91,20 +81,6 @@ def checked_flops(value: float, field: str = "train_flops") -> float:
     if not (math.isfinite(value) and value > 0):
         raise InvalidInput(field, value, "a finite number above 0")
     return value
-
-
-def search_dict(search: Search) -> dict[str, Any]:
-    """A search for users; `runs_total` is None until its dense references are planned."""
-    shown = (
-        "id", "state", "task", "task_fingerprint", "created_at", "started_at", "finished_at",
-        "cancel_requested", "error", "worker", "epoch",
-    )  # fmt: skip
-    return {
-        **{name: getattr(search, name) for name in shown},
-        "request": search.request.model_dump(),
-        "trial_counts": dict(search.trial_counts),
-        "runs_total": _runs_total(search),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +142,6 @@ def checked_axis(axis: str) -> str:
     if axis not in AXES:
         raise InvalidInput("x", axis, " | ".join(AXES))
     return axis
-
-
-def _runs_total(search: Search) -> int | None:
-    if search.request.confirm is not None:
-        return search.request.trials
-    return search.references + search.request.trials if search.references else None
 
 
 def get_frontier(
@@ -527,80 +497,3 @@ def _predicted_multiplier(value: float | None, seeds: int) -> Multiplier | None:
     if value is None:
         return None
     return Multiplier(value=value, kind="predicted", interval=None, seeds=seeds)
-
-
-def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:
-    """What a search would run, without running it: dense references and the range of widths.
-
-    `recipe` is the request's as its data completes it; by default as it is named.
-    """
-    recipe, budget = recipe or request.settings, request.train_flops
-    dense = references(recipe, budget, request.references)
-    shown = {"dense": DENSE, **_EXAMPLES}
-    return {
-        "request": request.model_dump(),
-        "recipe": recipe.as_dict(),
-        "loss_unit": recipe.loss_unit,
-        "trials": request.trials,
-        "references": [
-            {
-                "width": p.width,
-                "steps": p.steps,
-                "train_flops": p.train_flops,
-                "params": p.params,
-                "forward_flops_per_token": p.forward_flops_per_token,
-            }
-            for p in dense
-        ],
-        "total_runs": request.trials + len(dense),
-        "total_train_flops_at_most": budget * (request.trials + len(dense)),
-        "train_flops_unit": FLOPS_UNIT,
-        "minimum_train_flops": minimum_train_flops(recipe),
-        "widths": {
-            name: [[p.width, p.steps] for p in plans(recipe, theta, budget)]
-            for name, theta in shown.items()
-        },
-        "widths_unit": "[width of the model, training steps that fill the budget]",
-    }
-
-
-def _examples() -> dict[str, Theta]:
-    thetas = (Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), Theta(1, 0, 0, 0, 1, 0, 0.5))
-    return {name_of(t): t for t in thetas}
-
-
-_EXAMPLES = _examples()
-
-
-def get_tasks(store: Store) -> list[dict[str, Any]]:
-    """Every task, with its recipes, their budgets and the data that searches here have used."""
-    return [
-        {
-            "name": task,
-            "loss_unit": LOSS_UNITS[task],
-            "recipes": [
-                {
-                    "name": recipe.name,
-                    "settings": recipe.as_dict(),
-                    "loss_unit": recipe.loss_unit,
-                    "accepted_train_flops": accepted_budget(recipe),
-                    "minimum_train_flops": minimum_train_flops(recipe),
-                }
-                for recipe in RECIPES.values()
-                if recipe.task == task
-            ],
-            "minimum_references": MIN_REFERENCES,
-            "default_fingerprint": store.default_fingerprint(task),
-            "fingerprints": [
-                {
-                    "fingerprint": fingerprint,
-                    "searches": searches,
-                    "recipe": newest.settings.name,
-                    "overrides": newest.overrides,
-                    "data": newest.data,
-                }
-                for fingerprint, searches, newest in store.task_fingerprints(task)
-            ],
-        }
-        for task in TASKS
-    ]

@@ -264,7 +264,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
     """Wait for a search on the local store, running a worker for it whenever none does."""
     from contextlib import nullcontext
 
-    from nas.answers import search_dict
+    from nas.catalogue import search_dict
     from nas.terminal import search_progress
 
     child: subprocess.Popen[bytes] | None = None
@@ -284,7 +284,8 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
 
 
 def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> None:
-    from nas.answers import get_best, get_frontier, search_dict
+    from nas.answers import get_best, get_frontier
+    from nas.catalogue import search_dict
     from nas.terminal import show_best, show_frontier
 
     ended = store.search(search_id)
@@ -421,7 +422,7 @@ def confirm(
     as_json: Json = False,
 ) -> None:
     """Run the best of a search again with fresh seeds, which no luck has chosen."""
-    from nas.answers import search_dict
+    from nas.catalogue import search_dict
     from nas.confirm import ConfirmRequest, create_confirmation
 
     fields: dict[str, Any] = {

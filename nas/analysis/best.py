@@ -193,7 +193,8 @@ def best_for_budget(
     rivals = compare(best, others, noise, windows)
     difference = None
     if best_structured and best_dense:
-        (difference,) = compare(best_structured, [best_dense], noise, windows)
+        # the structured one was chosen among many too
+        (difference,) = compare(best_structured, [best_dense], noise, windows, len(others))
 
     def multiplier(of: Contender | None) -> BestMultiplier | None:
         if of is None or best_dense is None or value_of is not None:
@@ -328,10 +329,14 @@ def _choose(found: Sequence[Contender], noise: Noise | None) -> Contender:
 
 
 def compare(
-    best: Contender, others: Sequence[Contender], noise: Noise | None, windows: Windows
+    best: Contender,
+    others: Sequence[Contender],
+    noise: Noise | None,
+    windows: Windows,
+    tests: int = 0,
 ) -> list[Rival]:
-    """Differences from the best, whose intervals hold together for all of them."""
-    tests = len(others)
+    """Differences from the best, whose intervals hold together for all of them, or for `tests`."""
+    tests = max(tests, len(others))
     if noise is not None:
         rivals = []
         for c in others:

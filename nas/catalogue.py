@@ -1,0 +1,115 @@
+"""What can be asked for: tasks and recipes, previews of searches, and the searches there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nas.cost import (
+    MIN_REFERENCES,
+    accepted_budget,
+    minimum_train_flops,
+    plans,
+    references,
+)
+from nas.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
+from nas.request import SearchRequest
+from nas.store import AXES, Search, Store
+from nas.taxonomy import name_of
+from nas.theta import DENSE, Theta
+
+
+def search_dict(search: Search) -> dict[str, Any]:
+    """A search for users; `runs_total` is None until its dense references are planned."""
+    shown = (
+        "id", "state", "task", "task_fingerprint", "created_at", "started_at", "finished_at",
+        "cancel_requested", "error", "worker", "epoch",
+    )  # fmt: skip
+    return {
+        **{name: getattr(search, name) for name in shown},
+        "request": search.request.model_dump(),
+        "trial_counts": dict(search.trial_counts),
+        "runs_total": _runs_total(search),
+    }
+
+
+def _runs_total(search: Search) -> int | None:
+    if search.request.confirm is not None:
+        return search.request.trials
+    return search.references + search.request.trials if search.references else None
+
+
+def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What a search would run, without running it: dense references and the range of widths.
+
+    `recipe` is the request's as its data completes it; by default as it is named.
+    """
+    recipe, budget = recipe or request.settings, request.train_flops
+    dense = references(recipe, budget, request.references)
+    shown = {"dense": DENSE, **_EXAMPLES}
+    return {
+        "request": request.model_dump(),
+        "recipe": recipe.as_dict(),
+        "loss_unit": recipe.loss_unit,
+        "trials": request.trials,
+        "references": [
+            {
+                "width": p.width,
+                "steps": p.steps,
+                "train_flops": p.train_flops,
+                "params": p.params,
+                "forward_flops_per_token": p.forward_flops_per_token,
+            }
+            for p in dense
+        ],
+        "total_runs": request.trials + len(dense),
+        "total_train_flops_at_most": budget * (request.trials + len(dense)),
+        "train_flops_unit": AXES["train_flops"].unit,
+        "minimum_train_flops": minimum_train_flops(recipe),
+        "widths": {
+            name: [[p.width, p.steps] for p in plans(recipe, theta, budget)]
+            for name, theta in shown.items()
+        },
+        "widths_unit": "[width of the model, training steps that fill the budget]",
+    }
+
+
+def _examples() -> dict[str, Theta]:
+    thetas = (Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), Theta(1, 0, 0, 0, 1, 0, 0.5))
+    return {name_of(t): t for t in thetas}
+
+
+_EXAMPLES = _examples()
+
+
+def get_tasks(store: Store) -> list[dict[str, Any]]:
+    """Every task, with its recipes, their budgets and the data that searches here have used."""
+    return [
+        {
+            "name": task,
+            "loss_unit": LOSS_UNITS[task],
+            "recipes": [
+                {
+                    "name": recipe.name,
+                    "settings": recipe.as_dict(),
+                    "loss_unit": recipe.loss_unit,
+                    "accepted_train_flops": accepted_budget(recipe),
+                    "minimum_train_flops": minimum_train_flops(recipe),
+                }
+                for recipe in RECIPES.values()
+                if recipe.task == task
+            ],
+            "minimum_references": MIN_REFERENCES,
+            "default_fingerprint": store.default_fingerprint(task),
+            "fingerprints": [
+                {
+                    "fingerprint": fingerprint,
+                    "searches": searches,
+                    "recipe": newest.settings.name,
+                    "overrides": newest.overrides,
+                    "data": newest.data,
+                }
+                for fingerprint, searches, newest in store.task_fingerprints(task)
+            ],
+        }
+        for task in TASKS
+    ]
