@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from nas.analysis import best_for_budget, predict_for_budget
 from nas.analysis.best import OVER_SEEDS, BestMultiplier, Contender
 from nas.analysis.best import Answer as BestFound
 from nas.analysis.best import Rival as BestRival
 from nas.analysis.confirmation import rank_correlation
 from nas.analysis.frontier import axis_value, hypervolume, non_dominated
+from nas.analysis.laws import Curve, choose_law
 from nas.analysis.predict import MOST_BEYOND, PredictedRival, Prediction, formula, predicted_rival
+from nas.analysis.scaling import compute_optimal
 from nas.errors import InvalidInput, NotFound
 from nas.recipe import TASKS
 from nas.results import (
@@ -23,6 +27,7 @@ from nas.results import (
     Extrapolation,
     FrontierAnswer,
     Hypervolume,
+    Law,
     Multiplier,
     Point,
     RankCorrelation,
@@ -173,10 +178,33 @@ def get_frontier(
         frontier=[to_point(p) for p in overall],
         structured=[to_point(p) for p in structured],
         dense=[to_point(p) for p in dense],
+        compute_optimal=_optimal(overall) if x == "train_flops" else None,
+        structured_law=_law(structured) if x == "train_flops" else None,
+        dense_law=_law(dense) if x == "train_flops" else None,
         hypervolume=_hypervolume(x, overall, structured, dense, scope.loss_unit),
         points=state.points if state else 0,
         trials=state.trials if state else 0,
     )
+
+
+def _optimal(points: Sequence[CurvePoint]) -> list[int]:
+    """Which points of a front are compute-optimal; a loss of 0 has no logarithm."""
+    if not points or any(p.loss <= 0 for p in points):
+        return []
+    flops, losses = _columns(points)
+    return [int(i) for i in compute_optimal(flops, losses)]
+
+
+def _law(points: Sequence[CurvePoint]) -> Law | None:
+    optimal = [points[i] for i in _optimal(points)]
+    law = choose_law([_columns(optimal)]) if optimal else None
+    if law is None:
+        return None
+    return Law(a=law.a, b=law.b, offset=law.offset, points=law.points, fitted=law.measured)
+
+
+def _columns(points: Sequence[CurvePoint]) -> Curve:
+    return np.array([p.train_flops for p in points]), np.array([p.loss for p in points])
 
 
 def _hypervolume(

@@ -65,9 +65,28 @@ class FrontierAnswer(Result):
     frontier: list[Point] = Field(description="over every structure")
     structured: list[Point]
     dense: list[Point]
+    compute_optimal: list[int] | None = Field(
+        description="positions in `frontier` of the compute-optimal points: the lower convex hull "
+        "in log-log, and what is within 2% of it; null on other axes than train FLOPs"
+    )
+    structured_law: Law | None = Field(description="null where there are too few points")
+    dense_law: Law | None
     hypervolume: Hypervolume | None = Field(description="null for an empty front")
     points: int = Field(description="evaluations of completed runs")
     trials: int = Field(description="completed runs")
+
+
+class Law(Result):
+    """loss = offset + a · C^(-b), C in train FLOPs, fitted to compute-optimal points of a front.
+
+    Of whatever runs are on the front: it has no interval.
+    """
+
+    a: float
+    b: float
+    offset: float = Field(description="0 unless the points show one")
+    points: int
+    fitted: Pair = Field(description="least and greatest train FLOPs of the points")
 
 
 class Hypervolume(Result):

@@ -81,6 +81,13 @@ def show_frontier(front: FrontierAnswer) -> None:
             f"\nhypervolume {hv.overall:.4g} (structured {hv.structured:.4g}, dense "
             f"{hv.dense:.4g}) {hv.unit}, up to {hv.reference[0]:.4g} and loss {hv.reference[1]:.4g}"
         )
+    for kind, law in (("structured", front.structured_law), ("dense", front.dense_law)):
+        if law is not None:
+            offset = f"{law.offset:.4g} + " if law.offset else ""
+            line += (
+                f"\n{kind}: loss ≈ {offset}{law.a:.4g} · C^(-{law.b:.4g}) on its {law.points} "
+                "compute-optimal points"
+            )
     console.print(line, style="dim")
 
 

@@ -138,6 +138,26 @@ def test_budgets_outside_all_data(store: Store) -> None:
         get_best(store, task=TASK, parsecs=3.0)
 
 
+def test_a_front_tells_what_is_compute_optimal_and_its_laws(store: Store) -> None:
+    law = [40 * (1e9 * (i + 1)) ** -0.12 for i in range(12)]
+    bump = [y * (1.015 if i == 5 else 1.05 if i == 8 else 1) for i, y in enumerate(law)]
+    steeper = [45 * (1e9 * (i + 1)) ** -0.15 for i in range(12)]
+    runs = [planted("dense", 0, *bump), planted("monarch", 0, *steeper)]
+    plant(store, runs, fingerprint="planted", budget=2e11)
+    stand(store)
+    front = get_frontier(store, task=TASK)
+    assert front.dense_law is not None
+    assert front.structured_law is not None
+    assert (front.dense_law.a, front.dense_law.b) == pytest.approx((40, 0.12), rel=0.02)
+    assert (front.structured_law.a, front.structured_law.b) == pytest.approx((45, 0.15), rel=0.02)
+    assert front.structured_law.fitted == (1e9, 1.2e10)
+    assert front.compute_optimal == list(range(12))  # all of Monarch's
+    # of dense, 1.5% above the hull is within the papers' 2%, and 5% is not
+    assert front.dense_law.points == 11
+    other = get_frontier(store, task=TASK, x="params")
+    assert (other.compute_optimal, other.dense_law) == (None, None)
+
+
 def test_an_answer_makes_layers_and_models(store: Store) -> None:
     plant(store, [planted("btt:rho=1/4", 0, 3.0, 2.0), planted("dense", 0, 3.0, 2.5)],
           fingerprint="planted", budget=2e11)  # fmt: skip
