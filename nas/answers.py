@@ -48,8 +48,9 @@ from nas.theta import Theta
 FLOPS_UNIT = AXES["train_flops"].unit
 UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
 OF_LAW = (
-    "95% of the fitted law over runs with other seeds, by the jackknife; that the law goes on to "
-    "hold outside of what was measured is assumed"
+    "95% over runs with other seeds, by the jackknife, spanned over laws with and without an "
+    "offset and of the last factor of 64 and of 8 in compute; that one of them goes on to hold "
+    "outside of what was measured is assumed"
 )
 
 

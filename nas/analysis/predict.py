@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nas.analysis.best import MOST_RIVALS, one_a_seed
 from nas.analysis.intervals import Interval
-from nas.analysis.laws import Curve, ScalingLaw, choose_law
+from nas.analysis.laws import Curve, ScalingLaw, choose_law, fit_scaling_law
 from nas.analysis.scaling import compute_optimal
 from nas.store import Run
 
 #: A law is fitted to what was measured within this factor of the greatest budget: what a run
 #: learns first follows none.
 FITTED_RANGE = 64.0
+#: The range of the laws that are fitted beside, for what the choice of the range makes of it.
+SHORT_RANGE = 8.0
 #: A structure whose runs end further than this below the greatest budget is left out: it would be
 #: extrapolated further than the others.
 REACH = 2.0
@@ -102,20 +104,43 @@ def _predict(runs: Sequence[Run], budget: float, greatest: float) -> Prediction 
     used = [r for of_model in models.values() for r in one_a_seed(of_model)]
     if max(r.points[-1].train_flops for r in used) * REACH < greatest:
         return None
-    families: dict[int, list[tuple[float, float]]] = {}
-    for run in used:
-        points = [(p.train_flops, p.loss) for p in run.points]
-        families.setdefault(run.seed, []).extend(
-            p for p in points if p[0] * FITTED_RANGE >= greatest and p[1] > 0
-        )
-    curves = [_frontier_of(family) for _, family in sorted(families.items()) if family]
+    curves = _families(used, greatest / FITTED_RANGE)
     law = choose_law(curves) if curves else None
     if law is None or law.b <= 0:
         return None
     loss, interval = law.predict(budget)
+    for other in _other_laws(used, greatest):
+        interval = _spanned(interval, *other.predict(budget))
     lowest = min(used, key=lambda r: (min(p.loss for p in r.points), r.trial_id))
     widths = len({r.width for r in used})
     return Prediction(law, lowest, loss, interval, widths, len(curves))
+
+
+def _families(runs: Sequence[Run], least: float) -> list[Curve]:
+    """The compute-optimal points of every seed, from a budget on."""
+    families: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        points = [(p.train_flops, p.loss) for p in run.points]
+        families.setdefault(run.seed, []).extend(p for p in points if p[0] >= least and p[1] > 0)
+    return [_frontier_of(family) for _, family in sorted(families.items()) if family]
+
+
+def _other_laws(runs: Sequence[Run], greatest: float) -> Iterator[ScalingLaw]:
+    """Laws that the data admit as well: with an offset and without, of a shorter range too."""
+    for reach in (FITTED_RANGE, SHORT_RANGE):
+        curves = _families(runs, greatest / reach)
+        for offset in (False, True):
+            law = fit_scaling_law(curves, offset=offset) if curves else None
+            if law is not None and law.b > 0:
+                yield law
+
+
+def _spanned(interval: Interval | None, loss: float, other: Interval | None) -> Interval | None:
+    """The least interval that holds both, and the other's own loss."""
+    if interval is None:
+        return None
+    low, high = other or (loss, loss)
+    return min(interval[0], low), max(interval[1], high)
 
 
 def _frontier_of(family: Sequence[tuple[float, float]]) -> Curve:
