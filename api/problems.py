@@ -106,7 +106,7 @@ def _unexpected(request: Request, error: Exception) -> JSONResponse:
     return problem(500, "internal", "Internal error", "an error of this service; it is in its log")
 
 
-def refuse_other_origins(request: Request) -> None:
+async def refuse_other_origins(request: Request) -> None:
     """403 for a change that a page of another site asks for; programs send no Origin."""
     origin = request.headers.get("origin")
     if request.method == "POST" and origin is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel
+from pydantic_core import to_json
 
-from api.cache import AnswerCache
+from api.cache import AnswerCache, Kept
 from api.problems import responses
-from api.schemas import SearchOut, SearchPage, TrialDetail, TrialOut, TrialPage
+from api.schemas import SearchOut, SearchPage, TrialDetail, TrialPage, trial_fields
 from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput
@@ -55,17 +57,17 @@ _CONFIRM_BODY: dict[str, Any] = {
 }
 
 
-def get_store(request: Request) -> Store:
+async def get_store(request: Request) -> Store:
     store: Store = request.app.state.store
     return store
 
 
-def get_settings(request: Request) -> Settings:
+async def get_settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
-def get_cache(request: Request) -> AnswerCache:
+async def get_cache(request: Request) -> AnswerCache:
     cache: AnswerCache = request.app.state.cache
     return cache
 
@@ -150,14 +152,18 @@ def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
     response_model=SearchPage,
     summary="Searches, newest first",
 )
-def list_searches(store: StoreDep, limit: Limit = 50, cursor: Cursor | None = None) -> Response:
-    found = store.searches(before=cursor, limit=limit)
-    more = len(found) == limit
-    page = SearchPage(
-        items=[describe(s) for s in found],
-        next=str(found[-1].sequence) if more else None,
-    )
-    return _encoded(page)
+async def list_searches(
+    store: StoreDep, limit: Limit = 50, cursor: Cursor | None = None
+) -> Response:
+    def page() -> dict[str, Any]:
+        found = store.searches(before=cursor, limit=limit)
+        more = len(found) == limit
+        return {
+            "items": [catalogue.search_dict(s) for s in found],
+            "next": str(found[-1].sequence) if more else None,
+        }
+
+    return await _paged(page)
 
 
 @router.get("/searches/{search_id}", responses=responses(404), summary="One search")
@@ -171,20 +177,28 @@ def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     response_model=TrialPage,
     summary="Trials of a search",
 )
-def list_trials(
+async def list_trials(
     search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Cursor = -1
 ) -> Response:
-    found = store.trials(search_id, after=cursor, limit=limit)
-    more = len(found) == limit
-    page = TrialPage(
-        items=[TrialOut.of(t) for t in found], next=str(found[-1].number) if more else None
-    )
-    return _encoded(page)
+    def page() -> dict[str, Any]:
+        found = store.trials(search_id, after=cursor, limit=limit)
+        more = len(found) == limit
+        return {
+            "items": [trial_fields(t) for t in found],
+            "next": str(found[-1].number) if more else None,
+        }
+
+    return await _paged(page)
 
 
-def _encoded(page: BaseModel) -> Response:
-    """A model that has just been validated, written once."""
-    return _json(page.model_dump_json().encode())
+#: Pages are made by few threads at a time: they share one interpreter, and many that wait for it
+#: make each other, and the loop that sends the answers, wait longer.
+_PAGE_MAKERS = CapacityLimiter(2)
+
+
+async def _paged(page: Callable[[], dict[str, Any]]) -> Response:
+    """A page of the store's own values, read and written in a thread; tests hold it to its model."""
+    return _json(await to_thread.run_sync(lambda: to_json(page()), limiter=_PAGE_MAKERS))
 
 
 @router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
@@ -226,7 +240,8 @@ def read_trial(trial_id: Annotated[int, Path(ge=0, le=_MAX_ID)], store: StoreDep
     response_model=FrontierAnswer,
     summary="Pareto fronts of a task or a search over completed runs: loss against an axis",
 )
-def read_frontier(
+async def read_frontier(
+    request: Request,
     store: StoreDep,
     cache: CacheDep,
     task: Text = None,
@@ -234,12 +249,13 @@ def read_frontier(
     x: Axis = "train_flops",
 ) -> Response:
     answers.checked_axis(x)
-    return _json(
-        cache.body(
+    return _answer(
+        request,
+        await cache.get(
             search or task or "",
             ("frontier", task, search, x),
             lambda: answers.get_frontier(store, task=task, search_id=search, x=x),
-        )
+        ),
     )
 
 
@@ -249,7 +265,8 @@ def read_frontier(
     response_model=Answer,
     summary="The best structure within one budget, against dense",
 )
-def read_best(
+async def read_best(
+    request: Request,
     store: StoreDep,
     cache: CacheDep,
     train_flops: float | None = None,
@@ -269,13 +286,24 @@ def read_best(
             "peak_memory": peak_memory,
         }
     )
-    return _json(
-        cache.body(
+    return _answer(
+        request,
+        await cache.get(
             search or task or "",
             ("best", task, search, axis, budget),
             lambda: answers.get_best(store, task=task, search_id=search, **{axis: budget}),
-        )
+        ),
     )
+
+
+def _answer(request: Request, kept: Kept) -> Response:
+    """A kept answer, in the encoding that the client takes."""
+    packed = "gzip" in request.headers.get("accept-encoding", "")
+    response = _json(kept.packed if packed else kept.body)
+    response.headers["Vary"] = "Accept-Encoding"
+    if packed:
+        response.headers["Content-Encoding"] = "gzip"
+    return response
 
 
 def _json(body: bytes) -> Response:

@@ -84,10 +84,11 @@ class TrialOut(_Out):
 
     @classmethod
     def of(cls, trial: Trial) -> TrialOut:
-        return cls(**_trial_fields(trial))
+        return cls(**trial_fields(trial))
 
 
-def _trial_fields(trial: Trial) -> dict[str, Any]:
+def trial_fields(trial: Trial) -> dict[str, Any]:
+    """What `TrialOut` shows of a trial, as plain values."""
     same = (
         "id", "search_id", "number", "kind", "state", "name", "dense", "width", "depth", "steps",
         "train_flops", "train_flops_per_step", "forward_flops_per_token", "seed", "loss", "error",
@@ -139,4 +140,4 @@ class TrialDetail(TrialOut):
 
     @classmethod
     def with_curve(cls, trial: Trial, curve: list[StoredPoint]) -> TrialDetail:
-        return cls(**_trial_fields(trial), curve=[PointOut.of(p) for p in curve])
+        return cls(**trial_fields(trial), curve=[PointOut.of(p) for p in curve])

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from nas.cost import RunPlan
@@ -53,7 +53,7 @@ def to_search(row: SearchRow) -> Search:
     )
 
 
-def to_trial(row: TrialRow) -> Trial:
+def to_trial(row: TrialRow | Row[Any]) -> Trial:
     return Trial(
         id=row.id,
         search_id=row.search_id,

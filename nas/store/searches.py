@@ -131,13 +131,15 @@ class Store:
     def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
         """Trials of a search in the order of their numbers, from past number `after`."""
         query = (
-            select(TrialRow)
+            select(*TrialRow.__table__.columns)  # plain rows: objects that are tracked cost more
             .where(TrialRow.search_id == search_id, TrialRow.number > after)
             .order_by(TrialRow.number)
         )
         with reading(self.engine) as session:
-            self._row(session, search_id)
-            return [rows.to_trial(r) for r in session.scalars(query.limit(limit))]
+            found = [rows.to_trial(r) for r in session.execute(query.limit(limit))]
+            if not found:
+                self._row(session, search_id)
+            return found
 
     def trial(self, trial_id: int) -> Trial:
         """One trial; `NotFound` if there is none with this id."""

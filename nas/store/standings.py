@@ -34,7 +34,6 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    text,
     tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -473,9 +472,6 @@ def _of_search(session: Session, search: SearchRow) -> tuple[_OfSearch, _OfSearc
 # --- reading
 
 
-_REVISION = text("SELECT revision FROM scopes WHERE scope = :scope")
-
-
 class Standings:
     """What answers are made of: the fronts, the runs near them, and their curves."""
 
@@ -493,12 +489,15 @@ class Standings:
             row = session.execute(select(*columns).where(ScopeRow.scope == scope)).one_or_none()
         return None if row is None else ScopeState(*row)
 
-    def revision(self, scope: str) -> int | None:
-        """Grows with every change of what answers about a scope are made of; also of a bare task
-        name, which then may mean other data.  One statement without a transaction around it."""
+    def revisions(self, scopes: Iterable[str]) -> dict[str, int]:
+        """The revision of every scope that has one; also of bare task names.
+
+        It grows with every change of what answers about the scope are made of; that of a bare name
+        also when the name begins to mean other data.  One statement without a transaction around.
+        """
+        query = select(ScopeRow.scope, ScopeRow.revision).where(ScopeRow.scope.in_(list(scopes)))
         with translated(), self._plain.connect() as connection:
-            found = connection.execute(_REVISION, {"scope": scope}).scalar()
-        return None if found is None else int(found)
+            return {scope: int(revision) for scope, revision in connection.execute(query)}
 
     def front(self, scope: str, axis: str, *, dense: bool) -> list[CurvePoint]:
         """The Pareto front of a scope, in the order of the axis."""

@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
+from api.schemas import SearchPage, TrialPage
 from nas.cost import RunPlan, plan_at, references
 from nas.recipe import RECIPES
 from nas.request import SearchRequest
@@ -200,6 +201,25 @@ def test_trials_come_in_pages_with_exact_flops(client: TestClient) -> None:
         assert BUDGET - t["train_flops_per_step"] < t["train_flops"] <= BUDGET
     curve = client.get(f"/v1/trials/{trials[5]['id']}").json()["curve"]
     assert [p["step"] for p in curve] == [trials[5]["steps"] // 4, trials[5]["steps"]]
+
+
+def test_pages_are_what_their_models_say(client: TestClient) -> None:
+    search = plant(client)
+    for path, model in ((f"/v1/searches/{search}/trials", TrialPage), ("/v1/searches", SearchPage)):
+        page = client.get(path).json()
+        assert page["items"]
+        assert model.model_validate(page).model_dump(mode="json") == page
+
+
+def test_answers_come_in_the_encoding_that_is_asked_for(client: TestClient) -> None:
+    search = plant(client)
+    path = f"/v1/frontier?search={search}"
+    plain = client.get(path, headers={"Accept-Encoding": "identity"})
+    packed = client.get(path, headers={"Accept-Encoding": "gzip"})
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert int(packed.headers["content-length"]) < int(plain.headers["content-length"])
+    assert packed.json() == plain.json()
 
 
 def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) -> None:
