@@ -197,7 +197,7 @@ _PAGE_MAKERS = CapacityLimiter(2)
 
 
 async def _paged(page: Callable[[], dict[str, Any]]) -> Response:
-    """A page of the store's own values, read and written in a thread; tests hold it to its model."""
+    """A page of the store's own values, made in a thread; tests hold it to its model."""
     return _json(await to_thread.run_sync(lambda: to_json(page()), limiter=_PAGE_MAKERS))
 
 
