@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-layers bench-training serve clean browser
+.PHONY: demo test lint bench bench-layers bench-training bench-answers serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -42,6 +42,11 @@ bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and t
 bench-training: $(VENV)/.dev  ## the published regression, and learning rates across widths: half an hour
 	$(BIN)/python -m benchmarks.published
 	$(BIN)/python -m benchmarks.rates
+
+bench-answers: $(VENV)/.dev  ## fits, answers of known truth, and a million trials: three quarters of an hour
+	$(BIN)/python -m benchmarks.coverage
+	$(BIN)/python -m benchmarks.answers
+	$(BIN)/python -m benchmarks.size
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:
