@@ -72,14 +72,16 @@ class AnswerCache:
         if found is not None:
             return found
         lock = self._making.setdefault(asked, asyncio.Lock())
-        async with lock:
-            found = self._find(asked, revision)
-            if found is None:
-                # the revision was read before: what lands meanwhile makes it stale, not wrong
-                found = await run_in_threadpool(_encoded, make)
-                self._keep(asked, _Held(revision, found))
-        self._making.pop(asked, None)
-        return found
+        try:
+            async with lock:
+                found = self._find(asked, revision)
+                if found is None:
+                    # the revision was read before: what lands meanwhile makes it stale, not wrong
+                    found = await run_in_threadpool(_encoded, make)
+                    self._keep(asked, _Held(revision, found))
+                return found
+        finally:
+            self._making.pop(asked, None)
 
     async def _revision(self, scope: str) -> int | None:
         if self._next is None:

@@ -79,7 +79,11 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 async def read_search_request(request: Request) -> SearchRequest:
     """The body as a `SearchRequest`; `InvalidInput` if it is none."""
-    return SearchRequest.checked(_parsed(await request.body()))
+    values = _parsed(await request.body())
+    if isinstance(values, dict) and values.get("confirm") is not None:
+        accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
+        raise InvalidInput("confirm", values["confirm"], accepted)
+    return SearchRequest.checked(values)
 
 
 def _parsed(body: bytes) -> Any:

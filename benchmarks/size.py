@@ -34,6 +34,7 @@ from nas.request import SearchRequest
 from nas.store import Leases, Standings, Store, StoredPoint, TrialDraft
 
 SEARCH_TRIALS, POINTS, CLIENTS = 5000, 20, 8
+SEEDS, SAMPLES = 4, 32
 FINGERPRINT = "planted"
 TASK = f"text@{FINGERPRINT}"
 REQUEST = SearchRequest.checked({"task": "text", "train_flops": 2e11, "trials": 4})
@@ -44,52 +45,76 @@ _BUDGETS = [10 ** (11 + 4.7 * i / 49) for i in range(50)]
 def load(store: Store, trials: int) -> None:
     """`trials` completed trials with `POINTS` points each, in searches of `SEARCH_TRIALS`.
 
-    The loss of trial t with N parameters after C train FLOPs is
-    1 + q · (8 · N^-0.2 + 60 · (C / 6N / 1024)^-0.3), where N goes over three orders of magnitude
-    and q varies by some per cent; a point's own noise is 0.1 %.
+    Every model has a structure of its own and `SEEDS` seeds; one in twenty is dense.  The loss of a
+    model with N parameters after s of 100,000 steps is
+
+        1 + q · (8 · N^-0.2 + 60 · s^-0.3)
+
+    where N goes over three orders of magnitude and q varies by 5%, by 1% from seed to seed, and by
+    0.1% from point to point.
     """
     postgresql = store.engine.dialect.name == "postgresql"
 
     def as_json(value: str) -> str:
-        return f"CAST('{value}' AS json)" if postgresql else f"'{value}'"
+        return f"CAST({value} AS json)" if postgresql else value
 
-    two = "'\\x0000003f0000003f'::bytea" if postgresql else "x'0000003f0000003f'"
+    def number(value: float) -> str:  # PostgreSQL's decimals, which plain figures are, are slow
+        return f"CAST({value} AS double precision)"
+
+    def share(of: str, factor: int) -> str:  # between 0 and 1, without a pattern
+        return f"(({of} * {factor} + 13) % 10007) / {number(10007)}"
+
+    samples = "0000003f" * SAMPLES  # 0.5 as float32
+    losses = f"'\\x{samples}'::bytea" if postgresql else f"x'{samples}'"
     request = json.dumps(REQUEST.model_dump(mode="json")).replace("'", "''").replace(":", "\\:")
     tally = json.dumps({"complete": SEARCH_TRIALS}).replace(":", "\\:")
-    hexadecimal = "md5(CAST(i AS text))" if postgresql else "printf('%032x', i)"
     counted = (
         "WITH RECURSIVE n(i) AS "
         "(SELECT CAST(1 AS bigint) UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
     )
-    share = "((i * {} + {}) % 10007) / 10007.0"  # of trial i, between 0 and 1, without a pattern
-    size = f"CAST(power(10.0, 4 + 3 * {share.format(7919, 13)}) AS bigint)"
-    key = "CAST(i AS text)" if postgresql else "'' || i"
-    index = f"(i - 1) / {SEARCH_TRIALS} + 1"
-    search = f"md5(CAST({index} AS text))" if postgresql else f"printf('%032x', {index})"
+    model, seed = f"((i - 1) / {SEEDS})", f"((i - 1) % {SEEDS})"
+    size = f"CAST(power({number(10)}, 4 + 3 * {share(model, 7919)}) AS bigint)"
+
+    def digest(of: str) -> str:
+        return f"md5(CAST({of} AS text))" if postgresql else f"printf('%015x%017x', {of}, 0)"
+
+    def exponents(factor: int) -> str:  # two that add up to 1
+        k = f"({model} * {factor} % 6001)"
+        return f"'0.' || (2000 + {k}) || ', 0, 0.' || (8000 - {k})"
+
+    theta = (
+        f"CASE WHEN {model} % 20 = 0 THEN '[0, 0, 1, 0, 0, 1, 0]' ELSE '[' || {exponents(7919)} "
+        f"|| ', 0, ' || {exponents(104729).replace(', 0, ', ', ')} || ', 0.1]' END"
+    )
+    step = f"CAST(100000 * power({number(2)}, (n.i - 20) / {number(2)}) AS bigint)"
+    index = f"((i - 1) / {SEARCH_TRIALS} + 1)"
     statements = [
         counted.format(trials // SEARCH_TRIALS)
         + "INSERT INTO searches (id, sequence, state, task, task_fingerprint, request, "
         "request_digest, created_at, cancel_requested, epoch, failures, not_before, tally) "
-        f"SELECT {hexadecimal}, i, 'succeeded', 'text', '{FINGERPRINT}', {as_json(request)}, "
-        f"'{REQUEST.digest}', 0, FALSE, 1, 0, 0, {as_json(tally)} FROM n",
+        f"SELECT {digest('i')}, i, 'succeeded', 'text', '{FINGERPRINT}', "
+        f"{as_json(repr_sql(request))}, '{REQUEST.digest}', 0, FALSE, 1, 0, 0, "
+        f"{as_json(repr_sql(tally))} FROM n",
         counted.format(trials)
         + "INSERT INTO trials (search_id, number, kind, state, sampler_state, unseen, theta, name, "
         "structures, dense, width, depth, steps, train_flops_per_step, train_flops, "
         "forward_flops_per_token, model_params, seed, key, attempts, epoch, created_at, model, "
         "seconds_per_step, peak_memory_bytes, loss) "
-        f"SELECT {search}, (i - 1) % {SEARCH_TRIALS}, 'candidate', 'complete', {as_json('{}')}, "
-        f"{as_json('[]')}, {as_json('[0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.1]')}, 'einsum', "
-        f"{as_json('[]')}, i % 20 = 0, 64, 2, 100000, 6 * 1024 * {size}, "
-        f"614400000.0 * {size}, 2.0 * {size}, {size}, 0, {key}, 1, 1, 0, {key}, "
-        f"0.001 * (1 + {share.format(104729, 7)}), 1000 + i % 100003, 1.0 FROM n",
+        f"SELECT {digest(index)}, (i - 1) % {SEARCH_TRIALS}, 'candidate', 'complete', "
+        f"{as_json(repr_sql('{}'))}, {as_json(repr_sql('[]'))}, {as_json(theta)}, "
+        f"CASE WHEN {model} % 20 = 0 THEN 'dense' ELSE 'einsum' END, {as_json(repr_sql('[]'))}, "
+        f"{model} % 20 = 0, 64, 2, 100000, 6144 * {size}, {number(614400000)} * {size}, "
+        f"{number(2)} * {size}, {size}, {seed}, {digest('i')}, 1, 1, 0, {digest(model)}, "
+        f"{number(0.001)} * (1 + {share('i', 104729)}), 1000 + i % 100003, 1.0 FROM n",
         counted.format(POINTS)
         + "INSERT INTO points (trial_id, step, train_flops, loss, loss_stderr, seconds, "
-        "window_losses) SELECT t.id, CAST(100000 * power(2.0, (n.i - 20) / 2.0) AS bigint), "
-        "CAST(100000 * power(2.0, (n.i - 20) / 2.0) AS bigint) * 1.0 * t.train_flops_per_step, "
-        "1 + (1 + 0.05 * ((t.id * 48271 % 10007) / 10007.0)) * "
-        "(8 * power(t.model_params, -0.2) + 60 * power(100000 * power(2.0, (n.i - 20) / 2.0), "
-        "-0.3)) * (1 + 0.001 * (((t.id + n.i) * 69621 % 10007) / 10007.0)), 0.01, "
-        f"0.01 * n.i, {two} FROM trials t CROSS JOIN n",
+        f"window_losses) SELECT t.id, {step}, {step} * {number(1)} * t.train_flops_per_step, "
+        f"1 + (1 + {number(0.05)} * {share('t.model_params', 48271)} "
+        f"+ {number(0.01)} * {share('t.id', 69621)}) "
+        f"* (8 * power({number(1)} * t.model_params, {number(-0.2)}) "
+        f"+ 60 * power({step} * {number(1)}, {number(-0.3)})) "
+        f"* (1 + {number(0.001)} * {share('(t.id + n.i)', 69621)}), 0.01, "
+        f"0.01 * n.i, {losses} FROM trials t CROSS JOIN n",
         "UPDATE trials SET loss = (SELECT loss FROM points WHERE trial_id = trials.id AND step = "
         "trials.steps)",
     ]
@@ -107,6 +132,11 @@ def load(store: Store, trials: int) -> None:
         if postgresql:
             plain.execute(text("SET statement_timeout = 0"))
         plain.execute(text("VACUUM ANALYZE" if postgresql else "ANALYZE"))
+
+
+def repr_sql(value: str) -> str:
+    """A text literal."""
+    return f"'{value}'"
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nas.cost import MAX_TRAIN_FLOPS
-from nas.errors import Conflict, InvalidInput
+from nas.errors import Conflict, IdempotencyConflict, InvalidInput
 from nas.request import MAX_CONFIRM_SEEDS, MAX_TRIALS, Confirm, ConfirmedRun, SearchRequest
-from nas.store import Search, Standings, Store, Trial, task_scope
+from nas.store import Search, Store, Trial
 
 MAX_LONGER = 100.0
 
@@ -76,6 +76,13 @@ def create_confirmation(
     InvalidInput
         More candidates are wanted than have completed, or the longer runs are past any budget.
     """
+    made = store.search_of_key(idempotency_key) if idempotency_key else None
+    if made is not None:
+        if not _is_asked(made, search_id, wanted):
+            raise IdempotencyConflict(
+                f"Idempotency-Key {idempotency_key!r} was used before with another request"
+            )
+        return made, False
     source = store.search(search_id)
     if source.request.confirm is not None:
         raise Conflict(f"search {search_id} is a confirmation itself")
@@ -91,6 +98,14 @@ def create_confirmation(
         idempotency_key=idempotency_key,
         fingerprint=source.task_fingerprint,
     )
+
+
+def _is_asked(made: Search, search_id: str, wanted: ConfirmRequest) -> bool:
+    """Whether an earlier request asked for the same; its seeds are its own."""
+    had = made.request.confirm
+    return had is not None and (had.search, had.top, len(had.seeds), had.longer, had.spread) == (
+        search_id, wanted.top, wanted.seeds, wanted.longer, wanted.spread,
+    )  # fmt: skip
 
 
 def _choose(trials: Sequence[Trial], wanted: ConfirmRequest) -> list[Trial]:
@@ -117,11 +132,9 @@ def _choose(trials: Sequence[Trial], wanted: ConfirmRequest) -> list[Trial]:
 def _fresh_seeds(
     store: Store, source: Search, chosen: Sequence[Trial], count: int
 ) -> tuple[int, ...]:
-    """The least seeds that none of the chosen models has been run with."""
-    scope = task_scope(source.task, source.task_fingerprint or "")
-    models = {t.model for t in chosen if t.model is not None}
-    runs = Standings(store).runs(scope, trials=[t.id for t in chosen], models=models)
-    used = {r.seed for r in runs} | {t.seed for t in chosen}
+    """The least seeds that none of the chosen models has been run with, or is going to be."""
+    used = store.seeds_of_models({t.model for t in chosen if t.model is not None})
+    used |= {t.seed for t in chosen} | store.seeds_of_confirmations(source.id)
     fresh = (seed for seed in range(len(used) + count) if seed not in used)
     return tuple(seed for seed, _ in zip(fresh, range(count), strict=False))
 
@@ -134,7 +147,7 @@ def _request(
             trial_id=t.id,
             theta=t.theta,
             width=t.width,
-            steps=round(t.steps * wanted.longer),
+            steps=max(t.steps, int(t.steps * wanted.longer)),
         )
         for t in chosen
     )
@@ -142,7 +155,10 @@ def _request(
     if budget > MAX_TRAIN_FLOPS:
         least = MAX_TRAIN_FLOPS / source.request.train_flops
         raise InvalidInput("longer", wanted.longer, f"at most {least:g} for this search's budget")
-    confirm = Confirm(search=source.id, runs=runs, seeds=seeds, longer=wanted.longer)
+    confirm = Confirm(
+        search=source.id, runs=runs, seeds=seeds, longer=wanted.longer, top=wanted.top,
+        spread=wanted.spread,
+    )  # fmt: skip
     fields = {
         **source.request.model_dump(mode="json"),
         "train_flops": budget,

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 #: Steps before anything is timed: the first ones allocate, compile and warm caches.
 _WARM_UP = 5
-#: The step whose allocations are recorded on a CPU: the optimiser has its state by then.
+#: The step whose allocations are recorded: the optimiser has its state by then.
 _RECORDED = 3
 #: Steps timed together on a GPU, which is only waited for before and after.
 _BURST = 20
@@ -28,8 +28,8 @@ class StepCost:
 
     #: median on a CPU, mean of a burst on a GPU; evaluations are not in it
     seconds_per_step: float | None
-    #: parameters, optimiser state, and the most that a step holds besides; on a GPU the most
-    #: allocated since the run began. Neither data nor the process itself is in it
+    #: parameters, optimiser state, and the most that a step holds besides; neither data nor
+    #: evaluations nor the process itself are in it
     peak_memory_bytes: int | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,18 +46,14 @@ class CostMeter:
         self._done = 0
         self._seconds: list[float] = []
         self._peak: int | None = None
-        self._base = 0
         self._started = 0.0
-        if self._gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-            self._base = torch.cuda.memory_allocated(device)
 
     @contextmanager
     def step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Around one training step, from its forward pass to its update."""
         self._done += 1
         if self._gpu:
-            yield from self._gpu_step()
+            yield from self._gpu_step(optimizer)
         elif self._done == _RECORDED:
             yield from self._recorded_step(optimizer)
         else:
@@ -66,7 +62,10 @@ class CostMeter:
             if self._done > _WARM_UP:
                 self._seconds.append(time.perf_counter() - started)
 
-    def _gpu_step(self) -> Iterator[None]:
+    def _gpu_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        if self._done == _RECORDED:
+            yield from self._recorded_gpu_step(optimizer)
+            return
         if self._done == _WARM_UP + 1:
             torch.cuda.synchronize()
             self._started = time.perf_counter()
@@ -74,6 +73,13 @@ class CostMeter:
         if self._done == _WARM_UP + _BURST:
             torch.cuda.synchronize()
             self._seconds = [(time.perf_counter() - self._started) / _BURST]
+
+    def _recorded_gpu_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        optimizer.zero_grad(set_to_none=True)
+        held, before = _bytes_held(optimizer), torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        self._peak = held + torch.cuda.max_memory_allocated(self._device) - before
 
     def _recorded_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         # gradients of the step before would be freed unseen
@@ -93,8 +99,7 @@ class CostMeter:
     def result(self) -> StepCost:
         """What was measured so far."""
         if self._gpu:
-            peak = torch.cuda.max_memory_allocated(self._device) - self._base
-            return StepCost(self._seconds[0] if self._seconds else None, peak)
+            return StepCost(self._seconds[0] if self._seconds else None, self._peak)
         timed = len(self._seconds) >= _MIN_TIMED
         return StepCost(statistics.median(self._seconds) if timed else None, self._peak)
 

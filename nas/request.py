@@ -33,10 +33,10 @@ class ConfirmedRun(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    trial_id: int = Field(ge=0, description="The run that is confirmed.")
+    trial_id: int = Field(ge=0, le=2**63 - 1, description="The run that is confirmed.")
     theta: tuple[float, float, float, float, float, float, float]
-    width: int = Field(ge=1)
-    steps: int = Field(ge=1)
+    width: int = Field(ge=1, le=2**24)
+    steps: int = Field(ge=1, le=2**53)
 
 
 class Confirm(BaseModel):
@@ -48,6 +48,8 @@ class Confirm(BaseModel):
     runs: tuple[ConfirmedRun, ...] = Field(min_length=1, max_length=MAX_TRIALS)
     seeds: tuple[int, ...] = Field(min_length=1, max_length=MAX_CONFIRM_SEEDS)
     longer: float = Field(1.0, ge=1, description="Steps over those of the confirmed run.")
+    top: int = Field(ge=1, description="Candidates that were asked for.")
+    spread: bool = Field(False, description="Whether across the ranking, not from its top.")
 
 
 class SearchRequest(BaseModel):

@@ -128,7 +128,8 @@ class Rival(Candidate):
 
     difference: float = Field(description="its loss minus the other's")
     difference_interval: Pair | None = Field(
-        description="95%, holding together for all that were compared; null where unknown"
+        description="95%; of measured answers holding together for all that were compared, of "
+        "predicted ones each on its own; null where unknown"
     )
 
 
@@ -164,7 +165,10 @@ class Evidence(Result):
 
 
 class RankCorrelation(Result):
-    """How well the runs that were ranked agree with their confirmations: Kendall's τ-b."""
+    """How well the runs that were ranked agree with their confirmations: Kendall's τ-b.
+
+    Over the runs of one search at one budget: the largest such group that was confirmed.
+    """
 
     tau: float | None = Field(description="null for fewer than 2, or where all are tied")
     interval: Pair | None = Field(description="95%; null for fewer than 5 runs")

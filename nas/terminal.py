@@ -135,7 +135,8 @@ def _best_lines(best: Answer) -> Iterator[str]:
         yield f"compute multiplier over dense: {sign}{multiplier.value:.2f} ({interval}{predicted})"
     if best.indistinguishable:
         count = best.evidence.compared
-        yield f"cannot be told apart from the best, of {count} compared (intervals hold together):"
+        together = " (intervals hold together)" if best.kind == "measured" else ""
+        yield f"cannot be told apart from the best, of {count} compared{together}:"
         for r in best.indistinguishable[:_SHOWN_RIVALS]:
             yield (
                 f"  {_structure(r.name, r.theta)}, width {r.width}: {r.difference:+.4f} "

@@ -17,12 +17,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.analysis.intervals import Interval, half_width, t_quantile
+from nas.analysis.intervals import Interval, around, half_width, t_quantile
 from nas.analysis.scaling import Curve, multiplier_over_dense, summarise_multiplier
 from nas.errors import NotFound
 from nas.store import Run
@@ -30,8 +29,8 @@ from nas.store import Run
 #: (trial, step) of points → the loss of each validation sample at each.
 Windows = Callable[[Sequence[tuple[int, int]]], list[tuple[float, ...]]]
 
-#: Most structures that are compared with the best.
-MOST_RIVALS = 50
+#: Models that were read this far below the budget say nothing of the noise at it.
+_NOISE_RANGE = 4.0
 
 OVER_SEEDS = (
     "95% over runs with other seeds: Student's t on the spread of runs about their models' means, "
@@ -99,7 +98,7 @@ class Noise:
     def half_width(self, variance: float, tests: int = 1) -> float:
         """Half an interval on logarithms, for `variance` in units of a run's own.
 
-        `tests` intervals hold together (Bonferroni), each against one side for more than one.
+        `tests` intervals hold together (Bonferroni).
         """
         return t_quantile(self.degrees, tests) * self.sd * math.sqrt(variance)
 
@@ -143,7 +142,7 @@ class Answer:
     dense_difference: Rival | None
     multiplier: BestMultiplier | None
     structured_multiplier: BestMultiplier | None
-    #: structures whose difference from the best may be 0, among the `compared` next best
+    #: structures whose difference from the best may be 0, among the `compared` others
     indistinguishable: tuple[Rival, ...]
     compared: int
     noise: Noise | None
@@ -182,10 +181,11 @@ def best_for_budget(
     found = contenders(runs, budget) if value_of is None else _at_ends(runs, budget, value_of)
     if not found:
         raise NotFound(f"no completed run within {budget:.4g}")
-    noise = pooled_noise(found)
+    near = found if value_of else [c for c in found if c.train_flops * _NOISE_RANGE >= budget]
+    noise = pooled_noise(near)
     leaders = _one_a_structure(found, noise)
     best = _choose(leaders, noise)
-    others = sorted((c for c in leaders if c is not best), key=_order)[:MOST_RIVALS]
+    others = sorted((c for c in leaders if c is not best), key=_order)
     structured = [c for c in leaders if not c.run.dense]
     dense = [c for c in leaders if c.run.dense]
     best_structured = _choose(structured, noise) if structured else None
@@ -299,11 +299,12 @@ def _at_ends(
 
 def pooled_noise(found: Iterable[Contender]) -> Noise | None:
     """Spread of runs about their models' means, on logarithms; None without a repeated model."""
-    total, degrees = 0.0, 0
-    for c in found:
-        total += math.fsum((math.log(r.loss) - c.log_loss) ** 2 for r in c.readings)
-        degrees += c.seeds - 1
-    return Noise(math.sqrt(total / degrees), degrees) if degrees else None
+    repeated = [c for c in found if c.seeds > 1]
+    degrees = sum(c.seeds - 1 for c in repeated)
+    if not degrees:
+        return None
+    total = math.fsum((math.log(r.loss) - c.log_loss) ** 2 for c in repeated for r in c.readings)
+    return Noise(math.sqrt(total / degrees), degrees)
 
 
 def _one_a_structure(found: Iterable[Contender], noise: Noise | None) -> list[Contender]:
@@ -315,17 +316,19 @@ def _one_a_structure(found: Iterable[Contender], noise: Noise | None) -> list[Co
 
 
 def _choose(found: Sequence[Contender], noise: Noise | None) -> Contender:
-    """The lowest; a single run comes before repeated ones only if it is lower beyond the noise."""
-    repeated = min((c for c in found if c.seeds > 1), key=_order, default=None)
-    singles = [c for c in found if c.seeds == 1]
-    single = min(singles, key=_order, default=None)
-    if repeated is None or single is None:
-        either = single or repeated
+    """The lowest; a run that nothing has confirmed comes before what was run more than once, or
+    with a fresh seed, only if it is lower beyond the noise."""
+    sure = min((c for c in found if c.seeds > 1 or c.confirmed), key=_order, default=None)
+    chosen = [c for c in found if c.seeds == 1 and not c.confirmed]
+    single = min(chosen, key=_order, default=None)
+    if sure is None or single is None:
+        either = single or sure
         assert either is not None
         return either
-    assert noise is not None
-    margin = noise.half_width(1 + 1 / repeated.seeds, max(2, len(singles)))
-    return single if single.log_loss < repeated.log_loss - margin else repeated
+    if noise is None:
+        return sure
+    margin = noise.half_width(1 + 1 / sure.seeds, len(chosen))
+    return single if single.log_loss < sure.log_loss - margin else sure
 
 
 def compare(
@@ -342,9 +345,8 @@ def compare(
         for c in others:
             ratio = c.log_loss - best.log_loss
             half = noise.half_width(1 / c.seeds + 1 / best.seeds, tests)
-            ends = (math.expm1(ratio - half), math.expm1(ratio + half))
             difference = c.loss - best.loss
-            rivals.append(Rival(c, difference, (best.loss * ends[0], best.loss * ends[1])))
+            rivals.append(Rival(c, difference, around(best.loss, ratio, half, half)))
         return rivals
     base, *rest = _sample_losses([best, *others], windows)
     rivals = []
@@ -385,21 +387,20 @@ def _validation_interval(best: Contender, windows: Windows) -> Interval | None:
 def _multiplier(
     of: Contender, dense: Contender, runs: Sequence[Run], budget: float
 ) -> BestMultiplier | None:
-    """At every seed that both have; over all their runs where they have none in common."""
+    """At every seed that the readings have in common, or else that any of the runs have; None
+    where dense and the structure share no seed: then nothing is paired."""
     if of.run.dense:
         return BestMultiplier(1.0, "exact", None, of.seeds)
     own = _curves(r for r in runs if r.structure == of.run.structure)
     references = _curves(r for r in runs if r.dense)
-    seeds = {r.run.seed for r in of.readings} & {r.run.seed for r in dense.readings}
+    read = {r.run.seed for r in of.readings} & {r.run.seed for r in dense.readings}
     bounds = {
         seed: bound
-        for seed in sorted(seeds)
+        for seed in sorted(read or own.keys() & references.keys())
         if (bound := multiplier_over_dense(own[seed], references[seed], budget))
     }
     if not bounds:
-        every = [list(chain.from_iterable(c.values())) for c in (own, references)]
-        bound = multiplier_over_dense(every[0], every[1], budget)
-        return None if bound is None else BestMultiplier(bound.value, bound.kind, None, 0)
+        return None
     summary = summarise_multiplier(bounds)
     kinds = {b.kind for b in bounds.values()}
     if summary.value is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ MIN_PAIRS = 5
 #: Variance of Fisher's z of Kendall's τ times (n - 4).
 #: Source: Fieller, Hartley and Pearson, "Tests for rank correlation coefficients" (1957).
 _VARIANCE = 0.437
+#: Budgets within this factor are one.
+_SAME_BUDGET = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,15 @@ class Confirmation:
 def rank_correlation(pairs: Sequence[ConfirmedPair]) -> Confirmation | None:
     """How well the ranking by the runs is that of their confirmations; None without any.
 
-    A run that was confirmed at several lengths counts with its longest.
+    Only runs of one search at one budget are ranked against each other: more compute gives a lower
+    loss in both, which is no skill.  Of several such groups the largest is taken, of equal ones the
+    newest.  A run that was confirmed at several lengths counts with its longest.
     """
     longest: dict[int, ConfirmedPair] = {}
     for pair in sorted(pairs, key=lambda p: p.longer):
         longest[pair.trial_id] = pair
-    used = [p for _, p in sorted(longest.items())]
+    groups = _at_one_budget(longest.values())
+    used = max(groups, key=lambda g: (len(g), g[0].trial_id), default=[])
     if not used:
         return None
     proxy, confirmed = [p.proxy_loss for p in used], [p.confirmed_loss for p in used]
@@ -54,6 +59,25 @@ def rank_correlation(pairs: Sequence[ConfirmedPair]) -> Confirmation | None:
         seeds=min(p.seeds for p in used),
         longer=max(p.longer for p in used),
     )
+
+
+def _at_one_budget(pairs: Iterable[ConfirmedPair]) -> list[list[ConfirmedPair]]:
+    """Pairs of one search, confirmed at one length, whose budgets differ by the steps that do not
+    fill them alone."""
+    groups: list[list[ConfirmedPair]] = []
+    order = sorted(pairs, key=lambda p: (p.search_id, p.longer, p.train_flops, p.trial_id))
+    for pair in order:
+        first = groups[-1][0] if groups else None
+        same = (
+            first is not None
+            and (first.search_id, round(first.longer, 2)) == (pair.search_id, round(pair.longer, 2))
+            and pair.train_flops <= first.train_flops * _SAME_BUDGET
+        )
+        if same:
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return [sorted(g, key=lambda p: p.trial_id) for g in groups]
 
 
 def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 def half_width(values: NDArray[np.float64], tests: int = 1) -> float:
     """Half the 95% t interval of a mean; infinite for a single value, which shows no spread.
 
-    `tests` intervals hold together (Bonferroni), each against one side for more than one.
+    `tests` intervals hold together (Bonferroni).
     """
     if len(values) < 2:
         return math.inf
@@ -26,9 +26,8 @@ def half_width(values: NDArray[np.float64], tests: int = 1) -> float:
 
 
 def t_quantile(degrees: int, tests: int = 1) -> float:
-    """Of Student's t, such that one two-sided interval, or `tests` one-sided ones together, hold
-    at 95%."""
-    tail = (1 - CONFIDENCE) / (2 if tests <= 1 else tests)
+    """Of Student's t, such that `tests` two-sided intervals together hold at 95% (Bonferroni)."""
+    tail = (1 - CONFIDENCE) / (2 * max(1, tests))
     return float(stdtrit(degrees, 1 - tail))
 
 
@@ -39,3 +38,15 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     array = np.asarray(values, dtype=np.float64)
     mean, half = float(array.mean()), half_width(array)
     return mean - half, mean + half
+
+
+def around(loss: float, log_ratio: float, below: float, above: float) -> Interval:
+    """Interval of (another loss − `loss`) from one of the logarithm of their ratio.
+
+    Kept finite: few degrees of freedom give intervals beyond any float.
+    """
+    low, high = max(log_ratio - below, -_MOST), min(log_ratio + above, _MOST)
+    return loss * math.expm1(low), loss * math.expm1(high)
+
+
+_MOST = 600.0

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nas.analysis.best import MOST_RIVALS, one_a_seed
-from nas.analysis.intervals import Interval
+from nas.analysis.intervals import Interval, around
 from nas.analysis.laws import Curve, ScalingLaw, choose_law, fit_scaling_law
 from nas.analysis.scaling import compute_optimal
 from nas.store import Run
@@ -82,7 +81,7 @@ def predict_for_budget(
     if not found:
         return None
     found.sort(key=lambda p: (p.loss, p.run.trial_id))
-    best, others = found[0], found[1 : 1 + MOST_RIVALS]
+    best, others = found[0], found[1:]
     dense = next((p for p in found if p.run.dense), None)
     rivals = [predicted_rival(best, p) for p in others]
     return PredictedAnswer(
@@ -101,7 +100,7 @@ def _predict(runs: Sequence[Run], budget: float, greatest: float) -> Prediction 
     models: dict[str, list[Run]] = {}
     for run in runs:
         models.setdefault(run.model, []).append(run)
-    used = [r for of_model in models.values() for r in one_a_seed(of_model)]
+    used = [r for of_model in models.values() for r in _longest(of_model)]
     if max(r.points[-1].train_flops for r in used) * REACH < greatest:
         return None
     curves = _families(used, greatest / FITTED_RANGE)
@@ -114,6 +113,16 @@ def _predict(runs: Sequence[Run], budget: float, greatest: float) -> Prediction 
     lowest = min(used, key=lambda r: (min(p.loss for p in r.points), r.trial_id))
     widths = len({r.width for r in used})
     return Prediction(law, lowest, loss, interval, widths, len(curves))
+
+
+def _longest(runs: Sequence[Run]) -> list[Run]:
+    """The longest run of every seed; where as long ones are confirmations, these alone."""
+    end = max(r.steps for r in runs)
+    fresh = [r for r in runs if r.kind == "confirmation" and r.steps == end]
+    seeds: dict[int, Run] = {}
+    for run in sorted(fresh or runs, key=lambda r: (-r.steps, r.trial_id)):
+        seeds.setdefault(run.seed, run)
+    return [seeds[s] for s in sorted(seeds)]
 
 
 def _families(runs: Sequence[Run], least: float) -> list[Curve]:
@@ -151,15 +160,14 @@ def _frontier_of(family: Sequence[tuple[float, float]]) -> Curve:
 
 def predicted_rival(best: Prediction, other: Prediction) -> PredictedRival:
     """Another prediction compared with one; errors of the two laws are taken as independent, on
-    logarithms."""
+    logarithms.  Each interval holds on its own."""
     difference = other.loss - best.loss
     if best.interval is None or other.interval is None:
         return PredictedRival(other, difference, None)
     ratio = math.log(other.loss / best.loss)
     below = math.hypot(_spread(other.loss, other.interval[0]), _spread(best.loss, best.interval[1]))
     above = math.hypot(_spread(other.loss, other.interval[1]), _spread(best.loss, best.interval[0]))
-    ends = (best.loss * math.expm1(ratio - below), best.loss * math.expm1(ratio + above))
-    return PredictedRival(other, difference, ends)
+    return PredictedRival(other, difference, around(best.loss, ratio, below, above))
 
 
 def _spread(loss: float, end: float) -> float:

@@ -20,7 +20,7 @@ _BUSY_TIMEOUT_SECONDS = 30
 _STATEMENT_TIMEOUT_MS = 30_000
 
 
-def open_engine(url: str) -> Engine:
+def open_engine(url: str, *, busy_timeout_seconds: float = _BUSY_TIMEOUT_SECONDS) -> Engine:
     """An engine with the settings that leases rely on.
 
     SQLite: WAL, `synchronous=FULL`, foreign keys, busy timeout, and write transactions that take
@@ -43,7 +43,7 @@ def open_engine(url: str) -> Engine:
         )
     if backend != "sqlite":
         raise InvalidInput("database_url", parsed.render_as_string(), _ACCEPTED)
-    engine = create_engine(parsed, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS})
+    engine = create_engine(parsed, connect_args={"timeout": busy_timeout_seconds})
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -11,6 +11,9 @@ from sqlalchemy import Connection
 from nas.store import standings
 from nas.store.engine import open_engine, translated
 
+#: How long a process waits for another that upgrades the same SQLite file.
+_PATIENCE_SECONDS = 3600
+
 
 def _config(connection: Connection | None = None) -> Config:
     config = Config()
@@ -21,11 +24,14 @@ def _config(connection: Connection | None = None) -> Config:
 
 def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database to `revision`; safe to call again and from several processes."""
-    engine = open_engine(url)
+    engine = open_engine(url, busy_timeout_seconds=_PATIENCE_SECONDS)
     try:
         # one write transaction: a second process waits here and then finds nothing to do
         with translated(), engine.execution_options(writes=True).begin() as connection:
             if connection.dialect.name == "postgresql":
+                # a large database takes its time, and so does who waits for it
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7305614)")
             command.upgrade(_config(connection), revision)
             if revision == "head":

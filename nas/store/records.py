@@ -223,6 +223,9 @@ class ConfirmedPair:
     """A run of a search and what fresh seeds gave for it."""
 
     trial_id: int
+    #: the search that it belongs to, and its budget
+    search_id: str
+    train_flops: float
     dense: bool
     #: loss of the run that was confirmed
     proxy_loss: float

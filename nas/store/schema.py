@@ -226,6 +226,8 @@ class StandingRow(Base):
     )
     step: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=False)
     dense: Mapped[bool]
+    #: what is run with several seeds; see `nas.store.standings.model_number`
+    model: Mapped[int] = mapped_column(_BIG)
     #: in the unit of the axis
     x: Mapped[float] = mapped_column(Float)
     loss: Mapped[float] = mapped_column(Float)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, or_, select, text, tuple_
@@ -108,6 +108,26 @@ class Store:
             session.flush()
             rows.add_event(session, row.id, "queued", {})
             return rows.to_search(row), True
+
+    def search_of_key(self, idempotency_key: str) -> Search | None:
+        """The search that was made with an idempotency key."""
+        query = select(SearchRow).where(SearchRow.idempotency_key == idempotency_key)
+        with reading(self.engine) as session:
+            row = session.scalars(query).one_or_none()
+            return None if row is None else rows.to_search(row)
+
+    def seeds_of_models(self, models: Collection[str]) -> set[int]:
+        """Seeds that any trial of the given models has, whatever its state."""
+        query = select(TrialRow.seed).where(TrialRow.model.in_(models)).distinct()
+        with reading(self.engine) as session:
+            return set(session.scalars(query))
+
+    def seeds_of_confirmations(self, search_id: str) -> set[int]:
+        """Seeds that the confirmations of a search have been given, planned or not."""
+        source = SearchRow.request[("confirm", "search")].as_string()
+        with reading(self.engine) as session:
+            found = session.scalars(select(SearchRow.request).where(source == search_id))
+            return {seed for request in found for seed in request["confirm"]["seeds"]}
 
     def search(self, search_id: str) -> Search:
         """One search; `NotFound` if there is none with this id."""
@@ -250,6 +270,8 @@ class Store:
                 SearchRow.data_path.is_(None),
                 SearchRow.request["recipe"].as_string().is_(None),
                 SearchRow.request["overrides"].as_string().is_(None),
+                # what is run again may be of older data
+                SearchRow.request["confirm"].as_string().is_(None),
                 SearchRow.task_fingerprint.is_not(None),
             )
             .order_by(SearchRow.sequence.desc())

@@ -2,10 +2,10 @@
 
 A *scope* is a search (its id) or a task (`name@fingerprint`).  On each *axis* (train FLOPs,
 parameters, …) the table holds, for structured and for dense layers apart, every point that fewer
-than `KEPT_RUNS` other runs equal or beat in both the axis and the loss.  Its first layer is the
-Pareto front; the others are the runs that a best one has to be compared with.  That set never needs
-a point back that was left out, because completed runs do not change: a point leaves when
-`KEPT_RUNS` runs have beaten it, for good.
+than `KEPT_MODELS` other models (structures at a width, whatever the seed) equal or beat in both the
+axis and the loss.  Its first layer is the Pareto front; the others are the models that a best one
+has to be compared with.  That set never needs a point back that was left out, because completed
+runs do not change: a point leaves when `KEPT_MODELS` models have beaten it, for good.
 
 A result enters without a look at the others.  A short list of *bars*, kept from the last time when
 all were looked at, tells which of its points are beaten for certain; the rest stand until a quarter
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,8 @@ from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow,
 from nas.store.searches import Store
 from nas.theta import Theta
 
-#: Runs that are kept at every budget, of structured and of dense layers each.
-KEPT_RUNS = 64
+#: Models that are kept at every budget, of structured and of dense layers each: their best runs.
+KEPT_MODELS = 64
 #: Grows when the table is to be built anew; the revision of the scope `*`.
 LAYOUT = 1
 _LAYOUT_SCOPE = "*"
@@ -96,6 +97,8 @@ _COLUMN_OF = {
 class Points:
     """Points of runs on one axis, as columns of equal length (n,)."""
 
+    #: identifies what is run with several seeds; see `model_number`
+    model: NDArray[np.int64]
     trial: NDArray[np.int64]
     step: NDArray[np.int64]
     x: NDArray[np.float64]
@@ -103,9 +106,10 @@ class Points:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Any]]) -> Points:
-        """From rows of (trial, step, x, loss)."""
-        trial, step, x, loss = zip(*rows, strict=True) if rows else ((), (), (), ())
+        """From rows of (model, trial, step, x, loss)."""
+        model, trial, step, x, loss = zip(*rows, strict=True) if rows else ((),) * 5
         return cls(
+            np.array(model, dtype=np.int64),
             np.array(trial, dtype=np.int64),
             np.array(step, dtype=np.int64),
             np.array(x, dtype=np.float64),
@@ -115,7 +119,7 @@ class Points:
     @classmethod
     def together(cls, parts: Sequence[Points]) -> Points:
         """The points of all parts."""
-        names = ("trial", "step", "x", "loss")
+        names = ("model", "trial", "step", "x", "loss")
         return cls(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
 
     def __len__(self) -> int:
@@ -123,53 +127,63 @@ class Points:
 
     def select(self, which: Any) -> Points:
         """Those of a mask or of indices."""
-        return Points(self.trial[which], self.step[which], self.x[which], self.loss[which])
+        return Points(
+            self.model[which], self.trial[which], self.step[which], self.x[which], self.loss[which]
+        )
 
-    def rows(self) -> Iterable[tuple[int, int, float, float]]:
-        """(trial, step, x, loss) of each."""
+    def rows(self) -> Iterable[tuple[int, int, int, float, float]]:
+        """(model, trial, step, x, loss) of each."""
         return zip(
-            self.trial.tolist(), self.step.tolist(), self.x.tolist(), self.loss.tolist(),
-            strict=True,
+            self.model.tolist(), self.trial.tolist(), self.step.tolist(), self.x.tolist(),
+            self.loss.tolist(), strict=True,
         )  # fmt: skip
 
 
-def kept(points: Points, runs: int | None = None) -> NDArray[np.bool_]:
-    """Which points lower their own run's loss and are beaten by fewer than `runs` other runs.
+def model_number(model: str | None, trial_id: int) -> int:
+    """60 bits of a model's digest: enough to tell a billion apart."""
+    return int(model[:15], 16) if model and _HEXADECIMAL.match(model) else -trial_id
 
-    A run beats a point if one of its own has no more of the axis and no higher loss; of equal
-    points, the one with the lower trial id is first.  By default `KEPT_RUNS`.
+
+_HEXADECIMAL = re.compile(r"[0-9a-f]{15}")
+
+
+def kept(points: Points, models: int | None = None) -> NDArray[np.bool_]:
+    """Which points lower their own model's loss and are beaten by fewer than `models` others.
+
+    A model beats a point if one of its own has no more of the axis and no higher loss; of equal
+    points, the one with the lower trial id is first.  By default `KEPT_MODELS`.
     """
-    return _sweep(points, KEPT_RUNS if runs is None else runs)[0]
+    return _sweep(points, KEPT_MODELS if models is None else models)[0]
 
 
-def _sweep(points: Points, runs: int) -> tuple[NDArray[np.bool_], list[tuple[float, float]]]:
-    """(what `kept` gives, every (x, loss) from which on a point is beaten by `runs` runs)."""
+def _sweep(points: Points, models: int) -> tuple[NDArray[np.bool_], list[tuple[float, float]]]:
+    """(what `kept` gives, every (x, loss) from which on a point is beaten by `models` models)."""
     order = np.lexsort((points.step, points.trial, points.loss, points.x))
     # what is not a number has no place among numbers; nothing is made of it
     usable = np.isfinite(points.x) & np.isfinite(points.loss)
     order = order[usable[order]]
     chosen = np.zeros(len(points), dtype=bool)
     bars: list[tuple[float, float]] = []
-    lowest: list[tuple[float, int]] = []  # the best loss so far of the `runs` best runs, sorted
+    lowest: list[tuple[float, int]] = []  # the best loss so far of the `models` best, sorted
     own: dict[int, float] = {}
     bar = math.inf  # loss of the last of them: nothing at or above it enters
-    xs, trials, losses = points.x.tolist(), points.trial.tolist(), points.loss.tolist()
+    xs, owners, losses = points.x.tolist(), points.model.tolist(), points.loss.tolist()
     for i in order.tolist():
-        loss, trial = losses[i], trials[i]
+        loss, owner = losses[i], owners[i]
         if loss >= bar:
             continue
-        before = own.get(trial, math.inf)
+        before = own.get(owner, math.inf)
         if loss >= before:
             continue
         chosen[i] = True
-        own[trial] = loss
+        own[owner] = loss
         if before < math.inf:
-            at = bisect.bisect_left(lowest, (before, trial))
-            if at < len(lowest) and lowest[at] == (before, trial):
+            at = bisect.bisect_left(lowest, (before, owner))
+            if at < len(lowest) and lowest[at] == (before, owner):
                 del lowest[at]
-        bisect.insort(lowest, (loss, trial))
-        del lowest[runs:]
-        if len(lowest) == runs and lowest[-1][0] < bar:
+        bisect.insort(lowest, (loss, owner))
+        del lowest[models:]
+        if len(lowest) == models and lowest[-1][0] < bar:
             bar = lowest[-1][0]
             bars.append((xs[i], bar))
     return chosen, bars
@@ -256,15 +270,15 @@ def _known(value: float | None) -> list[float]:
 
 def _points_of(trial: TrialRow, curve: Sequence[Any]) -> dict[str, Points]:
     """The run on every axis that it has a value of."""
-    last = curve[-1]
+    last, model = curve[-1], model_number(trial.model, trial.id)
     found = {
-        "train_flops": [(trial.id, c.step, c.train_flops, c.loss) for c in curve],
-        "train_seconds": [(trial.id, c.step, c.seconds, c.loss) for c in curve],
+        "train_flops": [(model, trial.id, c.step, c.train_flops, c.loss) for c in curve],
+        "train_seconds": [(model, trial.id, c.step, c.seconds, c.loss) for c in curve],
     }
     for axis, column in _COLUMN_OF.items():
         value = getattr(trial, column)
         if value is not None:
-            found[axis] = [(trial.id, last.step, float(value), last.loss)]
+            found[axis] = [(model, trial.id, last.step, float(value), last.loss)]
     return {axis: Points.of(rows) for axis, rows in found.items()}
 
 
@@ -304,9 +318,11 @@ def _sweep_out(session: Session, bar: BarRow) -> None:
         StandingRow.scope == bar.scope, StandingRow.axis == bar.axis,
         StandingRow.dense == bar.dense,
     )  # fmt: skip
-    query = select(StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss)
+    query = select(
+        StandingRow.model, StandingRow.trial_id, StandingRow.step, StandingRow.x, StandingRow.loss
+    )
     points = Points.of(session.execute(query.where(own)).all())
-    stays, bars = _sweep(points, KEPT_RUNS)
+    stays, bars = _sweep(points, KEPT_MODELS)
     leaving = points.select(~stays)
     key = tuple_(StandingRow.trial_id, StandingRow.step)
     for part in _pieces(list(zip(leaving.trial.tolist(), leaving.step.tolist(), strict=True))):
@@ -322,7 +338,10 @@ def _packed(bars: Sequence[tuple[float, float]]) -> bytes:
 
 def _as_rows(scope: str, axis: str, dense: bool, points: Points) -> list[dict[str, Any]]:
     same = {"scope": scope, "axis": axis, "dense": dense}
-    return [{**same, "trial_id": t, "step": s, "x": x, "loss": y} for t, s, x, y in points.rows()]
+    return [
+        {**same, "model": m, "trial_id": t, "step": s, "x": x, "loss": y}
+        for m, t, s, x, y in points.rows()
+    ]
 
 
 def _pieces(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
@@ -388,7 +407,7 @@ def rebuild(session: Session) -> None:
 
 def _stand(session: Session, scope: str, axis: str, dense: bool, points: Points) -> None:
     """All standings of a scope on an axis, of which there are none yet."""
-    stays, bars = _sweep(points, KEPT_RUNS)
+    stays, bars = _sweep(points, KEPT_MODELS)
     _insert(session, _as_rows(scope, axis, dense, points.select(stays)))
     session.execute(
         insert(BarRow).values(
@@ -433,7 +452,7 @@ def _of_search(session: Session, search: SearchRow) -> tuple[_OfSearch, _OfSearc
     columns = [getattr(TrialRow, name) for name in _COLUMN_OF.values()]
     trials = session.execute(
         select(TrialRow.id, TrialRow.dense, TrialRow.reused_from, TrialRow.steps, TrialRow.loss,
-               *columns).where(*where)
+               TrialRow.model, *columns).where(*where)
     ).all()  # fmt: skip
     curves = session.execute(
         select(PointRow.trial_id, PointRow.step, PointRow.train_flops, PointRow.seconds,
@@ -446,17 +465,23 @@ def _of_search(session: Session, search: SearchRow) -> tuple[_OfSearch, _OfSearc
     reused = {t.id for t in trials if t.reused_from is not None}
     parts: dict[tuple[str, bool], Points] = {}
     ids, steps = every[:, 0].astype(np.int64), every[:, 1].astype(np.int64)
+    numbers = {t.id: model_number(t.model, t.id) for t in trials}
+    models = np.array([numbers[i] for i in ids.tolist()], dtype=np.int64)
     is_dense = np.isin(ids, list(dense))
     for kind in (False, True):
         of_kind = is_dense == kind
         if of_kind.any():
             for axis, column in (("train_flops", 2), ("train_seconds", 3)):
                 parts[axis, kind] = Points(
-                    ids[of_kind], steps[of_kind], every[of_kind, column], every[of_kind, 4]
+                    models[of_kind],
+                    ids[of_kind],
+                    steps[of_kind],
+                    every[of_kind, column],
+                    every[of_kind, 4],
                 )
         for axis, name in _COLUMN_OF.items():
             rows = [
-                (t.id, t.steps, float(getattr(t, name)), t.loss)
+                (numbers[t.id], t.id, t.steps, float(getattr(t, name)), t.loss)
                 for t in trials
                 if t.dense == kind and getattr(t, name) is not None
             ]
@@ -520,14 +545,14 @@ class Standings:
         return [found[key] for key in keys if math.isfinite(found[key].loss)]
 
     def lowest(self, scope: str, axis: str, limit: float, *, dense: bool) -> list[int]:
-        """The trials with the lowest losses within a limit on an axis, `KEPT_RUNS` at most."""
+        """A trial of each of the `KEPT_MODELS` models with the lowest losses within a limit."""
         best = func.min(StandingRow.loss)
         query = (
-            select(StandingRow.trial_id)
+            select(func.min(StandingRow.trial_id))
             .where(_standing(scope, axis, dense), StandingRow.x <= limit)
-            .group_by(StandingRow.trial_id)
-            .order_by(best, StandingRow.trial_id)
-            .limit(KEPT_RUNS)
+            .group_by(StandingRow.model)
+            .order_by(best, func.min(StandingRow.trial_id))
+            .limit(KEPT_MODELS)
         )
         with reading(self._engine) as session:
             return list(session.scalars(query))
@@ -615,16 +640,17 @@ class Standings:
         either = or_(TrialRow.search_id == scope, source.c.search_id == scope)
         query = (
             select(
-                source.c.id, source.c.dense, source.c.loss, func.avg(TrialRow.loss),
-                func.count(), TrialRow.train_flops / source.c.train_flops,
+                source.c.id, source.c.search_id, source.c.train_flops, source.c.dense,
+                source.c.loss, func.avg(TrialRow.loss), func.count(TrialRow.seed.distinct()),
+                TrialRow.train_flops / source.c.train_flops,
             )
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .join(source, source.c.id == TrialRow.confirms)
             .where(TrialRow.state == "complete", source.c.state == "complete")
             .where(TrialRow.confirms.is_not(None), TrialRow.reused_from.is_(None))
             .where(_in_scope(scope) if "@" in scope else either)
-            .group_by(source.c.id, source.c.dense, source.c.loss,
-                      TrialRow.train_flops / source.c.train_flops)
+            .group_by(source.c.id, source.c.search_id, source.c.train_flops, source.c.dense,
+                      source.c.loss, TrialRow.train_flops / source.c.train_flops)
             .order_by(source.c.id)
         )  # fmt: skip
         with reading(self._engine) as session:

@@ -14,12 +14,13 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from api.schemas import SearchPage, TrialPage
-from nas.cost import RunPlan, plan_at, references
+from nas.cost import RunPlan, plan_at, plan_of_steps, references
 from nas.recipe import RECIPES
 from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Leases, Store, StoredPoint, TrialDraft
 from nas.taxonomy import name_of, parse_theta
+from nas.theta import Theta
 
 BUDGET = 2e11
 GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
@@ -343,6 +344,41 @@ def test_bad_confirmations_name_the_field(
     assert (answer.status_code, answer.json()["field"]) == (status, field)
     assert answer.json()["accepted"]
     assert len(client.get("/v1/searches").json()["items"]) == 1
+
+
+def test_a_confirmation_asked_for_again_is_the_same_whatever_has_run(client: TestClient) -> None:
+    search = plant(client)
+    path = f"/v1/searches/{search}/confirm"
+    made = client.post(path, json={"top": 1, "seeds": 2}, headers={"Idempotency-Key": "c"}).json()
+    second = client.post(path, json={"top": 1, "seeds": 2}).json()
+    seeds = [m["request"]["confirm"]["seeds"] for m in (made, second)]
+    assert not set(seeds[0]) & set(seeds[1])  # although none of them has run
+    store: Store = client.app.state.store  # type: ignore[attr-defined]
+    leases = Leases(store)
+    got = leases.claim("w", 60, search_id=made["id"])
+    assert got is not None
+    run = made["request"]["confirm"]["runs"][0]
+    theta = Theta(*run["theta"])
+    plan = plan_of_steps(SearchRequest.checked(GOOD).settings, theta, run["width"], run["steps"])
+    draft = TrialDraft(
+        0, "confirmation", plan, seeds[0][0], "fresh", "monarch", confirms=run["trial_id"]
+    )
+    trial = leases.add_trial(got[0], draft)
+    leases.start_trial(got[0], trial.id)
+    leases.add_point(got[0], trial.id, _point(plan, plan.steps, 2.1))
+    leases.complete_trial(got[0], trial.id, {})
+    again = client.post(path, json={"top": 1, "seeds": 2}, headers={"Idempotency-Key": "c"})
+    assert (again.status_code, again.json()["id"]) == (200, made["id"])
+    other = client.post(path, json={"top": 1, "seeds": 3}, headers={"Idempotency-Key": "c"})
+    assert other.status_code == 422
+
+
+def test_confirmations_are_made_by_their_own_route_only(client: TestClient) -> None:
+    search = plant(client)
+    made = client.post(f"/v1/searches/{search}/confirm", json={"top": 1, "seeds": 1}).json()
+    for path in ("/v1/searches", "/v1/searches/preview"):
+        answer = client.post(path, json=made["request"])
+        assert (answer.status_code, answer.json()["field"]) == (422, "confirm")
 
 
 def test_only_a_search_that_has_ended_is_confirmed(client: TestClient) -> None:

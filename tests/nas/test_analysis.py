@@ -106,8 +106,11 @@ def test_what_lies_past_the_reference_adds_nothing() -> None:
 # --- confirmation
 
 
-def pair(trial: int, proxy: float, confirmed: float, longer: float = 1.0) -> ConfirmedPair:
-    return ConfirmedPair(trial, False, proxy, confirmed, 3, longer)
+def pair(
+    trial: int, proxy: float, confirmed: float, longer: float = 1.0, *, search: str = "s",
+    flops: float = 1e11,
+) -> ConfirmedPair:  # fmt: skip
+    return ConfirmedPair(trial, search, flops, False, proxy, confirmed, 3, longer)
 
 
 def test_the_rank_correlation_of_a_ranking_that_holds_and_of_one_that_does_not() -> None:
@@ -129,6 +132,19 @@ def test_the_longest_confirmation_of_a_run_counts() -> None:
     found = rank_correlation(both)
     assert found is not None
     assert (found.tau, found.longer, found.candidates) == (1.0, 4.0, 6)
+
+
+def test_more_compute_is_no_skill_at_ranking() -> None:
+    """Within each budget the ranking is turned round; pooled, it would seem to hold."""
+    for search, flops in (("abc", (1e11,) * 3), ("aaa", (5e10, 1e11, 2e11))):
+        pairs = [
+            pair(10 * b + i, 4 - b + i / 10, 4 - b - i / 10, search=search[b], flops=flops[b])
+            for b in range(3)
+            for i in range(6)
+        ]
+        found = rank_correlation(pairs)
+        assert found is not None
+        assert (found.tau, found.candidates) == (-1.0, 6)
 
 
 def test_no_correlation_is_made_up() -> None:

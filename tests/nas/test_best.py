@@ -167,6 +167,44 @@ def test_confirmations_take_the_place_of_the_runs_that_were_chosen() -> None:
     assert answer.best.loss > 2.2
 
 
+def test_what_was_confirmed_comes_before_what_was_not() -> None:
+    """One fresh seed each: the runs that were chosen are now higher than one nobody looked at."""
+    names = ["monarch", "kronecker", "low-rank:rho=0.5"]
+    runs = [run(i, [(10.0, 2.0 + i / 200)], structure=n) for i, n in enumerate(names)]
+    runs += [run(10 + i, [(10.0, 2.03 + i / 200)], structure=n, seed=1, kind="confirmation")
+             for i, n in enumerate(names)]  # fmt: skip
+    OFFSETS.update({10: 2.03, 20: 2.015})
+    answer = ask([*runs, run(20, [(10.0, 2.015)], structure="low-rank:rho=0.25")], 10.0)
+    assert answer.best.confirmed
+    assert answer.best.run.name == "monarch"
+
+
+def test_none_of_many_rivals_is_left_out() -> None:
+    """A hundred structures that are equally good: all of them cannot be told apart."""
+    rng = np.random.default_rng(4)
+    runs = [
+        r
+        for i in range(100)
+        for r in replicated(
+            i * 10, 2.0 * np.exp(rng.normal(0, 0.02, 2)), structure=f"low-rank:rho=0.{i:03d}"
+        )
+    ]
+    answer = ask(runs, 10.0)
+    assert answer.compared == 99
+    assert len(answer.indistinguishable) >= 95
+
+
+def test_two_losses_far_apart_give_a_number_all_the_same() -> None:
+    """One degree of freedom and many rivals: intervals past any float stay finite."""
+    runs = [run(i, [(10.0, 2.0)], structure=f"low-rank:rho=0.{i:03d}") for i in range(60)]
+    runs.append(run(90, [(10.0, 60.0)], structure="low-rank:rho=0.003", seed=1))
+    answer = ask(runs, 10.0)
+    assert all(
+        r.interval is not None and all(map(math.isfinite, r.interval))
+        for r in answer.indistinguishable
+    )
+
+
 def test_one_lucky_run_does_not_beat_several() -> None:
     several = replicated(0, [2.0, 2.1, 1.9, 2.0])
     a_little_lower = run(20, [(10.0, 1.95)], structure="kronecker")
@@ -304,6 +342,37 @@ def test_past_the_data_the_laws_are_extrapolated() -> None:
     needed = (40.2 * 1e14**-0.10 / 89.55) ** (-1 / 0.13)
     assert answer.multiplier == pytest.approx(1e14 / needed, rel=0.01)
     assert answer.indistinguishable == ()
+
+
+def test_the_longest_runs_are_extrapolated() -> None:
+    """An earlier search at a smaller budget, and confirmations there, hide no longer run."""
+    short = [long_law(i, 40.0, 0.10, structure=DENSE) for i in (1, 2)]
+    half = [(p.train_flops, p.loss) for p in short[0].points][:8]
+    runs = [
+        run(1, half, structure=DENSE),
+        *(run(2 + s, half, structure=DENSE, seed=1 + s, kind="confirmation") for s in range(3)),
+        long_law(9, 40.0, 0.10, structure=DENSE),
+        long_law(10, 41.0, 0.10),
+    ]
+    answer = predict_for_budget(runs, 2e12, 1e12)
+    assert answer is not None
+    assert answer.best_dense is not None
+    assert answer.best_dense.loss == pytest.approx(40.0 * 2e12**-0.10, rel=1e-3)
+    assert answer.multiplier is not None
+
+
+def test_far_predictions_of_wide_intervals_stay_numbers() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        runs = [
+            long_law(10 * i + s, 3.0 * math.exp(rng.normal(0, 0.1)), float(rng.uniform(0.01, 0.2)),
+                     structure=name, seed=s)
+            for i, name in enumerate((DENSE, "monarch")) for s in range(2)
+        ]  # fmt: skip
+        answer = predict_for_budget(runs, 9e14, 1e12)
+        assert answer is not None
+        for r in answer.indistinguishable:
+            assert r.interval is None or all(map(math.isfinite, r.interval))
 
 
 def test_one_seed_claims_no_interval_of_a_prediction() -> None:

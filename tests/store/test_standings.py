@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
+from nas.errors import LeaseLost
 from nas.store import AXES, Lease, Leases, MeasuredCost, Standings, Store, StoredPoint, task_scope
 from nas.store import standings as module
 from nas.store.engine import open_engine, writing
@@ -37,6 +39,15 @@ def store(database_url: str) -> Iterator[Store]:
     opened.close()
 
 
+def of_runs(rows: list[tuple[int, int, int, int]]) -> Points:
+    """Points of models that were run once each."""
+    return Points.of([(row[0], *row) for row in rows])
+
+
+def keys(points: Points) -> set[tuple[int, int]]:
+    return {(trial, step) for _, trial, step, _, _ in points.rows()}
+
+
 def slowly_kept(rows: list[tuple[int, int, int, int]], runs: int) -> set[tuple[int, int]]:
     """The definition: below the own run's earlier points, and beaten by few other runs."""
     order = sorted(rows, key=lambda r: (r[2], r[3], r[0], r[1]))
@@ -53,9 +64,9 @@ def slowly_kept(rows: list[tuple[int, int, int, int]], runs: int) -> set[tuple[i
 def test_kept_points_are_those_that_few_runs_beat(
     rows: list[tuple[int, int, int, int]], runs: int
 ) -> None:
-    points = Points.of(rows)
+    points = of_runs(rows)
     chosen = points.select(kept(points, runs))
-    assert {(t, s) for t, s, _, _ in chosen.rows()} == slowly_kept(rows, runs)
+    assert keys(chosen) == slowly_kept(rows, runs)
 
 
 @given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9))
@@ -67,25 +78,25 @@ def test_nothing_that_was_left_out_is_missed_later(
     for row in rows:
         by_run.setdefault(row[0], []).append(row)
     order = np.random.default_rng(seed).permutation(list(by_run)).tolist()
-    held = Points.of([])
+    held = of_runs([])
     for trial in order:
-        both = Points.together([held, Points.of(by_run[trial])])
+        both = Points.together([held, of_runs(by_run[trial])])
         held = both.select(kept(both, runs))
-    assert {(t, s) for t, s, _, _ in held.rows()} == slowly_kept(rows, runs)
+    assert keys(held) == slowly_kept(rows, runs)
 
 
 @given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9), edges=st.integers(1, 4))
 def test_bars_turn_away_only_what_is_beaten(
     rows: list[tuple[int, int, int, int]], runs: int, seed: int, edges: int
 ) -> None:
-    points = Points.of(rows)
+    points = of_runs(rows)
     half = np.random.default_rng(seed).random(len(points)) < 0.5
     _, bars = module._sweep(points.select(half), runs)
     thinned = np.array(bars[::-1][::edges][::-1], dtype="<f8").tobytes()
     late = points.select(~half & ~np.isin(points.trial, points.trial[half]))
     turned_away = late.select(module._is_beaten(late, thinned))
     stays = slowly_kept(rows, runs)
-    assert not {(t, s) for t, s, _, _ in turned_away.rows()} & stays
+    assert not keys(turned_away) & stays
 
 
 def begun(store: Store, fingerprint: str | None = "f1", **changes: Any) -> Lease:
@@ -129,7 +140,7 @@ def standing(store: Store) -> set[tuple[Any, ...]]:
 def test_results_as_they_land_equal_those_built_anew(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "KEPT_RUNS", 2)
+    monkeypatch.setattr(module, "KEPT_MODELS", 2)
     monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 4)
     monkeypatch.setattr(module, "_MOST_EDGES", 3)
     rng = np.random.default_rng(5)
@@ -232,7 +243,9 @@ def test_a_store_of_the_first_version_gets_its_standings(tmp_path: Path) -> None
     upgrade_down(url)
     upgrade(url)
     store = Store(url)
-    assert store.search(search.id) == search
+    assert store.search(search.id) == replace(search, epoch=search.epoch + 1)
+    with pytest.raises(LeaseLost):  # a worker of that version would complete trials unseen
+        Leases(store).renew(lease)
     assert [t.model for t in store.trials(search.id)] == models
     measured = {"step_seconds", "peak_memory"}  # the first version did not store these
     assert standing(store) == {row for row in before if row[1] not in measured}
@@ -248,3 +261,20 @@ def upgrade_down(url: str) -> None:
     with engine.execution_options(writes=True).begin() as connection:
         command.downgrade(_config(connection), "0001")
     engine.dispose()
+
+
+def test_many_seeds_of_one_model_push_no_other_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT_MODELS", 2)
+    monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 1)
+    lease = begun(store)
+    favourite = [
+        run(store, lease, i, [2.0 + i / 100], seed=i, plan=draft(0).plan) for i in range(6)
+    ]
+    other = run(store, lease, 6, [2.5], plan=draft(1).plan)
+    reading = Standings(store)
+    near = reading.lowest(lease.search_id, "train_flops", 1e30, dense=True)
+    assert len(near) == 2
+    found = reading.runs(lease.search_id, models=reading.models(near))
+    assert {r.trial_id for r in found} == {*favourite, other}

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -22,8 +23,6 @@ def upgrade() -> None:
     op.add_column("trials", sa.Column("confirms", _BIG, nullable=True))
     op.add_column("trials", sa.Column("seconds_per_step", sa.Float(), nullable=True))
     op.add_column("trials", sa.Column("peak_memory_bytes", _BIG, nullable=True))
-    op.create_index("ix_trials_model", "trials", ["model"], unique=False)
-    op.create_index("ix_trials_confirms", "trials", ["confirms"], unique=False)
     op.create_table(
         "scopes",
         sa.Column("scope", sa.String(length=128), nullable=False),
@@ -42,6 +41,7 @@ def upgrade() -> None:
         sa.Column("trial_id", _BIG, autoincrement=False, nullable=False),
         sa.Column("step", _BIG, autoincrement=False, nullable=False),
         sa.Column("dense", sa.Boolean(), nullable=False),
+        sa.Column("model", _BIG, nullable=False),
         sa.Column("x", sa.Float(), nullable=False),
         sa.Column("loss", sa.Float(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -60,6 +60,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("scope", "axis", "dense", name="pk_bars"),
     )
     _fill(op.get_bind())
+    op.create_index("ix_trials_model", "trials", ["model"], unique=False)
+    op.create_index("ix_trials_confirms", "trials", ["confirms"], unique=False)
 
 
 def _fill(connection: sa.Connection) -> None:
@@ -79,18 +81,23 @@ def _fill(connection: sa.Connection) -> None:
         )
     stored = sa.text(
         "SELECT t.id, s.id AS search, s.task_fingerprint, t.depth, t.width, t.structures "
-        "FROM trials t JOIN searches s ON s.id = t.search_id"
+        "FROM trials t JOIN searches s ON s.id = t.search_id "
+        "WHERE t.id > :last ORDER BY t.id LIMIT 5000"
     )
-    for row in connection.execute(stored).all():
-        structures = row.structures
-        if isinstance(structures, str):  # PostgreSQL has decoded its JSON, SQLite has not
-            structures = json.loads(structures)
-        task = row.task_fingerprint or row.search
-        model = digest_of_model(task, row.depth, row.width, structures)
-        connection.execute(
-            sa.text("UPDATE trials SET model = :model WHERE id = :id"),
-            {"model": model, "id": row.id},
-        )
+    fill = sa.text("UPDATE trials SET model = :model WHERE id = :id")
+    last = -1
+    while rows := connection.execute(stored, {"last": last}).all():
+        connection.execute(fill, [{"id": row.id, "model": _model(row)} for row in rows])
+        last = rows[-1].id
+    # a worker of the version before would complete trials without entering them in the standings
+    connection.execute(sa.text("UPDATE searches SET epoch = epoch + 1 WHERE state = 'running'"))
+
+
+def _model(row: sa.Row[Any]) -> str:
+    structures = row.structures
+    if isinstance(structures, str):  # PostgreSQL has decoded its JSON, SQLite has not
+        structures = json.loads(structures)
+    return digest_of_model(row.task_fingerprint or row.search, row.depth, row.width, structures)
 
 
 def downgrade() -> None:
