@@ -31,7 +31,7 @@ def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, An
     session.add(EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data)))
 
 
-def to_search(row: SearchRow) -> Search:
+def to_search(row: SearchRow | Row[Any]) -> Search:
     return Search(
         id=row.id,
         sequence=row.sequence,

@@ -142,11 +142,12 @@ class Store:
 
     def searches(self, *, before: int | None = None, limit: int = 50) -> list[Search]:
         """The newest searches, or those created before the sequence number `before`."""
-        query = select(SearchRow).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
+        columns = SearchRow.__table__.columns  # plain rows, as of trials
+        query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
         if before is not None:
             query = query.where(SearchRow.sequence < before)
         with reading(self.engine) as session:
-            return [rows.to_search(r) for r in session.scalars(query)]
+            return [rows.to_search(r) for r in session.execute(query)]
 
     def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
         """Trials of a search in the order of their numbers, from past number `after`."""
