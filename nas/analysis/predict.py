@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -171,7 +172,8 @@ def predicted_rival(best: Prediction, other: Prediction) -> PredictedRival:
 
 
 def _spread(loss: float, end: float) -> float:
-    return abs(math.log(max(end, math.ulp(0.0)) / loss))
+    # an interval may begin at 0, which has no logarithm
+    return abs(math.log(max(end, sys.float_info.min)) - math.log(loss))
 
 
 def _multiplier(best: Prediction, dense: Prediction, budget: float) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from nas.analysis import Answer, best_for_budget, predict_for_budget
 from nas.analysis.best import BestMultiplier
+from nas.analysis.predict import predicted_rival
 from nas.errors import NotFound
 from nas.store import Run, StoredPoint
 from nas.store.standings import structure_key
@@ -373,6 +375,20 @@ def test_far_predictions_of_wide_intervals_stay_numbers() -> None:
         assert answer is not None
         for r in answer.indistinguishable:
             assert r.interval is None or all(map(math.isfinite, r.interval))
+
+
+def test_an_interval_that_begins_at_zero_is_compared_all_the_same() -> None:
+    runs = [long_law(1, 40.0, 0.10, structure=DENSE), long_law(2, 41.0, 0.10)]
+    answer = predict_for_budget(runs, 2e12, 1e12)
+    assert answer is not None
+    assert answer.best_structured is not None
+    for loss in (0.3, 2.0, 7.0):
+        best = replace(answer.best, loss=loss, interval=(0.0, 9.0))
+        other = replace(answer.best_structured, loss=2 * loss, interval=(0.0, 20.0))
+        interval = predicted_rival(best, other).interval
+        assert interval is not None
+        assert interval[0] < 0 < interval[1]
+        assert all(map(math.isfinite, interval))
 
 
 def test_one_seed_claims_no_interval_of_a_prediction() -> None:
