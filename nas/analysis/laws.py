@@ -537,13 +537,16 @@ def _jackknife(values: Sequence[float]) -> Interval | None:
 
 
 def _b_interval(fits: Sequence[_Fit]) -> Interval | None:
-    if all(f.offset == 0.0 for f in fits):
+    # a replicate that does not fall has no logarithm either
+    if all(f.offset == 0.0 for f in fits) or any(f.b <= 0.0 for f in fits):
         return _jackknife([f.b for f in fits])
     return _mapped(_jackknife([math.log(f.b) for f in fits]), _exp)
 
 
 def _offset_interval(fits: Sequence[_Fit], largest: float) -> Interval | None:
     top = max(f.loss(largest) for f in fits)  # above every offset
+    if any(f.offset >= top for f in fits):
+        return None  # a replicate that is all offset: what is left of it is below rounding
     found = _jackknife([math.log(top - f.offset) for f in fits])
     if found is None:
         return None

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.coverage import CASES, draw, repetition
+from nas.analysis import laws
 from nas.analysis.laws import (
     Curve,
     ScalingLaw,
@@ -295,3 +296,30 @@ def test_theil_sen_is_scipy_s_on_one_run() -> None:
     two, levels = theil_sen(np.append(x, x), np.append(y, y + 5), (0, 200))
     assert two == pytest.approx(slope)
     assert levels == pytest.approx([level, level + 5])
+
+
+def test_replicates_without_a_fall_leave_numbers_or_nothing() -> None:
+    """Whatever a fit of few, noisy or flat points comes to, it does not raise."""
+    rng = np.random.default_rng(11)
+    flops = np.geomspace(1e11, 8e11, 6)
+    for _ in range(60):
+        tail = float(rng.choice([0.0, 1e-9, 1e-3, 0.2]))
+        fall = tail * (flops / flops[0]) ** -float(rng.uniform(0.1, 30))
+        noise = float(rng.choice([0.0, 1e-6, 1e-2]))
+        runs = [(flops, (1.0 + fall) * np.exp(rng.normal(0, noise, len(flops)))) for _ in range(5)]
+        for offset in (False, True):
+            law = fit_scaling_law(runs, offset=offset)
+            if law is not None:
+                loss, interval = law.predict(1e13)
+                assert math.isfinite(loss)
+                for found in (interval, law.b_interval, law.offset_interval):
+                    assert found is None or all(map(math.isfinite, found))
+
+
+def test_a_replicate_that_is_all_offset_leaves_its_interval_unknown() -> None:
+    fits = [laws._Fit(-700.0, 1.0, 2.0) for _ in range(4)]
+    assert laws._offset_interval(fits, 1e12) is None
+    rising = [laws._Fit(0.0, b, 0.5) for b in (0.1, -0.01, 0.1, 0.2)]
+    interval = laws._b_interval(rising)
+    assert interval is not None
+    assert interval[0] < 0.1 < interval[1]
