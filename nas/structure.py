@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from nas.errors import InvalidInput
 from nas.taxonomy import Taxonomy, name_of, taxonomy
@@ -27,6 +27,44 @@ _FULL_EINSUM = "agdfr,bgefr,...abg->...def"
 Factor = Literal["A", "B"]
 #: How d^θ becomes integers: axes whose product covers the dimension, or each rounded on its own.
 Sizing = Literal["least-waste", "paper"]
+
+
+class LinearStructure(Protocol):
+    """What the integers of any structured linear layer tell, of whatever family."""
+
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_out(self) -> int: ...
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token, padding included."""
+
+    @property
+    def params(self) -> int:
+        """Learned numbers, bias not counted."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is one d_out × d_in matrix."""
+
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether it costs more than the dense layer, which can express the same operators."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal integer operators."""
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of the factors, in the order they are contracted; a gate is none of them."""
+
+    def init_std(self, factor: str) -> float:
+        """Standard deviation of a factor at initialisation."""
+
+    def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
+        """Adam learning rate of a factor (or gate) over that of the dense base layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +164,43 @@ class Structure:
         if sizing not in get_args(Sizing):
             raise InvalidInput("sizing", sizing, " | ".join(get_args(Sizing)))
         return _structure(theta if sizing == "paper" else theta.canonical(), d_in, d_out, sizing)
+
+    def with_output_blocks(self, count: int) -> Structure:
+        """The structure with φ = `count`, ε = d_out / `count` and δ = 1: block φ = h makes the
+        outputs from h·d_out/count alone, as the projections of attention head h need.
+
+        Dense stays dense, for it makes each output alone.
+
+        Raises
+        ------
+        InvalidInput
+            `count` does not divide d_out.
+        """
+        if self.is_dense:
+            return self
+        block = _block(self.d_out, count)
+        s = self.sizes
+        return self._resized(Sizes(s.alpha, s.beta, s.gamma, 1, block, count, s.rho))
+
+    def with_input_blocks(self, count: int) -> Structure:
+        """The mirror image: γ = `count`, α = d_in / `count`, β = 1, so that block γ = h reads the
+        inputs of attention head h alone.  See `with_output_blocks`."""
+        if self.is_dense:
+            return self
+        block = _block(self.d_in, count)
+        s = self.sizes
+        return self._resized(Sizes(block, 1, count, s.delta, s.epsilon, s.phi, s.rho))
+
+    def _resized(self, sizes: Sizes) -> Structure:
+        """Other sizes, labelled so that A first is not dearer, with the θ that they amount to."""
+        sizes = max(sizes, sizes.swapped(), key=_label_order)
+        s = sizes
+        alpha, beta, gamma = _exponents((s.alpha, s.beta, s.gamma))
+        delta, epsilon, phi = _exponents((s.delta, s.epsilon, s.phi))
+        narrow = min(self.d_in, self.d_out)
+        rho = min(1.0, math.log(s.rho) / math.log(narrow)) if narrow > 1 else 0.0
+        theta = Theta(alpha, beta, gamma, delta, epsilon, phi, rho)
+        return Structure(theta, self.d_in, self.d_out, sizes)
 
     @property
     def is_dense(self) -> bool:
@@ -254,7 +329,12 @@ class Structure:
         """
         return fingerprint(self.d_in, self.d_out, None if self.is_dense else self.sizes)
 
-    def fans(self, factor: Factor) -> tuple[int, int]:
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Names of the factors, in the order they are contracted; dense is the one factor A."""
+        return ("A",) if self.is_dense else ("A", "B")
+
+    def fans(self, factor: str) -> tuple[int, int]:
         """(fan in, fan out) of a factor as a batched matrix, A contracted first.
 
         A: α → δφρ;  B: βγρ → ε.  A dense layer has the one factor A: d_in → d_out.
@@ -266,7 +346,7 @@ class Structure:
             return s.alpha, s.delta * s.phi * s.rho
         return s.beta * s.gamma * s.rho, s.epsilon
 
-    def init_std(self, factor: Factor) -> float:
+    def init_std(self, factor: str) -> float:
         """Standard deviation of a factor at initialisation: sqrt(min(f_in, f_out)) / f_in.
 
         Source: arXiv:2406.06248, section 3.2.
@@ -274,7 +354,7 @@ class Structure:
         fan_in, fan_out = self.fans(factor)
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
-    def adam_lr_multiplier(self, factor: Factor, d_in_base: int | None = None) -> float:
+    def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of a factor, relative to a dense base layer with `d_in_base` inputs.
 
         d_in_base / (2 f_in) for a factor, d_in_base / d_in for a dense layer; `d_in_base` is this
@@ -289,6 +369,18 @@ class Structure:
 def fingerprint(d_in: int, d_out: int, sizes: Sizes | None) -> str:
     """`Structure.fingerprint` from its parts; without sizes, of one dense matrix."""
     return f"{d_in}x{d_out}:{'dense' if sizes is None else '.'.join(map(str, astuple(sizes)))}"
+
+
+def _block(dimension: int, count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or dimension % count:
+        raise InvalidInput("heads", count, f"a divisor of the dimension, {dimension}")
+    return dimension // count
+
+
+def _exponents(sizes: Sequence[int]) -> tuple[float, ...]:
+    """Logarithms of sizes over that of their product, which sum to 1."""
+    whole = math.log(math.prod(sizes))
+    return tuple(math.log(n) / whole for n in sizes) if whole else (1.0, *(0.0 for _ in sizes[1:]))
 
 
 @lru_cache(maxsize=65536)
@@ -369,7 +461,6 @@ def inspect_structure(
     """
     structure = Structure.of(theta, d_in, d_out, sizing)
     s, tax, integer = structure.sizes, taxonomy(theta), structure.integer_taxonomy
-    factors: tuple[Factor, ...] = ("A",) if structure.is_dense else ("A", "B")
     return {
         "theta": list(theta.values),
         "canonical_theta": list(theta.canonical().values),
@@ -411,6 +502,6 @@ def inspect_structure(
                 "init_std": structure.init_std(f),
                 "adam_lr_multiplier": structure.adam_lr_multiplier(f),
             }
-            for f in factors
+            for f in structure.factors
         ],
     }  # fmt: skip

@@ -15,18 +15,20 @@ from nas.layers.kernels import matrix, workspace_elements
 from nas.layers.modes import autocast_dtype
 from nas.layers.normalization import cap_rms
 from nas.layers.plan import Plan
-from nas.structure import Factor, Sizing, Structure
+from nas.layers.structured import StructuredLinear
+from nas.structure import Sizing, Structure
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
 
 
-class EinsumLinear(nn.Module):
+class EinsumLinear(StructuredLinear):
     """y = x Wᵀ + bias with W (d_out, d_in) of the structure θ; shape (..., d_in) → (..., d_out).
 
     Parameters
     ----------
     theta
-        A `Theta`, seven exponents, or a name such as ``"btt:rho=1/4"``.
+        A `Theta`, seven exponents, a name such as ``"btt:rho=1/4"``, or the integer `Structure`
+        of a layer d_in → d_out.
     d_in, d_out
         Any dimensions.  Where they cannot be factored near θ the input is zero-padded at its end
         and surplus outputs are cut; no input is dropped and no output is constant.
@@ -64,14 +66,14 @@ class EinsumLinear(nn.Module):
 
     #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
     relative_error: float | None = None
+    structure: Structure
     _plan: Plan | None = None
-    bias: Tensor | None
     gain_A: Tensor | None
     gain_B: Tensor | None
 
     def __init__(
         self,
-        theta: Theta | str | Sequence[float],
+        theta: Theta | str | Sequence[float] | Structure,
         d_in: int,
         d_out: int,
         bias: bool = True,
@@ -86,8 +88,7 @@ class EinsumLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        parsed = parse_theta(theta) if isinstance(theta, str) else Theta.of(theta)
-        self.structure = Structure.of(parsed, d_in, d_out, sizing)
+        self.structure = _structure(theta, d_in, d_out, sizing)
         self.plan = plan
         self.in_features, self.out_features = d_in, d_out
         self.zero_init, self.normalize = zero_init, normalize
@@ -124,11 +125,11 @@ class EinsumLinear(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def factors(self) -> dict[Factor, nn.Parameter]:
+    def factors(self) -> dict[str, nn.Parameter]:
         """The factors by name; a dense layer's matrix is factor A."""
         return {"A": self.weight} if self.structure.is_dense else {"A": self.A, "B": self.B}
 
-    def _effective(self, name: Factor, gain: Tensor | None) -> Tensor:
+    def _effective(self, name: str, gain: Tensor | None) -> Tensor:
         """The factor as it enters the product: capped at its initial RMS and scaled."""
         factor: Tensor = self.factors()[name]
         return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
@@ -235,18 +236,6 @@ class EinsumLinear(nn.Module):
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
         return matrix(*self._effective_factors(), self.out_features, self.in_features)
 
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A dense `torch.nn.Linear` that computes the same, with parameters of its own."""
-        w = self.to_matrix()
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, w.device, w.dtype
-        )
-        linear.weight.copy_(w)
-        if self.bias is not None:
-            linear.bias.copy_(self.bias)
-        return linear
-
     @classmethod
     @torch.no_grad()
     def from_linear(
@@ -299,3 +288,16 @@ class EinsumLinear(nn.Module):
             f"theta={s.theta}, d_in={s.d_in}, d_out={s.d_out}, bias={self.bias is not None}, "
             f"macs={s.macs}, rank={s.rank}"
         )
+
+
+def _structure(
+    theta: Theta | str | Sequence[float] | Structure, d_in: int, d_out: int, sizing: Sizing
+) -> Structure:
+    if isinstance(theta, Structure):
+        if (theta.d_in, theta.d_out) != (d_in, d_out):
+            accepted = f"{theta.d_in}, {theta.d_out}, the dimensions of the structure"
+            raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
+        return theta
+    return Structure.of(
+        parse_theta(theta) if isinstance(theta, str) else Theta.of(theta), d_in, d_out, sizing
+    )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nas.errors import InvalidInput
-from nas.layers.einsum_linear import EinsumLinear
+from nas.layers.structured import StructuredLinear
 from nas.layers.surgery import is_conv1d
 
 
@@ -25,7 +25,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an Adam-type optimiser, one for each distinct learning rate.
 
-    A factor of an `EinsumLinear` gets lr · d_in_base / (2 f_in), its dense matrix
+    A factor of a structured layer gets lr · d_in_base / (2 f_in), a dense matrix and a gate
     lr · d_in_base / d_in, every other parameter lr.  Every parameter of the model, frozen ones
     too, is in exactly one group.
 
@@ -36,8 +36,8 @@ def param_groups(
     lr
         Learning rate tuned on the dense base model.
     extra
-        Multipliers of parameters outside `EinsumLinear`, such as an output head; they precede all
-        below.
+        Multipliers of parameters outside structured layers, such as an output head; they precede
+        all below.
     base_width
         Width of the dense base model at which `lr` was tuned, where this model is wider or
         narrower.  In place of the layers' own d_in_base, a layer with d_in ≥ `width` then has
@@ -49,7 +49,7 @@ def param_groups(
         ones; give their weights the multiplier 1 by `extra`.
     width
         Width of this model.  Default: the min(d_in, d_out) that more than half of its
-        `EinsumLinear` layers have.
+        structured layers have.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def param_groups(
         _check_positive("extra", multiplier)
         multipliers[parameter] = multiplier
     for module in model.modules():
-        if isinstance(module, EinsumLinear):
+        if isinstance(module, StructuredLinear):
             for name, factor in module.factors().items():
                 if base_width is None or width is None:
                     multiplier = module.structure.adam_lr_multiplier(name, module.d_in_base)
@@ -102,25 +102,25 @@ def _check_positive(field: str, value: Any) -> None:
 
 def _width(model: nn.Module) -> int:
     """The narrower side that more than half of the structured layers have."""
-    layers = [m for m in model.modules() if isinstance(m, EinsumLinear)]
+    layers = [m for m in model.modules() if isinstance(m, StructuredLinear)]
     sides = Counter(min(m.in_features, m.out_features) for m in layers)
     width, count = max(sides.items(), key=lambda item: item[1], default=(0, 0))
     if 2 * count <= len(layers):
         found = ", ".join(f"{n} layers of {side}" for side, n in sorted(sides.items()))
         raise InvalidInput(
             "width",
-            f"None, with {found or 'no EinsumLinear'}",
-            "the width of the model where no width is that of most EinsumLinear layers",
+            f"None, with {found or 'no structured layer'}",
+            "the width of the model where no width is that of most structured layers",
         )
     return width
 
 
 def _dense_matrices(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """Weights outside `EinsumLinear` that are dense matrices and nothing else, with their d_in."""
+    """Weights outside structured layers that are dense matrices and nothing else, with d_in."""
     found: list[tuple[Tensor | None, int]] = []
     others: set[Tensor] = set()
     for module in model.modules():
-        if isinstance(module, EinsumLinear):
+        if isinstance(module, StructuredLinear):
             continue
         mine: list[tuple[Tensor | None, int]] = []
         if isinstance(module, nn.Linear):
