@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from nas.analysis import frontier
 from nas.analysis.frontier import axis_value, has_axis
+from nas.design import kind_of
 from nas.figures_style import DENSE, MARK, STRUCTURED, figure_layout, log_axis, loss_axis
 from nas.store import AXES, CurvePoint
 
+#: Marker of each kind of design; see `nas.design.kind_of`.
+_SYMBOLS = {
+    "two factors": "circle", "three factors": "diamond", "four factors": "diamond-tall",
+    "mixture of experts": "square", "convolution": "cross", "dense": "circle",
+}  # fmt: skip
 _SHOWN_CURVES = 200  # lines past this cannot be told apart, and slow the page
 
 
@@ -26,6 +33,8 @@ class Series:
     y: tuple[float, ...]
     #: text of each point's tooltip
     labels: tuple[str, ...]
+    #: marker of each point
+    symbols: tuple[str, ...] = ()
 
 
 def _label(p: CurvePoint) -> str:
@@ -38,21 +47,38 @@ def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
         tuple(axis_value(p, axis) for p in points),
         tuple(p.loss for p in points),
         tuple(_label(p) for p in points),
+        tuple(_SYMBOLS.get(_kind(p.design), "circle") for p in points),
     )
 
 
-def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dict[str, Series]:
-    """Every point by kind, and the Pareto fronts of structured and of dense layers.
+_kind = lru_cache(maxsize=16384)(kind_of)
 
-    On an axis of which a run has one value, only the ends of completed runs are points.
+
+def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dict[str, Series]:
+    """Every point by kind of design, and the Pareto fronts of structured and of dense layers.
+
+    Structured points are one series where all are of two factors, else one for each kind, under
+    keys such as ``structured: three factors``.  On an axis of which a run has one value, only the
+    ends of completed runs are points.
     """
     shown = list(points)
     if not AXES[axis].along_curve:
         ends = {p.trial_id: p for p in sorted(points, key=lambda p: p.step) if p.complete}
         shown = [p for p in ends.values() if has_axis(p, axis)]
     fronts = frontier(shown, axis)
+    structured = [p for p in shown if not p.dense]
+    kinds = sorted({_kind(p.design) for p in structured}, key=list(_SYMBOLS).index)
+    if kinds in ([], ["two factors"]):
+        series = {"structured": _series("structured", structured, axis)}
+    else:
+        series = {
+            f"structured: {kind}": _series(
+                kind, [p for p in structured if _kind(p.design) == kind], axis
+            )
+            for kind in kinds
+        }
     return {
-        "structured": _series("structured", [p for p in shown if not p.dense], axis),
+        **series,
         "dense": _series("dense", [p for p in shown if p.dense], axis),
         "structured_front": _series("structured front", fronts.structured, axis),
         "dense_front": _series("dense front (reference)", fronts.dense, axis),
@@ -99,15 +125,17 @@ def draw_scatter(data: Mapping[str, Series], axis: str, budget: float, unit: str
     x_title = f"{shown.unit.partition(':')[0]}{measured}"
     figure = go.Figure(layout=_layout(f"Loss against {shown.meaning}", x_title, unit))
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
-        points, front = data[key], data[f"{key}_front"]
-        figure.add_scatter(
-            x=points.x, y=points.y, text=points.labels, hoverinfo="text", mode="markers",
-            name=points.name, marker={"color": colour, "size": 6, "opacity": 0.45},
-        )  # fmt: skip
+        front = data[f"{key}_front"]
+        for points in (s for name, s in data.items() if name.partition(":")[0] == key):
+            figure.add_scatter(
+                x=points.x, y=points.y, text=points.labels, hoverinfo="text", mode="markers",
+                name=points.name,
+                marker={"color": colour, "size": 6, "opacity": 0.45, "symbol": points.symbols},
+            )  # fmt: skip
         figure.add_scatter(
             x=front.x, y=front.y, text=front.labels, hoverinfo="text", mode="lines+markers",
             name=front.name, line={"color": colour, "width": 2},
-            marker={"size": 8, "color": colour},
+            marker={"size": 8, "color": colour, "symbol": front.symbols},
         )  # fmt: skip
     if axis == "train_flops":
         figure.add_vline(x=budget, line={"dash": "dot", "color": MARK, "width": 1})

@@ -43,7 +43,7 @@ _PARAMETER_ACCEPTS = {
     "limit": "a whole number from 1 to 500",
     "cursor": "the `next` of an earlier page",
     "trial_id": "a whole number",
-    "theta": "seven numbers or a name; see the documentation",
+    "theta": "exponents or a name; see the documentation",
 }
 
 

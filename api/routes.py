@@ -17,15 +17,15 @@ from api.problems import responses
 from api.schemas import SearchOut, SearchPage, TrialDetail, TrialPage, trial_fields
 from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
+from nas.design import inspect_design, parse_design
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
 from nas.request import SearchRequest, data_inside
 from nas.results import Answer, FrontierAnswer
 from nas.settings import Settings
 from nas.store import AXES, Search, Store
-from nas.structure import MAX_DIMENSION, Sizing, inspect_structure
+from nas.structure import MAX_DIMENSION, Sizing
 from nas.tasks import load_data
-from nas.taxonomy import parse_theta
 
 router = APIRouter(prefix="/v1")
 
@@ -317,7 +317,7 @@ def _json(body: bytes) -> Response:
 @router.get(
     "/structures",
     responses=responses(422),
-    summary="Exact sizes, FLOPs, parameters and rank of θ for one layer",
+    summary="Exact sizes, FLOPs, parameters and rank of a structure for one layer",
 )
 def read_structure(
     theta: str,
@@ -325,7 +325,7 @@ def read_structure(
     d_out: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
     sizing: Sizing = "least-waste",
 ) -> dict[str, Any]:
-    return inspect_structure(parse_theta(theta), d_in, d_out, sizing)
+    return inspect_design(parse_design(theta), d_in, d_out, sizing)
 
 
 @router.get("/tasks", summary="Tasks, their recipes and the data that searches have used")

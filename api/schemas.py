@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from nas.request import SearchRequest
+from nas.results import DESIGN, THETA
 from nas.store import StoredPoint, Trial
 
 
@@ -53,10 +54,12 @@ class TrialOut(_Out):
     kind: str = Field(description="candidate | reference | confirmation")
     state: str = Field(description="planned | running | complete | stopped | failed")
     name: str
-    theta: list[float]
+    theta: list[float] = Field(description=THETA)
+    design: str = Field(description=DESIGN)
     dense: bool
     structures: list[str] = Field(
-        description="d_in x d_out:alpha.beta.gamma.delta.epsilon.phi.rho of a block's layers"
+        description="integers of a block's layers; of two factors "
+        "d_in x d_out:alpha.beta.gamma.delta.epsilon.phi.rho"
     )
     width: int
     depth: int
@@ -71,7 +74,7 @@ class TrialOut(_Out):
     attempts: int
     reused_from: int | None = Field(description="trial whose equal run gave this result")
     unseen: list[int] = Field(description="candidates still running when this was proposed")
-    sampler_params: dict[str, float] | None
+    sampler_params: dict[str, float | str] | None
     environment: dict[str, Any] | None
     created_at: float
     started_at: float | None
@@ -98,6 +101,7 @@ def trial_fields(trial: Trial) -> dict[str, Any]:
     return {
         **{name: getattr(trial, name) for name in same},
         "theta": list(trial.theta),
+        "design": trial.design,
         "structures": list(dict.fromkeys(trial.structures)),
         "params": trial.model_params,
         "unseen": list(trial.unseen),

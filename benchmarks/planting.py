@@ -9,21 +9,20 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
+from nas.design import Design, design_name, design_text, exponents, kind_of
 from nas.request import SearchRequest
 from nas.store import Store, upgrade
 from nas.store.engine import writing
-from nas.store.rows import digest_of_model, pack_floats
+from nas.store.rows import digest_of_model, pack_floats, stored_design
 from nas.store.schema import PointRow, SearchRow, TrialRow
 from nas.store.standings import rebuild
-from nas.taxonomy import name_of
-from nas.theta import Theta
 
 
 @dataclass(frozen=True, slots=True)
 class PlantedRun:
     """A completed run: what it was and the (step, loss) of its evaluations."""
 
-    theta: Theta
+    design: Design
     width: int
     seed: int
     train_flops_per_step: int
@@ -61,13 +60,14 @@ def stand(store: Store) -> None:
 
 
 def _add(session: Session, search_id: str, number: int, run: PlantedRun, fingerprint: str) -> None:
-    dense = run.theta.is_dense
-    structures = [f"{run.width}:{','.join(repr(v) for v in run.theta.values)}"]
+    dense = kind_of(design_text(run.design)) == "dense"
+    structures = [f"{run.width}:{design_text(run.design)}"]
     steps, last = run.curve[-1]
     values: dict[str, Any] = {
         "search_id": search_id, "number": number, "kind": "reference" if dense else "candidate",
         "state": "complete", "params": None, "sampler_state": {}, "unseen": [],
-        "theta": list(run.theta.values), "name": name_of(run.theta), "structures": structures,
+        "theta": list(exponents(run.design)), "design": stored_design(run.design),
+        "name": design_name(run.design), "structures": structures,
         "dense": dense, "width": run.width, "depth": 2, "steps": steps,
         "train_flops_per_step": run.train_flops_per_step,
         "train_flops": float(steps * run.train_flops_per_step),

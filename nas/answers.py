@@ -18,6 +18,7 @@ from nas.analysis.frontier import axis_value, hypervolume, non_dominated
 from nas.analysis.laws import Curve, choose_law
 from nas.analysis.predict import MOST_BEYOND, PredictedRival, Prediction, formula, predicted_rival
 from nas.analysis.scaling import compute_optimal
+from nas.design import canonical_design, exponents, parse_design
 from nas.errors import InvalidInput, NotFound
 from nas.recipe import TASKS
 from nas.results import (
@@ -43,7 +44,6 @@ from nas.store import (
     StoredPoint,
     task_scope,
 )
-from nas.theta import Theta
 
 FLOPS_UNIT = AXES["train_flops"].unit
 UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
@@ -238,6 +238,7 @@ def to_point(point: CurvePoint) -> Point:
         kind=point.kind,
         name=point.name,
         theta=list(point.theta),
+        design=point.design,
         width=point.width,
         seed=point.seed,
         steps=point.step,
@@ -396,7 +397,8 @@ def _of_structure(run: Run, scope: Scope, axis: str, budget: float) -> dict[str,
         "task": scope.label,
         "name": run.name,
         "theta": list(run.theta),
-        "canonical_theta": list(Theta(*run.theta).canonical().values),
+        "canonical_theta": list(exponents(canonical_design(parse_design(run.design)))),
+        "design": run.design,
         "width": run.width,
         "train_flops_unit": FLOPS_UNIT,
         "loss_unit": scope.loss_unit,
@@ -411,6 +413,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         "kind": run.kind,
         "name": run.name,
         "theta": list(run.theta),
+        "design": run.design,
         "width": run.width,
         "inference_flops": run.forward_flops_per_token,
         "params": run.params,

@@ -120,7 +120,11 @@ def _local_store() -> Iterator[Store]:
 @_reported
 def inspect(
     theta: Annotated[
-        str, typer.Argument(help='"1/2,0,1/2,0,1/2,1/2,0", decimals, or a name: btt:rho=1/4')
+        str,
+        typer.Argument(
+            help='"1/2,0,1/2,0,1/2,1/2,0", decimals, or a name: btt:rho=1/4, btt:cores=3, '
+            "btt-moe:experts=8, convolution"
+        ),
     ],
     d_in: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Inputs of the layer.")],
     d_out: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Outputs of the layer.")],
@@ -131,10 +135,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
-    from nas.structure import inspect_structure
-    from nas.taxonomy import parse_theta
+    from nas.design import inspect_design, parse_design
 
-    inspected = inspect_structure(parse_theta(theta), d_in, d_out, cast("Sizing", sizing))
+    inspected = inspect_design(parse_design(theta), d_in, d_out, cast("Sizing", sizing))
     if as_json:
         _print_json(inspected)
     else:
@@ -173,6 +176,27 @@ def search(
     references: Annotated[
         int, typer.Option(parser=_whole, metavar="N", help="Dense runs at distinct widths.")
     ] = 5,
+    families: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="What may be proposed: einsum, btt-moe, low-rank-moe, dense-moe, "
+            "ffn-moe, convolution; by default einsum.",
+        ),
+    ] = None,
+    factors: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Factors of an einsum, 2 to 4; by default 2.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Experts of a mixture; by default 8.")
+    ] = None,
+    active: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Experts computed for a token; by default 2.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="free, aligned or both: heads as blocks of projections."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
     server: Server = None,
     as_json: Json = False,
@@ -184,6 +208,9 @@ def search(
         "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
         "train_flops": train_flops, "trials": trials,
         "sampler": sampler, "objective": objective, "seed": seed, "references": references,
+        "space": _space(
+            families=families, factors=factors, experts=experts, active=active, heads=heads
+        ),
     }  # fmt: skip
     request = SearchRequest.checked(fields)
     if server is not None:
@@ -211,6 +238,17 @@ def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
         if "=" not in pair:
             raise InvalidInput("set", pair, "NAME=VALUE, such as depth=6")
     return dict(p.split("=", 1) for p in pairs) if pairs else None
+
+
+def _space(**choices: str | None) -> dict[str, list[Any]] | None:
+    """Comma-separated choices as a `nas.request.Space`; None for none."""
+    given = {name: text.split(",") for name, text in choices.items() if text is not None}
+    numbers = ("factors", "experts", "active")
+    found: dict[str, list[Any]] = {
+        name: [_whole(part) for part in parts] if name in numbers else parts
+        for name, parts in given.items()
+    }
+    return found or None
 
 
 def _checked_data(request: SearchRequest) -> str | None:

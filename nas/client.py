@@ -190,7 +190,7 @@ class Client:
         idempotency_key
             Makes a repeated submission return the first one's search; a fresh key by default.
         fields
-            data, recipe, overrides, trials, objective, sampler, seed, references.
+            data, recipe, overrides, trials, objective, sampler, seed, references, space.
 
         Raises
         ------

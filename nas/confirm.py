@@ -146,6 +146,7 @@ def _request(
         ConfirmedRun(
             trial_id=t.id,
             theta=t.theta,
+            design=t.design,
             width=t.width,
             steps=max(t.steps, int(t.steps * wanted.longer)),
         )

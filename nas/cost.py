@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
+from nas.chain import ChainTheta
+from nas.design import (
+    Aligned,
+    Design,
+    design_name,
+    design_text,
+    parse_design,
+    structure_of,
+    with_heads,
+)
 from nas.errors import InvalidInput
+from nas.mixture import Mixture, ffn_structures
 from nas.recipe import Recipe
-from nas.structure import Structure
+from nas.structure import LinearStructure, Structure
 from nas.theta import DENSE, Theta
 
 #: Largest accepted budget, train FLOPs: days on the fastest accelerators, no longer a proxy run.
@@ -58,7 +70,7 @@ def linears(recipe: Recipe, width: int) -> tuple[LinearRole, ...]:
 class RunPlan:
     """One proxy run, decided in integers before a tensor exists."""
 
-    theta: Theta
+    design: Design
     width: int
     depth: int
     steps: int
@@ -77,10 +89,47 @@ class RunPlan:
         """Exact training FLOPs of the run."""
         return self.steps * self.train_flops_per_step
 
+    @property
+    def name(self) -> str:
+        """What the design is called."""
+        return design_name(self.design)
 
-def structures_of(recipe: Recipe, theta: Theta, width: int) -> tuple[Structure, ...]:
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values; `from_dict` reads them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        structures = list(self.structures)
+        return {**values, "design": design_text(self.design), "structures": structures}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunPlan:
+        """The plan that `as_dict` wrote."""
+        design, structures = parse_design(values["design"]), tuple(values["structures"])
+        return cls(**{**values, "design": design, "structures": structures})
+
+
+#: Layers that make heads, and the one that reads them.
+_MAKE_HEADS, _READS_HEADS = ("query", "key", "value"), "attention_out"
+
+
+@lru_cache(maxsize=16384)
+def structures_of(recipe: Recipe, design: Design, width: int) -> tuple[LinearStructure, ...]:
     """The integer structure of each layer of a block."""
-    return tuple(Structure.of(theta, r.d_in, r.d_out) for r in linears(recipe, width))
+    return tuple(_structure_of_role(recipe, design, role) for role in linears(recipe, width))
+
+
+def _structure_of_role(recipe: Recipe, design: Design, role: LinearRole) -> LinearStructure:
+    if isinstance(design, Mixture) and design.theta is None:
+        if role.name == "mlp_in":
+            return ffn_structures(design, role.d_in, role.d_out)[0]
+        if role.name == "mlp_out":
+            return ffn_structures(design, role.d_out, role.d_in)[1]
+        return Structure.of(DENSE, role.d_in, role.d_out)
+    found = structure_of(design, role.d_in, role.d_out)
+    if isinstance(design, Aligned) and role.name in _MAKE_HEADS:
+        return with_heads(found, role.d_out // recipe.head_dim, "out")
+    if isinstance(design, Aligned) and role.name == _READS_HEADS:
+        return with_heads(found, role.d_in // recipe.head_dim, "in")
+    return found
 
 
 def _unstructured_macs(recipe: Recipe, width: int) -> int:
@@ -91,25 +140,25 @@ def _unstructured_macs(recipe: Recipe, width: int) -> int:
     return recipe.depth * attention + embedding + head
 
 
-def forward_flops_per_sample(recipe: Recipe, theta: Theta, width: int) -> int:
+def forward_flops_per_sample(recipe: Recipe, design: Design, width: int) -> int:
     """Forward FLOPs of the whole model on one sample: a sequence, an image or a row."""
-    block = sum(s.macs for s in structures_of(recipe, theta, width))
+    block = sum(s.macs for s in structures_of(recipe, design, width))
     macs = recipe.depth * recipe.tokens * block + _unstructured_macs(recipe, width)
     return FLOPS_PER_MAC * macs
 
 
-def train_flops_per_step(recipe: Recipe, theta: Theta, width: int) -> int:
+def train_flops_per_step(recipe: Recipe, design: Design, width: int) -> int:
     """Training FLOPs of the whole model for one step."""
-    return TRAIN_OVER_FORWARD * recipe.batch * forward_flops_per_sample(recipe, theta, width)
+    return TRAIN_OVER_FORWARD * recipe.batch * forward_flops_per_sample(recipe, design, width)
 
 
-def parameters(recipe: Recipe, theta: Theta, width: int) -> int:
-    """Trainable parameters: layers, gains, biases, layer norms, embeddings and head."""
+def parameters(recipe: Recipe, design: Design, width: int) -> int:
+    """Trainable parameters: layers, gates, gains, biases, layer norms, embeddings and head."""
     norms = 2 if recipe.attends else 1
     block = norms * 2 * width + (2 * 2 * recipe.head_dim if recipe.attends else 0)
-    for role, s in zip(linears(recipe, width), structures_of(recipe, theta, width), strict=True):
+    for role, s in zip(linears(recipe, width), structures_of(recipe, design, width), strict=True):
         gained = recipe.normalize and role.name not in ("query", "key")  # their norms have one
-        gains = (1 if s.is_dense else 2) if gained else 0
+        gains = len(s.factors) if gained else 0
         block += s.params + gains + (s.d_out if recipe.bias else 0)
     if recipe.is_token_model:
         embedding = recipe.embedded_tokens * width
@@ -120,7 +169,27 @@ def parameters(recipe: Recipe, theta: Theta, width: int) -> int:
     return recipe.depth * block + embedding + positions + 2 * width + head
 
 
-def fit_theta(recipe: Recipe, theta: Theta, width: int) -> Theta:
+def fit(recipe: Recipe, design: Design, width: int) -> Design:
+    """The design nearest to `design` of which no layer costs more than dense at this width.
+
+    Of a mixture that holds for one expert: the experts together express more than a dense layer.
+    Convolutions, dense experts and feed-forward experts are as they are.
+    """
+    if isinstance(design, Theta):
+        return fit_theta(recipe, design, width)
+    if isinstance(design, ChainTheta):
+        return _fit_chain(recipe, design, width)
+    if isinstance(design, Mixture):
+        return _fit_mixture(recipe, design, width, aligned=False)
+    if isinstance(design, Aligned):
+        if isinstance(design.of, Mixture):
+            return _fit_mixture(recipe, design.of, width, aligned=True)
+        found = fit_theta(recipe, design.of, width, aligned=True)
+        return DENSE if found.is_dense else Aligned(found)
+    return design
+
+
+def fit_theta(recipe: Recipe, theta: Theta, width: int, aligned: bool = False) -> Theta:
     """The θ nearest to `theta` of which no layer costs more than dense at this width.
 
     First the rank axis is lowered; where rank 1 is still too dear, the private axes α and ε are
@@ -128,27 +197,71 @@ def fit_theta(recipe: Recipe, theta: Theta, width: int) -> Theta:
     higher cost.
     """
     canonical = theta.canonical()
-    fitted = _lower_rank(recipe, canonical, width)
+    fitted = _lower_rank(recipe, canonical, width, aligned)
     for size in (2, 3, 4):
         if fitted is not None:
             return fitted
         least = math.log(size + 0.01) / math.log(width)
-        fitted = _lower_rank(recipe, _raise_private(canonical, least).canonical(), width)
+        raised = _raise_private(canonical, least).canonical()
+        fitted = _lower_rank(recipe, raised, width, aligned)
     return fitted or DENSE
 
 
-def _lower_rank(recipe: Recipe, theta: Theta, width: int) -> Theta | None:
+def _lower_rank(recipe: Recipe, theta: Theta, width: int, aligned: bool) -> Theta | None:
     """θ with the largest rank axis, not above its own, at which no layer is degenerate.
 
     None if one is at rank 1 already.  MACs are proportional to the rank axis.
     """
-    at_rank_1 = structures_of(recipe, replace(theta, rho=0.0), width)
-    allowed = [s.d_in * s.d_out // s.sizes.macs_a_first for s in at_rank_1 if not s.is_dense]
+    at_one = replace(theta, rho=0.0)
+    if at_one.is_dense:
+        return DENSE
+    design = Aligned(at_one) if aligned else at_one
+    at_rank_1 = structures_of(recipe, design, width)
+    allowed = [s.d_in * s.d_out // s.macs for s in at_rank_1 if not s.is_dense]
     own = max(1, round(width**theta.rho))
     rank = min([own, *allowed])
     if rank < 1:
         return None
     return theta if rank == own else replace(theta, rho=math.log(rank) / math.log(width))
+
+
+def _fit_chain(recipe: Recipe, theta: ChainTheta, width: int) -> Design:
+    """The chain with its ranks lowered together until no layer is degenerate; else dense."""
+    found = theta.canonical()
+    if isinstance(found, Theta):
+        return fit_theta(recipe, found, width)
+    for share in _RANK_SHARES:
+        lowered = _with_ranks(found, share)
+        if not any(s.is_degenerate for s in structures_of(recipe, lowered, width)):
+            return lowered
+    return DENSE
+
+
+def _with_ranks(theta: ChainTheta, share: float) -> ChainTheta:
+    bonds = theta.factors - 1
+    return ChainTheta.of((*theta.values[:-bonds], *(v * share for v in theta.values[-bonds:])))
+
+
+#: Shares of its rank exponents that a chain is tried with.
+_RANK_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0)
+
+
+def _fit_mixture(recipe: Recipe, mixture: Mixture, width: int, *, aligned: bool) -> Design:
+    """The mixture with whole slices for each expert, of which none costs more than dense."""
+    theta, experts = mixture.theta, mixture.experts
+    if theta is None or theta.is_dense:
+        return mixture
+    # a rank axis of 1 says one slice an expert, and no rank axis exceeds the width
+    slices = min(width, round(width**theta.rho)) // experts if theta.rho else 1
+    slices = max(1, slices)
+    rho = math.log(slices) / math.log(width)
+    own = fit_theta(recipe, replace(theta, rho=rho), width, aligned)
+    if own.is_dense:
+        return replace(mixture, theta=DENSE)
+    slices = max(1, round(width**own.rho))
+    rho = math.log(slices * experts) / math.log(width) if slices > 1 else 0.0
+    fitted = replace(mixture, theta=replace(own, rho=rho))
+    return Aligned(fitted) if aligned else fitted
 
 
 def _raise_private(theta: Theta, least: float) -> Theta:
@@ -165,29 +278,29 @@ def _raise_private(theta: Theta, least: float) -> Theta:
     return Theta(alpha, beta, gamma, delta, epsilon, phi, 0.0)
 
 
-def plan_of_steps(recipe: Recipe, theta: Theta, width: int, steps: int) -> RunPlan:
-    """The run of θ as it is at a given width for a given number of steps."""
-    structures = structures_of(recipe, theta, width)
+def plan_of_steps(recipe: Recipe, design: Design, width: int, steps: int) -> RunPlan:
+    """The run of a design as it is at a given width for a given number of steps."""
+    structures = structures_of(recipe, design, width)
     return RunPlan(
-        theta=theta,
+        design=design,
         width=width,
         depth=recipe.depth,
         steps=steps,
-        train_flops_per_step=train_flops_per_step(recipe, theta, width),
-        forward_flops_per_token=forward_flops_per_sample(recipe, theta, width) / recipe.tokens,
-        params=parameters(recipe, theta, width),
+        train_flops_per_step=train_flops_per_step(recipe, design, width),
+        forward_flops_per_token=forward_flops_per_sample(recipe, design, width) / recipe.tokens,
+        params=parameters(recipe, design, width),
         structures=tuple(s.fingerprint for s in structures),
         dense=all(s.is_dense for s in structures),
     )
 
 
-def _plan(recipe: Recipe, theta: Theta, width: int, budget: float) -> RunPlan:
-    steps = int(budget // train_flops_per_step(recipe, theta, width))
-    return plan_of_steps(recipe, theta, width, steps)
+def _plan(recipe: Recipe, design: Design, width: int, budget: float) -> RunPlan:
+    steps = int(budget // train_flops_per_step(recipe, design, width))
+    return plan_of_steps(recipe, design, width, steps)
 
 
-def admissible(recipe: Recipe, theta: Theta, budget: float) -> Iterator[RunPlan]:
-    """The runs of θ within `budget` train FLOPs, one a width, from narrow to wide.
+def admissible(recipe: Recipe, design: Design, budget: float) -> Iterator[RunPlan]:
+    """The runs of a design within `budget` train FLOPs, one a width, from narrow to wide.
 
     Each is as long as the budget allows: its FLOPs are at most the budget, and one more step
     would exceed it.  A width is left out where fewer than `recipe.min_steps` steps fit.
@@ -196,7 +309,7 @@ def admissible(recipe: Recipe, theta: Theta, budget: float) -> Iterator[RunPlan]
         # a model costs at least this, whatever the structure: widths past it are hopeless
         if recipe.min_steps * _least_step(recipe, width) > budget:
             return
-        plan = _plan(recipe, fit_theta(recipe, theta, width), width, budget)
+        plan = _plan(recipe, fit(recipe, design, width), width, budget)
         if plan.steps >= recipe.min_steps:
             yield plan
 
@@ -208,7 +321,7 @@ def _least_step(recipe: Recipe, width: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plans(recipe: Recipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]:
+def plans(recipe: Recipe, design: Design, budget: float) -> tuple[RunPlan, ...]:
     """`admissible` without the widths that are too narrow for the budget.
 
     Those are the ones that would run for more than `recipe.max_steps` steps; at least
@@ -219,16 +332,16 @@ def plans(recipe: Recipe, theta: Theta, budget: float) -> tuple[RunPlan, ...]:
     InvalidInput
         The budget admits no width.
     """
-    found = tuple(admissible(recipe, theta, budget))
+    found = tuple(admissible(recipe, design, budget))
     if not found:
-        raise InvalidInput("train_flops", budget, accepted_budget(recipe))
+        raise InvalidInput("train_flops", budget, accepted_budget(recipe, design))
     wide = tuple(p for p in found if p.steps <= recipe.max_steps)
     return wide if len(wide) >= MIN_REFERENCES else found[-MIN_REFERENCES:]
 
 
-def plan_at(recipe: Recipe, theta: Theta, position: float, budget: float) -> RunPlan:
+def plan_at(recipe: Recipe, design: Design, position: float, budget: float) -> RunPlan:
     """The run at `position` ∈ [0, 1] of the logarithmic range of widths that the budget admits."""
-    found = plans(recipe, theta, budget)
+    found = plans(recipe, design, budget)
     logs = [math.log(p.width) for p in found]
     target = logs[0] + position * (logs[-1] - logs[0])
     right = bisect.bisect_left(logs, target)
@@ -255,10 +368,19 @@ def minimum_train_flops(recipe: Recipe) -> int:
     return recipe.min_steps * train_flops_per_step(recipe, DENSE, width)
 
 
-def accepted_budget(recipe: Recipe) -> str:
-    """The budgets of a search, in words."""
-    width = recipe.widths[MIN_REFERENCES - 1]
+def least_budget(recipe: Recipe, design: Design = DENSE) -> int:
+    """The least budget of a search whose dearest design is `design`."""
+    width = recipe.widths[0]
+    own = recipe.min_steps * train_flops_per_step(recipe, fit(recipe, design, width), width)
+    return max(own, minimum_train_flops(recipe))
+
+
+def accepted_budget(recipe: Recipe, design: Design = DENSE) -> str:
+    """The budgets of a search whose dearest design is `design`, in words."""
+    least, dense = least_budget(recipe, design), minimum_train_flops(recipe)
+    width = recipe.widths[MIN_REFERENCES - 1 if least == dense else 0]
+    model = "a dense model" if least == dense else f"{design_name(design)}, the dearest that may be"
     return (
-        f"train FLOPs from {minimum_train_flops(recipe):.4g} ({recipe.min_steps} steps of a dense "
-        f"model of width {width}) to {MAX_TRAIN_FLOPS:.0e}"
+        f"train FLOPs from {least:.4g} ({recipe.min_steps} steps of {model} of width {width}) "
+        f"to {MAX_TRAIN_FLOPS:.0e}"
     )

@@ -20,7 +20,9 @@ kind                                  candidate, reference (dense), or confirmat
 state                                 planned, running, complete, stopped or failed
 proposal                              point of the sampler's box, JSON; missing for references
 unseen                                numbers of earlier trials that its proposal had not seen, JSON
-theta_alpha … theta_rho               the seven exponents of θ
+theta_alpha … theta_rho               the seven exponents of θ; missing for other designs than of
+                                      two factors and mixtures of them
+design                                how every layer is built, as text that is read back exactly
 name                                  name of the structure
 structures                            integer structures of the model's layers, JSON
 dense                                 whether every layer is dense
@@ -99,7 +101,11 @@ _MEANINGS: dict[str, tuple[str | None, str]] = {
     "state": (None, "planned, running, complete, stopped or failed"),
     "proposal": (None, "point of the sampler's box, JSON; missing for references"),
     "unseen": (None, "numbers of earlier trials that its proposal had not seen, JSON"),
-    **{f"theta_{axis}": (None, f"exponent {axis} of θ") for axis in AXES},
+    **{
+        f"theta_{axis}": (None, f"exponent {axis} of θ; missing but for two factors")
+        for axis in AXES
+    },
+    "design": (None, "how every layer is built, as text that the command line and Python read"),
     "name": (None, "name of the structure"),
     "structures": (None, "integer structures of the model's layers, JSON"),
     "dense": (None, "whether every layer is dense"),
@@ -402,8 +408,9 @@ def _of_point(field: str, source: Source) -> Any:
     return getattr(source[1], field)
 
 
-def _exponent(axis: int, source: Source) -> float:
-    return source[0].trial.theta[axis]
+def _exponent(axis: int, source: Source) -> float | None:
+    theta = source[0].trial.theta
+    return theta[axis] if len(theta) == len(AXES) else None
 
 
 def _plain(field: str, source: Source) -> Any:

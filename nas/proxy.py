@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 from nas.checkpoint import Checkpoint
 from nas.cost import RunPlan, structures_of
 from nas.errors import RunFailed
-from nas.layers import EinsumLinear
-from nas.layers.plan import choose
+from nas.layers import StructuredLinear, auxiliary_loss, router_statistics
+from nas.layers.building import plan_text
 from nas.metering import CostMeter
 from nas.models import build_model, build_optimizer
 from nas.recipe import Recipe
@@ -25,6 +27,8 @@ from nas.tasks.data import Arrays
 
 _log = logging.getLogger(__name__)
 _EVALUATION_TOKENS = 4096  # positions that are evaluated at once
+#: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
+ROUTER_WEIGHT = 0.01
 _LOOK_EVERY = 100  # steps between looks at the training loss on a GPU, each of which waits for it
 
 
@@ -90,10 +94,10 @@ def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
 
 def execution_plans(plan: RunPlan, recipe: Recipe, execution: Execution = CPU) -> dict[str, str]:
     """The execution plan of each structure of a run, by fingerprint, from the cost model."""
-    structures = structures_of(recipe, plan.theta, plan.width)
+    structures = structures_of(recipe, plan.design, plan.width)
     where = torch.device(execution.device)
     return {
-        s.fingerprint: str(choose(s, recipe.tokens_per_step, where, execution.dtype))
+        s.fingerprint: plan_text(s, recipe.tokens_per_step, where, execution.dtype)
         for s in structures
     }
 
@@ -118,9 +122,9 @@ def _begin(
     """The freshly initialised model with its execution plans, and its optimiser."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(recipe, plan.theta, plan.width).to(device)
+        model = build_model(recipe, plan.design, plan.width).to(device)
     for layer in model.modules():
-        if isinstance(layer, EinsumLinear):
+        if isinstance(layer, StructuredLinear):
             layer.plan = layer_plans[layer.structure.fingerprint]
     return model, build_optimizer(model, recipe, plan.width)
 
@@ -135,8 +139,11 @@ def train(
     layer_plans: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
-) -> Iterator[Point]:
-    """Train `plan` and yield a point at each evaluation.
+) -> Generator[Point, None, dict[str, Any] | None]:
+    """Train `plan` and yield a point at each evaluation; return the statistics of its routers.
+
+    Those are over the last validation samples, see `_routing`; None without mixtures.  The training
+    loss of a mixture has its auxiliary loss added; no point has.
 
     The random streams of initialisation, training batches and validation samples are separate;
     the same plan, seed, execution, thread count and execution plans (`layer_plans`, by default
@@ -192,8 +199,10 @@ def train(
             with execution.autocast():
                 outputs = forward(inputs)
             loss = sample_losses(recipe, outputs, targets).mean()
+            routing = auxiliary_loss(model)
+            trained = loss if routing is None else loss + ROUTER_WEIGHT * routing
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            trained.backward()  # type: ignore[no-untyped-call]
             if recipe.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
@@ -222,6 +231,25 @@ def train(
                 }
             )
             started = time.perf_counter()
+    return _routing(model)
+
+
+def _routing(model: nn.Module) -> dict[str, Any] | None:
+    """What the routers did with the last batch, over all gates; None without gates."""
+    gates = router_statistics(model).values()
+    if not gates:
+        return None
+    return {
+        "gates": len(gates),
+        "dropped": sum(g["dropped"] for g in gates),
+        "assignments": sum(g["assignments"] for g in gates),
+        # largest load of an expert over a balanced one
+        "max_load": max(g["max_load"] for g in gates),
+        "mean_max_load": fmean(g["max_load"] for g in gates),
+        # nats; log(experts) where every expert is used alike
+        "load_entropy": fmean(g["load_entropy"] for g in gates),
+        "gate_entropy": fmean(g["gate_entropy"] for g in gates),
+    }
 
 
 def _measured(plan: RunPlan, step: int, seconds: float, each: Tensor) -> Point:

@@ -7,15 +7,25 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nas.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, minimum_train_flops
+from nas.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
+from nas.design import Design, parse_design
 from nas.errors import InvalidInput
+from nas.mixture import Mixture
 from nas.recipe import RECIPES, TASKS, Recipe, recipe_of
-from nas.theta import Theta
+from nas.theta import DENSE, Theta
 
+#: What a search may look among; "einsum" are those of `Space.factors` factors.
+Family = Literal[
+    "einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"
+]  # fmt: skip
+Heads = Literal["free", "aligned"]
+FAMILIES: tuple[str, ...] = get_args(Family)
+MIXTURES: tuple[str, ...] = tuple(f for f in FAMILIES if f.endswith("-moe"))
+MAX_FACTORS = 4
 Sampler = Literal["tpe", "nsga2", "random", "qmc", "gp"]
 Objective = Literal["budget", "pareto"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
@@ -34,9 +44,17 @@ class ConfirmedRun(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trial_id: int = Field(ge=0, le=2**63 - 1, description="The run that is confirmed.")
-    theta: tuple[float, float, float, float, float, float, float]
+    theta: tuple[float, ...] = Field(max_length=64)
+    design: str | None = Field(
+        None, max_length=2048, description="Text of the design; by default that of two factors."
+    )
     width: int = Field(ge=1, le=2**24)
     steps: int = Field(ge=1, le=2**53)
+
+    @property
+    def as_design(self) -> Design:
+        """The design; confirmations from before there were designs have theirs in theta."""
+        return Theta.of(self.theta) if self.design is None else parse_design(self.design)
 
 
 class Confirm(BaseModel):
@@ -50,6 +68,55 @@ class Confirm(BaseModel):
     longer: float = Field(1.0, ge=1, description="Steps over those of the confirmed run.")
     top: int = Field(ge=1, description="Candidates that were asked for.")
     spread: bool = Field(False, description="Whether across the ranking, not from its top.")
+
+
+class Space(BaseModel):
+    """Which designs a search may propose; each choice is one more coordinate of its box."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    families: tuple[Family, ...] = Field(
+        ("einsum",), min_length=1, max_length=len(FAMILIES), description=" | ".join(FAMILIES)
+    )
+    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True)], ...] = Field(
+        (2,), min_length=1, max_length=MAX_FACTORS, description="Factors of family einsum."
+    )
+    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True)], ...] = Field(
+        (8,), min_length=1, max_length=16, description="Experts of the mixtures."
+    )
+    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True)], ...] = Field(
+        (2,), min_length=1, max_length=16, description="Experts computed for each token."
+    )
+    heads: tuple[Heads, ...] = Field(
+        ("free",),
+        min_length=1,
+        max_length=2,
+        description="Whether attention heads are blocks of the projections: free | aligned; for "
+        "two factors, btt-moe and low-rank-moe, the others being free.",
+    )
+
+    @property
+    def mixtures(self) -> tuple[str, ...]:
+        """The families of experts among those allowed."""
+        return tuple(f for f in self.families if f in MIXTURES)
+
+    def check(self) -> None:
+        """Raise `InvalidInput` for choices that contradict each other."""
+        for name in type(self).model_fields:
+            chosen = getattr(self, name)
+            if len(set(chosen)) != len(chosen):
+                raise InvalidInput(f"space.{name}", list(chosen), "each choice once")
+        if self.mixtures:
+            for experts in self.experts:
+                for active in self.active:
+                    Mixture(None, experts, active)
+
+    def dearest(self) -> Design:
+        """A design that costs at least as much as any of the space at every width."""
+        if not self.mixtures:
+            return DENSE  # none else costs more than dense
+        # no expert costs more than a dense layer; more of them, and a larger gate, cost more
+        return Mixture(DENSE, max(self.experts), max(self.active))
 
 
 class SearchRequest(BaseModel):
@@ -94,6 +161,12 @@ class SearchRequest(BaseModel):
         "budget admits fewer widths."
     )  # fmt: skip
 
+    space: Space | None = Field(
+        None,
+        strict=False,
+        description="Which designs may be proposed; by default those of two factors.",
+        examples=[{"families": ["einsum", "btt-moe"], "factors": [2, 3], "experts": [8]}],
+    )
     confirm: Confirm | None = Field(
         None,
         strict=False,
@@ -107,10 +180,15 @@ class SearchRequest(BaseModel):
         return recipe_of(self.task, self.recipe, self.overrides)
 
     @property
+    def designs(self) -> Space:
+        """What may be proposed."""
+        return self.space or Space()
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the request, equal for equal requests."""
-        # requests from before there were confirmations keep their digests
-        left_out = {"confirm"} if self.confirm is None else set()
+        # requests from before there were confirmations and spaces keep their digests
+        left_out = {name for name in ("confirm", "space") if getattr(self, name) is None}
         values = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(values, sort_keys=True, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -136,19 +214,26 @@ class SearchRequest(BaseModel):
     def _plain(self) -> SearchRequest:
         """The same request without settings that are the default, so that equal ones are equal."""
         same = self.recipe == recipe_of(self.task).name
-        overrides = self.overrides or None
-        return self.model_copy(
-            update={"recipe": None if same else self.recipe, "overrides": overrides}
-        )
+        changes = {
+            "recipe": None if same else self.recipe,
+            "overrides": self.overrides or None,
+            "space": None if self.space == Space() else self.space,
+        }
+        return self.model_copy(update=changes)
 
     def check_budget(self, recipe: Recipe) -> None:
         """Raise `InvalidInput` if the budget is none for a recipe as its data completes it."""
-        least = minimum_train_flops(recipe)
+        dearest = self.designs.dearest()
+        least = least_budget(recipe, dearest)
         if not (math.isfinite(self.train_flops) and least <= self.train_flops <= MAX_TRAIN_FLOPS):
-            raise InvalidInput("train_flops", self.train_flops, accepted_budget(recipe))
+            raise InvalidInput("train_flops", self.train_flops, accepted_budget(recipe, dearest))
 
     def _check_ranges(self) -> None:
         recipe = self.settings
+        self.designs.check()
+        if not recipe.attends and "aligned" in self.designs.heads:
+            accepted = f"free: models of recipe {recipe.name} have no attention"
+            raise InvalidInput("space.heads", list(self.designs.heads), accepted)
         if self.data is not None and (not self.data or not _clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
         if self.data is None:
@@ -175,12 +260,16 @@ class SearchRequest(BaseModel):
             if not 0 <= seed <= MAX_SEED:
                 raise InvalidInput("confirm", seed, _ACCEPTED["seed"])
         for run in self.confirm.runs:
-            Theta(*run.theta)
+            _ = run.as_design
             if run.width not in recipe.widths:
                 raise InvalidInput("confirm", run.width, f"a width of recipe {recipe.name}")
 
 
 _ACCEPTED = {
+    "space": (
+        f"families of {' | '.join(FAMILIES)}; factors of 2 to {MAX_FACTORS}; experts of 2 to 1024, "
+        "active of 1 to the experts; heads of free | aligned"
+    ),
     "confirm": "what POST /v1/searches/{id}/confirm makes of a search",
     "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
@@ -205,6 +294,9 @@ def _explain(error: ValidationError) -> InvalidInput:
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return InvalidInput(field, "nothing", _ACCEPTED[field])
+    if field == "space" and len(first["loc"]) > 1:
+        at = ".".join(str(part) for part in first["loc"][:2])
+        return InvalidInput(at, first["input"], _ACCEPTED["space"])
     if field not in _ACCEPTED:
         return InvalidInput(field, first["input"], f"only the fields {', '.join(_ACCEPTED)}")
     return InvalidInput(field, first["input"], _ACCEPTED[field])

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nas.taxonomy import describe
+from nas.design import described, parse_design
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.layers import EinsumLinear
+    from nas.layers import StructuredLinear
     from nas.layers.surgery import Surgery
 
 Pair = tuple[float, float]
+THETA = (
+    "exponents: seven of two factors or a mixture of them, more of a longer chain, none of a "
+    "convolution and of experts that are feed-forward blocks"
+)
+DESIGN = "how every layer is built, as text that `einsum-nas inspect` and `replace_linears` read"
 
 
 class Result(BaseModel):
@@ -40,7 +45,8 @@ class Point(Result):
     number: int = Field(description="number of the trial in its search")
     kind: str = Field(description="candidate | reference | confirmation")
     name: str
-    theta: list[float]
+    theta: list[float] = Field(description=THETA)
+    design: str = Field(description=DESIGN)
     width: int
     seed: int
     steps: int
@@ -110,7 +116,8 @@ class Candidate(Result):
     number: int
     kind: str
     name: str
-    theta: list[float]
+    theta: list[float] = Field(description=THETA)
+    design: str = Field(description=DESIGN)
     width: int
     seeds: int = Field(description="runs with distinct seeds that its loss is the mean of")
     steps: int
@@ -195,8 +202,9 @@ class Answer(Result):
     budget_unit: str
     task: str = Field(description="name@fingerprint")
     name: str
-    theta: list[float]
+    theta: list[float] = Field(description=THETA)
     canonical_theta: list[float]
+    design: str = Field(description=DESIGN)
     width: int
     steps: int
     train_flops: float
@@ -229,31 +237,27 @@ class Answer(Result):
     evidence: Evidence
     extrapolation: Extrapolation | None = Field(description="null for a measured answer")
 
-    def layer(self, d_in: int, d_out: int, **options: Any) -> EinsumLinear:
-        """A layer of this structure; options as of `nas.layers.EinsumLinear`."""
-        from nas.layers import EinsumLinear
+    def layer(self, d_in: int, d_out: int, **options: Any) -> StructuredLinear:
+        """A layer of this structure; options as of `nas.layers.layer_of`."""
+        from nas.layers import layer_of
 
-        return EinsumLinear(self._theta, d_in, d_out, **options)
+        return layer_of(parse_design(self.design), d_in, d_out, **options)
 
     def replace_linears(self, model: nn.Module, **options: Any) -> Surgery:
         """Put this structure in the place of a model's linear layers; options and report as of
         `nas.layers.replace_linears`."""
         from nas.layers import replace_linears
 
-        return replace_linears(model, self._theta, **options)
-
-    @property
-    def _theta(self) -> str:
-        return ",".join(repr(v) for v in self.theta)
+        return replace_linears(model, self.design, **options)
 
     @property
     def snippet(self) -> str:
         """Python that puts this structure into a model."""
         return (
             "import torch\nfrom nas.layers import param_groups, replace_linears\n\n"
-            f"# {describe(self.theta)}: {self.kind} best for {self.task} within {self.budget:.4g} "
-            f"{self.budget_axis}\n"
-            f'theta = "{self._theta}"\n'
-            "print(replace_linears(model, theta))\n"
+            f"# {described(self.design)}: {self.kind} best for {self.task} "
+            f"within {self.budget:.4g} {self.budget_axis}\n"
+            f'structure = "{self.design}"\n'
+            "print(replace_linears(model, structure))\n"
             "optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3))\n"
         )

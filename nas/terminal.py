@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nas.design import described
 from nas.results import Answer, Candidate, FrontierAnswer
 
 console = Console()
@@ -70,7 +71,7 @@ def show_frontier(front: FrontierAnswer) -> None:
     for p in front.frontier:
         own = [f"{p[front.x]:.6g}"] if columns else []
         table.add_row(
-            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", _structure(p.name, p.theta),
+            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", described(p.design),
             str(p.width), str(p.steps), f"#{p.number}",
         )  # fmt: skip
     console.print(table)
@@ -89,10 +90,6 @@ def show_frontier(front: FrontierAnswer) -> None:
                 "compute-optimal points"
             )
     console.print(line, style="dim")
-
-
-def _structure(name: str, theta: Sequence[float]) -> str:
-    return name if name != "einsum" else "einsum " + " ".join(f"{v:.2f}" for v in theta)
 
 
 def show_best(best: Answer) -> None:
@@ -115,7 +112,7 @@ def show_best(best: Answer) -> None:
 
 def _best_lines(best: Answer) -> Iterator[str]:
     interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
-    name = _structure(best.name, best.theta)
+    name = described(best.design)
     yield f"best: {name}, width {best.width}, {best.steps} steps"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
     gap = best.dense_minus_structured
@@ -139,7 +136,7 @@ def _best_lines(best: Answer) -> Iterator[str]:
         yield f"cannot be told apart from the best, of {count} compared{together}:"
         for r in best.indistinguishable[:_SHOWN_RIVALS]:
             yield (
-                f"  {_structure(r.name, r.theta)}, width {r.width}: {r.difference:+.4f} "
+                f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
                 f"({_range(r.difference_interval, '+.4f')})"
             )
         more = len(best.indistinguishable) - _SHOWN_RIVALS
@@ -196,7 +193,7 @@ def _small_print(best: Answer) -> Iterator[str]:
 
 _BEST_ROWS: Sequence[tuple[str, Callable[[Candidate], str]]] = (
     ("structure", lambda r: r.name),
-    ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r.theta)),
+    ("structure", lambda r: r.design),
     ("validation loss", lambda r: f"{r.loss:.4f}"),
     ("seeds", lambda r: f"{r.seeds}{' fresh' if r.confirmed else ''}"),
     ("width", lambda r: str(r.width)),
@@ -215,45 +212,60 @@ def _measured(value: float | None, scale: float, unit: str) -> str:
 
 
 def show_structure(inspected: Mapping[str, Any]) -> None:
-    """Everything exact about one structure."""
+    """Everything exact about one structure, of whatever family."""
     table = Table(show_header=False)
-    for key in ("name", "theta", "canonical_theta", "sizing", "sizes", "einsum", "contraction"):
-        value = inspected[key]
+    for key in _STRUCTURE_ROWS:
+        value = inspected.get(key)
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             value = "  ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-        table.add_row(key, str(value))
+        table.add_row(key.replace("_", " "), str(value))
     dense = inspected["dense_macs"]
     share = f"{inspected['macs'] / dense:.4f} of dense"
     table.add_row("MACs per token", f"{inspected['macs']:,}  ({share})")
-    orders = f"{inspected['macs_a_first']:,} A first, {inspected['macs_b_first']:,} B first"
-    table.add_row("  by order", orders)
+    if "macs_a_first" in inspected:
+        orders = f"{inspected['macs_a_first']:,} A first, {inspected['macs_b_first']:,} B first"
+        table.add_row("  by order", orders)
+    if "gate_macs" in inspected:
+        table.add_row("  of them the gate's", f"{inspected['gate_macs']:,}")
     table.add_row("FLOPs per token", f"{inspected['flops']:,} forward")
     table.add_row("parameters", f"{inspected['params']:,}")
-    table.add_row("rank", f"{inspected['rank']:,} generic")
-    table.add_row("ω  ψ  ν", "  ".join(f"{inspected[k]:.4g}" for k in ("omega", "psi", "nu")))
-    table.add_row(
-        "  of the integers",
-        "  ".join(f"{inspected[f'{k}_integer']:.4g}" for k in ("omega", "psi", "nu")),
-    )
-    padded = f"{inspected['padded_in']:,} inputs, {inspected['padded_out']:,} outputs"
-    table.add_row("axes multiply to", padded)
-    table.add_row(
-        "waste", f"{inspected['waste']:.2%} more MACs, spent on padded inputs and cut outputs"
-    )
-    if inspected["dropped_inputs"] or inspected["constant_outputs"]:
+    if inspected.get("rank") is not None:
+        table.add_row("rank", f"{inspected['rank']:,} {inspected.get('rank_is', 'generic')}")
+    if "omega" in inspected:
+        table.add_row("ω  ψ  ν", "  ".join(f"{inspected[k]:.4g}" for k in ("omega", "psi", "nu")))
+        table.add_row(
+            "  of the integers",
+            "  ".join(f"{inspected[f'{k}_integer']:.4g}" for k in ("omega", "psi", "nu")),
+        )
+    if "padded_in" in inspected:
+        padded = f"{inspected['padded_in']:,} inputs, {inspected['padded_out']:,} outputs"
+        table.add_row("axes multiply to", padded)
+    if "waste" in inspected:
+        table.add_row(
+            "waste", f"{inspected['waste']:.2%} more MACs, spent on padded inputs and cut outputs"
+        )
+    if inspected.get("dropped_inputs") or inspected.get("constant_outputs"):
         table.add_row(
             "lost to rounding",
             f"{inspected['dropped_inputs']:,} inputs are dropped, "
             f"{inspected['constant_outputs']:,} outputs are always zero",
         )
-    for f in inspected["factors"]:
+    for f in inspected.get("factors", ()):
         table.add_row(
             f"factor {f['name']}",
             f"fan in {f['fan_in']}, fan out {f['fan_out']}, init std {f['init_std']:.6g}, "
             f"Adam multiplier {f['adam_lr_multiplier']:.6g}",
         )
-    if inspected["degenerate"]:
+    if inspected.get("degenerate"):
         table.add_row("note", "degenerate: costs more than dense, which can express the same")
     console.print(table)
+
+
+_STRUCTURE_ROWS = (
+    "name", "family", "theta", "canonical_theta", "experts", "active", "sizing", "sizes", "axes",
+    "kernel", "einsum", "contraction",
+)  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -151,6 +152,15 @@ def parse_exponent(text: str, field: str) -> float:
         except (ValueError, ZeroDivisionError):
             pass
     raise InvalidInput(field, text, "a decimal or a fraction from 0 to 1, such as 0.25 or 1/4")
+
+
+def exact_exponent(value: float) -> str:
+    """Decimals that `parse_exponent` reads back to the same float.
+
+    >>> exact_exponent(1e-05)
+    '0.00001'
+    """
+    return format(Decimal(repr(value)), "f")
 
 
 def format_exponent(value: float) -> str:

@@ -10,7 +10,6 @@ import signal
 import tempfile
 import threading
 import uuid
-from dataclasses import asdict
 from typing import Any
 
 # read when ray.tune is imported: no result files, no signal handler, no usage report
@@ -30,11 +29,11 @@ from ray.tune.stopper import Stopper
 
 from nas.checkpoint import prune
 from nas.cost import RunPlan
+from nas.design import parse_design
 from nas.errors import EinsumNasError
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial
 from nas.tasks import TaskData
-from nas.theta import Theta
 from workers.session import SearchSession
 from workers.trainable import ProxyTrainable
 
@@ -258,7 +257,7 @@ class _SessionStopper(Stopper):
 def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
     """A stored trial as the Tune configuration of its actor."""
     plan = RunPlan(
-        theta=Theta(*trial.theta),
+        design=parse_design(trial.design),
         width=trial.width,
         depth=trial.depth,
         steps=trial.steps,
@@ -269,7 +268,7 @@ def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
         dense=trial.dense,
     )
     run = {
-        "plan": {**asdict(plan), "theta": trial.theta},
+        "plan": plan.as_dict(),
         "recipe": session.recipe.as_dict(),
         "seed": trial.seed,
         "key": trial.key,

@@ -23,8 +23,6 @@ from nas.recipe import Recipe
 from nas.request import Confirm, SearchRequest
 from nas.search import PastTrial, propose
 from nas.store import Lease, Leases, MeasuredCost, Search, Store, StoredPoint, Trial, TrialDraft
-from nas.taxonomy import name_of
-from nas.theta import Theta
 
 T = TypeVar("T")
 
@@ -121,8 +119,7 @@ class SearchSession:
         pairs = [(seed, run) for seed in confirm.seeds for run in confirm.runs]
         for number, (seed, run) in enumerate(pairs):
             if number not in planned:
-                theta = Theta(*run.theta)
-                plan = plan_of_steps(self.recipe, theta, run.width, run.steps)
+                plan = plan_of_steps(self.recipe, run.as_design, run.width, run.steps)
                 self._add(number, plan, kind="confirmation", seed=seed, confirms=run.trial_id)
 
     def _unproposed(self, stored: Sequence[Trial]) -> int:
@@ -136,7 +133,7 @@ class SearchSession:
     ) -> Trial:
         seed = self.request.seed if seed is None else seed
         key = run_key(self.recipe, self.fingerprint, plan, seed)
-        draft = TrialDraft(number, kind, plan, seed, key, name_of(plan.theta), **proposed)
+        draft = TrialDraft(number, kind, plan, seed, key, plan.name, **proposed)
         return self._sql(self._leases.add_trial, self._lease, draft)
 
     def next_trial(self) -> Trial | None:

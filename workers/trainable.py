@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,6 @@ from nas.metering import CostMeter
 from nas.proxy import Execution, Point, execution_plans, train
 from nas.recipe import Recipe
 from nas.tasks.data import Arrays
-from nas.theta import Theta
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class ProxyTrainable(tune.Trainable):
     what a fresh process may cure (memory) is raised, so that Ray starts the trial anew.
     """
 
-    _points: Iterator[Point]
+    _points: Generator[Point, None, dict[str, Any] | None]
     #: execution plan of each structure, by fingerprint; stored with the trial
     _plans: dict[str, str]
 
@@ -62,8 +61,7 @@ class ProxyTrainable(tune.Trainable):
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         run = json.loads(config["run"])
-        theta, structures = Theta(*run["plan"]["theta"]), tuple(run["plan"]["structures"])
-        plan = RunPlan(**{**run["plan"], "theta": theta, "structures": structures})
+        plan = RunPlan.from_dict(run["plan"])
         recipe = Recipe(**run["recipe"])
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
@@ -82,7 +80,12 @@ class ProxyTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         try:
-            point = next(self._points, None)
+            point = next(self._points)
+        except StopIteration as end:
+            self._checkpoint.remove()
+            environment = self._environment() | ({"router": end.value} if end.value else {})
+            ended = {"environment": environment, "cost": self._meter.result().as_dict()}
+            return _report("ended", ended, done=True)
         except RunFailed as error:
             self._checkpoint.remove()
             return _report("failure", str(error), done=True)
@@ -92,10 +95,6 @@ class ProxyTrainable(tune.Trainable):
             self._checkpoint.remove()
             _log.exception("the run failed")
             return _report("failure", f"{type(error).__name__}: {error}", done=True)
-        if point is None:
-            self._checkpoint.remove()
-            ended = {"environment": self._environment(), "cost": self._meter.result().as_dict()}
-            return _report("ended", ended, done=True)
         return _report("point", asdict(point), done=False)
 
     def _environment(self) -> dict[str, Any]:

@@ -51,11 +51,29 @@ function showBest(best) {
   text("means", `Comparisons: ${best.comparisons_mean}.`);
 }
 
+// the family, and what follows it: experts of a mixture, heads
+function shortName(name) {
+  const experts = /experts=(\d+),active=(\d+)/.exec(name);
+  const mixed = experts ? ` ${experts[2]} of ${experts[1]}` : "";
+  return name.split(/[:@]/)[0] + mixed + (name.endsWith("@heads") ? " @heads" : "");
+}
+
 function cell(row, value, number = false) {
   const td = row.insertCell();
   td.textContent = value;
   if (number) td.className = "n";
   return td;
+}
+
+// inputs · outputs · ranks; a chain of n factors has n(n+1)/2 of the first two and n-1 of the last
+function exponents(theta) {
+  const th = theta.map((v) => v.toFixed(2));
+  for (let n = 2, axes = 3; n < 6; n += 1, axes = (n * (n + 1)) / 2) {
+    if (th.length === 2 * axes + n - 1) {
+      return [th.slice(0, axes), th.slice(axes, 2 * axes), th.slice(2 * axes)].map((p) => p.join(" ")).join(" · ");
+    }
+  }
+  return "–";
 }
 
 function showTrials(trials, total, best) {
@@ -67,9 +85,10 @@ function showTrials(trials, total, best) {
     if (best && best.best_structured && best.best_structured.trial_id === t.id) row.classList.add("best");
     cell(row, t.number, true);
     const kind = t.kind === "candidate" ? "" : ` (${t.kind})`;
-    cell(row, t.name.split(":")[0] + kind).title = t.name;
-    const th = t.theta.map((v) => v.toFixed(2));
-    cell(row, `${th.slice(0, 3).join(" ")} · ${th.slice(3, 6).join(" ")} · ${th[6]}`).classList.add("mono");
+    cell(row, shortName(t.name) + kind).title = t.name;
+    const shown = cell(row, exponents(t.theta));
+    shown.classList.add("mono");
+    shown.title = t.design;
     const state = document.createElement("span");
     state.className = `state ${t.state}`;
     state.textContent = t.reused_from === null ? t.state : `${t.state} (reused)`;

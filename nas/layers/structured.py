@@ -34,6 +34,13 @@ class StructuredLinear(nn.Module):
     def plan(self, value: Any) -> None:
         raise NotImplementedError
 
+    def plan_for(
+        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The plan that runs an input of `tokens` tokens; `device` and `dtype` are those of the
+        product, the layer's by default."""
+        raise NotImplementedError
+
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
         raise NotImplementedError

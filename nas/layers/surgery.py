@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import CodeType, FunctionType
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from nas.cost import FLOPS_PER_MAC
+from nas.design import Aligned, Design, described, design_text, parse_design
 from nas.errors import InvalidInput
+from nas.layers.building import layer_of
 from nas.layers.einsum_linear import EinsumLinear
-from nas.structure import MAX_DIMENSION, Structure
-from nas.taxonomy import name_of, parse_theta
+from nas.layers.structured import StructuredLinear
+from nas.mixture import Mixture
+from nas.structure import MAX_DIMENSION, LinearStructure
 from nas.theta import Theta
 
-AnyTheta = Theta | str | Sequence[float]
+AnyDesign = Design | str | Sequence[float]
 Select = Callable[[str, nn.Module], bool] | str | Sequence[str]
 
 #: What a structured layer draws and trains in.
@@ -34,6 +39,7 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+_DESIGNS = get_args(Design)
 #: How many names a message lists.
 _NAMES_LISTED = 6
 
@@ -44,7 +50,9 @@ class Replaced:
 
     #: every path at which the model holds it
     names: tuple[str, ...]
-    structure: Structure
+    structure: LinearStructure
+    #: text of its design
+    design: str
     #: its parameters, bias included, whether or not another layer shares them
     params_before: int
     params_after: int
@@ -95,7 +103,7 @@ class Surgery:
             [
                 ", ".join(layer.names),
                 f"{layer.structure.d_in}→{layer.structure.d_out}",
-                _title(layer.structure.theta),
+                described(layer.design),
                 *(f"{n:,}" for n in (layer.params_before, layer.params_after)),
                 *(f"{n:,}" for n in (layer.flops_before, layer.flops_after)),
                 "" if layer.relative_error is None else f"{layer.relative_error:.3g}",
@@ -120,31 +128,26 @@ class Surgery:
         return "\n".join(lines)
 
 
-def _title(theta: Theta) -> str:
-    name = name_of(theta)
-    return str(theta) if name == "einsum" else name
-
-
 @dataclass(eq=False)
 class _Linear:
     """A linear layer that was found, and what is to become of it."""
 
     module: nn.Module
     names: list[str]
-    theta: Theta | None = None
+    design: Design | None = None
     reason: str | None = None
 
 
 def replace_linears(
     model: nn.Module,
-    theta: AnyTheta | Mapping[str, AnyTheta],
+    theta: AnyDesign | Mapping[str, AnyDesign],
     select: Select | None = None,
     *,
     from_dense: bool = False,
     normalize: bool = False,
     gain: bool = False,
 ) -> Surgery:
-    """Replace the linear layers of a model by `EinsumLinear` of structure θ, in place.
+    """Replace the linear layers of a model by structured ones, in place.
 
     `torch.nn.Linear` and the `Conv1D` of Hugging Face transformers are replaced.  Build the
     optimiser afterwards (`nas.layers.param_groups`): the old weights are no longer the model's.
@@ -154,7 +157,8 @@ def replace_linears(
     model
         Any module that holds linear layers.
     theta
-        A structure, or structures by shell-style patterns on names, the first that matches
+        A structure (θ, or any design that `nas.design.parse_design` reads and single layers can
+        have), or structures by shell-style patterns on names, the first that matches
         counting: ``{"*.attn.*": "btt:rho=1/4", "*": "monarch"}``.  Layers that no pattern matches
         stay.
     select
@@ -204,8 +208,8 @@ def replace_linears(
         linear.reason = linear.reason or _obstacle(linear, modules)
     shared = _sharing(model, linears)
 
-    layers: dict[nn.Module, EinsumLinear] = {}
-    originals: dict[Hashable, EinsumLinear] = {}
+    layers: dict[nn.Module, StructuredLinear] = {}
+    originals: dict[Hashable, StructuredLinear] = {}
     rows: list[Replaced] = []
     for linear in linears:
         if linear.reason is None:
@@ -262,22 +266,19 @@ def _find(model: nn.Module) -> list[_Linear]:
         if type(module).__name__ in _WRAPPERS:  # they have taken hold of the parameters already
             got = f"{type(module).__name__} at {name or 'its root'}"
             raise InvalidInput("model", got, "a model that is wrapped afterwards")
-        if isinstance(module, nn.Linear | EinsumLinear) or is_conv1d(module):
+        if isinstance(module, nn.Linear | StructuredLinear) or is_conv1d(module):
             found.setdefault(module, _Linear(module, [])).names.append(name)
     return list(found.values())
 
 
 def _choose(
-    linears: list[_Linear], theta: AnyTheta | Mapping[str, AnyTheta], select: Select | None
+    linears: list[_Linear], theta: AnyDesign | Mapping[str, AnyDesign], select: Select | None
 ) -> None:
     """Give each selected layer its θ, each other one the reason."""
     by_pattern = theta if isinstance(theta, Mapping) else {"*": theta}
     if not by_pattern:
         raise InvalidInput("theta", theta, "a structure, or a structure for each pattern on names")
-    thetas = {
-        _pattern("theta", pattern): parse_theta(t) if isinstance(t, str) else Theta.of(t)
-        for pattern, t in by_pattern.items()
-    }
+    thetas = {_pattern("theta", pattern): _design(t) for pattern, t in by_pattern.items()}
     if select is None:
         chosen = set(linears)
     elif callable(select):
@@ -292,7 +293,25 @@ def _choose(
         if linear not in chosen:
             linear.reason = "not selected"
             continue
-        linear.theta = next(t for pattern, t in thetas.items() if _matches(linear, pattern))
+        linear.design = next(t for pattern, t in thetas.items() if _matches(linear, pattern))
+
+
+def _design(given: AnyDesign) -> Design:
+    """A design that single layers can have."""
+    if isinstance(given, str):
+        design = parse_design(given)
+    else:
+        design = given if isinstance(given, _DESIGNS) else Theta.of(given)
+    if isinstance(design, Aligned):
+        accepted = (
+            "a design without @heads, for nothing here says which layers make heads: for those, "
+            "`nas.layers.build_layer(nas.design.with_heads(structure, heads, side))`"
+        )
+        raise InvalidInput("theta", design_text(design), accepted)
+    if isinstance(design, Mixture) and design.theta is None:
+        accepted = "experts in each layer, such as dense-moe: these are whole feed-forward blocks"
+        raise InvalidInput("theta", design_text(design), accepted)
+    return design
 
 
 def _matching(field: str, patterns: Sequence[str], linears: list[_Linear]) -> set[_Linear]:
@@ -328,8 +347,8 @@ def _obstacle(linear: _Linear, modules: dict[str, nn.Module]) -> str | None:
     """Why the layer, seen alone and from the modules around it, cannot be replaced."""
     module = linear.module
     kind = type(module).__name__
-    if isinstance(module, EinsumLinear):
-        return "it is an EinsumLinear"
+    if isinstance(module, StructuredLinear):
+        return f"it is a structured layer, {kind}"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"it is a {kind}, not a plain torch.nn.Linear"
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
@@ -435,11 +454,11 @@ def _sharing(model: nn.Module, linears: list[_Linear]) -> dict[nn.Module, Hashab
             continue
         for linear in going:
             keys[linear.module] = key
-            if linear.theta != going[0].theta:
+            if linear.design != going[0].design:
                 raise InvalidInput(
                     "theta",
-                    f"{linear.theta} for {linear.names[0]}",
-                    f"{going[0].theta}, as for {going[0].names[0]}, whose weight it shares",
+                    f"{linear.design} for {linear.names[0]}",
+                    f"{going[0].design}, as for {going[0].names[0]}, whose weight it shares",
                 )
     return keys
 
@@ -454,27 +473,32 @@ def _memory(tensor: Tensor) -> Hashable:
 
 @torch.no_grad()
 def _build(
-    linear: _Linear, shared: EinsumLinear | None, from_dense: bool, normalize: bool, gain: bool
-) -> EinsumLinear:
+    linear: _Linear, shared: StructuredLinear | None, from_dense: bool, normalize: bool, gain: bool
+) -> StructuredLinear:
     """The new layer; with the factors of `shared` if another layer already has them."""
     module = linear.module
     stored, bias = module._parameters["weight"], module._parameters["bias"]
     assert stored is not None
-    assert linear.theta is not None
+    assert linear.design is not None
     weight = stored.detach().T if is_conv1d(module) else stored.detach()
     d_out, d_in = weight.shape
     zero_init = not weight.is_meta and not bool(weight.any())
     try:
         if from_dense and weight.is_meta:
             raise InvalidInput("weight", "a meta tensor", "a weight with values for from_dense")
+        if from_dense and not isinstance(linear.design, Theta):
+            got = design_text(linear.design)
+            raise InvalidInput("from_dense", got, "two factors, or from_dense=False")
         if from_dense and shared is None:
+            assert isinstance(linear.design, Theta)
             dense = nn.Linear(d_in, d_out, bias=False, device="meta")
             dense.weight = nn.Parameter(weight, requires_grad=False)
-            layer = EinsumLinear.from_linear(dense, linear.theta)
-            layer.zero_init = zero_init
+            fitted = EinsumLinear.from_linear(dense, linear.design)
+            fitted.zero_init = zero_init
+            layer: StructuredLinear = fitted
         else:
-            layer = EinsumLinear(
-                linear.theta, d_in, d_out, bias=False,
+            layer = layer_of(
+                linear.design, d_in, d_out, bias=False,
                 zero_init=zero_init, normalize=normalize, gain=gain,
                 device=weight.device if shared is None else "meta", dtype=weight.dtype,
             )  # fmt: skip
@@ -483,7 +507,8 @@ def _build(
         raise InvalidInput(field, error.value, error.accepted) from error
     if shared is not None:
         layer._parameters.update(shared._parameters)
-        layer.relative_error = shared.relative_error
+        if isinstance(shared, EinsumLinear) and isinstance(layer, EinsumLinear):
+            layer.relative_error = shared.relative_error
     else:
         layer.requires_grad_(stored.requires_grad)
     layer._parameters["bias"] = bias
@@ -495,16 +520,18 @@ def _build(
     return layer
 
 
-def _row(linear: _Linear, layer: EinsumLinear) -> Replaced:
+def _row(linear: _Linear, layer: StructuredLinear) -> Replaced:
     structure = layer.structure
+    assert linear.design is not None
     return Replaced(
         names=tuple(linear.names),
         structure=structure,
+        design=design_text(linear.design),
         params_before=_count([linear.module]),
         params_after=_count([layer]),
-        flops_before=2 * structure.d_in * structure.d_out,
-        flops_after=structure.flops,
-        relative_error=layer.relative_error,
+        flops_before=FLOPS_PER_MAC * structure.d_in * structure.d_out,
+        flops_after=FLOPS_PER_MAC * structure.macs,
+        relative_error=getattr(layer, "relative_error", None),
     )
 
 
@@ -519,7 +546,7 @@ def _avoid_fast_paths(model: nn.Module) -> None:
 
     def structured(module: nn.Module) -> bool:
         return type(module) is nn.TransformerEncoderLayer and any(
-            isinstance(child, EinsumLinear) for child in module.children()
+            isinstance(child, StructuredLinear) for child in module.children()
         )
 
     for module in model.modules():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from nas.design import Design
 from nas.models.mlp import MLP
 from nas.models.parts import build_optimizer
 from nas.models.transformer import TokenTransformer, ViT
 from nas.recipe import Recipe
-from nas.theta import Theta
 
 __all__ = ["MLP", "TokenTransformer", "ViT", "build_model", "build_optimizer"]
 
@@ -20,6 +20,6 @@ _FAMILIES: dict[str, type[MLP | TokenTransformer | ViT]] = {
 }
 
 
-def build_model(recipe: Recipe, theta: Theta, width: int) -> nn.Module:
+def build_model(recipe: Recipe, design: Design, width: int) -> nn.Module:
     """A freshly initialised model of the recipe's family, depth and dimensions."""
-    return _FAMILIES[recipe.model](recipe, theta, width)
+    return _FAMILIES[recipe.model](recipe, design, width)

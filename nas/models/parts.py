@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from nas.cost import linears
-from nas.layers import EinsumLinear, param_groups
+from nas.cost import linears, structures_of
+from nas.design import Design
+from nas.layers import build_layer, param_groups
+from nas.layers.mixture_linear import MixtureFFN, MixtureLinear
+from nas.mixture import Mixture
 from nas.recipe import Recipe
-from nas.theta import Theta
 
 EMBEDDING_STD = 1.0
 #: Depth at which branches enter unscaled.
@@ -19,23 +22,39 @@ _ZERO_INIT = ("attention_out", "mlp_out")
 _WITHOUT_GAIN = ("query", "key")  # their norms have one
 
 
-def structured_linears(recipe: Recipe, theta: Theta, width: int) -> nn.ModuleDict:
-    """The structured layers of one block; the last of each branch starts as the zero map."""
-    return nn.ModuleDict(
-        {
-            role.name: EinsumLinear(
-                theta,
-                role.d_in,
-                role.d_out,
-                bias=recipe.bias,
-                zero_init=role.name in _ZERO_INIT,
-                normalize=recipe.normalize,
-                gain=recipe.normalize and role.name not in _WITHOUT_GAIN,
-                d_in_base=role.d_in_base,
-            )
-            for role in linears(recipe, width)
-        }
-    )
+def structured_linears(recipe: Recipe, design: Design, width: int) -> nn.ModuleDict:
+    """The structured layers of one block; the last of each branch starts as the zero map.
+
+    By the names of their roles; experts that are feed-forward blocks are the one layer ``mlp``.
+    """
+    layers: dict[str, nn.Module] = {
+        role.name: build_layer(
+            structure,
+            bias=recipe.bias,
+            zero_init=role.name in _ZERO_INIT,
+            normalize=recipe.normalize,
+            gain=recipe.normalize and role.name not in _WITHOUT_GAIN,
+            d_in_base=role.d_in_base,
+        )
+        for role, structure in zip(
+            linears(recipe, width), structures_of(recipe, design, width), strict=True
+        )
+    }
+    if isinstance(design, Mixture) and design.theta is None:
+        first, second = layers.pop("mlp_in"), layers.pop("mlp_out")
+        assert isinstance(first, MixtureLinear)
+        assert isinstance(second, MixtureLinear)
+        layers["mlp"] = MixtureFFN(first, second)
+    return nn.ModuleDict(layers)
+
+
+def feed_forward(layers: nn.ModuleDict, x: Tensor) -> Tensor:
+    """The feed-forward branch of a block."""
+    if "mlp" in layers:
+        mixed: Tensor = layers["mlp"](x)
+        return mixed
+    out: Tensor = layers["mlp_out"](functional.gelu(layers["mlp_in"](x)))
+    return out
 
 
 def branch_scale(recipe: Recipe) -> float:

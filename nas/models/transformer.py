@@ -1,4 +1,4 @@
-"""Transformers whose every linear layer but embedding and head is an `EinsumLinear`.
+"""Transformers whose every linear layer but embedding and head is structured.
 
 Pre-norm blocks with query-key norms, attention logits scaled by 8/d_head, branches scaled by
 sqrt(3/depth), and zero-initialised last layers of branches and head.
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nas.design import Design
 from nas.models.parts import (
     EMBEDDING_STD,
     NumberEmbedding,
     branch_scale,
+    feed_forward,
     structured_linears,
     zero_head,
 )
 from nas.recipe import Recipe
-from nas.theta import Theta
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each on its own residual branch."""
 
-    def __init__(self, recipe: Recipe, theta: Theta, width: int) -> None:
+    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
         super().__init__()
         self.heads, self.head_dim = width // recipe.head_dim, recipe.head_dim
         self.causal = recipe.is_token_model
@@ -34,7 +35,7 @@ class Block(nn.Module):
         self.query_norm = nn.LayerNorm(self.head_dim)
         self.key_norm = nn.LayerNorm(self.head_dim)
         self.mlp_norm = nn.LayerNorm(width)
-        self.linears = structured_linears(recipe, theta, width)
+        self.linears = structured_linears(recipe, design, width)
 
     def _attention(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -55,23 +56,19 @@ class Block(nn.Module):
         )
         return merged
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linears["mlp_out"](functional.gelu(self.linears["mlp_in"](x)))
-        return out
-
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.branch_scale * self._attention(self.attention_norm(x))
-        return x + self.branch_scale * self._mlp(self.mlp_norm(x))
+        return x + self.branch_scale * feed_forward(self.linears, self.mlp_norm(x))
 
 
 class _Transformer(nn.Module):
     """Blocks between an embedding and a head."""
 
-    def __init__(self, recipe: Recipe, theta: Theta, width: int) -> None:
+    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
         super().__init__()
         self.position_embedding = nn.Embedding(recipe.tokens, width)
         nn.init.normal_(self.position_embedding.weight, std=EMBEDDING_STD)
-        self.blocks = nn.ModuleList(Block(recipe, theta, width) for _ in range(recipe.depth))
+        self.blocks = nn.ModuleList(Block(recipe, design, width) for _ in range(recipe.depth))
         self.norm = nn.LayerNorm(width)
         self.head = zero_head(recipe, width)
 
@@ -90,8 +87,8 @@ class TokenTransformer(_Transformer):
     after a token that begins it.
     """
 
-    def __init__(self, recipe: Recipe, theta: Theta, width: int) -> None:
-        super().__init__(recipe, theta, width)
+    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
+        super().__init__(recipe, design, width)
         self.token_embedding = nn.Embedding(recipe.embedded_tokens, width)
         nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD)
 
@@ -103,8 +100,8 @@ class TokenTransformer(_Transformer):
 class ViT(_Transformer):
     """Patches (batch, patches, features) → logits (batch, classes); the head sees their mean."""
 
-    def __init__(self, recipe: Recipe, theta: Theta, width: int) -> None:
-        super().__init__(recipe, theta, width)
+    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
+        super().__init__(recipe, design, width)
         self.patch_embedding = NumberEmbedding(recipe.features, width)
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ _STATES = {
 #: What a user can tell runs by: user attribute → field of `nas.store.Trial`.
 _ATTRIBUTES = {
     "search_id": "search_id", "trial_id": "id", "trial_number": "number", "kind": "kind",
-    "state": "state", "name": "name", "dense": "dense", "depth": "depth", "seed": "seed",
+    "state": "state", "name": "name", "design": "design", "dense": "dense", "depth": "depth",
+    "seed": "seed",
     "params": "model_params", "forward_flops_per_token": "forward_flops_per_token",
     "seconds_per_step": "seconds_per_step", "peak_memory_bytes": "peak_memory_bytes",
     "reason": "error", "reused_from": "reused_from",
@@ -258,11 +259,13 @@ def _trial(
     equals: int | None = None,
 ) -> FrozenTrial:
     trial, state = run.trial, _STATES[run.trial.state]
-    distributions: dict[str, BaseDistribution] = {f"theta_{axis}": _EXPONENT for axis in AXES}
+    # other designs than of two factors have other exponents, or none
+    axes = [f"theta_{axis}" for axis in AXES] if len(trial.theta) == len(AXES) else []
+    distributions: dict[str, BaseDistribution] = dict.fromkeys(axes, _EXPONENT)
     # a recipe may have had other widths when an older version ran it
     low, high = min(trial.width, *widths), max(trial.width, *widths)
     distributions["width"] = IntDistribution(low, high)
-    params = {f"theta_{axis}": value for axis, value in zip(AXES, trial.theta, strict=True)}
+    params = dict(zip(axes, trial.theta, strict=True)) if axes else {}
     found = {name: getattr(trial, field, None) for name, field in _ATTRIBUTES.items()}
     steps = curve[-1].step if shortened else trial.steps
     attributes = {

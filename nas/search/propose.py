@@ -45,7 +45,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 class PastTrial:
     """An earlier candidate of the search, as a sampler sees it."""
 
-    params: Mapping[str, float]
+    params: Mapping[str, float | str]
     state: Literal["running", "complete", "failed"]
     #: one value an objective, for complete trials only
     values: tuple[float, ...] | None
@@ -56,7 +56,7 @@ class PastTrial:
 class Proposal:
     """A candidate: the point of the box, the run it stands for, and what the sampler must keep."""
 
-    params: dict[str, float]
+    params: dict[str, float | str]
     plan: RunPlan
     sampler_state: dict[str, Any] = field(default_factory=dict)
     #: asks it took, 1 unless earlier ones repeated a structure
@@ -97,7 +97,7 @@ def _ask(
     past: Sequence[PastTrial],
     study_attrs: Mapping[str, Any],
     seed: int,
-) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, float | str], dict[str, Any], dict[str, Any]]:
     """(parameters, system attributes of the trial, system attributes of the study)."""
     space_ = space.distributions(request, recipe)
     storage = InMemoryStorage()
@@ -154,7 +154,7 @@ def propose(
     for attempt in range(1, MAX_ATTEMPTS + 1):
         seed = ask_seed(request.seed, number, attempt)
         params, trial_attrs, study_attrs = _ask(request, recipe, past, study_attrs, seed)
-        plan = space.plan_of(recipe, request.train_flops, params)
+        plan = space.plan_of(recipe, request, params)
         if attempt == MAX_ATTEMPTS or not is_known(plan):
             break
     state = {"trial": trial_attrs, "study": dict(study_attrs)}

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
+from nas.design import exponents
 from nas.errors import LeaseLost
 from nas.store import rows, standings
 from nas.store.engine import writing
@@ -156,7 +157,8 @@ class Leases:
                 params=None if draft.params is None else dict(draft.params),
                 sampler_state=dict(draft.sampler_state or {}),
                 unseen=list(draft.unseen),
-                theta=list(plan.theta.values),
+                theta=list(exponents(plan.design)),
+                design=rows.stored_design(plan.design),
                 name=draft.name,
                 structures=list(plan.structures),
                 dense=plan.dense,

@@ -37,7 +37,7 @@ class TrialDraft:
     seed: int
     key: str
     name: str
-    params: Mapping[str, float] | None = None
+    params: Mapping[str, float | str] | None = None
     sampler_state: Mapping[str, Any] | None = None
     unseen: tuple[int, ...] = ()
     #: the trial that this one runs again with a fresh seed
@@ -66,10 +66,12 @@ class Trial:
     number: int
     kind: str
     state: TrialState
-    params: Mapping[str, float] | None
+    params: Mapping[str, float | str] | None
     sampler_state: Mapping[str, Any]
     unseen: tuple[int, ...]
     theta: tuple[float, ...]
+    #: text of the design, which `nas.design.parse_design` reads
+    design: str
     name: str
     structures: tuple[str, ...]
     dense: bool
@@ -156,6 +158,8 @@ class CurvePoint:
     dense: bool
     name: str
     theta: tuple[float, ...]
+    #: text of the design
+    design: str
     width: int
     seed: int
     #: optimiser steps taken at this point
@@ -184,7 +188,9 @@ class Run:
     dense: bool
     name: str
     theta: tuple[float, ...]
-    #: θ in canonical form as text: equal for equal structures at any width
+    #: text of the design
+    design: str
+    #: the design in canonical form as text: equal for equal structures at any width
     structure: str
     #: equal for runs that differ in steps and seed only
     model: str

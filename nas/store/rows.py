@@ -13,9 +13,11 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from nas.cost import RunPlan
+from nas.design import Design, design_text
 from nas.request import SearchRequest
-from nas.store.records import Event, Search, StoredPoint, Trial
+from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow, database_now
+from nas.theta import Theta
 
 #: The tally's name for planned dense references, next to the states of trials.
 REFERENCES = "references"
@@ -63,7 +65,7 @@ def to_trial(row: TrialRow | Row[Any]) -> Trial:
         params=row.params,
         sampler_state=row.sampler_state,
         unseen=tuple(row.unseen),
-        theta=tuple(row.theta),
+        **read_design(row),
         name=row.name,
         structures=tuple(row.structures),
         dense=row.dense,
@@ -89,6 +91,25 @@ def to_trial(row: TrialRow | Row[Any]) -> Trial:
         seconds_per_step=row.seconds_per_step,
         peak_memory_bytes=row.peak_memory_bytes,
     )
+
+
+def read_design(row: Row[Any] | TrialRow) -> dict[str, Any]:
+    """The fields `theta` and `design` of a row that has both columns."""
+    theta = tuple(row.theta)
+    return {
+        "theta": theta,
+        "design": design_text(Theta(*theta)) if row.design is None else row.design,
+    }
+
+
+def to_curve_point(row: Row[Any], *, complete: bool) -> CurvePoint:
+    """A curve point from a row of its other fields by name."""
+    return CurvePoint(**{**row._mapping, **read_design(row), "complete": complete})
+
+
+def stored_design(design: Design) -> str | None:
+    """What is stored besides the exponents: nothing where they say it all."""
+    return None if isinstance(design, Theta) else design_text(design)
 
 
 def model_digest(task: str, plan: RunPlan) -> str:

@@ -107,11 +107,14 @@ class TrialRow(Base):
     kind: Mapped[str] = mapped_column(String(16))
     state: Mapped[str] = mapped_column(String(16))
     #: point of the sampler's box, None for a reference
-    params: Mapped[dict[str, float] | None] = mapped_column(JSON)
+    params: Mapped[dict[str, float | str] | None] = mapped_column(JSON)
     sampler_state: Mapped[dict[str, Any]] = mapped_column(JSON)
     #: numbers of earlier trials that were still running when this one was proposed
     unseen: Mapped[list[int]] = mapped_column(JSON)
+    #: exponents; see `nas.design.exponents`
     theta: Mapped[list[float]] = mapped_column(JSON)
+    #: text of the design; None for two factors, which theta says
+    design: Mapped[str | None] = mapped_column(String(2048))
     name: Mapped[str] = mapped_column(String(128))
     structures: Mapped[list[str]] = mapped_column(JSON)
     dense: Mapped[bool]

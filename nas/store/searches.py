@@ -20,7 +20,7 @@ from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 MAX_PAGE = 500
 #: Columns of a curve point, by the table they come from.
 _OF_TRIAL = (
-    "search_id", "number", "kind", "dense", "name", "theta", "width", "seed",
+    "search_id", "number", "kind", "dense", "name", "theta", "design", "width", "seed",
     "forward_flops_per_token", "seconds_per_step", "peak_memory_bytes",
 )  # fmt: skip
 _OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
@@ -249,8 +249,7 @@ class Store:
             if search_id is not None:
                 self._row(session, search_id)
             return [
-                CurvePoint(**{**r._mapping, "theta": tuple(r.theta), "complete": bool(r.complete)})
-                for r in session.execute(query)
+                rows.to_curve_point(r, complete=bool(r.complete)) for r in session.execute(query)
             ]
 
     def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:

@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from nas.design import canonical_design, design_text, parse_design
+from nas.store import rows
 from nas.store.engine import reading, translated
 from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
 from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
@@ -574,8 +577,7 @@ class Standings:
                     .where(tuple_(PointRow.trial_id, PointRow.step).in_(part))
                 )
                 for row in session.execute(query):
-                    fields = {**row._mapping, "theta": tuple(row.theta), "complete": True}
-                    yield CurvePoint(**fields)
+                    yield rows.to_curve_point(row, complete=True)
 
     def runs(
         self,
@@ -611,14 +613,7 @@ class Standings:
                 ).where(PointRow.trial_id.in_(part)).order_by(PointRow.step)  # fmt: skip
                 for trial, *values in session.execute(points):
                     curves.setdefault(trial, []).append(StoredPoint(*values))
-        return [
-            Run(
-                **{**row._mapping, "theta": tuple(row.theta), "model": row.model or str(trial)},
-                structure=structure_key(row.theta),
-                points=tuple(curves.get(trial, ())),
-            )
-            for trial, row in sorted(found.items())
-        ]
+        return [_to_run(row, trial, curves.get(trial, ())) for trial, row in sorted(found.items())]
 
     def models(self, trials: Iterable[int]) -> set[str]:
         """The models of the given trials."""
@@ -657,13 +652,26 @@ class Standings:
             return [ConfirmedPair(*row) for row in session.execute(query)]
 
 
+def _to_run(row: Any, trial: int, points: Sequence[StoredPoint]) -> Run:
+    design = rows.read_design(row)
+    return Run(
+        **{**row._mapping, **design, "model": row.model or str(trial)},
+        structure=structure_key(design["design"]),
+        points=tuple(points),
+    )
+
+
 def _standing(scope: str, axis: str, dense: bool) -> ColumnElement[bool]:
     return and_(StandingRow.scope == scope, StandingRow.axis == axis, StandingRow.dense == dense)
 
 
-def structure_key(theta: Sequence[float]) -> str:
-    """θ in canonical form as text; equal for equal structures whatever their widths."""
-    return ",".join(f"{v:.6g}" for v in Theta(*theta).canonical().values)
+@lru_cache(maxsize=65536)
+def structure_key(design: str) -> str:
+    """A design in canonical form as text; equal for equal structures whatever their widths."""
+    found = canonical_design(parse_design(design))
+    if isinstance(found, Theta):
+        return ",".join(f"{v:.6g}" for v in found.values)
+    return design_text(found)
 
 
 def _in_scope(scope: str) -> ColumnElement[bool]:
@@ -687,6 +695,7 @@ _SHARED: Mapping[str, Any] = {
     "dense": TrialRow.dense,
     "name": TrialRow.name,
     "theta": TrialRow.theta,
+    "design": TrialRow.design,
     "width": TrialRow.width,
     "seed": TrialRow.seed,
     "forward_flops_per_token": TrialRow.forward_flops_per_token,

@@ -22,12 +22,12 @@ import torch
 
 from nas.checkpoint import Checkpoint
 from nas.cost import RunPlan
+from nas.design import design_text, exponents
 from nas.errors import RunFailed
 from nas.processes import end_with
 from nas.proxy import Execution, execution_plans, train
 from nas.recipe import Recipe
 from nas.tasks import TaskData
-from nas.taxonomy import name_of
 
 _CHECKPOINT_SECONDS = 20.0
 _data: Mapping[str, TaskData] = {}
@@ -48,13 +48,13 @@ class StudyRun:
     @classmethod
     def of(cls, data: TaskData, plan: RunPlan, seed: int, name: str | None = None) -> StudyRun:
         """A run on loaded data."""
-        return cls(data.recipe, plan, seed, data.fingerprint, name or name_of(plan.theta))
+        return cls(data.recipe, plan, seed, data.fingerprint, name or plan.name)
 
     @property
     def key(self) -> str:
         """Digest of everything that decides the curve on one machine, 32 hex digits."""
         versions = [version("einsum-nas"), torch.__version__]
-        decides = [self.task, asdict(self.plan), self.seed, versions]
+        decides = [self.task, self.plan.as_dict(), self.seed, versions]
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -150,7 +150,8 @@ def _run(run: StudyRun, folder: Path, execution: Execution) -> dict[str, Any]:
         "recipe": run.recipe.as_dict(),
         "loss_unit": run.recipe.loss_unit,
         "name": run.name,
-        "theta": list(plan.theta.values),
+        "theta": list(exponents(plan.design)),
+        "design": design_text(plan.design),
         "width": plan.width,
         "depth": plan.depth,
         "steps": plan.steps,

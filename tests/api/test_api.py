@@ -19,7 +19,7 @@ from nas.recipe import RECIPES
 from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Leases, Store, StoredPoint, TrialDraft
-from nas.taxonomy import name_of, parse_theta
+from nas.taxonomy import parse_theta
 from nas.theta import Theta
 
 BUDGET = 2e11
@@ -53,7 +53,7 @@ def plant(client: TestClient) -> str:
     ]  # fmt: skip
     for number, (plan, loss) in enumerate(runs):
         kind: Any = "reference" if plan.dense else "candidate"
-        draft = TrialDraft(number, kind, plan, 0, f"k{number}", name_of(plan.theta))
+        draft = TrialDraft(number, kind, plan, 0, f"k{number}", plan.name)
         trial = leases.add_trial(lease, draft)
         leases.start_trial(lease, trial.id)
         if loss is None:

@@ -20,7 +20,8 @@ def point(
 ) -> CurvePoint:  # fmt: skip
     return CurvePoint(
         trial_id=trial, search_id="s", number=trial, kind="reference" if dense else "candidate",
-        dense=dense, name="dense" if dense else "monarch", theta=(0, 0, 1, 0, 0, 1, 0), width=32,
+        dense=dense, name="dense" if dense else "monarch", theta=(0, 0, 1, 0, 0, 1, 0),
+        design="0,0,1,0,0,1,0", width=32,
         seed=0, step=step, train_flops=flops, loss=loss, loss_stderr=0.03, seconds=1.0,
         complete=complete, forward_flops_per_token=1e3, params=trial * 100, seconds_per_step=0.1,
         peak_memory_bytes=None,

@@ -13,11 +13,11 @@ import torch
 from benchmarks.answers import BUDGET, draw_runs, draw_truths, run_store
 from benchmarks.planting import PlantedRun, open_store, plant, stand
 from nas.answers import get_best, get_frontier
+from nas.design import exponents, parse_design, structure_of
 from nas.errors import InvalidInput, NotFound
 from nas.layers import EinsumLinear
 from nas.store import Store
 from nas.store.engine import writing
-from nas.taxonomy import parse_theta
 
 TASK = "text@planted"
 
@@ -32,7 +32,7 @@ def store(database_url: str) -> Iterator[Store]:
 def planted(structure: str, seed: int, *losses: float, width: int = 32) -> PlantedRun:
     """Points at 1e9, 2e9, … train FLOPs."""
     curve = [(1000 * (i + 1), loss) for i, loss in enumerate(losses)]
-    return PlantedRun(parse_theta(structure), width, seed, 10**6, 100 * width, curve)
+    return PlantedRun(parse_design(structure), width, seed, 10**6, 100 * width, curve)
 
 
 def test_the_best_of_a_planted_store_is_in_the_answer() -> None:
@@ -156,6 +156,49 @@ def test_a_front_tells_what_is_compute_optimal_and_its_laws(store: Store) -> Non
     assert front.dense_law.points == 11
     other = get_frontier(store, task=TASK, x="params")
     assert (other.compute_optimal, other.dense_law) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "btt:cores=3,rho=1/8",
+        "btt-moe:experts=4,active=2",
+        "dense-moe:experts=4,active=1",
+        "convolution:kernel=1/2",
+    ],
+)
+def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str) -> None:
+    plant(store, [planted(text, seed, 3.0, 2.0 + seed / 100) for seed in range(2)]
+          + [planted(text, 0, 3.1, 2.1, width=64), planted("dense", 0, 3.0, 2.5)],
+          fingerprint="planted", budget=2e11)  # fmt: skip
+    stand(store)
+    best = get_best(store, task=TASK, train_flops=2e9)
+    design = parse_design(text)
+    assert parse_design(best.design) == design
+    assert (best.evidence.seeds, tuple(best.theta)) == (2, exponents(design))
+    assert {r.design for r in [best.best_structured]} == {best.design}
+    structure = structure_of(design, 64, 96)
+    assert best.layer(64, 96).structure == structure
+    scope = {"model": torch.nn.Sequential(torch.nn.Linear(64, 96))}
+    exec(best.snippet, scope)
+    assert scope["model"][0].structure == structure
+    assert scope["model"](torch.randn(3, 64)).shape == (3, 96)
+    again = type(best).model_validate_json(best.model_dump_json())
+    assert again.layer(64, 96).structure == structure
+    front = get_frontier(store, task=TASK)
+    assert {p.design for p in front.structured} == {best.design}
+
+
+def test_aligned_heads_are_a_structure_of_their_own(store: Store) -> None:
+    """The same θ with heads at its blocks and without: two candidates, told apart."""
+    plant(store, [planted("monarch", 0, 3.0, 2.4), planted("monarch@heads", 0, 3.0, 2.0),
+                  planted("dense", 0, 3.0, 2.5)], fingerprint="planted", budget=2e11)  # fmt: skip
+    stand(store)
+    best = get_best(store, task=TASK, train_flops=2e9)
+    assert best.name == "monarch@heads"
+    assert best.layer(64, 64).structure == structure_of(parse_design("monarch"), 64, 64)
+    with pytest.raises(InvalidInput, match="which layers make heads"):
+        best.replace_linears(torch.nn.Sequential(torch.nn.Linear(64, 64)))
 
 
 def test_an_answer_makes_layers_and_models(store: Store) -> None:

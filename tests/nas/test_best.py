@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nas.analysis import Answer, best_for_budget, predict_for_budget
 from nas.analysis.best import BestMultiplier
 from nas.analysis.predict import predicted_rival
+from nas.design import design_text
 from nas.errors import NotFound
 from nas.store import Run, StoredPoint
 from nas.store.standings import structure_key
@@ -31,11 +32,12 @@ def run(
     width: int = 32, seed: int = 0, kind: str = "candidate", **fields: Any,
 ) -> Run:  # fmt: skip
     """A completed run from its (train FLOPs, loss) points."""
-    theta = parse_theta(structure).values
+    theta = parse_theta(structure)
     values: dict[str, Any] = {
         "trial_id": trial, "search_id": "s", "number": trial, "kind": kind,
-        "dense": structure == DENSE, "name": structure, "theta": theta,
-        "structure": structure_key(theta), "model": f"{structure} {width}", "width": width,
+        "dense": structure == DENSE, "name": structure, "theta": theta.values,
+        "design": design_text(theta), "structure": structure_key(design_text(theta)),
+        "model": f"{structure} {width}", "width": width,
         "depth": 2, "steps": round(points[-1][0] / STEP), "seed": seed,
         "train_flops_per_step": STEP, "forward_flops_per_token": 10.0 * width, "params": width,
         "seconds_per_step": None, "peak_memory_bytes": None,

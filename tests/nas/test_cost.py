@@ -65,7 +65,7 @@ def test_a_run_fills_its_budget_to_within_one_step(
     plan = cost.plan_at(TEXT, theta, position, budget)
     assert budget - plan.train_flops_per_step < plan.train_flops <= budget
     assert plan.steps >= TEXT.min_steps
-    assert plan.train_flops_per_step == cost.train_flops_per_step(TEXT, plan.theta, plan.width)
+    assert plan.train_flops_per_step == cost.train_flops_per_step(TEXT, plan.design, plan.width)
 
 
 @given(thetas(), st.sampled_from([16, 48, 64, 80, 144, 272]))
@@ -92,7 +92,7 @@ def test_references_are_dense_at_distinct_widths(budget: float, count: int) -> N
     plans = cost.references(TEXT, budget, count)
     available = len(cost.plans(TEXT, DENSE, budget))
     assert len({p.width for p in plans}) == len(plans) == min(count, available) >= 3
-    assert all(p.dense and p.theta == DENSE for p in plans)
+    assert all(p.dense and p.design == DENSE for p in plans)
 
 
 def test_a_larger_budget_never_narrows_the_widest_model() -> None:

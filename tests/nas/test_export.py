@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import nas.export
 from nas.cli import app
 from nas.cost import RunPlan, references
+from nas.design import parse_design
 from nas.errors import EinsumNasError, InvalidInput, NotFound
 from nas.export import export
 from nas.request import SearchRequest
@@ -91,13 +92,15 @@ def fill(filling: Filling) -> Lease:
     lease = filling.begin()
     filling.complete(lease, 0, {50: 3.0, 100: 2.5}, kind="reference", params=None)
     odd = replace(
-        PLANS[1], theta=Theta(0.1, 0.2, 0.7, 1 / 3, 1 / 3, 1 / 3, 0.25), train_flops_per_step=ODD
+        PLANS[1], design=Theta(0.1, 0.2, 0.7, 1 / 3, 1 / 3, 1 / 3, 0.25), train_flops_per_step=ODD
     )
     filling.complete(lease, 1, {40: 2.75, 80: 0.1 + 0.2, 160: 2.25}, plan=odd, key="same")
     filling.leases.reuse_result(lease, filling.plan(lease, 2, key="same").id)
     failed = filling.run(lease, 3, {50: 2.9})
     filling.leases.fail_trial(lease, failed.id, "loss is nan, at step 60\nof 100")
-    stopped = filling.run(lease, 4, {})
+    # of a design that seven exponents do not say
+    chain = replace(PLANS[1], design=parse_design("btt:cores=3,rho=1/8"))
+    stopped = filling.run(lease, 4, {}, plan=chain)
     filling.leases.stop_trial(lease, stopped.id, "search cancelled")
     filling.run(lease, 5, {50: 2.8})
     filling.plan(lease, 6)
@@ -184,15 +187,16 @@ def rows_of_trials(store: Store, search_id: str) -> list[dict[str, Any]]:
     """What a file must hold, put together from the store's own reads."""
     expected = []
     for t in store.trials(search_id):
-        thetas = {f"theta_{axis}": v for axis, v in zip(AXES, t.theta, strict=True)}
+        seven = t.theta if len(t.theta) == len(AXES) else (None,) * len(AXES)
+        thetas = {f"theta_{axis}": v for axis, v in zip(AXES, seven, strict=True)}
         named = {
             name: stored(getattr(t, name))
             for name in (
-                "search_id", "number", "kind", "state", "name", "structures", "dense", "width",
-                "depth", "steps", "train_flops_per_step", "train_flops", "seed", "key", "loss",
-                "forward_flops_per_token", "error", "reused_from", "attempts", "environment",
-                "unseen", "created_at", "started_at", "finished_at", "model", "confirms",
-                "seconds_per_step", "peak_memory_bytes",
+                "search_id", "number", "kind", "state", "design", "name", "structures", "dense",
+                "width", "depth", "steps", "train_flops_per_step", "train_flops", "seed", "key",
+                "loss", "forward_flops_per_token", "error", "reused_from", "attempts",
+                "environment", "unseen", "created_at", "started_at", "finished_at", "model",
+                "confirms", "seconds_per_step", "peak_memory_bytes",
             )
         }  # fmt: skip
         about = {"task": "text", "fingerprint": FINGERPRINT, "trial_id": t.id}

@@ -65,7 +65,7 @@ def test_same_seed_same_curve_whatever_else_was_drawn(btt: list[Point]) -> None:
 def test_a_stored_execution_plan_repeats_the_run(btt: list[Point]) -> None:
     p = plan("btt:rho=1/4")
     stored = execution_plans(p, TINY)
-    assert set(stored) == {s.fingerprint for s in structures_of(TINY, p.theta, p.width)}
+    assert set(stored) == {s.fingerprint for s in structures_of(TINY, p.design, p.width)}
     repeated = train(p, TINY, TRAIN, VALIDATION, 0, layer_plans=stored)
     assert [c.loss for c in repeated] == [c.loss for c in btt]
     other = dict.fromkeys(stored, "b-first tile=16 first=blocks second=batched gemm=blas")

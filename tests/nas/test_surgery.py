@@ -380,7 +380,7 @@ def test_select_by_pattern_function_and_mapping() -> None:
     assert replaced(replace_linears(model, "monarch", "0.*")) == {"0.0", "0.2"}
     chosen = replace_linears(model, "monarch", lambda name, m: m.in_features == 64)
     assert replaced(chosen) == {"1.2"}
-    assert left_out(chosen)["0.2"] == "it is an EinsumLinear"
+    assert left_out(chosen)["0.2"] == "it is a structured layer, EinsumLinear"
     assert left_out(chosen)["1.0"] == "not selected"
 
     model = nn.Sequential(mlp(), mlp())
@@ -664,7 +664,7 @@ def test_bad_widths_and_multipliers_are_named() -> None:
     model = nn.Sequential(EinsumLinear("monarch", 16, 64), EinsumLinear("monarch", 64, 32))
     with pytest.raises(InvalidInput, match="width: got None, with 1 layers of 16, 1 layers of 32"):
         param_groups(model, 1.0, base_width=8)
-    with pytest.raises(InvalidInput, match="width: got None, with no EinsumLinear"):
+    with pytest.raises(InvalidInput, match="width: got None, with no structured layer"):
         param_groups(mlp(), 1.0, base_width=8)
     assert param_groups(model, 1.0, base_width=8, width=16)
     with pytest.raises(InvalidInput, match="width: got 16; accepted: a width together"):

@@ -116,7 +116,9 @@ def test_a_study_reads_back(filling: Filling, target: str) -> None:
         curve = filling.store.curve(stored.id)
         assert whole.intermediate_values == {p.step: p.loss for p in curve}
         assert whole.params.pop("width") == stored.width
-        assert whole.params == {f"theta_{a}": v for a, v in zip(AXES, stored.theta, strict=True)}
+        seven = zip(AXES, stored.theta, strict=True) if len(stored.theta) == len(AXES) else ()
+        assert whole.params == {f"theta_{a}": v for a, v in seven}
+        assert whole.user_attrs["design"] == stored.design
         assert whole.datetime_start == datetime.fromtimestamp(stored.started_at or 0)
         assert whole.datetime_complete == datetime.fromtimestamp(stored.finished_at or 0)
         for name, value in (

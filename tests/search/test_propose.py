@@ -33,7 +33,7 @@ def outcome(req: SearchRequest, p: Proposal) -> PastTrial:
 
 
 def known_in(req: SearchRequest, past: list[PastTrial]) -> Callable[[RunPlan], bool]:
-    plans = [plan_of(req.settings, req.train_flops, t.params) for t in past]
+    plans = [plan_of(req.settings, req, t.params) for t in past]
     seen = {(p.structures, p.steps) for p in plans}
     return lambda plan: (plan.structures, plan.steps) in seen
 
@@ -78,7 +78,7 @@ def test_every_point_of_the_box_is_a_run_within_the_budget(
         name: data.draw(st.floats(d.low, d.high))  # type: ignore[attr-defined]
         for name, d in distributions(req, req.settings).items()
     }
-    plan = plan_of(req.settings, req.train_flops, params)
+    plan = plan_of(req.settings, req, params)
     own = req.train_flops * params.get("budget_share", 1.0)
     assert own - plan.train_flops_per_step < plan.train_flops <= own
     theta = theta_of(params)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.cost import references
+from nas.design import exponents, parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft, upgrade
@@ -227,6 +228,20 @@ def test_a_search_can_be_claimed_by_its_id(store: Store, leases: Leases) -> None
 # --- trials
 
 
+@pytest.mark.parametrize(
+    "text", ["btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2@heads", "ffn-moe", "convolution"]
+)
+def test_any_design_reads_back(store: Store, leases: Leases, text: str) -> None:
+    search, _ = store.create_search(REQUEST)
+    lease, _ = claimed(leases)
+    design = parse_design(text)
+    trial = completed(leases, lease, replace(draft(0), plan=replace(PLANS[0], design=design)))
+    assert parse_design(trial.design) == parse_design(store.trial(trial.id).design) == design
+    assert trial.theta == exponents(design)
+    (point,) = store.curve_points(search_id=search.id)
+    assert (parse_design(point.design), point.theta) == (design, exponents(design))
+
+
 def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
     search, _ = store.create_search(REQUEST)
     lease, _ = claimed(leases)
@@ -235,7 +250,7 @@ def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
     got = store.trial(trial.id)
     assert (got.state, got.loss, got.environment) == ("complete", 2.0, {"device": "cpu"})
     assert (got.width, got.steps, got.train_flops) == (plan.width, plan.steps, plan.train_flops)
-    assert (got.structures, got.theta) == (plan.structures, plan.theta.values)
+    assert (got.structures, got.theta) == (plan.structures, plan.design.values)
     assert (got.params, got.sampler_state, got.unseen) == (
         {"alpha": 0.1}, {"trial": {"g": 1}}, (1, 2),
     )  # fmt: skip
@@ -483,7 +498,7 @@ def test_migrations_make_the_schema_of_the_code(database_url: str) -> None:
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, Base.metadata) == []
-    assert store.schema_revision() == "0002"
+    assert store.schema_revision() == "0003"
     store.close()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 
 from nas.checkpoint import Checkpoint
 from nas.cost import plan_of_steps
+from nas.design import parse_design
 from nas.proxy import CPU
 from nas.recipe import REGRESSION, Recipe
 from nas.tasks import load_data
-from nas.taxonomy import parse_theta
 from workers.trainable import ProxyTrainable
 
 SMALL = replace(
@@ -23,15 +24,17 @@ SMALL = replace(
 )
 
 
-def actor(folder: Path, recipe: Recipe = SMALL, key: str = "k") -> ProxyTrainable:
+def actor(
+    folder: Path, recipe: Recipe = SMALL, key: str = "k", design: str = "monarch"
+) -> ProxyTrainable:
     """An actor that has been given its run."""
     made = ProxyTrainable.__new__(ProxyTrainable)  # Tune's own set-up wants a cluster
     data = load_data(recipe)
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
-    plan = plan_of_steps(recipe, parse_theta("monarch"), 16, 24)
+    plan = plan_of_steps(recipe, parse_design(design), 16, 24)
     run = {
-        "plan": {**asdict(plan), "theta": plan.theta.values},
+        "plan": plan.as_dict(),
         "recipe": recipe.as_dict(), "seed": 0, "key": key,
     }  # fmt: skip
     made.reset_config({"run": json.dumps(run)})
@@ -108,3 +111,23 @@ def test_a_state_that_does_not_fit_is_not_used(tmp_path: Path) -> None:
     content["model"].pop("head.weight")
     torch.save(content, state)
     assert reports(actor(tmp_path)) == reports(actor(tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("design", ["btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=1"])
+def test_a_mixture_ends_with_the_statistics_of_its_routers(tmp_path: Path, design: str) -> None:
+    *_, last = reports(actor(tmp_path, design=design))
+    router = last["ended"]["environment"]["router"]
+    assert (router["dropped"], router["gates"]) == (0, 6 if "btt" in design else 3)
+    assert router["assignments"] > 0
+    assert 1 <= router["mean_max_load"] <= router["max_load"] <= 4
+    assert 0 <= router["load_entropy"] <= math.log(4) + 1e-6
+    json.dumps(router, allow_nan=False)
+
+
+def test_a_mixture_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    design = "btt-moe:experts=4,active=2"
+    whole = reports(actor(tmp_path / "one", design=design))
+    first = actor(tmp_path / "two", design=design)
+    for _ in range(3):
+        report(first)
+    assert reports(actor(tmp_path / "two", design=design)) == whole

@@ -1,0 +1,373 @@
+"""`MixtureLinear` and `MixtureFFN`: layers and feed-forward blocks as mixtures of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nas.errors import InvalidInput
+from nas.layers.einsum_linear import EinsumLinear
+from nas.layers.grouped import Form, MixturePlan, choose_mixture_plan, mix
+from nas.layers.modes import autocast_dtype
+from nas.layers.normalization import cap_rms
+from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
+from nas.layers.structured import StructuredLinear
+from nas.mixture import Mixture, MixtureStructure, ffn_structures, parse_mixture
+
+__all__ = ["MixtureFFN", "MixtureLinear", "auxiliary_loss", "router_statistics"]
+
+
+class MixtureLinear(Gated, StructuredLinear):
+    """y = Σ_e g_e(x) W_e x + bias over the k chosen of E experts; (..., d_in) → (..., d_out).
+
+    g is the softmax over the k largest logits x·gateᵀ.  Only the chosen experts are computed, and
+    no token is dropped, however unequal the loads.
+
+    Parameters
+    ----------
+    mixture
+        A `Mixture` with θ, its text such as ``"btt-moe:experts=8,active=2"``, or the sized
+        `MixtureStructure` of a layer d_in → d_out.
+    bias
+        Whether to add a learned bias (d_out,), shared by the experts.
+    zero_init
+        Start as the zero map: the factor that is contracted last is zero.
+    normalize, gain
+        As for `EinsumLinear`; the RMS of a factor is that over all experts.
+    d_in_base
+        Input dimension of this layer in the base model at which the learning rate was tuned.
+    plan
+        The execution plan, fixed; see `plan`.
+
+    Raises
+    ------
+    InvalidInput
+        The mixture, a dimension or the plan is not one that can be built.
+
+    Parameters of the module: ``A`` (E, γ, ρ, φ, δ, α) and ``B`` (E, φ, γ, ρ, β, ε) with the ρ of
+    one expert, or ``weight`` (E, d_out, d_in) for dense experts; ``gate`` (E, d_in), zero at
+    initialisation, where all tokens choose the same experts with equal weights.  After each forward
+    in training mode ``auxiliary_loss`` is that of the gate; see `nas.layers.routing`.
+
+    >>> layer = MixtureLinear("btt-moe:experts=4,active=2", 64, 256)
+    >>> layer(torch.zeros(5, 64)).shape
+    torch.Size([5, 256])
+    """
+
+    structure: MixtureStructure
+    _plan: MixturePlan | None = None
+    gain_A: Tensor | None
+    gain_B: Tensor | None
+    gate: nn.Parameter | None
+
+    def __init__(
+        self,
+        mixture: Mixture | str | MixtureStructure,
+        d_in: int,
+        d_out: int,
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        normalize: bool = False,
+        gain: bool = False,
+        d_in_base: int | None = None,
+        plan: MixturePlan | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.structure = _structure(mixture, d_in, d_out)
+        self.plan = plan
+        self.in_features, self.out_features = d_in, d_out
+        self.zero_init, self.normalize = zero_init, normalize
+        self.d_in_base = d_in if d_in_base is None else d_in_base
+        expert, experts = self.structure.expert, self.structure.experts
+        s = expert.sizes
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if expert.is_dense:
+            self.weight = empty(experts, d_out, d_in)
+        else:
+            self.A = empty(experts, s.gamma, s.rho, s.phi, s.delta, s.alpha)
+            self.B = empty(experts, s.phi, s.gamma, s.rho, s.beta, s.epsilon)
+        one_gain = normalize and gain
+        self.register_parameter("gain_A", empty() if one_gain else None)
+        self.register_parameter("gain_B", empty() if one_gain and not expert.is_dense else None)
+        self.register_parameter("gate", empty(experts, d_in) if self.structure.gated else None)
+        self.register_parameter("bias", empty(d_out) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the factors anew, each expert as a layer of its own; the gate becomes zero."""
+        for name, factor in self.factors().items():
+            if name == "gate":
+                factor.zero_()
+            else:
+                factor.normal_(0.0, self.structure.init_std(name), generator=generator)
+        if self.zero_init:
+            last = self.weight if self.structure.expert.is_dense else self.B
+            last.zero_()
+        for scalar in (self.gain_A, self.gain_B):
+            if scalar is not None:
+                scalar.fill_(1.0)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors by name, the matrices of dense experts being A; and the gate if there is."""
+        found = {"A": self.weight} if self.structure.expert.is_dense else {"A": self.A, "B": self.B}
+        return found if self.gate is None else {**found, "gate": self.gate}
+
+    def _effective(self, name: str, factor: Tensor, gain: Tensor | None) -> Tensor:
+        return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
+
+    def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
+        if self.structure.expert.is_dense:
+            return self._effective("A", self.weight, self.gain_A), None
+        return (
+            self._effective("A", self.A, self.gain_A),
+            self._effective("B", self.B, self.gain_B),
+        )
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """(..., d_in) → (..., d_out); no tokens give an empty output.
+
+        `routing` replaces the gate; a layer without a gate needs it.
+
+        Raises
+        ------
+        ValueError
+            Another last dimension than d_in; no gate and no routing.
+        TypeError
+            A dtype that is not the layer's, unless autocast is on.
+        """
+        self._check(x)
+        flat = x.reshape(-1, self.in_features)
+        routing = self.route(flat) if routing is None else routing
+        y = self.product(flat, routing)
+        if self.bias is not None:
+            y = y.add_(self.bias)  # nothing has saved y
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def route(self, x: Tensor) -> Routing:
+        """The gate's decision for x (n, d_in), which it remembers."""
+        if self.gate is None:
+            raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate; pass a routing")
+        routing = route(x, self.gate, self.structure.active)
+        self._remember(routing, self.training)
+        return routing
+
+    def product(self, x: Tensor, routing: Routing, form: Form = "both") -> Tensor:
+        """The product without the bias; `form` as in `nas.layers.grouped`."""
+        a, b = self._effective_factors()
+        weights, chosen = routing.weights, routing.chosen
+        return mix(x, weights, chosen, a, b, self.out_features, self._plan, form)
+
+    def _any_factor(self) -> Tensor:
+        return self.weight if self.structure.expert.is_dense else self.A
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"MixtureLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
+                f"its last dimension must be {self.in_features}"
+            )
+        dtype = self._any_factor().dtype
+        if x.dtype == dtype:
+            return
+        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
+        if not (x.is_floating_point() and alike):
+            raise TypeError(
+                f"MixtureLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
+                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
+            )
+
+    @property
+    def plan(self) -> MixturePlan | None:
+        """The execution plan that was fixed, or None where each input chooses its own.
+
+        Set it to a `MixturePlan`, to its text, or to None.  Plans change speed and memory, and the
+        result by rounding only; they are no part of `state_dict`.
+
+        >>> layer = MixtureLinear("btt-moe", 64, 64, plan="grouping=batched")
+        >>> str(layer.plan_for(1024))
+        'grouping=batched'
+        """
+        return self._plan
+
+    @plan.setter
+    def plan(self, value: MixturePlan | str | None) -> None:
+        if value is None:
+            self._plan = None
+            return
+        plan = MixturePlan.parse(value) if isinstance(value, str) else value
+        if not isinstance(plan, MixturePlan):
+            raise InvalidInput("plan", value, "a MixturePlan, its text, or None")
+        self._plan = plan.checked(self.structure)
+
+    def plan_for(
+        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MixturePlan:
+        """The plan that runs an input of `tokens` tokens: fixed, else by the cost model.
+
+        `device` and `dtype` are those of the product; the layer's by default.
+        """
+        if self._plan is not None:
+            return self._plan
+        factor = self._any_factor()
+        return choose_mixture_plan(
+            self.structure,
+            tokens,
+            factor.device if device is None else device,
+            factor.dtype if dtype is None else dtype,
+        )
+
+    def to_matrix(self) -> Tensor:
+        """Raises TypeError: which matrix a mixture applies depends on the token."""
+        raise TypeError(
+            f"MixtureLinear({self.extra_repr()}) is not one matrix: each token has its own, "
+            "the weighted sum of its experts"
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_einsum(cls, layer: EinsumLinear, experts: int, active: int) -> MixtureLinear:
+        """The mixture whose experts are the ρ slices of an existing layer, ρ/E each.
+
+        The gate is zero and B is multiplied by E, so that with `active` = `experts`, where each
+        weight is 1/E, the output is that of the layer.  Factors that the layer normalises are
+        taken as they are after it, and normalised no more.
+
+        Raises
+        ------
+        InvalidInput
+            Not an `EinsumLinear`, or one with a single matrix or in the papers' sizing; E does not
+            divide its ρ; E and k that no mixture has.
+        """
+        if not isinstance(layer, EinsumLinear):
+            raise InvalidInput("layer", type(layer).__name__, "an EinsumLinear")
+        whole = layer.structure
+        if whole.is_dense or whole.sizing == "paper":
+            accepted = "an EinsumLinear of two factors in the sizing least-waste"
+            raise InvalidInput("layer", f"EinsumLinear({layer.extra_repr()})", accepted)
+        structure = MixtureStructure.split(whole, experts, active)
+        a, b = layer._effective_factors()
+        assert b is not None
+        made = cls(
+            structure, layer.in_features, layer.out_features, layer.bias is not None,
+            d_in_base=layer.d_in_base, device=a.device, dtype=a.dtype,
+        )  # fmt: skip
+        made.A.copy_(_split(a, 1, experts))
+        made.B.copy_(_split(b, 2, experts) * experts)
+        if made.bias is not None and layer.bias is not None:
+            made.bias.copy_(layer.bias)
+        return made.train(layer.training)
+
+    def extra_repr(self) -> str:
+        s = self.structure
+        return (
+            f"experts={s.experts}, active={s.active}, theta={s.expert.theta}, d_in={s.d_in}, "
+            f"d_out={s.d_out}, bias={self.bias is not None}, macs={s.macs}"
+        )
+
+
+class MixtureFFN(nn.Module):
+    """The standard mixture: y = Σ_e g_e(x) W2_e gelu(W1_e x + b1) + b2; (..., width) → the same.
+
+    Tokens are routed once, by the gate of ``mlp_in``; hidden values stay sorted by expert between
+    the two layers, both `MixtureLinear` with dense experts.  Their biases are shared by the
+    experts.
+
+    Parameters
+    ----------
+    mlp_in, mlp_out
+        Two layers of equal experts and active ones, the first with a gate; see `of`.
+
+    Raises
+    ------
+    InvalidInput
+        Layers that do not fit each other.
+
+    >>> MixtureFFN.of("ffn-moe:experts=4,active=2", 16, 64)(torch.zeros(2, 3, 16)).shape
+    torch.Size([2, 3, 16])
+    """
+
+    def __init__(self, mlp_in: MixtureLinear, mlp_out: MixtureLinear) -> None:
+        super().__init__()
+        one, other = mlp_in.structure, mlp_out.structure
+        fits = (one.d_out, one.experts, one.active) == (other.d_in, other.experts, other.active)
+        if not (fits and one.gated):
+            got = f"{one.fingerprint} and {other.fingerprint}"
+            raise InvalidInput(
+                "layers", got, "layers of one hidden dimension, E and k, with a gate"
+            )
+        self.mlp_in, self.mlp_out = mlp_in, mlp_out
+
+    @classmethod
+    def of(
+        cls,
+        mixture: Mixture | str,
+        width: int,
+        hidden: int,
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        normalize: bool = False,
+        gain: bool = False,
+        plan: MixturePlan | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MixtureFFN:
+        """A block of a `Mixture` without θ, or of its text such as ``"ffn-moe:experts=8"``.
+
+        Options as of `MixtureLinear`, for both layers but `zero_init`, for ``mlp_out`` alone.
+        """
+        if not isinstance(mixture, Mixture):
+            mixture = parse_mixture(mixture)
+        first, second = ffn_structures(mixture, width, hidden)
+        return cls(
+            MixtureLinear(
+                first, width, hidden, bias, normalize=normalize, gain=gain, plan=plan,
+                device=device, dtype=dtype,
+            ),
+            MixtureLinear(
+                second, hidden, width, bias, zero_init=zero_init, normalize=normalize, gain=gain,
+                plan=plan, device=device, dtype=dtype,
+            ),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) → (..., width)."""
+        self.mlp_in._check(x)
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.mlp_in.route(flat)
+        hidden = self.mlp_in.product(flat, routing, "gather")
+        if self.mlp_in.bias is not None:
+            hidden = hidden.add_(self.mlp_in.bias)
+        y = self.mlp_out.product(functional.gelu(hidden), routing, "combine")
+        if self.mlp_out.bias is not None:
+            y = y.add_(self.mlp_out.bias)
+        return y.view(*x.shape[:-1], self.mlp_out.out_features)
+
+
+def _structure(
+    mixture: Mixture | str | MixtureStructure, d_in: int, d_out: int
+) -> MixtureStructure:
+    if isinstance(mixture, MixtureStructure):
+        if (mixture.d_in, mixture.d_out) != (d_in, d_out):
+            accepted = f"{mixture.d_in}, {mixture.d_out}, the dimensions of the structure"
+            raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
+        return mixture
+    if not isinstance(mixture, Mixture):
+        mixture = parse_mixture(mixture)
+    return MixtureStructure.of(mixture, d_in, d_out)
+
+
+def _split(factor: Tensor, axis: int, experts: int) -> Tensor:
+    """The slices along `axis` as (E, ..., ρ/E, ...)."""
+    shape = factor.shape
+    return factor.view(*shape[:axis], experts, -1, *shape[axis + 1 :]).movedim(axis, 0)

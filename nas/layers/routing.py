@@ -1,0 +1,196 @@
+"""Which experts a token uses: gates, the losses that balance them, and what they did.
+
+A gate (E, d_in) gives each token logits; the k largest are chosen, and their softmax weighs the
+experts.  No token is ever dropped.  The auxiliary loss of a gate is E·Σ p̂ f̂ + 0.1·mean(lse²), with
+p̂ the mean probability of an expert, f̂ its share of the assignments and lse the logsumexp of a
+token's logits; a balanced router has 1 for the first term.  Source: arXiv:2410.02117, section 5.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+#: Weight of the second term within the auxiliary loss.
+Z_WEIGHT = 0.1
+
+
+def transforms_active() -> bool:
+    """As `nas.layers.modes.transforms_active`, by a query that `torch.compile` traces rightly.
+
+    Under it the other query says that a transform is active where none is.
+    """
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or forward_ad._current_level >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a gate decided for n tokens; `weights` sum to 1 for each token."""
+
+    #: (n, k), at least float32
+    weights: Tensor
+    #: (n, k) indices of experts
+    chosen: Tensor
+    #: (n, E), at least float32
+    logits: Tensor
+
+    @property
+    def experts(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def order(self) -> Tensor:
+        """Assignments t·k + j sorted by expert, (n·k,); of one expert in the order of tokens."""
+        return torch.argsort(self.chosen.reshape(-1), stable=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """Assignments of each expert, (E,)."""
+        return torch.bincount(self.chosen.reshape(-1), minlength=self.experts)
+
+
+def route(x: Tensor, gate: Tensor, active: int) -> Routing:
+    """The `active` experts with the largest logits x·gateᵀ for x (n, d_in), gate (E, d_in).
+
+    In at least single precision, also under autocast.
+    """
+    dtype, kind = torch.promote_types(x.dtype, torch.float32), x.device.type
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if casting else nullcontext():
+        logits = functional.linear(x.to(dtype), gate.to(dtype))
+        best, chosen = torch.topk(logits, active, dim=-1)
+        if torch.compiler.is_compiling():
+            # no scatter in backward: inductor of torch 2.13 loses it where the gradient of the
+            # auxiliary loss is added to it
+            at = chosen[..., None] == torch.arange(logits.shape[1], device=logits.device)
+            best = torch.where(at, logits[:, None], 0.0).sum(-1)
+        return Routing(torch.softmax(best, -1), chosen, logits)
+
+
+def shares(chosen: Tensor, experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """f̂: each expert's share of the assignments (E,), which sum to 1; zeros without tokens."""
+    flat = chosen.reshape(-1)
+    ones = torch.ones(flat.shape, dtype=dtype, device=flat.device)
+    counts = torch.zeros(experts, dtype=dtype, device=flat.device).scatter_add(0, flat, ones)
+    return counts / max(flat.shape[0], 1)
+
+
+def balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
+    """E·Σ_e p̂_e f̂_e for logits (n, E), chosen (n, k): 1 if either is uniform; 0 without tokens."""
+    experts = logits.shape[1]
+    mean = torch.softmax(logits, -1).sum(0) / max(len(logits), 1)
+    return experts * (mean @ shares(chosen, experts, logits.dtype))
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """mean(logsumexp(logits)²) over tokens; 0 without tokens."""
+    return torch.logsumexp(logits, -1).square().sum() / max(len(logits), 1)
+
+
+def gate_loss(logits: Tensor, chosen: Tensor) -> Tensor:
+    """balance_loss + 0.1·z_loss.
+
+    In eager code one function with a written-out gradient, which a narrow layer notices.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return balance_loss(logits, chosen) + Z_WEIGHT * z_loss(logits)
+    share = shares(chosen, logits.shape[1], logits.dtype)
+    loss: Tensor = _GateLoss.apply(logits, share)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _GateLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, share: Tensor) -> Tensor:
+        n, experts = logits.shape
+        log_p = torch.log_softmax(logits, -1)
+        lse = logits[:, :1] - log_p[:, :1]
+        p = log_p.exp_()
+        ctx.save_for_backward(logits, share, p, lse)
+        return (experts * (p.sum(0) @ share) + Z_WEIGHT * lse.square().sum()) / max(n, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, share, p, lse = ctx.saved_tensors
+        n, experts = logits.shape
+        if torch.is_grad_enabled():  # someone differentiates the gradient
+            p, lse = torch.softmax(logits, -1), torch.logsumexp(logits, -1, keepdim=True)
+        slope = experts * (share - (p @ share)[:, None]) + 2 * Z_WEIGHT * lse
+        return p * slope * (grad / max(n, 1)), None
+
+
+class Gated:
+    """A module with a gate, which remembers what its gate did in the last forward."""
+
+    #: loss of the last forward in training mode, with its graph; None before it or without a gate
+    auxiliary_loss: Tensor | None = None
+    _last_logits: Tensor | None = None
+    _last_chosen: Tensor | None = None
+
+    def _remember(self, routing: Routing, training: bool) -> None:
+        if transforms_active():
+            return  # their tensors mean nothing outside
+        if training:
+            self.auxiliary_loss = gate_loss(routing.logits, routing.chosen)
+        self._last_logits, self._last_chosen = routing.logits.detach(), routing.chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last forward left, whose graph cannot be copied."""
+        state = dict(self.__dict__)
+        for name in ("auxiliary_loss", "_last_logits", "_last_chosen"):
+            state.pop(name, None)
+        return state
+
+    def router_statistics(self) -> dict[str, Any]:
+        """What the gate did in the last forward; asking waits for the device.
+
+        ``load``: share of the assignments per expert; ``load_entropy`` and ``gate_entropy``, in
+        nats: of the load, and of the mean over tokens of the softmax of all logits;
+        ``max_load``: largest load over a balanced one; ``dropped``: assignments that no expert
+        took; ``assignments``: tokens times active experts.  Empty before the first forward.
+        """
+        logits, chosen = self._last_logits, self._last_chosen
+        if logits is None or chosen is None:
+            return {}
+        experts = logits.shape[1]
+        counts = torch.bincount(chosen.reshape(-1), minlength=experts)
+        load = counts.double() / max(chosen.numel(), 1)
+        mean = torch.softmax(logits.double(), -1).sum(0) / max(len(logits), 1)
+        return {
+            "load": load.tolist(),
+            "load_entropy": torch.special.entr(load).sum().item(),
+            "gate_entropy": torch.special.entr(mean).sum().item(),
+            "max_load": load.max().item() * experts,
+            "dropped": chosen.numel() - int(counts.sum()),
+            "assignments": chosen.numel(),
+        }
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """The mean of the auxiliary losses of all gates in the last forward in training mode.
+
+    None where there are none.
+    """
+    losses = [
+        m.auxiliary_loss
+        for m in model.modules()
+        if isinstance(m, Gated) and m.auxiliary_loss is not None
+    ]
+    return torch.stack(losses).mean() if losses else None
+
+
+def router_statistics(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`Gated.router_statistics` of every gate that has seen tokens, by the name of its module."""
+    found = {
+        name: module.router_statistics()
+        for name, module in model.named_modules()
+        if isinstance(module, Gated)
+    }
+    return {name: statistics for name, statistics in found.items() if statistics}
