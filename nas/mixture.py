@@ -18,7 +18,7 @@ from typing import Any
 
 from nas.errors import InvalidInput
 from nas.structure import Sizes, Structure
-from nas.theta import AXES, DENSE, Theta, format_exponent, parse_exponent
+from nas.theta import AXES, DENSE, Theta, exact_exponent, format_exponent, parse_exponent
 
 MAX_EXPERTS = 1024
 #: Family → its exponents with their defaults.
@@ -42,7 +42,8 @@ class Mixture:
     """E experts of which each token uses k, whatever the dimensions.
 
     `theta` is the structure of the whole layer, kept canonical, whose ρ axis is divided evenly
-    among the experts (θρ = 0: one slice each); None where experts are whole feed-forward blocks.
+    among the experts (θρ = 0: one slice each; else the multiple of E nearest to it); None where
+    experts are whole feed-forward blocks.
 
     >>> Mixture(Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), 8, 2).name
     'btt-moe:alpha=1/2,epsilon=1/2,experts=8,active=2'
@@ -99,8 +100,10 @@ class Mixture:
         if family != "einsum-moe":
             exponents = {axis: getattr(t, axis) for axis in _FAMILIES[family]}
             if _theta_of(family, exponents).canonical() == t:
-                return self._joined(family, [f"{a}={v!r}" for a, v in exponents.items()])
-        return self._joined("einsum-moe", ["theta=" + " ".join(f"{v:.17g}" for v in t.values)])
+                return self._joined(
+                    family, [f"{a}={exact_exponent(v)}" for a, v in exponents.items()]
+                )
+        return self._joined("einsum-moe", ["theta=" + " ".join(map(exact_exponent, t.values))])
 
     def _joined(self, family: str, options: list[str]) -> str:
         counts = [f"experts={self.experts}", f"active={self.active}"]
@@ -214,13 +217,14 @@ class MixtureStructure:
     def of(mixture: Mixture, d_in: int, d_out: int, gated: bool = True) -> MixtureStructure:
         """The structure of a mixture for a layer with `d_in` inputs and `d_out` outputs.
 
-        θρ = 0 is one slice per expert; otherwise the ρ = round(min(d_in, d_out)^θρ) slices of the
-        whole layer are divided evenly.  Where θ amounts to a dense layer, so does each expert.
+        θρ = 0 is one slice per expert; otherwise the slices of the whole layer are the multiple of
+        E nearest to ρ = min(d_in, d_out)^θρ, divided evenly.  Where θ amounts to a dense layer, so
+        does each expert.
 
         Raises
         ------
         InvalidInput
-            E does not divide ρ; a mixture of whole feed-forward blocks; a dimension that
+            More experts than ρ; a mixture of whole feed-forward blocks; a dimension that
             `Structure.of` refuses.
         """
         if mixture.theta is None:
@@ -342,7 +346,11 @@ def _mixture_structure(mixture: Mixture, d_in: int, d_out: int, gated: bool) -> 
     if expert.is_dense:
         expert = Structure.of(DENSE, d_in, d_out)
     elif mixture.theta.rho:
-        return MixtureStructure.split(expert, experts, mixture.active, gated)
+        rho = expert.sizes.rho
+        if rho < experts:
+            accepted = f"at most the rank axis of θ at {d_in} → {d_out}, ρ={rho}, or θρ = 0"
+            raise InvalidInput("experts", experts, accepted)
+        expert = _with_rho(expert, round(rho / experts))
     return MixtureStructure(expert, experts, mixture.active, gated)
 
 

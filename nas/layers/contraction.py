@@ -162,8 +162,10 @@ def _keep_inputs(
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, a, b = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    found = iter(_operator_backward(x, a, b, dy, ctx.plan, wanted))
-    return *(next(found) if needed else None for needed in wanted), None, None
+    found = _operator_backward(x, a, b, dy, ctx.plan, wanted)
+    # by position, for compiled function transforms cannot trace a generator
+    at = [sum(wanted[:i]) for i in range(3)]
+    return *[found[at[i]] if wanted[i] else None for i in range(3)], None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep_inputs)

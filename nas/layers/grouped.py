@@ -26,10 +26,9 @@ from torch.nn import functional
 
 from nas.errors import InvalidInput
 from nas.layers import contraction, kernels, measuring
-from nas.layers.modes import autocast_dtype
+from nas.layers.modes import autocast_dtype, transforms_active
 from nas.layers.plan import _MACS_PER_SECOND, Operator, Plan, bucket, candidates, cost
 from nas.layers.plan import _tile as tile_of
-from nas.layers.routing import transforms_active
 from nas.mixture import MixtureStructure
 from nas.structure import Sizes
 

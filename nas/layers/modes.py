@@ -9,11 +9,11 @@ from torch.autograd import forward_ad
 def transforms_active() -> bool:
     """Whether `torch.func` or forward-mode differentiation sees the operations that follow.
 
-    Those understand torch's own operations, not a `torch.autograd.Function` around kernels.
+    Those understand torch's own operations, not a `torch.autograd.Function` around kernels.  The
+    level is asked for, not the stack of transforms, which compiled code takes to be there always.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or forward_ad._current_level >= 0
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

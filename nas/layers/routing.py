@@ -14,20 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
+
+from nas.layers.modes import transforms_active
 
 #: Weight of the second term within the auxiliary loss.
 Z_WEIGHT = 0.1
-
-
-def transforms_active() -> bool:
-    """As `nas.layers.modes.transforms_active`, by a query that `torch.compile` traces rightly.
-
-    Under it the other query says that a transform is active where none is.
-    """
-    level = torch._C._functorch.maybe_current_level()
-    return level is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,8 +125,12 @@ def test_slices_are_divided_evenly() -> None:
     assert (whole.sizes.rho, structure.expert.sizes.rho) == (8, 2)
     assert structure.whole.sizes == whole.sizes
     assert structure.experts * structure.expert.macs == whole.macs
+    # of three experts the nearest multiple, 9 slices
+    assert MixtureStructure.of(Mixture(mixture.theta, 3, 2), 64, 256).whole.sizes.rho == 9
+    with pytest.raises(InvalidInput, match=r"experts: got 9; accepted: at most .* ρ=8"):
+        MixtureStructure.of(Mixture(mixture.theta, 9, 2), 64, 256)
     with pytest.raises(InvalidInput, match=r"experts: got 3; accepted: a divisor .* ρ=8"):
-        MixtureStructure.of(Mixture(mixture.theta, 3, 2), 64, 256)
+        MixtureStructure.split(whole, 3, 2)
 
 
 def test_an_expert_of_other_sizes_can_be_given() -> None:

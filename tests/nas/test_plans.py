@@ -472,7 +472,7 @@ def test_meta_tensors_and_strided_input() -> None:
     torch.testing.assert_close(layer(wide[:, ::2]), layer(wide[:, ::2].contiguous()))
 
 
-def test_compiled_function_transforms_and_changing_tokens() -> None:
+def test_compiled_function_transforms() -> None:
     torch._dynamo.reset()
     layer = EinsumLinear("btt:rho=1/4", 10, 14, normalize=True)
     params = dict(layer.named_parameters())
@@ -484,12 +484,32 @@ def test_compiled_function_transforms_and_changing_tokens() -> None:
     compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")(params, x)
     for name, gradient in torch.func.grad(loss)(params, x).items():
         torch.testing.assert_close(compiled[name], gradient)
+
+
+def test_compiled_with_changing_tokens() -> None:
+    # torch 2.13 compiles no module whole that it has compiled within functional_call before
+    torch._dynamo.reset()
+    layer = EinsumLinear("btt:rho=1/4", 10, 14, normalize=True)
     whole = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (3, 9, 33):
         x = torch.randn(tokens, 10)
         torch.testing.assert_close(whole(x), layer(x))
     layer.plan = Plan("b-first", 2)
     torch.testing.assert_close(whole(x), layer(x))
+
+
+def test_compiled_code_runs_the_kernels_and_not_the_plain_einsum() -> None:
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    layer = EinsumLinear("btt:rho=1/4", 10, 14)
+    torch.compile(layer, fullgraph=True, backend=note)(torch.randn(5, 10))
+    assert any("einsum_nas.contract" in target for target in seen)
+    assert not any("functional.einsum" in target for target in seen)
 
 
 @pytest.mark.parametrize("gain", [False, True])
