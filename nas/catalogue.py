@@ -7,15 +7,16 @@ from typing import Any
 from nas.cost import (
     MIN_REFERENCES,
     accepted_budget,
+    least_budget,
     minimum_train_flops,
     plans,
     references,
 )
+from nas.design import Design, parse_design
 from nas.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
-from nas.request import SearchRequest
+from nas.request import SearchRequest, Space
 from nas.store import AXES, Search, Store
-from nas.taxonomy import name_of
-from nas.theta import DENSE, Theta
+from nas.theta import DENSE
 
 
 def search_dict(search: Search) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
     """
     recipe, budget = recipe or request.settings, request.train_flops
     dense = references(recipe, budget, request.references)
-    shown = {"dense": DENSE, **_EXAMPLES}
+    shown = {"dense": DENSE, **_examples(request.designs)}
     return {
         "request": request.model_dump(),
         "recipe": recipe.as_dict(),
@@ -64,21 +65,28 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
         "total_runs": request.trials + len(dense),
         "total_train_flops_at_most": budget * (request.trials + len(dense)),
         "train_flops_unit": AXES["train_flops"].unit,
-        "minimum_train_flops": minimum_train_flops(recipe),
+        "minimum_train_flops": least_budget(recipe, request.designs.dearest()),
         "widths": {
-            name: [[p.width, p.steps] for p in plans(recipe, theta, budget)]
-            for name, theta in shown.items()
+            name: [[p.width, p.steps] for p in plans(recipe, design, budget)]
+            for name, design in shown.items()
         },
         "widths_unit": "[width of the model, training steps that fill the budget]",
     }
 
 
-def _examples() -> dict[str, Theta]:
-    thetas = (Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), Theta(1, 0, 0, 0, 1, 0, 0.5))
-    return {name_of(t): t for t in thetas}
-
-
-_EXAMPLES = _examples()
+def _examples(space: Space) -> dict[str, Design]:
+    """Named designs of every family that may be proposed."""
+    texts: list[str] = []
+    for family in space.families:
+        if family == "einsum":
+            texts += ["monarch", "low-rank:rho=1/2"] if 2 in space.factors else []
+            texts += [f"btt:cores={n},rho=1/8" for n in space.factors if n > 2]
+        elif family in space.mixtures:
+            texts += [f"{family}:experts={e},active={k}" for e in space.experts
+                      for k in space.active]  # fmt: skip
+        else:
+            texts.append(family)
+    return {text: parse_design(text) for text in texts}
 
 
 def get_tasks(store: Store) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ from nas.theta import (
 #: Most factors of a chain.
 MAX_FACTORS = 5
 #: Smaller and larger dimension up to which `inspect_chain` finds the rank numerically.
-NUMERIC_RANK_LIMIT = (1024, 8192)
+NUMERIC_RANK_LIMIT = (512, 2048)
 CHAIN_FORMS = (
     "tensor-train:cores=3,rho=1/4 or btt:cores=3,rho=1/8 (2 to 5 cores; inputs=, outputs= and rho= "
     "also take one exponent for each, such as 1/2+1/4+1/4), or 7, 14, 23 or 34 exponents for 2, 3, "
@@ -881,9 +881,8 @@ def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str,
     """Everything exact about a chain θ at d_in → d_out, as plain JSON values.
 
     `macs` and `flops` are per token and forward.  `rank` is numeric, of random factors, where the
-    smaller dimension is at most 1024 and the larger at most 8192, which takes seconds, else the
-    bound; `rank_is` says which.  `waste` is a fraction
-    as in `ChainStructure.waste`; `contraction` the products that one token takes at least cost.
+    dimensions are within `NUMERIC_RANK_LIMIT`, else the bound; `rank_is` says which.  `waste` is a
+    fraction as in `ChainStructure.waste`; `contraction` the products of one token at least cost.
 
     Raises
     ------

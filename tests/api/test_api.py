@@ -13,12 +13,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
+from api.figures import draw_scatter, scatter_data
 from api.schemas import SearchPage, TrialPage
 from nas.cost import RunPlan, plan_at, plan_of_steps, references
 from nas.recipe import RECIPES
 from nas.request import SearchRequest
 from nas.settings import Settings
-from nas.store import Leases, Store, StoredPoint, TrialDraft
+from nas.store import CurvePoint, Leases, Store, StoredPoint, TrialDraft
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
 
@@ -407,6 +408,51 @@ def test_the_frontier_is_the_non_dominated_set(client: TestClient) -> None:
     assert front["frontier"][-1]["name"] == "monarch"
 
 
+def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -> None:
+    space = {"families": ["einsum", "btt-moe", "dense-moe", "convolution"], "factors": [2, 3]}
+    preview = client.post("/v1/searches/preview", json={**GOOD, "space": space}).json()
+    assert list(preview["widths"]) == [
+        "dense", "monarch", "low-rank:rho=1/2", "btt:cores=3,rho=1/8",
+        "btt-moe:experts=8,active=2", "dense-moe:experts=8,active=2", "convolution",
+    ]  # fmt: skip
+    assert all(preview["widths"].values())
+    alone = client.post("/v1/searches/preview", json=GOOD).json()
+    assert preview["minimum_train_flops"] >= alone["minimum_train_flops"]
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"families": ["moe"]}, "btt-moe"),
+        ({"experts": [8], "active": [9], "families": ["btt-moe"]}, "active=9 of experts=8"),
+        ({"experts": [1]}, "2 to 1024"),
+        ({"factors": [9]}, "2 to 4"),
+        ([], "families of"),
+    ],
+)
+def test_a_space_that_cannot_be_is_a_problem(client: TestClient, space: Any, words: str) -> None:
+    for path in ("/v1/searches", "/v1/searches/preview"):
+        answer = client.post(path, json={**GOOD, "space": space})
+        assert answer.status_code == 422
+        assert words in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "btt:cores=3,rho=1/8",
+        "btt-moe:experts=8,active=2",
+        "ffn-moe",
+        "convolution",
+        "monarch@heads",
+    ],
+)
+def test_every_design_can_be_inspected(client: TestClient, text: str) -> None:
+    found = client.get("/v1/structures", params={"theta": text, "d_in": 64, "d_out": 256})
+    assert found.status_code == 200
+    assert found.json()["flops"] == 2 * found.json()["macs"]
+
+
 def test_preview_runs_nothing(client: TestClient) -> None:
     preview = client.post("/v1/searches/preview", json=GOOD).json()
     assert preview["total_runs"] == 2 + 5
@@ -521,6 +567,31 @@ def test_pages_need_nothing_from_elsewhere(client: TestClient) -> None:
         assert "http://" not in page.text
         assert "https://" not in page.text
     assert len(client.get("/static/plotly.min.js").content) > 1_000_000
+
+
+def test_a_picture_tells_kinds_of_designs_apart() -> None:
+    """One series a kind, with a marker of its own, that the front's points have too."""
+    texts = ("0.5,0,0.5,0,0.5,0.5,0", "btt:cores=3,rho=1/8", "btt-moe:experts=8,active=2")
+    points = [curve_point(i, 10.0**i, 3.0 - i / 2, text) for i, text in enumerate(texts, 1)]
+    data = scatter_data([*points, curve_point(9, 5.0, 4.0, "0,0,1,0,0,1,0", dense=True)])
+    kinds = ["two factors", "three factors", "mixture of experts"]
+    assert [data[f"structured: {kind}"].name for kind in kinds] == kinds
+    assert data["structured_front"].symbols == ("circle", "diamond", "square")
+    drawn = draw_scatter(data, "train_flops", 1e3, "nats")
+    assert [t["name"] for t in drawn["data"]][:3] == kinds
+    alone = scatter_data(points[:1])
+    assert set(alone) == {"structured", "dense", "structured_front", "dense_front"}
+
+
+def curve_point(
+    trial: int, flops: float, loss: float, design: str, *, dense: bool = False
+) -> CurvePoint:
+    return CurvePoint(
+        trial_id=trial, search_id="s", number=trial, kind="candidate", dense=dense, name=design,
+        theta=(), design=design, width=32, seed=0, step=1, train_flops=flops, loss=loss,
+        loss_stderr=0.03, seconds=1.0, complete=True, forward_flops_per_token=1e3, params=100,
+        seconds_per_step=None, peak_memory_bytes=None,
+    )  # fmt: skip
 
 
 def test_the_live_document_holds_the_figures(client: TestClient) -> None:
