@@ -33,15 +33,17 @@ lint: $(VENV)/.dev  ## formatting, style, types and import directions
 bench: bench-layers  ## ratios measured in one run, as JSON and as tables
 	$(BIN)/python -m benchmarks.sizing
 	$(BIN)/python -m benchmarks.surgery
+	$(BIN)/python -m benchmarks.mixtures
 	$(BIN)/python -m benchmarks.coordinates
 	$(BIN)/python -m benchmarks.proposals
 
 bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and the papers' path; FULL=1: all
 	$(BIN)/python -m benchmarks.layers
 
-bench-training: $(VENV)/.dev  ## the published regression, and learning rates across widths: half an hour
+bench-training: $(VENV)/.dev  ## published regression, learning rates across widths, experts on text: an hour
 	$(BIN)/python -m benchmarks.published
 	$(BIN)/python -m benchmarks.rates
+	$(BIN)/python -m benchmarks.families
 
 bench-answers: $(VENV)/.dev  ## fits, answers of known truth, and a million trials: three quarters of an hour
 	$(BIN)/python -m benchmarks.coverage

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nas.chain import ChainStructure, ChainTheta, inspect_chain, parse_chain
+from nas.chain import ChainTheta, parse_chain
+from nas.chain_structure import ChainStructure, inspect_chain
 from nas.convolution import (
     Convolution,
     ConvolutionStructure,

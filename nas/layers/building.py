@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nas.chain import ChainStructure
+from nas.chain_structure import ChainStructure
 from nas.convolution import ConvolutionStructure
 from nas.design import Design, structure_of
 from nas.layers.chain_linear import ChainLinear

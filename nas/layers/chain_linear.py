@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.chain import Axis, ChainStructure, ChainTheta, Path, parse_chain
+from nas.chain import ChainTheta, parse_chain
+from nas.chain_structure import Axis, ChainStructure, Path
 from nas.errors import InvalidInput
 from nas.layers.modes import autocast_dtype, transforms_active
 from nas.layers.normalization import cap_rms

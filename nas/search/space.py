@@ -17,7 +17,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from nas.chain import ChainTheta
+from nas.chain import ChainTheta, intervals
 from nas.convolution import Convolution
 from nas.cost import RunPlan, least_budget, plan_at
 from nas.design import Design, aligned
@@ -91,15 +91,9 @@ def _chain_coordinates(factors: int) -> list[str]:
 
     An axis is named by the first and the last of the factors that share it.
     """
-    axes = [f"{first}{last}" for first, last in _intervals(factors)]
+    axes = [f"{first}{last}" for first, last in intervals(factors)]
     names = [f"chain{factors}_{side}{axis}" for side in ("in", "out") for axis in axes]
     return names + [f"chain{factors}_rank{i}" for i in range(1, factors)]
-
-
-def _intervals(factors: int) -> list[tuple[int, int]]:
-    """First and last factor of each axis, in the order of a chain's exponents."""
-    found = [(i, j) for i in range(1, factors + 1) for j in range(i, factors + 1)]
-    return sorted(found, key=lambda interval: (interval[1] - interval[0], interval))
 
 
 #: Greatest rank exponent of a chain that is proposed: with cube-root axes, any matrix of two of its
@@ -115,10 +109,10 @@ def chain_of(params: Mapping[str, Any], factors: int) -> ChainTheta | Theta:
     more, is there in a quarter of the box.
     """
     shares = [params[name] for name in _chain_coordinates(factors)]
-    intervals = _intervals(factors)
-    count = len(intervals)
-    inputs = _simplex(shares[:count], [first == 1 for first, _ in intervals])
-    outputs = _simplex(shares[count : 2 * count], [last == factors for _, last in intervals])
+    shared = intervals(factors)
+    count = len(shared)
+    inputs = _simplex(shares[:count], [first == 1 for first, _ in shared])
+    outputs = _simplex(shares[count : 2 * count], [last == factors for _, last in shared])
     ranks = [_MOST_CHAIN_RANK * _with_zero(share) for share in shares[2 * count :]]
     return ChainTheta.of((*inputs, *outputs, *ranks)).canonical()
 

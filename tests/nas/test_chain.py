@@ -16,14 +16,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.chain import (
-    ChainStructure,
-    ChainTheta,
-    Path,
-    inspect_chain,
-    intervals,
-    parse_chain,
-)
+from nas.chain import ChainTheta, intervals, parse_chain
+from nas.chain_structure import ChainStructure, Path, inspect_chain
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, param_groups
 from nas.layers.chain_linear import ChainLinear
@@ -98,7 +92,9 @@ def test_texts_and_names_are_read_back(theta: ChainTheta) -> None:
     assert theta.reversed().reversed() == theta
     found = theta.canonical()
     again = parse_chain(theta.text).canonical()
-    assert again == found == theta.reversed().canonical() == found.canonical()
+    assert again == found == found.canonical()
+    # sums of absorbed axes may differ in their last bit
+    assert theta.reversed().canonical().values == pytest.approx(found.values, abs=1e-12)
     if ":" in theta.name and isinstance(found, ChainTheta):
         named = parse_chain(theta.name).canonical()
         assert named.values == pytest.approx(found.values, abs=1e-4)
