@@ -130,6 +130,7 @@ class ChainStructure:
     have size 1) is absorbed; where one factor is left, that is a dense matrix.  Build one with
     `ChainStructure.of`.
 
+    >>> from nas.chain import parse_chain
     >>> theta = parse_chain("btt:cores=3,rho=0")
     >>> s = ChainStructure.of(theta, 512, 512)
     >>> s.macs, s.params, s.rank
