@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from nas.errors import InvalidInput
 from nas.layers.einsum_linear import EinsumLinear
-from nas.layers.grouped import Form, MixturePlan, choose_mixture_plan, mix
+from nas.layers.mixing import mix
+from nas.layers.mixture_kernels import Form
+from nas.layers.mixture_plan import MixturePlan, choose_mixture_plan
 from nas.layers.modes import autocast_dtype
 from nas.layers.normalization import cap_rms
 from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
@@ -162,7 +164,7 @@ class MixtureLinear(Gated, StructuredLinear):
         return routing
 
     def product(self, x: Tensor, routing: Routing, form: Form = "both") -> Tensor:
-        """The product without the bias; `form` as in `nas.layers.grouped`."""
+        """The product without the bias; `form` as in `nas.layers.mixture_kernels`."""
         a, b = self._effective_factors()
         weights, chosen = routing.weights, routing.chosen
         return mix(x, weights, chosen, a, b, self.out_features, self._plan, form)

@@ -200,7 +200,7 @@ def candidates(
             ways += [("blocks", "tokens")]
     for order, (first, second) in product(orders, ways):
         seen = sizes if order == "a-first" else sizes.swapped()
-        tile = _tile(seen, device, dtype)
+        tile = tile_of(seen, device, dtype)
         if "blocks" in (first, second) and second != "tokens":
             tile *= 2  # single products gain more from rows than from the cache
         tile = 0 if 2 * tile >= tokens else tile  # two tiles save no more than they cost
@@ -208,7 +208,7 @@ def candidates(
     return found
 
 
-def _tile(s: Sizes, device: torch.device, dtype: torch.dtype) -> int:
+def tile_of(s: Sizes, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens at a time: as many as keep the widest of a tile's tensors in cache, or in bounds."""
     widest = max(s.alpha * s.beta * s.gamma, s.delta * s.epsilon * s.phi, _intermediate(s))
     widest *= dtype.itemsize
@@ -232,7 +232,7 @@ _LEAST_TOKEN_SIDE = 8
 
 # Rates of one core of a 2024 server processor with AVX-512, in single precision, fitted to 440
 # timed plans.  Only their ratios decide, so that they serve other processors and more threads.
-_MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 92e9}
+MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 92e9}
 _MOVE_SECONDS = 0.4e-9  # a number moved
 _CALL_SECONDS = 4e-6  # a tensor operation
 _GEMM_SECONDS = 49e-6  # a single matrix product, with its views and the copy of its result
@@ -252,7 +252,7 @@ def cost(plan: Plan, operator: Operator, tokens: int) -> float:
         plan.first, plan.gemm, s.gamma, t * s.beta, s.alpha, s.delta * s.phi * s.rho
     )
     if plan.second == "tokens":
-        rate = _MACS_PER_SECOND["blas"] * _fill(s.delta)
+        rate = MACS_PER_SECOND["blas"] * _fill(s.delta)
         macs = t * s.delta * s.epsilon * s.beta * s.rho
         second = macs / rate + t * _BLOCK_SECONDS + _CALL_SECONDS
         moved = t * (s.epsilon * s.beta * s.rho + s.epsilon * s.delta) * _MOVE_SECONDS
@@ -272,9 +272,9 @@ def _product_seconds(
     """`count` products (rows × inner) · (inner × columns)."""
     macs = count * rows * inner * columns
     if how == "blocks":
-        return macs / _MACS_PER_SECOND[library] + count * _GEMM_SECONDS
+        return macs / MACS_PER_SECOND[library] + count * _GEMM_SECONDS
     fill = _fill(inner) * _fill(columns)
-    return macs / (_MACS_PER_SECOND["blas"] * fill) + count * _BLOCK_SECONDS + _CALL_SECONDS
+    return macs / (MACS_PER_SECOND["blas"] * fill) + count * _BLOCK_SECONDS + _CALL_SECONDS
 
 
 def _fill(size: int) -> float:
@@ -308,11 +308,11 @@ def _relayout_seconds(plan: Plan, s: Sizes) -> float:
 def _materialised_cost(plan: Plan, operator: Operator, tokens: int) -> float:
     s = operator.sizes
     matrix = s.alpha * s.beta * s.gamma * s.phi * s.epsilon * s.delta
-    rate = _MACS_PER_SECOND[plan.gemm]
+    rate = MACS_PER_SECOND[plan.gemm]
     if operator.is_dense:
         call = _CALL_SECONDS if plan.gemm == "blas" else _GEMM_SECONDS
         return 3 * (tokens * operator.d_in * operator.d_out / rate + call)
     products = 3 * (tokens * matrix / rate + _GEMM_SECONDS)
     # W twice, its gradient once; and the products of its gradient with both factors
-    build = matrix * (3 * _MOVE_SECONDS + 4 * s.rho / (_MACS_PER_SECOND["blas"] * 0.5))
+    build = matrix * (3 * _MOVE_SECONDS + 4 * s.rho / (MACS_PER_SECOND["blas"] * 0.5))
     return products + build + 12 * _CALL_SECONDS

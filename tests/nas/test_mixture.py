@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas.errors import InvalidInput
 from nas.layers.einsum_linear import EinsumLinear
-from nas.layers.grouped import MixturePlan, choose_mixture_plan
 from nas.layers.mixture_linear import MixtureFFN, MixtureLinear
+from nas.layers.mixture_plan import MixturePlan, choose_mixture_plan
 from nas.layers.mup import param_groups
 from nas.layers.routing import (
     auxiliary_loss,
