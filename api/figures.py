@@ -19,6 +19,7 @@ from nas.store import AXES, CurvePoint
 #: Marker of each kind of design; see `nas.design.kind_of`.
 _SYMBOLS = {
     "two factors": "circle", "three factors": "diamond", "four factors": "diamond-tall",
+    "five factors": "star",
     "mixture of experts": "square", "convolution": "cross", "dense": "circle",
 }  # fmt: skip
 _SHOWN_CURVES = 200  # lines past this cannot be told apart, and slow the page

@@ -74,7 +74,7 @@ class TrialOut(_Out):
     attempts: int
     reused_from: int | None = Field(description="trial whose equal run gave this result")
     unseen: list[int] = Field(description="candidates still running when this was proposed")
-    sampler_params: dict[str, float | str] | None
+    sampler_params: dict[str, int | float | str] | None
     environment: dict[str, Any] | None
     created_at: float
     started_at: float | None

@@ -75,15 +75,17 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
 
 
 def _examples(space: Space) -> dict[str, Design]:
-    """Named designs of every family that may be proposed."""
+    """Named designs of every family that may be proposed: of mixtures the least and the most."""
+    counts = dict.fromkeys(
+        (f"experts={f(space.experts)},active={f(space.active)}") for f in (min, max)
+    )
     texts: list[str] = []
     for family in space.families:
         if family == "einsum":
             texts += ["monarch", "low-rank:rho=1/2"] if 2 in space.factors else []
             texts += [f"btt:cores={n},rho=1/8" for n in space.factors if n > 2]
         elif family in space.mixtures:
-            texts += [f"{family}:experts={e},active={k}" for e in space.experts
-                      for k in space.active]  # fmt: skip
+            texts += [f"{family}:{count}" for count in counts]
         else:
             texts.append(family)
     return {text: parse_design(text) for text in texts}

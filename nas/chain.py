@@ -347,14 +347,13 @@ def _named(text: str, family: str, options: str) -> ChainTheta:
     given: dict[str, str] = {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
-        if key not in ("cores", "inputs", "outputs", "rho"):
-            raise InvalidInput("theta", text, f"{family} takes cores=, inputs=, outputs=, rho=")
+        if key not in ("cores", "inputs", "outputs", "rho") or key in given:
+            accepted = f"{family} takes cores=, inputs=, outputs=, rho= each once"
+            raise InvalidInput("theta", text, accepted)
         given[key] = value
-    try:
-        cores = int(given["cores"]) if len(given["cores"]) <= 4 else 0
-    except ValueError:
-        cores = 0
-    if not 2 <= cores <= MAX_FACTORS:
+    counts = {str(n): n for n in range(2, MAX_FACTORS + 1)}
+    cores = counts.get(given["cores"], 0)
+    if not cores:
         accepted = f"a whole number from 2 to {MAX_FACTORS}"
         raise InvalidInput("theta.cores", given["cores"], accepted)
 

@@ -32,12 +32,14 @@ from nas.errors import InvalidInput
 from nas.structure import MAX_DIMENSION, cover_axes, fingerprint
 from nas.theta import Theta
 
-#: Smaller and larger dimension up to which `inspect_chain` finds the rank numerically.
+#: Smaller and larger dimension up to which `inspect_chain` finds the rank numerically, and the
+#: MACs that building the matrix may take: a wide bond alone can fill the memory.
 NUMERIC_RANK_LIMIT = (512, 2048)
+_NUMERIC_RANK_MACS = 1 << 25
 #: Pairs of positions to contract; each product goes to the end, as in opt_einsum.
 Path = tuple[tuple[int, int], ...]
 #: Orders of the sizes of equally large axes that are tried, of each side and of both.
-_MOST_ORDERS, _MOST_ARRANGEMENTS = 720, 4000
+_MOST_ORDERS, _MOST_ARRANGEMENTS = 120, 200
 #: Tokens above which the cheapest path no longer changes.
 _MANY_TOKENS = 1 << 24
 
@@ -314,7 +316,8 @@ class ChainStructure:
     @property
     def is_degenerate(self) -> bool:
         """Whether it costs more than the dense layer, which can express the same operators."""
-        return self.macs > self.d_in * self.d_out
+        dense = self.d_in * self.d_out
+        return self.chain_macs > dense and self.macs > dense  # the latter is never more
 
     @property
     def padded_in(self) -> int:
@@ -525,8 +528,8 @@ def _numeric_rank(s: ChainStructure, seed: int) -> int:
 def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str, object]:
     """Everything exact about a chain θ at d_in → d_out, as plain JSON values.
 
-    `macs` and `flops` are per token and forward.  `rank` is numeric, of random factors, where the
-    dimensions are within `NUMERIC_RANK_LIMIT`, else the bound; `rank_is` says which.  `waste` is a
+    `macs` and `flops` are per token and forward.  `rank` is numeric, of random factors, where that
+    is cheap (`NUMERIC_RANK_LIMIT`), else the bound; `rank_is` says which.  `waste` is a
     fraction as in `ChainStructure.waste`; `contraction` the products of one token at least cost.
 
     Raises
@@ -537,7 +540,12 @@ def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str,
     theta = ChainTheta.of(theta)
     structure = ChainStructure.of(theta, d_in, d_out)
     smaller, larger = NUMERIC_RANK_LIMIT
-    numeric = min(d_in, d_out) <= smaller and max(d_in, d_out) <= larger
+    numeric = (
+        min(d_in, d_out) <= smaller
+        and max(d_in, d_out) <= larger
+        and structure.params <= _NUMERIC_RANK_MACS
+        and structure.chain_macs * min(d_in, d_out) <= _NUMERIC_RANK_MACS
+    )
     return {
         "theta": list(theta.values),
         "canonical_theta": list(theta.canonical().values),

@@ -251,16 +251,19 @@ def _fit_mixture(recipe: Recipe, mixture: Mixture, width: int, *, aligned: bool)
     theta, experts = mixture.theta, mixture.experts
     if theta is None or theta.is_dense:
         return mixture
-    # a rank axis of 1 says one slice an expert, and no rank axis exceeds the width
-    slices = min(width, round(width**theta.rho)) // experts if theta.rho else 1
-    slices = max(1, slices)
-    rho = math.log(slices) / math.log(width)
-    own = fit_theta(recipe, replace(theta, rho=rho), width, aligned)
+    # as `MixtureStructure.of` divides them; a rank axis of exponent 0 says one slice an expert
+    whole = round(width**theta.rho)
+    divides = theta.rho == 0 or whole >= experts
+    slices = max(1, round(whole / experts))
+    one = replace(theta, rho=min(1.0, math.log(slices) / math.log(width)))
+    own = fit_theta(recipe, one, width, aligned)
     if own.is_dense:
         return replace(mixture, theta=DENSE)
-    slices = max(1, round(width**own.rho))
-    rho = math.log(slices * experts) / math.log(width) if slices > 1 else 0.0
-    fitted = replace(mixture, theta=replace(own, rho=rho))
+    fitted = mixture
+    if own != one or not divides:
+        slices = max(1, round(width**own.rho))
+        rho = min(1.0, math.log(slices * experts) / math.log(width)) if slices > 1 else 0.0
+        fitted = replace(mixture, theta=replace(own, rho=rho))
     return Aligned(fitted) if aligned else fitted
 
 

@@ -68,6 +68,8 @@ class Aligned:
         theta = self.of.theta if isinstance(self.of, Mixture) else self.of
         if not isinstance(theta, Theta) or theta.is_dense:
             raise InvalidInput("heads", _plain_name(self.of), _ACCEPTED_AT_HEADS)
+        if isinstance(self.of, Theta):
+            object.__setattr__(self, "of", self.of.canonical())
 
 
 Design = Theta | ChainTheta | Mixture | Convolution | Aligned
@@ -114,15 +116,13 @@ def aligned(design: Design) -> Aligned:
         return design
     if not isinstance(design, Theta | Mixture):
         raise InvalidInput("heads", design_name(design), _ACCEPTED_AT_HEADS)
-    return Aligned(design.canonical() if isinstance(design, Theta) else design)
+    return Aligned(design)
 
 
 def canonical_design(design: Design) -> Design:
     """The same for every design that says the same."""
     if isinstance(design, Theta | ChainTheta):
         return design.canonical()
-    if isinstance(design, Aligned) and isinstance(design.of, Theta):
-        return replace(design, of=design.of.canonical())
     return design
 
 
@@ -235,6 +235,8 @@ def structure_of(design: Design, d_in: int, d_out: int) -> LinearStructure:
 
 def with_heads(structure: LinearStructure, heads: int, side: str) -> LinearStructure:
     """The structure of a projection that makes (``out``) or reads (``in``) `heads` heads."""
+    if side not in ("in", "out"):
+        raise InvalidInput("side", side, "in | out")
     if isinstance(structure, MixtureStructure):
         return replace(structure, expert=_blocked(structure.expert, heads, side))
     return _blocked(structure, heads, side) if isinstance(structure, Structure) else structure

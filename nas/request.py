@@ -106,10 +106,9 @@ class Space(BaseModel):
             chosen = getattr(self, name)
             if len(set(chosen)) != len(chosen):
                 raise InvalidInput(f"space.{name}", list(chosen), "each choice once")
-        if self.mixtures:
-            for experts in self.experts:
-                for active in self.active:
-                    Mixture(None, experts, active)
+        for experts in self.experts:
+            for active in self.active:
+                Mixture(None, experts, active)  # which raises
 
     def dearest(self) -> Design:
         """A design that costs at least as much as any of the space at every width."""

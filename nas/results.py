@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nas.design import described, parse_design
+from nas.design import Aligned, described, parse_design
+from nas.mixture import Mixture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -238,10 +239,11 @@ class Answer(Result):
     extrapolation: Extrapolation | None = Field(description="null for a measured answer")
 
     def layer(self, d_in: int, d_out: int, **options: Any) -> StructuredLinear:
-        """A layer of this structure; options as of `nas.layers.layer_of`."""
+        """A layer of this structure; options as of `nas.layers.layer_of`, among them the heads
+        that a projection of attention makes or reads."""
         from nas.layers import layer_of
 
-        return layer_of(parse_design(self.design), d_in, d_out, **options)
+        return layer_of(self.design, d_in, d_out, **options)
 
     def replace_linears(self, model: nn.Module, **options: Any) -> Surgery:
         """Put this structure in the place of a model's linear layers; options and report as of
@@ -253,11 +255,33 @@ class Answer(Result):
     @property
     def snippet(self) -> str:
         """Python that puts this structure into a model."""
+        design = parse_design(self.design)
+        imports, use = "param_groups, replace_linears", "print(replace_linears(model, structure))\n"
+        if isinstance(design, Aligned):
+            imports, use = "layer_of, param_groups", _ALIGNED_USE
+        elif isinstance(design, Mixture) and design.theta is None:
+            imports, use = "MixtureFFN, param_groups", _FEED_FORWARD_USE
         return (
-            "import torch\nfrom nas.layers import param_groups, replace_linears\n\n"
+            f"import torch\nfrom nas.layers import {imports}\n\n"
             f"# {described(self.design)}: {self.kind} best for {self.task} "
             f"within {self.budget:.4g} {self.budget_axis}\n"
-            f'structure = "{self.design}"\n'
-            "print(replace_linears(model, structure))\n"
+            f'structure = "{self.design}"\n{use}'
             "optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3))\n"
         )
+
+
+#: What single layers cannot be told of: which make heads, and which belong to one block.
+_ALIGNED_USE = """\
+d_model, heads = 768, 12  # of your model, whose layers these are
+layers = {
+    name: layer_of(structure, d_model, d_model, heads=heads, side=side)
+    for name, side in {"query": "out", "key": "out", "value": "out", "attention_out": "in"}.items()
+}
+layers["mlp_in"] = layer_of(structure, d_model, 4 * d_model)
+layers["mlp_out"] = layer_of(structure, 4 * d_model, d_model)
+model = torch.nn.ModuleDict(layers)
+"""
+_FEED_FORWARD_USE = """\
+d_model = 768  # of your model, whose feed-forward block this is
+model = MixtureFFN.of(structure, d_model, 4 * d_model)
+"""

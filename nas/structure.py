@@ -406,7 +406,8 @@ def _label_order(s: Sizes) -> tuple[int, ...]:
     return (s.macs_b_first - s.macs_a_first, s.alpha, s.epsilon, s.gamma, s.phi)
 
 
-def cover_axes(dimension: int, exponents: Sequence[float]) -> tuple[int, ...]:
+@lru_cache(maxsize=65536)
+def cover_axes(dimension: int, exponents: tuple[float, ...]) -> tuple[int, ...]:
     """Axis sizes near dimension^exponent whose product covers `dimension` with the least waste.
 
     An exponent of 0 is an axis of size 1.  Of equal products, the one nearest in the sum of

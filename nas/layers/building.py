@@ -8,7 +8,8 @@ import torch
 
 from nas.chain_structure import ChainStructure
 from nas.convolution import ConvolutionStructure
-from nas.design import Design, structure_of
+from nas.design import Aligned, Design, design_text, parse_design, structure_of, with_heads
+from nas.errors import InvalidInput
 from nas.layers.chain_linear import ChainLinear
 from nas.layers.convolution_linear import ConvolutionLinear
 from nas.layers.einsum_linear import EinsumLinear
@@ -31,15 +32,41 @@ def build_layer(structure: LinearStructure, **options: Any) -> StructuredLinear:
     return ConvolutionLinear(structure, d_in, d_out, **options)
 
 
-def layer_of(design: Design, d_in: int, d_out: int, **options: Any) -> StructuredLinear:
-    """A freshly drawn layer d_in → d_out of a design.
+def layer_of(
+    design: Design | str,
+    d_in: int,
+    d_out: int,
+    *,
+    heads: int | None = None,
+    side: str = "out",
+    **options: Any,
+) -> StructuredLinear:
+    """A freshly drawn layer d_in → d_out of a design or its text.
+
+    Parameters
+    ----------
+    heads
+        For a projection of attention in an aligned design: the number of heads that it makes
+        (`side` "out": query, key, value) or reads ("in": the output projection).
+    options
+        As of `nas.layers.EinsumLinear`.
 
     Raises
     ------
     InvalidInput
-        As `nas.design.structure_of`.
+        As `nas.design.structure_of`; heads that do not divide the dimension, or of a design that
+        is not aligned.
+
+    >>> layer_of("monarch@heads", 64, 64, heads=4).structure.sizes.phi
+    4
     """
-    return build_layer(structure_of(design, d_in, d_out), **options)
+    found = parse_design(design) if isinstance(design, str) else design
+    structure = structure_of(found, d_in, d_out)
+    if heads is not None:
+        if not isinstance(found, Aligned):
+            raise InvalidInput("heads", heads, f"none: {design_text(found)} has no @heads")
+        structure = with_heads(structure, heads, side)
+    return build_layer(structure, **options)
 
 
 def plan_text(

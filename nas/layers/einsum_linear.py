@@ -12,7 +12,7 @@ from nas.layers import measuring
 from nas.layers.contraction import contract
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import matrix, workspace_elements
-from nas.layers.modes import autocast_dtype
+from nas.layers.modes import autocast_dtype, plus_bias
 from nas.layers.normalization import cap_rms
 from nas.layers.plan import Plan
 from nas.layers.structured import StructuredLinear
@@ -148,7 +148,7 @@ class EinsumLinear(StructuredLinear):
         a, b = self._effective_factors()
         y = contract(x.reshape(-1, self.in_features), a, b, self.out_features, self._plan)
         if self.bias is not None:
-            y = y.add_(self.bias)  # nothing has saved y
+            y = plus_bias(y, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _effective_factors(self) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from nas.layers.einsum_linear import EinsumLinear
 from nas.layers.mixing import mix
 from nas.layers.mixture_kernels import Form
 from nas.layers.mixture_plan import MixturePlan, choose_mixture_plan
-from nas.layers.modes import autocast_dtype
+from nas.layers.modes import autocast_dtype, plus_bias
 from nas.layers.normalization import cap_rms
 from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
 from nas.layers.structured import StructuredLinear
@@ -152,7 +152,7 @@ class MixtureLinear(Gated, StructuredLinear):
         routing = self.route(flat) if routing is None else routing
         y = self.product(flat, routing)
         if self.bias is not None:
-            y = y.add_(self.bias)  # nothing has saved y
+            y = plus_bias(y, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def route(self, x: Tensor) -> Routing:
@@ -267,6 +267,7 @@ class MixtureLinear(Gated, StructuredLinear):
         made.B.copy_(_split(b, 2, experts) * experts)
         if made.bias is not None and layer.bias is not None:
             made.bias.copy_(layer.bias)
+        made.zero_init = layer.zero_init
         return made.train(layer.training)
 
     def extra_repr(self) -> str:
@@ -349,10 +350,10 @@ class MixtureFFN(nn.Module):
         routing = self.mlp_in.route(flat)
         hidden = self.mlp_in.product(flat, routing, "gather")
         if self.mlp_in.bias is not None:
-            hidden = hidden.add_(self.mlp_in.bias)
+            hidden = plus_bias(hidden, self.mlp_in.bias)
         y = self.mlp_out.product(functional.gelu(hidden), routing, "combine")
         if self.mlp_out.bias is not None:
-            y = y.add_(self.mlp_out.bias)
+            y = plus_bias(y, self.mlp_out.bias)
         return y.view(*x.shape[:-1], self.mlp_out.out_features)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -14,6 +15,11 @@ def transforms_active() -> bool:
     """
     level = torch._C._functorch.maybe_current_level()
     return level is not None or forward_ad._current_level >= 0
+
+
+def plus_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """y + bias, in place where no transform keeps track of y; nothing must have saved y."""
+    return y + bias if transforms_active() else y.add_(bias)
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

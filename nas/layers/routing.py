@@ -121,16 +121,17 @@ class _GateLoss(torch.autograd.Function):
 class Gated:
     """A module with a gate, which remembers what its gate did in the last forward."""
 
-    #: loss of the last forward in training mode, with its graph; None before it or without a gate
+    #: loss of the last forward, with its graph; None before it, after one that was no training,
+    #: and without a gate
     auxiliary_loss: Tensor | None = None
+    gate: nn.Parameter | None
     _last_logits: Tensor | None = None
     _last_chosen: Tensor | None = None
 
     def _remember(self, routing: Routing, training: bool) -> None:
         if transforms_active():
             return  # their tensors mean nothing outside
-        if training:
-            self.auxiliary_loss = gate_loss(routing.logits, routing.chosen)
+        self.auxiliary_loss = gate_loss(routing.logits, routing.chosen) if training else None
         self._last_logits, self._last_chosen = routing.logits.detach(), routing.chosen
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,16 +167,27 @@ class Gated:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """The mean of the auxiliary losses of all gates in the last forward in training mode.
+    """The mean of the auxiliary losses of all gates in the last forward, in training mode.
 
     None where there are none.
+
+    Raises
+    ------
+    RuntimeError
+        The gates learn but their last forward kept no graph, as under a reentrant checkpoint: what
+        it gave would be a constant and balance nothing.
     """
-    losses = [
-        m.auxiliary_loss
-        for m in model.modules()
-        if isinstance(m, Gated) and m.auxiliary_loss is not None
-    ]
-    return torch.stack(losses).mean() if losses else None
+    gated = [m for m in model.modules() if isinstance(m, Gated) and m.auxiliary_loss is not None]
+    losses = [m.auxiliary_loss for m in gated if m.auxiliary_loss is not None]
+    if not losses:
+        return None
+    learns = any(m.gate is not None and m.gate.requires_grad for m in gated)
+    if torch.is_grad_enabled() and learns and not any(loss.requires_grad for loss in losses):
+        raise RuntimeError(
+            "the last forward kept no graph for the auxiliary loss; run it with gradients, and "
+            "checkpoint with use_reentrant=False"
+        )
+    return torch.stack(losses).mean()
 
 
 def router_statistics(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -305,7 +305,7 @@ def _design(given: AnyDesign) -> Design:
     if isinstance(design, Aligned):
         accepted = (
             "a design without @heads, for nothing here says which layers make heads: for those, "
-            "`nas.layers.build_layer(nas.design.with_heads(structure, heads, side))`"
+            "`nas.layers.layer_of(design, d_in, d_out, heads=…, side=…)`"
         )
         raise InvalidInput("theta", design_text(design), accepted)
     if isinstance(design, Mixture) and design.theta is None:

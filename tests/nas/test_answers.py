@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,6 +190,16 @@ def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str
     assert {p.design for p in front.structured} == {best.design}
 
 
+def test_the_snippet_of_whole_blocks_makes_one(store: Store) -> None:
+    plant(store, [planted("ffn-moe:experts=4,active=2", 0, 3.0, 2.0),
+                  planted("dense", 0, 3.0, 2.5)], fingerprint="planted", budget=2e11)  # fmt: skip
+    stand(store)
+    best = get_best(store, task=TASK, train_flops=2e9)
+    scope: dict[str, Any] = {}
+    exec(best.snippet, scope)
+    assert scope["model"](torch.randn(3, 768)).shape == (3, 768)
+
+
 def test_aligned_heads_are_a_structure_of_their_own(store: Store) -> None:
     """The same θ with heads at its blocks and without: two candidates, told apart."""
     plant(store, [planted("monarch", 0, 3.0, 2.4), planted("monarch@heads", 0, 3.0, 2.0),
@@ -197,6 +208,10 @@ def test_aligned_heads_are_a_structure_of_their_own(store: Store) -> None:
     best = get_best(store, task=TASK, train_flops=2e9)
     assert best.name == "monarch@heads"
     assert best.layer(64, 64).structure == structure_of(parse_design("monarch"), 64, 64)
+    assert best.layer(64, 64, heads=4).structure.sizes.phi == 4
+    scope: dict[str, Any] = {}
+    exec(best.snippet, scope)
+    assert scope["model"]["query"].structure.sizes.phi == scope["heads"]
     with pytest.raises(InvalidInput, match="which layers make heads"):
         best.replace_linears(torch.nn.Sequential(torch.nn.Linear(64, 64)))
 

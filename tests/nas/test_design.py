@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -315,3 +316,70 @@ def test_a_layer_of_given_integers_has_them() -> None:
     assert structure.with_output_blocks(4) == structure
     assert Structure.of(DENSE, 64, 64).with_input_blocks(4).is_dense
     assert Convolution(0.5).text == "convolution:kernel=0.5"
+
+
+@pytest.mark.parametrize("width", [64, 96, 256, 1024])
+def test_a_mixture_that_fits_is_left_as_it_is(width: int) -> None:
+    """So that runs of one design at several widths are told to be of one structure."""
+    for text in ("low-rank-moe:rho=3/4,experts=8,active=2", "btt-moe:rho=1/2,experts=4@heads"):
+        design = parse_design(text)
+        assert cost.fit(TEXT, design, width) == design
+
+
+@pytest.mark.parametrize("text", ["btt-moe:experts=4@heads", "monarch@heads"])
+def test_projections_of_an_aligned_design_can_be_built_alone(text: str) -> None:
+    made = layer_of(text, 64, 64, heads=4)
+    read = layer_of(text, 64, 64, heads=4, side="in")
+    blocks = [getattr(s.structure, "expert", s.structure).sizes for s in (made, read)]
+    assert (blocks[0].phi, blocks[1].gamma) == (4, 4)
+    for heads, side, words in ((5, "out", "divisor"), (4, "up", "in | out")):
+        with pytest.raises(InvalidInput, match="accepted") as caught:
+            layer_of(text, 64, 64, heads=heads, side=side)
+        assert words in str(caught.value)
+    with pytest.raises(InvalidInput, match="no @heads"):
+        layer_of("monarch", 64, 64, heads=4)
+
+
+def test_an_aligned_design_is_canonical() -> None:
+    theta = Theta(0, 0.25, 0.75, 0.5, 0.25, 0.25, 0)
+    design = Aligned(theta)
+    assert parse_design(design_text(design)) == design == Aligned(theta.swapped())
+
+
+def test_a_wide_bond_is_not_built_to_be_measured() -> None:
+    """Its factors would fill the memory."""
+    text = "btt:cores=3,inputs=.15+0+.85,outputs=.85+0+.15,rho=1"
+    found = inspect_design(parse_design(text), 512, 2048)
+    assert found["rank_is"] == "upper bound"
+    assert inspect_design(parse_design("btt:cores=3,rho=1/8"), 512, 512)["rank_is"] == "numeric"
+
+
+@pytest.mark.parametrize("text", ["btt-moe:experts=4,active=2", "dense-moe:experts=4,active=1"])
+def test_gradients_of_single_samples(text: str) -> None:
+    layer = layer_of(parse_design(text), 12, 10)
+    torch.nn.init.normal_(layer.gate)
+    params = dict(layer.named_parameters())
+
+    def loss(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, params, (x[None],)).square().sum()
+
+    x = torch.randn(5, 12)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    whole = torch.func.grad(lambda p: sum(loss(p, row) for row in x))(params)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_an_auxiliary_loss_without_a_graph_is_not_given_out() -> None:
+    layer = layer_of(parse_design("btt-moe:experts=4"), 16, 16)
+    x = torch.randn(3, 16, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        auxiliary_loss(layer)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    routing = auxiliary_loss(layer)
+    assert routing is not None
+    assert routing.requires_grad
+    layer.eval()
+    layer(x)
+    assert auxiliary_loss(layer) is None
