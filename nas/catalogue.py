@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from nas.chain import ChainTheta
 from nas.cost import (
     MIN_REFERENCES,
+    RunPlan,
     accepted_budget,
+    admissible,
     least_budget,
     minimum_train_flops,
     plans,
@@ -67,11 +71,27 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
         "train_flops_unit": AXES["train_flops"].unit,
         "minimum_train_flops": least_budget(recipe, request.designs.dearest()),
         "widths": {
-            name: [[p.width, p.steps] for p in plans(recipe, design, budget)]
+            name: [[p.width, p.steps] for p in _plans_shown(recipe, design, budget)]
             for name, design in shown.items()
         },
-        "widths_unit": "[width of the model, training steps that fill the budget]",
+        "widths_unit": "[width of the model, training steps that fill the budget]; of three and "
+        f"more factors at most {_WIDTHS_SHOWN}, evenly spread",
     }
+
+
+#: Widths of a chain that a preview looks at: each takes milliseconds, and there may be a thousand.
+_WIDTHS_SHOWN = 32
+
+
+def _plans_shown(recipe: Recipe, design: Design, budget: float) -> Sequence[RunPlan]:
+    """The plans of a design, of a chain only some where the recipe has many widths."""
+    widths = recipe.widths
+    if not isinstance(design, ChainTheta) or len(widths) <= _WIDTHS_SHOWN:
+        return plans(recipe, design, budget)
+    ratio = len(widths) ** (1 / (_WIDTHS_SHOWN - 1))
+    spread = sorted({widths[round(ratio**i) - 1] for i in range(_WIDTHS_SHOWN)})
+    found = list(admissible(recipe, design, budget, spread))
+    return [p for p in found if p.steps <= recipe.max_steps] or found[-MIN_REFERENCES:]
 
 
 def _examples(space: Space) -> dict[str, Design]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -302,13 +302,16 @@ def _plan(recipe: Recipe, design: Design, width: int, budget: float) -> RunPlan:
     return plan_of_steps(recipe, design, width, steps)
 
 
-def admissible(recipe: Recipe, design: Design, budget: float) -> Iterator[RunPlan]:
+def admissible(
+    recipe: Recipe, design: Design, budget: float, widths: Sequence[int] | None = None
+) -> Iterator[RunPlan]:
     """The runs of a design within `budget` train FLOPs, one a width, from narrow to wide.
 
     Each is as long as the budget allows: its FLOPs are at most the budget, and one more step
-    would exceed it.  A width is left out where fewer than `recipe.min_steps` steps fit.
+    would exceed it.  A width is left out where fewer than `recipe.min_steps` steps fit.  Only
+    `widths` are looked at, in their order, if they are given.
     """
-    for width in recipe.widths:
+    for width in recipe.widths if widths is None else widths:
         # a model costs at least this, whatever the structure: widths past it are hopeless
         if recipe.min_steps * _least_step(recipe, width) > budget:
             return
