@@ -2,8 +2,9 @@
 
 The contenders take turns on the same tensors, forward and backward: a `MixtureLinear` of E experts
 that computes them all and gates them, as the papers' code does (`all`), the same layer by the plan
-that its cost model chooses (`ours`), `torch.nn.Linear` (`dense`) and the dense `EinsumLinear`
-(`dense_ours`), which on some processors uses a faster library.  The gate is drawn at random,
+that its cost model chooses (`ours`), one that chooses all E experts and computes them by the same
+kernels as ours (`every`), `torch.nn.Linear` (`dense`) and the dense `EinsumLinear` (`dense_ours`),
+which on some processors uses a faster library.  The gate is drawn at random,
 so that loads differ.  FLOPs are those counted by torch in forward.
 """
 
@@ -43,13 +44,16 @@ def measure(experts: int, width: int, tokens: int, threads: int) -> dict[str, An
     assert ours.gate is not None
     nn.init.normal_(ours.gate, std=width**-0.5)
     everything, dense = copy.deepcopy(ours), nn.Linear(width, width, bias=False)
+    every = MixtureLinear(f"btt-moe:experts={experts},active={experts}", width, width, bias=False)
+    every.load_state_dict(ours.state_dict())
+    every.plan = ours.plan_for(tokens)
     # as many tokens at a time as this plan is fastest with
     everything.plan = "grouping=all tile=256"
     x = torch.randn(tokens, width, requires_grad=True)
     dy = torch.randn(tokens, width)
     torch.testing.assert_close(everything(x), ours(x), rtol=1e-3, atol=1e-3)
     layers: dict[str, nn.Module] = {
-        "all": everything, "ours": ours, "dense": dense,
+        "all": everything, "every": every, "ours": ours, "dense": dense,
         "dense_ours": EinsumLinear("dense", width, width, bias=False),
     }  # fmt: skip
     leaves = [x, *(p for layer in layers.values() for p in layer.parameters())]
@@ -69,6 +73,7 @@ def measure(experts: int, width: int, tokens: int, threads: int) -> dict[str, An
         row[f"{name}_flops_per_token"] = flops_per_token(layer, x)
     for key, one, other in (
         ("all_over_ours", "all", "ours"),
+        ("every_over_ours", "every", "ours"),
         ("ours_over_dense", "ours", "dense"),
         ("ours_over_dense_ours", "ours", "dense_ours"),
     ):
@@ -83,12 +88,13 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         return f"{row[key]:.2f} {row[f'{key}_low']:.2f}–{row[f'{key}_high']:.2f}"
 
     shown = {key: row[key] for key in ("experts", "width", "tokens", "threads")}
-    for name in ("all", "ours", "dense"):
+    for name in ("all", "every", "ours", "dense"):
         shown[f"{name}_kFLOPs"] = round(row[f"{name}_flops_per_token"] / 1e3)
         shown[f"{name}_µs"] = row[f"{name}_us_per_token"]
     return {
         **shown,
         "all/ours": with_interval("all_over_ours"),
+        "every/ours": with_interval("every_over_ours"),
         "ours/dense": with_interval("ours_over_dense"),
         "ours/dense_ours": with_interval("ours_over_dense_ours"),
         "plan": row["plan"].removeprefix("grouping=").split()[0],
