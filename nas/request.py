@@ -265,10 +265,7 @@ class SearchRequest(BaseModel):
 
 
 _ACCEPTED = {
-    "space": (
-        f"families of {' | '.join(FAMILIES)}; factors of 2 to {MAX_FACTORS}; experts of 2 to 1024, "
-        "active of 1 to the experts; heads of free | aligned"
-    ),
+    "space": "an object of lists: families, factors, experts, active, heads",
     "confirm": "what POST /v1/searches/{id}/confirm makes of a search",
     "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
@@ -283,6 +280,15 @@ _ACCEPTED = {
 }
 
 
+_ACCEPTED_OF_SPACE = {
+    "families": " | ".join(FAMILIES),
+    "factors": f"different whole numbers from 2 to {MAX_FACTORS}",
+    "experts": "different whole numbers from 2 to 1024",
+    "active": "different whole numbers from 1 to the number of experts",
+    "heads": "free | aligned",
+}
+
+
 def _clean_text(text: str) -> bool:
     """Whether a database and a file system can take the text: no NUL, no lone surrogate."""
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
@@ -294,8 +300,9 @@ def _explain(error: ValidationError) -> InvalidInput:
     if first["type"] == "missing":
         return InvalidInput(field, "nothing", _ACCEPTED[field])
     if field == "space" and len(first["loc"]) > 1:
-        at = ".".join(str(part) for part in first["loc"][:2])
-        return InvalidInput(at, first["input"], _ACCEPTED["space"])
+        own = str(first["loc"][1])
+        accepted = _ACCEPTED_OF_SPACE.get(own, f"only the fields {', '.join(_ACCEPTED_OF_SPACE)}")
+        return InvalidInput(f"space.{own}", first["input"], accepted)
     if field not in _ACCEPTED:
         return InvalidInput(field, first["input"], f"only the fields {', '.join(_ACCEPTED)}")
     return InvalidInput(field, first["input"], _ACCEPTED[field])

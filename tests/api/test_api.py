@@ -427,7 +427,7 @@ def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -
         ({"experts": [8], "active": [9], "families": ["btt-moe"]}, "active=9 of experts=8"),
         ({"experts": [1]}, "2 to 1024"),
         ({"factors": [9]}, "2 to 4"),
-        ([], "families of"),
+        ([], "families, factors"),
     ],
 )
 def test_a_space_that_cannot_be_is_a_problem(client: TestClient, space: Any, words: str) -> None:
