@@ -2,8 +2,9 @@
 
 Each design trains at several widths and with several seeds, every run for the same train FLOPs
 (within one of its steps).  A design's loss is that of its best width; its compute multiplier is
-what the best dense run has spent over what the design needs for the same loss, from the learning
-curves of all its widths, paired by seed.  Intervals are 95% t intervals over seeds.
+what dense spends over what the design spends for the same loss, from the learning curves of all
+widths, paired by seed: at the loss that the best dense run ends with, or, for a design that does not
+come down to it, at the design's own least loss.  Intervals are 95% t intervals over seeds.
 
     python -m benchmarks.families [--train-flops 1e11] [--seeds 3] [--processes 2] [--folder FOLDER]
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks.interleaved import report
 from nas.analysis.scaling import (
+    Bound,
     Curve,
     mean_over_seeds,
     multiplier_over_dense,
@@ -117,9 +119,9 @@ def summary(records: Sequence[Mapping[str, Any]], budget: float) -> list[dict[st
         width = min(losses, key=lambda w: losses[w].value)
         best = list(by_width[width].values())
         by_seed = {
-            seed: bound
+            seed: _multiplier(own, curves["dense"][seed], budget)
             for seed, own in curves[name].items()
-            if (bound := multiplier_over_dense(own, curves["dense"].get(seed, []), budget))
+            if seed in curves["dense"]
         }
         multiplier = summarise_multiplier(by_seed)
         kinds = sorted({b.kind for b in by_seed.values()})
@@ -145,6 +147,17 @@ def summary(records: Sequence[Mapping[str, Any]], budget: float) -> list[dict[st
             }
         )
     return sorted(rows, key=lambda row: row["loss"])
+
+
+def _multiplier(own: Sequence[Curve], dense: Sequence[Curve], budget: float) -> Bound:
+    """At the best dense loss; where the design does not reach it, at its own."""
+    bound = multiplier_over_dense(own, dense, budget)
+    assert bound is not None
+    if bound.kind != "less_than":
+        return bound
+    turned = multiplier_over_dense(dense, own, budget)
+    assert turned is not None
+    return Bound(1 / turned.value, {"at_least": "less_than"}.get(turned.kind, turned.kind))
 
 
 def _shown(value: Any) -> str:
