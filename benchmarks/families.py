@@ -3,8 +3,8 @@
 Each design trains at several widths and with several seeds, every run for the same train FLOPs
 (within one of its steps).  A design's loss is that of its best width; its compute multiplier is
 what dense spends over what the design spends for the same loss, from the learning curves of all
-widths, paired by seed: at the loss that the best dense run ends with, or, for a design that does not
-come down to it, at the design's own least loss.  Intervals are 95% t intervals over seeds.
+widths, paired by seed: at the loss that the best dense run ends with, or, for a design that does
+not come down to it, at the design's own least loss.  Intervals are 95% t intervals over seeds.
 
     python -m benchmarks.families [--train-flops 1e11] [--seeds 3] [--processes 2] [--folder FOLDER]
 
