@@ -193,7 +193,7 @@ def _small_print(best: Answer) -> Iterator[str]:
 
 _BEST_ROWS: Sequence[tuple[str, Callable[[Candidate], str]]] = (
     ("structure", lambda r: r.name),
-    ("structure", lambda r: r.design),
+    ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r.theta) or "none"),
     ("validation loss", lambda r: f"{r.loss:.4f}"),
     ("seeds", lambda r: f"{r.seeds}{' fresh' if r.confirmed else ''}"),
     ("width", lambda r: str(r.width)),
