@@ -222,7 +222,7 @@ def show_structure(inspected: Mapping[str, Any]) -> None:
             value = "  ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key, str(value))
     dense = inspected["dense_macs"]
     share = f"{inspected['macs'] / dense:.4f} of dense"
     table.add_row("MACs per token", f"{inspected['macs']:,}  ({share})")

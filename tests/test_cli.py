@@ -200,7 +200,7 @@ def test_nothing_to_confirm_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [(["--params", "2e4"], "trainable parameters"), (["--step-seconds", "100"], "seconds per step"),
-     (["--train-flops", "5e10", "--snippet"], "replace_linears(model, theta)")],
+     (["--train-flops", "5e10", "--snippet"], "replace_linears(model, structure)")],
 )  # fmt: skip
 def test_best_within_other_budgets_and_as_code(
     service: Service, finished_search: RemoteSearch, arguments: list[str], expected: str

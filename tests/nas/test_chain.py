@@ -236,7 +236,7 @@ def test_texts_that_say_no_chain_are_named(text: str, message: str) -> None:
 def test_axes_cover_their_dimension_with_little_waste(data: st.DataObject) -> None:
     dimension = data.draw(st.integers(1, 20_000))
     exponents = data.draw(_shares(data.draw(st.sampled_from([4, 6, 10, 15]))))
-    sizes = cover_axes(dimension, exponents)
+    sizes = cover_axes(dimension, tuple(exponents))
     assert dimension <= math.prod(sizes) <= 2 * dimension
     assert all(n == 1 for n, e in zip(sizes, exponents, strict=True) if e == 0)
 

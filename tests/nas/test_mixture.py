@@ -480,8 +480,7 @@ def test_the_loss_of_a_model_is_the_mean_over_its_gates() -> None:
     assert first.gate is not None
     assert first.gate.grad is not None
     model.eval()(2 * x)
-    assert auxiliary_loss(model) is not None
-    assert auxiliary_loss(model).item() == total.item()  # type: ignore[union-attr]
+    assert auxiliary_loss(model) is None
     found = router_statistics(model)
     assert set(found) == {"0", "2"}
     assert sum(found["0"]["load"]) == pytest.approx(1)

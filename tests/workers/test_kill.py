@@ -134,7 +134,7 @@ def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(tmp_path: Pa
     assert (ended.state, ended.failures, ended.epoch) == ("succeeded", 0, 1)
     assert "trial started anew" in (tmp_path / "home" / "log").read_text()
     for trial in store.trials(search_id):
-        assert trial.state == "complete"
+        assert trial.state == "complete", trial.error
         steps = [p.step for p in store.curve(trial.id)]
         assert steps == sorted(set(steps))
         assert steps[-1] == trial.steps
