@@ -22,6 +22,8 @@ _SYMBOLS = {
     "five factors": "star",
     "mixture of experts": "square", "convolution": "cross", "dense": "circle",
 }  # fmt: skip
+#: Height of a row of the legend, pixels, and the entries that leave room for the title.
+_LEGEND_ROW, _SERIES_OF_ONE_KIND = 22, 4
 _SHOWN_CURVES = 200  # lines past this cannot be told apart, and slow the page
 
 
@@ -125,6 +127,9 @@ def draw_scatter(data: Mapping[str, Series], axis: str, budget: float, unit: str
     measured = ", measured where it ran" if shown.measured else ""
     x_title = f"{shown.unit.partition(':')[0]}{measured}"
     figure = go.Figure(layout=_layout(f"Loss against {shown.meaning}", x_title, unit))
+    if len(data) > _SERIES_OF_ONE_KIND:  # the legend grows upwards, into the title
+        figure.layout.margin.t += _LEGEND_ROW * (len(data) - _SERIES_OF_ONE_KIND)
+        figure.layout.title.update(y=0.98, yanchor="top")
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
         front = data[f"{key}_front"]
         for points in (s for name, s in data.items() if name.partition(":")[0] == key):

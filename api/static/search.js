@@ -51,11 +51,13 @@ function showBest(best) {
   text("means", `Comparisons: ${best.comparisons_mean}.`);
 }
 
-// the family, and what follows it: experts of a mixture, heads
+// the family, and what follows it: cores of a chain, experts of a mixture, heads
 function shortName(name) {
   const experts = /experts=(\d+),active=(\d+)/.exec(name);
   const mixed = experts ? ` ${experts[2]} of ${experts[1]}` : "";
-  return name.split(/[:@]/)[0] + mixed + (name.endsWith("@heads") ? " @heads" : "");
+  const cores = /cores=(\d+)/.exec(name);
+  const many = cores ? ` ${cores[1]} cores` : "";
+  return name.split(/[:@]/)[0] + many + mixed + (name.endsWith("@heads") ? " @heads" : "");
 }
 
 function cell(row, value, number = false) {
@@ -87,7 +89,7 @@ function showTrials(trials, total, best) {
     const kind = t.kind === "candidate" ? "" : ` (${t.kind})`;
     cell(row, shortName(t.name) + kind).title = t.name;
     const shown = cell(row, exponents(t.theta));
-    shown.classList.add("mono");
+    shown.classList.add("mono", "exponents");
     shown.title = t.design;
     const state = document.createElement("span");
     state.className = `state ${t.state}`;
