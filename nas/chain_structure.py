@@ -29,7 +29,7 @@ from nas.chain import (
     without_first,
 )
 from nas.errors import InvalidInput
-from nas.structure import MAX_DIMENSION, cover_axes, fingerprint
+from nas.structure import MAX_DIMENSION, cover_axes, factor_row, fingerprint
 from nas.theta import Theta
 
 #: Smaller and larger dimension up to which `inspect_chain` finds the rank numerically, and the
@@ -571,13 +571,9 @@ def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str,
         "fingerprint": structure.fingerprint,
         "factors": [
             {
-                "name": f,
+                **factor_row(structure, f),
                 "axes": [a.name for a in axes],
                 "shape": list(shape),
-                "fan_in": structure.fans(f)[0],
-                "fan_out": structure.fans(f)[1],
-                "init_std": structure.init_std(f),
-                "adam_lr_multiplier": structure.adam_lr_multiplier(f),
             }
             for f, axes, shape in zip(
                 structure.factors, structure.factor_axes, structure.shapes, strict=True

@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from nas.errors import InvalidInput
-from nas.structure import MAX_DIMENSION
+from nas.structure import MAX_DIMENSION, factor_row
 from nas.theta import VANISHING, exact_exponent, format_exponent, parse_exponent
 
 CONVOLUTION_FORM = "convolution or convolution:kernel=1/2, with a kernel from 0 to 1"
@@ -248,12 +248,8 @@ def inspect_convolution(convolution: Convolution, d_in: int, d_out: int) -> dict
         "fingerprint": structure.fingerprint,
         "factors": [
             {
-                "name": f,
+                **factor_row(structure, f),
                 "shape": [structure.channels_out, structure.channels_in, structure.taps],
-                "fan_in": structure.fans(f)[0],
-                "fan_out": structure.fans(f)[1],
-                "init_std": structure.init_std(f),
-                "adam_lr_multiplier": structure.adam_lr_multiplier(f),
             }
             for f in structure.factors
         ],

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from nas.errors import InvalidInput
-from nas.structure import Sizes, Structure
+from nas.structure import Sizes, Structure, factor_row
 from nas.theta import AXES, DENSE, Theta, exact_exponent, format_exponent, parse_exponent
 
 MAX_EXPERTS = 1024
@@ -411,14 +411,5 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
         "dense_macs": d_in * d_out,
         "degenerate": structure.is_degenerate,
         "fingerprint": structure.fingerprint,
-        "factors": [
-            {
-                "name": f,
-                "fan_in": structure.fans(f)[0],
-                "fan_out": structure.fans(f)[1],
-                "init_std": structure.init_std(f),
-                "adam_lr_multiplier": structure.adam_lr_multiplier(f),
-            }
-            for f in (*structure.factors, "gate")
-        ],
+        "factors": [factor_row(structure, f) for f in (*structure.factors, "gate")],
     }  # fmt: skip

@@ -65,6 +65,9 @@ class LinearStructure(Protocol):
     def factors(self) -> tuple[str, ...]:
         """Names of the factors, in the order they are contracted; a gate is none of them."""
 
+    def fans(self, factor: str) -> tuple[int, int]:
+        """(fan in, fan out) of a factor (or gate)."""
+
     def init_std(self, factor: str) -> float:
         """Standard deviation of a factor at initialisation."""
 
@@ -371,6 +374,18 @@ class Structure:
         return base / (2 * self.fans(factor)[0])
 
 
+def factor_row(structure: LinearStructure, factor: str) -> dict[str, object]:
+    """What is told of a factor (or gate): its fans, initialisation and learning rate."""
+    fan_in, fan_out = structure.fans(factor)
+    return {
+        "name": factor,
+        "fan_in": fan_in,
+        "fan_out": fan_out,
+        "init_std": structure.init_std(factor),
+        "adam_lr_multiplier": structure.adam_lr_multiplier(factor),
+    }
+
+
 def fingerprint(d_in: int, d_out: int, sizes: Sizes | None) -> str:
     """`Structure.fingerprint` from its parts; without sizes, of one dense matrix."""
     return f"{d_in}x{d_out}:{'dense' if sizes is None else '.'.join(map(str, astuple(sizes)))}"
@@ -537,14 +552,5 @@ def inspect_structure(
         "dense_macs": d_in * d_out,
         "degenerate": structure.is_degenerate,
         "fingerprint": structure.fingerprint,
-        "factors": [
-            {
-                "name": f,
-                "fan_in": structure.fans(f)[0],
-                "fan_out": structure.fans(f)[1],
-                "init_std": structure.init_std(f),
-                "adam_lr_multiplier": structure.adam_lr_multiplier(f),
-            }
-            for f in structure.factors
-        ],
+        "factors": [factor_row(structure, f) for f in structure.factors],
     }  # fmt: skip

@@ -17,7 +17,7 @@ from nas.chain_structure import Axis, ChainStructure, Path
 from nas.errors import InvalidInput
 from nas.layers.modes import autocast_dtype, transforms_active
 from nas.layers.normalization import cap_rms
-from nas.layers.structured import StructuredLinear
+from nas.layers.structured import StructuredLinear, sized
 from nas.theta import Theta
 
 #: Tokens whose cheapest path is run by compiled code, which is made for any number of tokens.
@@ -162,22 +162,6 @@ class ChainLinear(StructuredLinear):
             y = y.add_(bias) if inplace else y + bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"ChainLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
-                f"its last dimension must be {self.in_features}"
-            )
-        dtype = self._any_factor().dtype
-        if x.dtype == dtype:
-            return
-        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
-        if not (x.is_floating_point() and alike):
-            raise TypeError(
-                f"ChainLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
-                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
-            )
-
     @property
     def plan(self) -> str | None:
         """The contraction path that was fixed, or None where each input chooses its own.
@@ -213,9 +197,6 @@ class ChainLinear(StructuredLinear):
     def _program_for(self, tokens: int) -> _Program:
         return _program(self.structure, self._path_for(tokens))
 
-    def _any_factor(self) -> Tensor:
-        return self.factors()[self.structure.factors[0]]
-
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
         s, factors = self.structure, self._effective_factors()
@@ -237,10 +218,7 @@ def _structure(
     theta: ChainTheta | Theta | str | Sequence[float] | ChainStructure, d_in: int, d_out: int
 ) -> ChainStructure:
     if isinstance(theta, ChainStructure):
-        if (theta.d_in, theta.d_out) != (d_in, d_out):
-            accepted = f"{theta.d_in}, {theta.d_out}, the dimensions of the structure"
-            raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
-        return theta
+        return sized(theta, d_in, d_out)
     found = parse_chain(theta) if isinstance(theta, str) else ChainTheta.of(theta)
     return ChainStructure.of(found, d_in, d_out)
 

@@ -7,7 +7,6 @@ forward-mode and higher derivatives take the plain einsum, which every one of th
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nas.layers import kernels, measuring
-from nas.layers.modes import autocast_dtype, transforms_active
+from nas.layers.modes import autocast_dtype, transforms_active, without_autocast
 from nas.layers.plan import Plan
 from nas.structure import Sizes, fingerprint
 
@@ -116,10 +115,8 @@ class _Contraction(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates the gradient
             return *_plain_gradients(x, a, b, dy), None, None
-        wanted, kind = ctx.needs_input_grad[:3], x.device.type
-        # kernels run in the dtype they were given, also where backward is called under autocast
-        casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if casting else nullcontext():
+        wanted = ctx.needs_input_grad[:3]
+        with without_autocast(x.device):  # backward may be called under it
             found = kernels.backward(x.contiguous(), a, b, dy.contiguous(), ctx.plan, wanted)
         return *found, None, None
 

@@ -10,7 +10,7 @@ from nas.convolution import Convolution, ConvolutionStructure, parse_convolution
 from nas.errors import InvalidInput
 from nas.layers.modes import autocast_dtype
 from nas.layers.normalization import cap_rms
-from nas.layers.structured import StructuredLinear
+from nas.layers.structured import StructuredLinear, sized
 
 _PLAN = "conv1d"
 
@@ -128,22 +128,6 @@ class ConvolutionLinear(StructuredLinear):
         y = functional.conv1d(z, kernel).flatten(1)
         return y[:, : s.d_out].contiguous() if s.padded_out > s.d_out else y
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"ConvolutionLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
-                f"its last dimension must be {self.in_features}"
-            )
-        if x.dtype == self.A.dtype:
-            return
-        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, self.A.dtype)
-        if not (x.is_floating_point() and alike):
-            raise TypeError(
-                f"ConvolutionLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
-                f"it must be {self.A.dtype}, the dtype of the layer, or floating point under "
-                "autocast"
-            )
-
     @property
     def plan(self) -> str | None:
         """``conv1d`` if that was fixed, else None; it is what runs either way."""
@@ -178,10 +162,7 @@ def _structure(
     convolution: Convolution | str | ConvolutionStructure, d_in: int, d_out: int
 ) -> ConvolutionStructure:
     if isinstance(convolution, ConvolutionStructure):
-        if (convolution.d_in, convolution.d_out) != (d_in, d_out):
-            accepted = f"{convolution.d_in}, {convolution.d_out}, the dimensions of the structure"
-            raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
-        return convolution
+        return sized(convolution, d_in, d_out)
     found = parse_convolution(convolution) if isinstance(convolution, str) else convolution
     if not isinstance(found, Convolution):
         accepted = "a Convolution, its text, or a ConvolutionStructure"

@@ -12,10 +12,10 @@ from nas.layers import measuring
 from nas.layers.contraction import contract
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import matrix, workspace_elements
-from nas.layers.modes import autocast_dtype, plus_bias
+from nas.layers.modes import plus_bias
 from nas.layers.normalization import cap_rms
 from nas.layers.plan import Plan
-from nas.layers.structured import StructuredLinear
+from nas.layers.structured import StructuredLinear, sized
 from nas.structure import Sizing, Structure
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
@@ -155,22 +155,6 @@ class EinsumLinear(StructuredLinear):
         a = self._effective("A", self.gain_A)
         return a, None if self.structure.is_dense else self._effective("B", self.gain_B)
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"EinsumLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
-                f"its last dimension must be {self.in_features}"
-            )
-        dtype = self._any_factor().dtype
-        if x.dtype == dtype:
-            return
-        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
-        if not (x.is_floating_point() and alike):
-            raise TypeError(
-                f"EinsumLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
-                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
-            )
-
     @property
     def plan(self) -> Plan | None:
         """The execution plan that was fixed, or None where each input chooses its own.
@@ -228,9 +212,6 @@ class EinsumLinear(StructuredLinear):
         """
         elements = workspace_elements(self.structure, self.plan_for(tokens), tokens)
         return elements * self._any_factor().element_size()
-
-    def _any_factor(self) -> Tensor:
-        return self.weight if self.structure.is_dense else self.A
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
@@ -294,10 +275,7 @@ def _structure(
     theta: Theta | str | Sequence[float] | Structure, d_in: int, d_out: int, sizing: Sizing
 ) -> Structure:
     if isinstance(theta, Structure):
-        if (theta.d_in, theta.d_out) != (d_in, d_out):
-            accepted = f"{theta.d_in}, {theta.d_out}, the dimensions of the structure"
-            raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
-        return theta
+        return sized(theta, d_in, d_out)
     return Structure.of(
         parse_theta(theta) if isinstance(theta, str) else Theta.of(theta), d_in, d_out, sizing
     )

@@ -7,7 +7,6 @@ operations of torch.  Shapes are those of `nas.layers.mixture_kernels`.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional
 from nas.layers import contraction, measuring, mixture_kernels
 from nas.layers.mixture_kernels import Form, Gradients
 from nas.layers.mixture_plan import MixturePlan, choose_for_sizes
-from nas.layers.modes import autocast_dtype, transforms_active
+from nas.layers.modes import autocast_dtype, transforms_active, without_autocast
 from nas.layers.plan import bucket
 
 
@@ -152,9 +151,7 @@ class _Mix(torch.autograd.Function):
         if torch.is_grad_enabled():  # someone differentiates the gradient
             found = _plain_gradients((x, weights, chosen, a, b), dy, ctx.form)
         else:
-            kind = x.device.type
-            casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            with torch.autocast(kind, enabled=False) if casting else nullcontext():
+            with without_autocast(x.device):
                 wanted = (needs[0], needs[1], needs[3], needs[4])
                 found = mixture_kernels.backward(
                     x, weights, chosen, a, b, dy, ctx.plan, ctx.form, wanted

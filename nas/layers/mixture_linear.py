@@ -11,10 +11,10 @@ from nas.layers.einsum_linear import EinsumLinear
 from nas.layers.mixing import mix
 from nas.layers.mixture_kernels import Form
 from nas.layers.mixture_plan import MixturePlan, choose_mixture_plan
-from nas.layers.modes import autocast_dtype, plus_bias
+from nas.layers.modes import plus_bias
 from nas.layers.normalization import cap_rms
 from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
-from nas.layers.structured import StructuredLinear
+from nas.layers.structured import StructuredLinear, sized
 from nas.mixture import Mixture, MixtureStructure, ffn_structures, parse_mixture
 
 __all__ = ["MixtureFFN", "MixtureLinear", "auxiliary_loss", "router_statistics"]
@@ -168,25 +168,6 @@ class MixtureLinear(Gated, StructuredLinear):
         a, b = self._effective_factors()
         weights, chosen = routing.weights, routing.chosen
         return mix(x, weights, chosen, a, b, self.out_features, self._plan, form)
-
-    def _any_factor(self) -> Tensor:
-        return self.weight if self.structure.expert.is_dense else self.A
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"MixtureLinear({self.extra_repr()}) got an input of shape {tuple(x.shape)}; "
-                f"its last dimension must be {self.in_features}"
-            )
-        dtype = self._any_factor().dtype
-        if x.dtype == dtype:
-            return
-        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
-        if not (x.is_floating_point() and alike):
-            raise TypeError(
-                f"MixtureLinear({self.extra_repr()}) got an input of dtype {x.dtype}; "
-                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
-            )
 
     @property
     def plan(self) -> MixturePlan | None:
@@ -361,10 +342,7 @@ def _structure(
     mixture: Mixture | str | MixtureStructure, d_in: int, d_out: int
 ) -> MixtureStructure:
     if isinstance(mixture, MixtureStructure):
-        if (mixture.d_in, mixture.d_out) != (d_in, d_out):
-            accepted = f"{mixture.d_in}, {mixture.d_out}, the dimensions of the structure"
-            raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
-        return mixture
+        return sized(mixture, d_in, d_out)
     if not isinstance(mixture, Mixture):
         mixture = parse_mixture(mixture)
     return MixtureStructure.of(mixture, d_in, d_out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -20,6 +22,13 @@ def transforms_active() -> bool:
 def plus_bias(y: Tensor, bias: Tensor) -> Tensor:
     """y + bias, in place where no transform keeps track of y; nothing must have saved y."""
     return y + bias if transforms_active() else y.add_(bias)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """In it products run in the dtype of their operands, also where autocast is on around it."""
+    kind = device.type
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casting else nullcontext()
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

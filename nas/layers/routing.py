@@ -8,7 +8,6 @@ token's logits; a balanced router has 1 for the first term.  Source: arXiv:2410.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.layers.modes import transforms_active
+from nas.layers.modes import transforms_active, without_autocast
 
 #: Weight of the second term within the auxiliary loss.
 Z_WEIGHT = 0.1
@@ -53,9 +52,8 @@ def route(x: Tensor, gate: Tensor, active: int) -> Routing:
 
     In at least single precision, also under autocast.
     """
-    dtype, kind = torch.promote_types(x.dtype, torch.float32), x.device.type
-    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if casting else nullcontext():
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device):
         logits = functional.linear(x.to(dtype), gate.to(dtype))
         best, chosen = torch.topk(logits, active, dim=-1)
         if torch.compiler.is_compiling():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nas.errors import InvalidInput
+from nas.layers.modes import autocast_dtype
 from nas.structure import LinearStructure
+
+_Structure = TypeVar("_Structure", bound=LinearStructure)
 
 
 class StructuredLinear(nn.Module):
@@ -24,6 +28,30 @@ class StructuredLinear(nn.Module):
         """The learned tensors with a learning rate of their own, by the names that
         `structure.adam_lr_multiplier` knows: factors, and a gate."""
         raise NotImplementedError
+
+    def _any_factor(self) -> Tensor:
+        """A factor, for the layer's dtype and device."""
+        return self.factors()[self.structure.factors[0]]
+
+    def _check(self, x: Tensor) -> None:
+        """Raise `ValueError` or `TypeError` for an input of another dimension or dtype."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self._described()} got an input of shape {tuple(x.shape)}; "
+                f"its last dimension must be {self.in_features}"
+            )
+        dtype = self._any_factor().dtype
+        if x.dtype == dtype:
+            return
+        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
+        if not (x.is_floating_point() and alike):
+            raise TypeError(
+                f"{self._described()} got an input of dtype {x.dtype}; "
+                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
+            )
+
+    def _described(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     @property
     def plan(self) -> Any:
@@ -56,3 +84,11 @@ class StructuredLinear(nn.Module):
         if self.bias is not None:
             linear.bias.copy_(self.bias)
         return linear
+
+
+def sized(structure: _Structure, d_in: int, d_out: int) -> _Structure:
+    """The structure itself; `InvalidInput` unless it is of a layer d_in → d_out."""
+    if (structure.d_in, structure.d_out) != (d_in, d_out):
+        accepted = f"{structure.d_in}, {structure.d_out}, the dimensions of the structure"
+        raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
+    return structure
