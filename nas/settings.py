@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import ByteSize, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from nas.errors import InvalidInput
+
+
+#: Names the folder whose files give settings that are no one else's to read.
+SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
+#: Names of tenants.
+TENANT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class Settings(BaseSettings):
@@ -34,6 +42,31 @@ class Settings(BaseSettings):
     cpus_per_trial: int = Field(1, ge=1, le=256)
     #: GPUs of one trial where the cluster has any; fractions share one
     gpus_per_trial: float = Field(1.0, gt=0.0, le=64.0)
+    #: what else one trial needs of a Ray node: the names and amounts of custom resources
+    resources_per_trial: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+    #: memory that one trial may take on top of its process, bytes; GPU memory is not counted
+    memory_per_trial: ByteSize | None = Field(None, ge=2**20)
+    #: seconds after which an attempt at a trial is ended, whatever it does
+    trial_timeout_seconds: float = Field(86_400.0, gt=0.0)
+    #: lost leases and infrastructure errors after which a search is given up
+    max_attempts: int = Field(5, ge=1, le=100)
+    #: seconds before a search is tried again; doubles with each attempt
+    backoff_seconds: float = Field(5.0, ge=0.0, le=3600.0)
+    #: searches of one tenant that run at once; by default as many as there are workers
+    tenant_concurrency: int | None = Field(None, ge=1)
+    #: whose searches the command line submits
+    tenant: str = Field("default", pattern=TENANT)
+    #: days after its end that the log of a search is kept but for its turning points
+    event_days: float | None = Field(30.0, gt=0.0)
+    #: days after their end that failed and cancelled searches without any result are kept
+    failed_days: float | None = Field(None, gt=0.0)
+    #: size of the folder of checkpoints above which the oldest are deleted
+    checkpoint_bytes: ByteSize = Field(ByteSize(10 * 2**30), ge=0)
+    #: text, or json: one object a line
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    #: port of a worker's Prometheus metrics on `host`; none by default
+    metrics_port: int | None = Field(None, ge=1, le=65535)
 
     @property
     def resolved_home(self) -> Path:
@@ -62,9 +95,18 @@ def settings() -> Settings:
     InvalidInput
         An environment variable whose value cannot be used.
     """
+    folder = os.environ.get(SECRETS_DIR)
+    if folder is not None and not Path(folder).is_dir():
+        raise InvalidInput(SECRETS_DIR, folder, "a folder whose files are named as the variables")
     try:
-        return Settings()
+        # a file named EINSUM_NAS_DATABASE_URL in that folder stands for the variable
+        return Settings(_secrets_dir=folder)
     except ValidationError as error:
         first = error.errors()[0]
         name = f"EINSUM_NAS_{str(first['loc'][0]).upper()}"
         raise InvalidInput(name, first["input"], str(first["msg"])) from None
+    except SettingsError as error:  # a value that is no JSON where JSON is wanted
+        name = next((n for n in Settings.model_fields if f'"{n}"' in str(error)), "settings")
+        variable = f"EINSUM_NAS_{name.upper()}"
+        accepted = 'a JSON object such as {"name": 1}'
+        raise InvalidInput(variable, os.environ.get(variable, ""), accepted) from None

@@ -20,11 +20,22 @@ _BUSY_TIMEOUT_SECONDS = 30
 _STATEMENT_TIMEOUT_MS = 30_000
 
 
-def open_engine(url: str, *, busy_timeout_seconds: float = _BUSY_TIMEOUT_SECONDS) -> Engine:
+def open_engine(
+    url: str,
+    *,
+    busy_timeout_seconds: float = _BUSY_TIMEOUT_SECONDS,
+    enforce_foreign_keys: bool = True,
+) -> Engine:
     """An engine with the settings that leases rely on.
 
     SQLite: WAL, `synchronous=FULL`, foreign keys, busy timeout, and write transactions that take
     their lock at BEGIN.  PostgreSQL: psycopg, and limits on statements and idle transactions.
+
+    Parameters
+    ----------
+    enforce_foreign_keys
+        False for SQLite's way of changing a table, which is to make it anew and drop the old one:
+        that must not take along what refers to it.
     """
     try:
         parsed = make_url(url)
@@ -45,6 +56,8 @@ def open_engine(url: str, *, busy_timeout_seconds: float = _BUSY_TIMEOUT_SECONDS
         raise InvalidInput("database_url", parsed.render_as_string(), _ACCEPTED)
     engine = create_engine(parsed, connect_args={"timeout": busy_timeout_seconds})
     event.listen(engine, "connect", _configure_sqlite)
+    if not enforce_foreign_keys:
+        event.listen(engine, "connect", _ignore_foreign_keys)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -56,6 +69,10 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
         cursor.execute(f"PRAGMA {pragma}")
     _write_ahead(cursor)
     cursor.close()
+
+
+def _ignore_foreign_keys(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA foreign_keys=OFF")
 
 
 # turning the log on while another connection writes fails at once, whatever the busy timeout

@@ -8,6 +8,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection
 
+from nas.errors import StoreUnavailable
 from nas.store import standings
 from nas.store.engine import open_engine, translated
 
@@ -24,7 +25,7 @@ def _config(connection: Connection | None = None) -> Config:
 
 def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database to `revision`; safe to call again and from several processes."""
-    engine = open_engine(url, busy_timeout_seconds=_PATIENCE_SECONDS)
+    engine = open_engine(url, busy_timeout_seconds=_PATIENCE_SECONDS, enforce_foreign_keys=False)
     try:
         # one write transaction: a second process waits here and then finds nothing to do
         with translated(), engine.execution_options(writes=True).begin() as connection:
@@ -34,6 +35,10 @@ def upgrade(url: str, revision: str = "head") -> None:
                 connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7305614)")
             command.upgrade(_config(connection), revision)
+            if connection.dialect.name == "sqlite":
+                broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+                if broken:
+                    raise StoreUnavailable(f"rows refer to rows that do not exist: {broken[:5]}")
             if revision == "head":
                 standings.ensure(connection)
     finally:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     MetaData,
     String,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -72,7 +73,7 @@ class SearchRow(Base):
     request: Mapped[dict[str, Any]] = mapped_column(JSON)
     #: absolute path of the data, None for the default
     data_path: Mapped[str | None] = mapped_column(String(4096))
-    idempotency_key: Mapped[str | None] = mapped_column(String(255), unique=True)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
     request_digest: Mapped[str] = mapped_column(String(64))
     #: seconds since 1970, as every other time
     created_at: Mapped[float] = mapped_column(Float)
@@ -91,8 +92,26 @@ class SearchRow(Base):
     #: trial state → how many, and `references` → how many are planned; kept with every change, so
     #: that a list of searches counts nothing
     tally: Mapped[dict[str, int]] = mapped_column(JSON, server_default=text("'{}'"))
+    #: whose search it is; how many of a tenant run at once can be limited
+    tenant: Mapped[str] = mapped_column(String(64), server_default=text("'default'"))
+    #: the greater goes first
+    priority: Mapped[int] = mapped_column(server_default=text("0"))
+    pause_requested: Mapped[bool] = mapped_column(server_default=false())
+    #: why it failed: attempts | input | trials | limit
+    failure: Mapped[str | None] = mapped_column(String(16))
+    #: the limit of its request that ended it before its last trial
+    limit_reached: Mapped[str | None] = mapped_column(String(255))
+    #: writes refused because they named an earlier epoch
+    stale_writes: Mapped[int] = mapped_column(server_default=text("0"))
+    #: begin of the claim that holds it, and the seconds that earlier ones held it
+    claimed_at: Mapped[float | None] = mapped_column(Float)
+    held_seconds: Mapped[float] = mapped_column(Float, server_default=text("0"))
+    cloned_from: Mapped[str | None] = mapped_column(String(32))
 
-    __table_args__ = (Index("ix_searches_state_sequence", "state", "sequence"),)
+    __table_args__ = (
+        Index("ix_searches_state_sequence", "state", "sequence"),
+        UniqueConstraint("tenant", "idempotency_key", name="uq_searches_tenant_idempotency_key"),
+    )
 
 
 class TrialRow(Base):
@@ -150,6 +169,8 @@ class TrialRow(Base):
     #: measured
     seconds_per_step: Mapped[float | None] = mapped_column(Float)
     peak_memory_bytes: Mapped[int | None] = mapped_column(_BIG)
+    #: why it failed: run (its own doing) | process | timeout | memory
+    failure: Mapped[str | None] = mapped_column(String(16))
 
     __table_args__ = (UniqueConstraint("search_id", "number"),)
 
@@ -172,7 +193,7 @@ class PointRow(Base):
 
 
 class EventRow(Base):
-    """Append-only log of what happened to a search."""
+    """Append-only log of what happened to a search; a trigger refuses changes to its rows."""
 
     __tablename__ = "events"
 
@@ -183,6 +204,29 @@ class EventRow(Base):
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
 
     __table_args__ = (Index("ix_events_search_id_id", "search_id", "id"),)
+
+
+class ProcessRow(Base):
+    """A worker or a service on this store, as it last said of itself."""
+
+    __tablename__ = "processes"
+
+    #: host:pid, with what it is in front where that is no worker
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    #: worker | api
+    kind: Mapped[str] = mapped_column(String(16))
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int] = mapped_column(_BIG)
+    #: of einsum-nas
+    version: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[float] = mapped_column(Float)
+    seen_at: Mapped[float] = mapped_column(Float)
+    #: idle | busy | waiting (for its cluster) | draining
+    state: Mapped[str] = mapped_column(String(16))
+    #: what it works on
+    search_id: Mapped[str | None] = mapped_column(String(32))
+    #: resources of its cluster, and whatever else it tells
+    about: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class ScopeRow(Base):

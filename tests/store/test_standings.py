@@ -257,7 +257,7 @@ def upgrade_down(url: str) -> None:
 
     from nas.store.migrate import _config
 
-    engine = open_engine(url)
+    engine = open_engine(url, enforce_foreign_keys=False)
     with engine.execution_options(writes=True).begin() as connection:
         command.downgrade(_config(connection), "0001")
     engine.dispose()
