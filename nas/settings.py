@@ -12,7 +12,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from nas.errors import InvalidInput
 
-
 #: Names the folder whose files give settings that are no one else's to read.
 SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
 #: Names of tenants.
