@@ -55,5 +55,9 @@ class StoreUnavailable(EinsumNasError):
     """The database did not take a statement: locked, full, read-only or out of reach."""
 
 
+class ClusterUnavailable(EinsumNasError):
+    """A Ray cluster that cannot be reached or used; whose fault it is and what to do."""
+
+
 class RunFailed(EinsumNasError):
     """A proxy run that ended by its own fault, such as a loss that is not finite."""

@@ -36,6 +36,7 @@ MAX_CONFIRM_SEEDS = 64
 #: Tokens that byte-pair text begins with; only text that is tokenised already may have fewer.
 _BYTES = 256
 MAX_SEED = 2**31 - 1
+MAX_PRIORITY = 1000
 
 
 class ConfirmedRun(BaseModel):
@@ -118,6 +119,27 @@ class Space(BaseModel):
         return Mixture(DENSE, max(self.experts), max(self.active))
 
 
+class Limits(BaseModel):
+    """What a search may use; whichever is reached first ends it, and what it has found stays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    trial_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which an attempt at a trial is ended and the trial has failed.",
+    )
+    seconds: float | None = Field(
+        None, gt=0, description="Seconds that workers may hold the search, waiting not counted."
+    )
+    total_train_flops: float | None = Field(
+        None,
+        gt=0,
+        description="Train FLOPs of all its runs together. No run is proposed that could exceed "
+        "it; a run repeated after a crash counts once, one whose result is shared not at all.",
+    )
+
+
 class SearchRequest(BaseModel):
     """A search: a task, a budget and how to look.
 
@@ -166,6 +188,15 @@ class SearchRequest(BaseModel):
         description="Which designs may be proposed; by default those of two factors.",
         examples=[{"families": ["einsum", "btt-moe"], "factors": [2, 3], "experts": [8]}],
     )
+    limits: Limits | None = Field(
+        None,
+        strict=False,
+        description="What it may use at most; by default only the service's time limit of a trial.",
+        examples=[{"trial_seconds": 600, "seconds": 86400, "total_train_flops": 1e14}],
+    )
+    priority: int = Field(
+        0, description="Searches of greater priority are run first, of equal the oldest."
+    )
     confirm: Confirm | None = Field(
         None,
         strict=False,
@@ -186,8 +217,9 @@ class SearchRequest(BaseModel):
     @property
     def digest(self) -> str:
         """SHA-256 of the request, equal for equal requests."""
-        # requests from before there were confirmations and spaces keep their digests
-        left_out = {name for name in ("confirm", "space") if getattr(self, name) is None}
+        # requests from before there were such fields keep their digests
+        later = ("confirm", "space", "limits", "priority")
+        left_out = {name for name in later if not getattr(self, name)}
         values = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(values, sort_keys=True, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -217,6 +249,7 @@ class SearchRequest(BaseModel):
             "recipe": None if same else self.recipe,
             "overrides": self.overrides or None,
             "space": None if self.space == Space() else self.space,
+            "limits": None if self.limits == Limits() else self.limits,
         }
         return self.model_copy(update=changes)
 
@@ -242,13 +275,22 @@ class SearchRequest(BaseModel):
             raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
         self.check_budget(recipe)
         self._check_confirm(recipe)
+        self._check_limits()
         for field, low, high in (
+            ("priority", -MAX_PRIORITY, MAX_PRIORITY),
             ("trials", 1, MAX_TRIALS),
             ("references", MIN_REFERENCES, MAX_REFERENCES),
             ("seed", 0, MAX_SEED),
         ):
             if not low <= getattr(self, field) <= high:
                 raise InvalidInput(field, getattr(self, field), _ACCEPTED[field])
+
+    def _check_limits(self) -> None:
+        total = self.limits.total_train_flops if self.limits else None
+        least = self.train_flops * (self.references + 1)
+        if total is not None and total < least and self.confirm is None:
+            accepted = f"at least {least:.6g}, the references and one candidate"
+            raise InvalidInput("limits.total_train_flops", total, accepted)
 
     def _check_confirm(self, recipe: Recipe) -> None:
         if self.confirm is None:
@@ -266,6 +308,8 @@ class SearchRequest(BaseModel):
 
 _ACCEPTED = {
     "space": "an object of lists: families, factors, experts, active, heads",
+    "limits": "an object of numbers above 0: trial_seconds, seconds, total_train_flops",
+    "priority": f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
     "confirm": "what POST /v1/searches/{id}/confirm makes of a search",
     "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
@@ -299,6 +343,11 @@ def _explain(error: ValidationError) -> InvalidInput:
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return InvalidInput(field, "nothing", _ACCEPTED[field])
+    if field == "limits" and len(first["loc"]) > 1:
+        own = str(first["loc"][1])
+        names = ", ".join(Limits.model_fields)
+        accepted = "a number above 0" if own in Limits.model_fields else f"only the fields {names}"
+        return InvalidInput(f"limits.{own}", first["input"], accepted)
     if field == "space" and len(first["loc"]) > 1:
         own = str(first["loc"][1])
         accepted = _ACCEPTED_OF_SPACE.get(own, f"only the fields {', '.join(_ACCEPTED_OF_SPACE)}")

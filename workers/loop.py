@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nas.errors import InvalidInput, LeaseLost, StoreUnavailable
+from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store
 from nas.tasks import TaskData, load_data
@@ -28,6 +28,9 @@ _LONGEST_UNHEARD = 2.0
 WATCHDOG_STATUS = 75
 
 Runner = Callable[[SearchSession, TaskData, Settings], None]
+Connect = Callable[[Settings], None]
+#: Seconds between attempts to join a cluster that is away: at first, and at most.
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 
 
 class Heartbeat:
@@ -72,8 +75,7 @@ class Heartbeat:
         while not self._done.wait(min(self._lease.seconds / 3, _LONGEST_UNHEARD)):
             asked_at = time.monotonic()
             try:
-                if self._leases.renew(self._lease):
-                    self._signals.cancel.set()
+                self._signals.hear(self._leases.renew(self._lease))
                 self._renewed_at = asked_at
             except LeaseLost:
                 # released by the run itself just now, or claimed by another worker
@@ -94,13 +96,31 @@ class Heartbeat:
 
 
 class Worker:
-    """Claims searches and runs them, one at a time, until told to stop."""
+    """Claims searches and runs them, one at a time, until told to stop.
 
-    def __init__(self, settings: Settings, *, runner: Runner | None = None) -> None:
+    Parameters
+    ----------
+    runner
+        Runs the trials of a session; by default on Ray.
+    connect
+        Called before each claim; while it raises `ClusterUnavailable` nothing is claimed, so that
+        no search uses up its attempts on a cluster that is away.
+    """
+
+    def __init__(
+        self, settings: Settings, *, runner: Runner | None = None, connect: Connect | None = None
+    ) -> None:
         self._settings = settings
         self._store = Store(settings.resolved_database_url)
-        self._leases = Leases(self._store)
+        self._leases = Leases(
+            self._store,
+            max_attempts=settings.max_attempts,
+            backoff_seconds=settings.backoff_seconds,
+            tenant_concurrency=settings.tenant_concurrency,
+        )
         self._runner = runner or _ray_runner
+        self._connect = connect or (_join_cluster if runner is None else _nothing_to_join)
+        self._wait = _FIRST_WAIT
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._shutdown = threading.Event()
         self._signals: Signals | None = None
@@ -122,6 +142,8 @@ class Worker:
             Take this search only, and return when it has ended.
         """
         while not self._shutdown.is_set():
+            if not self._connected():
+                continue
             try:
                 claimed = self._leases.claim(
                     self.name, self._settings.lease_seconds, search_id=search_id
@@ -137,6 +159,18 @@ class Worker:
             else:
                 self._shutdown.wait(self._settings.poll_seconds)
 
+    def _connected(self) -> bool:
+        """Whether trials have somewhere to run; waits a while where they have not."""
+        try:
+            self._connect(self._settings)
+        except ClusterUnavailable as error:
+            _log.warning("nothing is claimed: %s", error)
+            self._shutdown.wait(self._wait)
+            self._wait = min(self._wait * 2, _LONGEST_WAIT)
+            return False
+        self._wait = _FIRST_WAIT
+        return True
+
     def _work(self, lease: Lease, search: Search) -> None:
         signals = Signals()
         self._signals = signals
@@ -150,7 +184,9 @@ class Worker:
                 _log.warning("%s", error)
             except InvalidInput as error:
                 why = str(error)
-                self._end(search, lambda: self._leases.release(lease, "failed", why))
+                self._end(
+                    search, lambda: self._leases.release(lease, "failed", why, failure="input")
+                )
             except Exception as error:
                 _log.exception("search %s: infrastructure error", search.id)
                 reason = f"{type(error).__name__}: {error}"
@@ -171,11 +207,13 @@ class Worker:
                 name or f"the default data of task {search.task}",
                 f"the data this search began with, fingerprint {stored}; found {data.fingerprint}",
             )
-        session = SearchSession(self._store, lease, search, data.recipe, data.fingerprint, signals)
+        session = SearchSession(
+            self._store, lease, search, data.recipe, data.fingerprint, signals, leases=self._leases
+        )
         self._runner(session, data, self._settings)
         if signals.lost.is_set():
             raise LeaseLost(f"search {search.id}: claimed by another worker")
-        if signals.shutdown.is_set() and not signals.cancel.is_set():
+        if signals.hand_back:
             self._leases.hand_back(lease)
             return
         session.finish()
@@ -188,16 +226,28 @@ class Worker:
             _log.warning("search %s left to its lease: %s", search.id, error)
 
 
+def _nothing_to_join(_settings: Settings) -> None:
+    """For a runner that needs no cluster."""
+
+
+def _join_cluster(settings: Settings) -> None:
+    """Join the cluster of `RAY_ADDRESS`; a local one is started when there is work."""
+    if os.environ.get("RAY_ADDRESS"):
+        from workers import cluster  # ray takes seconds to import
+
+        cluster.connect(settings)
+
+
 def _ray_runner(session: SearchSession, data: TaskData, settings: Settings) -> None:
-    from workers import runner  # ray takes seconds to import: only once there is work
+    from workers import cluster, runner
 
     try:
-        runner.start_ray(settings)
+        cluster.connect(settings)
         runner.run_session(session, data, settings)
     except LeaseLost:
         raise
     except Exception:
-        runner.stop_ray()  # whatever state it is in, the next search gets a fresh one
+        cluster.disconnect()  # whatever state it is in, the next search gets a fresh one
         raise
 
 

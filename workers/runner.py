@@ -6,22 +6,22 @@ import json
 import logging
 import os
 import shutil
-import signal
 import tempfile
-import threading
+import time
 import uuid
+from dataclasses import dataclass, field
 from typing import Any
 
-# read when ray.tune is imported: no result files, no signal handler, no usage report
+# read when ray.tune is imported: no result files, no signal handler
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
 os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# an actor that does not end by itself when its search is stopped is killed after so many seconds
+os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray
+from workers import cluster  # isort: skip  # sets what Ray reads when it is imported
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Searcher
@@ -32,7 +32,7 @@ from nas.cost import RunPlan
 from nas.design import parse_design
 from nas.errors import EinsumNasError
 from nas.settings import Settings
-from nas.store import MeasuredCost, StoredPoint, Trial
+from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
 from workers.session import SearchSession
 from workers.trainable import ProxyTrainable
@@ -40,43 +40,38 @@ from workers.trainable import ProxyTrainable
 _log = logging.getLogger(__name__)
 # it reports that no result files were written, which is how it is set up
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-# it warns that a local cluster asks for a token, which is as it should be
-_AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
-logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Times Ray starts a trial anew after its process died.
 _MAX_PROCESS_FAILURES = 3
-#: Sessions of this process. Tune copies and pickles its searcher and stopper, which therefore
+#: Exit status of a process whose cluster is gone.
+CLUSTER_LOST_STATUS = 76
+#: Share of its time after which a trial that died is taken to have died of the limit: the driver
+#: hears of its beginning a little late.
+_NEARLY = 0.95
+
+
+@dataclass
+class _Experiment:
+    """What belongs to one call of Tune."""
+
+    session: SearchSession
+    #: limit of one attempt at a trial
+    trial_seconds: float
+    #: the error that ends the experiment, which Tune would wrap beyond recognition
+    error: Exception | None = None
+    #: Tune's trial id → when its attempt began, by this process's monotonic clock
+    begun: dict[str, float] = field(default_factory=dict)
+    #: Tune's trial id → why its last attempt ended
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def out_of_time(self, trial_id: str) -> bool:
+        """Whether an attempt that died just now had used up its time."""
+        begun = self.begun.get(trial_id)
+        return begun is not None and time.monotonic() - begun >= _NEARLY * self.trial_seconds
+
+
+#: Experiments of this process. Tune copies and pickles its searcher and stopper, which therefore
 #: hold only a key of this mapping.
-_sessions: dict[str, SearchSession] = {}
-#: Tune's trial id → why its last attempt ended.
-_reasons: dict[str, str] = {}
-
-
-def start_ray(settings: Settings) -> None:
-    """Connect to `RAY_ADDRESS`, or start Ray on this machine's loopback interface."""
-    if ray.is_initialized():
-        return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
-            num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
-        )
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():  # Ray puts its own in their place
-            signal.signal(number, handler)
-
-
-def stop_ray() -> None:
-    """Leave the cluster, or end the local one."""
-    ray.shutdown()
+_experiments: dict[str, _Experiment] = {}
 
 
 def run_session(session: SearchSession, data: TaskData, settings: Settings) -> None:
@@ -86,12 +81,16 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     ------
     LeaseLost
         Another worker has claimed the search.
+    ClusterUnavailable
+        No node has room for a trial.
     """
     remaining = session.prepare()
     if remaining == 0:
         return
-    resources = _resources(settings)
-    fitting = _fitting(resources)
+    limits = session.request.limits
+    trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
+    needs = cluster.trial_resources(settings)
+    fitting = cluster.fitting(needs)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints)
     trainable = tune.with_resources(
@@ -101,62 +100,58 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             validation_data=data.validation,
             threads=settings.cpus_per_trial,
             checkpoints=str(checkpoints),
+            seconds=trial_seconds,
+            memory=settings.memory_per_trial,
         ),
-        resources,
+        _tune_resources(needs),
     )
     key = uuid.uuid4().hex
-    searcher = _SessionSearcher(key)
+    experiment = _Experiment(session, trial_seconds)
     scratch = tempfile.mkdtemp(prefix="einsum-nas-tune-")
-    _sessions[key] = session
+    _experiments[key] = experiment
     try:
-        tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=remaining,
-                max_concurrent_trials=min(settings.concurrency or fitting, fitting),
-                reuse_actors=True,
-                trial_dirname_creator=_directory_name,
-            ),
-            run_config=tune.RunConfig(
-                name=session.search.id,
-                storage_path=scratch,
-                stop=_SessionStopper(key),
-                callbacks=[_Reasons()],
-                failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
-                verbose=0,
-            ),
-        ).fit()
+        with cluster.HeadWatch(lambda why: _abandon(session, why)):
+            tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(
+                    search_alg=_SessionSearcher(key),
+                    num_samples=remaining,
+                    max_concurrent_trials=min(settings.concurrency or fitting, fitting),
+                    reuse_actors=True,
+                    trial_dirname_creator=_directory_name,
+                ),
+                run_config=tune.RunConfig(
+                    name=session.search.id,
+                    storage_path=scratch,
+                    stop=_SessionStopper(key),
+                    callbacks=[_Attempts(key)],
+                    failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
+                    verbose=0,
+                ),
+            ).fit()
     except Exception:
         # Tune wraps what a searcher raises; the first of our own errors is the cause
-        if isinstance(_errors.get(key), EinsumNasError):
-            raise _errors[key] from None
+        if isinstance(experiment.error, EinsumNasError):
+            raise experiment.error from None
         raise
     finally:
-        _sessions.pop(key, None)
-        _errors.pop(key, None)
+        del _experiments[key]
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-_errors: dict[str, Exception] = {}
+def _tune_resources(needs: dict[str, float]) -> Any:
+    """Resources of one trial as Tune takes them: on one node."""
+    return tune.PlacementGroupFactory([needs])
 
 
-def _resources(settings: Settings) -> dict[str, float]:
-    """Resources of one trial: a GPU (or a share of one) where the cluster has any."""
-    needs: dict[str, float] = {"CPU": settings.cpus_per_trial}
-    if ray.cluster_resources().get("GPU", 0) > 0:
-        needs["GPU"] = settings.gpus_per_trial
-    return needs
-
-
-def _fitting(resources: dict[str, float]) -> int:
-    """How many trials the cluster holds at once."""
-    have = ray.cluster_resources()
-    fitting = int(min(have.get(name, 0) / n for name, n in resources.items()))
-    if fitting == 0:
-        held = {name: have.get(name, 0) for name in resources}
-        raise EinsumNasError(f"one trial needs {resources}, the cluster has {held}")
-    return fitting
+def _abandon(session: SearchSession, why: str) -> None:
+    """Give the search back and end this process, whose calls to Ray may never return."""
+    _log.error("%s; the search goes back and this process ends", why)
+    try:
+        session.requeue(why)
+    except EinsumNasError as error:
+        _log.warning("the search is left to its lease: %s", error)
+    os._exit(CLUSTER_LOST_STATUS)
 
 
 def _directory_name(trial: Any) -> str:
@@ -174,7 +169,7 @@ class _SessionSearcher(Searcher):
 
     @property
     def _session(self) -> SearchSession:
-        return _sessions[self._key]
+        return _experiments[self._key].session
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         with _remembered(self._key):
@@ -187,7 +182,10 @@ class _SessionSearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with _remembered(self._key):
             report = _read_report(result)
-            if "point" in report and not self._session.signals.lost.is_set():
+            if "begun" in report:
+                _experiments[self._key].begun[trial_id] = time.monotonic()
+                _log.info("trial %d begun on %s", self._ids[trial_id], report["begun"])
+            elif "point" in report and not self._session.signals.lost.is_set():
                 self._session.point(self._ids[trial_id], StoredPoint(**report["point"]))
 
     def on_trial_complete(
@@ -199,15 +197,21 @@ class _SessionSearcher(Searcher):
                 return
             report = _read_report(result or {})
             if error:
-                times = _MAX_PROCESS_FAILURES + 1
-                reason = _reasons.pop(trial_id, "its process died")
-                self._session.fail(number, f"failed {times} times; before the last: {reason}")
+                self._fail(trial_id, number)
             elif "failure" in report:
-                self._session.fail(number, report["failure"])
+                failed = report["failure"]
+                self._session.fail(number, failed["reason"], failed["kind"])
             elif "ended" in report:
                 ended = report["ended"]
                 self._session.complete(number, ended["environment"], MeasuredCost(**ended["cost"]))
             # else stopped with the search: it stays unfinished until the search ends
+
+    def _fail(self, trial_id: str, number: int) -> None:
+        """End a trial whose process did not live through any attempt."""
+        times = _MAX_PROCESS_FAILURES + 1
+        reason = _experiments[self._key].reasons.get(trial_id, "its process died")
+        kind: TrialFailure = "memory" if _of_memory(reason) else "process"
+        self._session.fail(number, f"failed {times} times; before the last: {reason}", kind)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the only truth."""
@@ -217,10 +221,10 @@ class _SessionSearcher(Searcher):
 
 
 class _remembered:
-    """Keeps the error that ends the experiment, which Tune would wrap beyond recognition."""
+    """Keeps the error that ends the experiment."""
 
     def __init__(self, key: str) -> None:
-        self._key = key
+        self._experiment = _experiments[key]
 
     def __enter__(self) -> None:
         return None
@@ -228,16 +232,36 @@ class _remembered:
     def __exit__(self, _type: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, Exception):
             _log.warning("search ends early: %s", error)
-            _errors.setdefault(self._key, error)
+            self._experiment.error = self._experiment.error or error
 
 
-class _Reasons(Callback):
-    """Remembers why a trial is started anew; a searcher only hears that it has failed."""
+class _Attempts(Callback):
+    """Hears of trials that are started anew: why, and that one out of time is not to run again."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_info: Any) -> None:
+        experiment = _experiments[self._key]
         text = str(trial.get_error() or "").strip()
-        _reasons[trial.trial_id] = text.splitlines()[-1] if text else "its process died"
-        _log.warning("trial started anew: %s", _reasons[trial.trial_id])
+        reason = text.splitlines()[-1] if text else "its process died"
+        experiment.reasons[trial.trial_id] = reason
+        if experiment.out_of_time(trial.trial_id):
+            # read by the process that Tune starts for the next attempt
+            run = json.loads(trial.config["run"])
+            seconds = f"{experiment.trial_seconds:.6g}"
+            late = {"reason": f"ended after {seconds} s, its time limit", "kind": "timeout"}
+            trial.config["run"] = json.dumps({**run, "failure": late})
+            _log.warning("trial ended: %s", late["reason"])
+        else:
+            _log.warning("trial started anew: %s", reason)
+        experiment.begun.pop(trial.trial_id, None)
+
+
+def _of_memory(reason: str) -> bool:
+    """Whether an attempt ended for want of memory, by what Ray says of it."""
+    signs = ("OutOfMemory", "MemoryError", "not enough memory", "out of memory")
+    return any(sign in reason for sign in signs)
 
 
 class _SessionStopper(Stopper):
@@ -250,8 +274,8 @@ class _SessionStopper(Stopper):
         return self.stop_all()
 
     def stop_all(self) -> bool:
-        session = _sessions.get(self._key)
-        return session is not None and session.signals.stop
+        experiment = _experiments.get(self._key)
+        return experiment is not None and experiment.session.signals.stop
 
 
 def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:

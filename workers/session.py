@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -22,7 +23,18 @@ from nas.errors import EinsumNasError, StoreUnavailable
 from nas.recipe import Recipe
 from nas.request import Confirm, SearchRequest
 from nas.search import PastTrial, propose
-from nas.store import Lease, Leases, MeasuredCost, Search, Store, StoredPoint, Trial, TrialDraft
+from nas.store import (
+    Lease,
+    Leases,
+    MeasuredCost,
+    Renewal,
+    Search,
+    Store,
+    StoredPoint,
+    Trial,
+    TrialDraft,
+    TrialFailure,
+)
 
 T = TypeVar("T")
 
@@ -46,13 +58,28 @@ class Signals:
     """What the heartbeat tells the run, across threads."""
 
     cancel: threading.Event = field(default_factory=threading.Event)
+    pause: threading.Event = field(default_factory=threading.Event)
+    #: the search has been held for as long as its limits allow
+    overtime: threading.Event = field(default_factory=threading.Event)
     lost: threading.Event = field(default_factory=threading.Event)
     shutdown: threading.Event = field(default_factory=threading.Event)
+
+    def hear(self, renewal: Renewal) -> None:
+        """Pass on what a renewal said."""
+        for name in ("cancel", "pause", "overtime"):
+            if getattr(renewal, name):
+                getattr(self, name).set()
+
+    @property
+    def hand_back(self) -> bool:
+        """Whether the search goes back to the store before its end, to be gone on with."""
+        return (self.shutdown.is_set() or self.pause.is_set()) and not self.cancel.is_set()
 
     @property
     def stop(self) -> bool:
         """Whether the run should end now."""
-        return self.cancel.is_set() or self.lost.is_set() or self.shutdown.is_set()
+        events = (self.cancel, self.pause, self.overtime, self.lost, self.shutdown)
+        return any(event.is_set() for event in events)
 
 
 class SearchSession:
@@ -74,17 +101,19 @@ class SearchSession:
         recipe: Recipe,
         fingerprint: str,
         signals: Signals,
+        *,
+        leases: Leases | None = None,
     ) -> None:
         self.search, self.request, self.signals = search, search.request, signals
         self.recipe, self.fingerprint = recipe, fingerprint
         self._store, self._lease = store, lease
-        self._leases = Leases(store)
+        self._leases = leases or Leases(store)
         self._waiting: deque[Trial] = deque()
         #: key → trials that equal the running one and will share its result
         self._twins: dict[str, list[Trial]] = {}
         self._running: dict[int, Trial] = {}
 
-    def _sql(self, write: Callable[..., T], *args: Any) -> T:
+    def _sql(self, write: Callable[..., T], *args: Any, **named: Any) -> T:
         """Retry while the database is away; the watchdog ends the process if it stays away."""
         retrying = Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
@@ -92,7 +121,7 @@ class SearchSession:
             stop=stop_after_delay(self._lease.seconds),
             reraise=True,
         )
-        return retrying(write, *args)
+        return retrying(write, *args, **named)
 
     def prepare(self) -> int:
         """Plan the references and queue what an earlier worker left; how many may still start."""
@@ -158,19 +187,27 @@ class SearchSession:
             not self._waiting and not any(self._twins.values()) and self._planned_all()
         )
 
-    def _candidates(self) -> list[Trial]:
-        stored = self._sql(self._store.trials, self.search.id)
-        return [t for t in stored if t.kind == "candidate"]
-
     def _planned_all(self) -> bool:
-        return self._unproposed(self._candidates()) <= 0
+        stored = self._sql(self._store.trials, self.search.id)
+        return self._unproposed(stored) <= 0 or self._flops_reached(stored) is not None
+
+    def _flops_reached(self, stored: Sequence[Trial]) -> str | None:
+        """The limit on the FLOPs of all runs, where one more could exceed it."""
+        limits = self.request.limits
+        if limits is None or limits.total_train_flops is None:
+            return None
+        spent = sum(t.train_flops for t in stored if t.reused_from is None)
+        if spent + self.request.train_flops <= limits.total_train_flops:
+            return None
+        return f"total_train_flops {limits.total_train_flops:.6g}"
 
     def _propose(self) -> Trial | None:
-        candidates = self._candidates()
-        if self._unproposed(candidates) <= 0:
+        stored = self._sql(self._store.trials, self.search.id)
+        candidates = [t for t in stored if t.kind == "candidate"]
+        if self._unproposed(candidates) <= 0 or self._flops_reached(stored) is not None:
             return None
         number = self._first_candidate + len(candidates)
-        known = {t.key for t in self._sql(self._store.trials, self.search.id)}
+        known = {t.key for t in stored}
         proposal = propose(
             self.request,
             self.recipe,
@@ -199,15 +236,19 @@ class SearchSession:
         self._sql(self._leases.complete_trial, self._lease, trial_id, environment, cost)
         self._settle(trial_id)
 
-    def fail(self, trial_id: int, reason: str) -> None:
+    def fail(self, trial_id: int, reason: str, failure: TrialFailure = "run") -> None:
         """End a trial without a result; a waiting twin gets its own run."""
-        self._sql(self._leases.fail_trial, self._lease, trial_id, reason)
+        self._sql(self._leases.fail_trial, self._lease, trial_id, reason, failure)
         self._settle(trial_id)
 
     def _settle(self, trial_id: int) -> None:
         trial = self._running.pop(trial_id)
         # back to the queue: `next_trial` finds the result there, or runs the twin itself
         self._waiting.extendleft(reversed(self._twins.pop(trial.key)))
+
+    def requeue(self, why: str) -> None:
+        """Give the search back after an infrastructure error, without waiting for the database."""
+        self._leases.requeue(self._lease, why)
 
     def finish(self) -> None:
         """End the search: cancelled if asked to, else succeeded or failed by its trials."""
@@ -217,16 +258,26 @@ class SearchSession:
         trials = self._sql(self._store.trials, self.search.id)
         unfinished = [t.number for t in trials if t.state in ("planned", "running")]
         missing = self._unproposed(trials)
-        if unfinished or missing > 0:
+        owing = bool(unfinished) or missing > 0
+        reached = self._limit_reached(trials) if owing else None
+        if owing and reached is None:
             raise EinsumNasError(
                 f"the runner ended early: trials {unfinished} unfinished, {missing} not proposed"
             )
+        release = partial(self._leases.release, limit_reached=reached)
         if any(t.state == "complete" and t.kind != "reference" for t in trials):
-            self._sql(self._leases.release, self._lease, "succeeded")
+            self._sql(release, self._lease, "succeeded")
         else:
-            reasons = {t.error for t in trials if t.error}
+            reasons = {t.error for t in trials if t.error} | ({reached} if reached else set())
             why = f"no candidate completed: {'; '.join(sorted(reasons))}"
-            self._sql(self._leases.release, self._lease, "failed", why)
+            failure = "limit" if reached else "trials"
+            self._sql(release, self._lease, "failed", why, failure=failure)
+
+    def _limit_reached(self, trials: Sequence[Trial]) -> str | None:
+        """The limit that ends the search before its last trial; None where all have ended."""
+        if self.signals.overtime.is_set() and self.request.limits is not None:
+            return f"seconds {self.request.limits.seconds:.6g}"
+        return self._flops_reached(trials)
 
 
 def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import logging
+import os
+import resource
+import socket
 from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,8 +35,9 @@ class ProxyTrainable(tune.Trainable):
     and what its steps cost.
 
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
-    results: {"point": …}, {"ended": …} or, for the run's own errors, {"failure": …}.  Only
-    what a fresh process may cure (memory) is raised, so that Ray starts the trial anew.
+    results: {"begun": …}, {"point": …}, {"ended": …} or, for the run's own errors,
+    {"failure": …}.  Only what a fresh process may cure (memory) is raised, so that Ray starts
+    the trial anew.
     """
 
     _points: Generator[Point, None, dict[str, Any] | None]
@@ -47,9 +52,23 @@ class ProxyTrainable(tune.Trainable):
         validation_data: Arrays,
         threads: int,
         checkpoints: str,
+        seconds: float,
+        memory: int | None = None,
     ) -> None:
+        """Prepare a process for one trial after another.
+
+        Parameters
+        ----------
+        checkpoints
+            Folder of the runs' own checkpoints, on the node.
+        seconds
+            After so many of an attempt the process ends, whatever it is doing.
+        memory
+            Bytes that a trial may add to the process; None for any number.
+        """
         self._data = (train_data, validation_data)
         self._threads, self._checkpoints = threads, Path(checkpoints)
+        self._seconds, self._memory = seconds, memory
         torch.set_num_threads(threads)
         gpu = ray.get_gpu_ids() and torch.cuda.is_available()
         self._execution = Execution.on("cuda" if gpu else "cpu")
@@ -61,6 +80,11 @@ class ProxyTrainable(tune.Trainable):
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         run = json.loads(config["run"])
+        self._waiting = [_begun(), *([_failed(**run["failure"])] if "failure" in run else [])]
+        # a thread of the interpreter's own, which no endless loop can hold up; it says on stderr
+        # where the process stood
+        faulthandler.dump_traceback_later(self._seconds, exit=True)
+        limit_memory(self._memory)
         plan = RunPlan.from_dict(run["plan"])
         recipe = Recipe(**run["recipe"])
         self._plans = execution_plans(plan, recipe, self._execution)
@@ -79,6 +103,17 @@ class ProxyTrainable(tune.Trainable):
         return Checkpoint(self._checkpoints / f"{key}.pt", key)
 
     def step(self) -> dict[str, Any]:
+        if self._waiting:
+            return self._waiting.pop(0)
+        result = self._advance()
+        if result["done"]:
+            faulthandler.cancel_dump_traceback_later()
+        return result
+
+    def cleanup(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def _advance(self) -> dict[str, Any]:
         try:
             point = next(self._points)
         except StopIteration as end:
@@ -88,13 +123,13 @@ class ProxyTrainable(tune.Trainable):
             return _report("ended", ended, done=True)
         except RunFailed as error:
             self._checkpoint.remove()
-            return _report("failure", str(error), done=True)
+            return _failed(str(error))
         except Exception as error:
             if _out_of_memory(error):
                 raise
             self._checkpoint.remove()
             _log.exception("the run failed")
-            return _report("failure", f"{type(error).__name__}: {error}", done=True)
+            return _failed(f"{type(error).__name__}: {error}")
         return _report("point", asdict(point), done=False)
 
     def _environment(self) -> dict[str, Any]:
@@ -119,6 +154,29 @@ def _out_of_memory(error: Exception) -> bool:
         return True
     # torch's allocator for the CPU raises a plain RuntimeError
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def limit_memory(allowance: int | None) -> None:
+    """Let this process take so many bytes more than it has now; None lifts the limit.
+
+    Counted is what it allocates on the host (RLIMIT_DATA): not shared memory, where Ray keeps the
+    data, and not the memory of a GPU.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = most
+    if allowance is not None:
+        status = Path("/proc/self/status").read_text()
+        held = int(status.split("VmData:")[1].split()[0]) * 1024
+        soft = held + allowance if most == resource.RLIM_INFINITY else min(held + allowance, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
+
+
+def _begun() -> dict[str, Any]:
+    return _report("begun", f"{socket.gethostname()}:{os.getpid()}", done=False)
+
+
+def _failed(reason: str, kind: str = "run") -> dict[str, Any]:
+    return _report("failure", {"reason": reason, "kind": kind}, done=True)
 
 
 def _report(kind: str, content: Any, *, done: bool) -> dict[str, Any]:

@@ -8,18 +8,20 @@ from nas.store.records import (
     Event,
     Lease,
     MeasuredCost,
+    Renewal,
     Run,
     ScopeState,
     Search,
     StoredPoint,
     Trial,
     TrialDraft,
+    TrialFailure,
 )
 from nas.store.searches import Store
 from nas.store.standings import AXES, Standings, task_scope
 
 __all__ = [
-    "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Run",
-    "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft",
+    "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal", "Run",
+    "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft", "TrialFailure",
     "task_scope", "upgrade",
 ]  # fmt: skip

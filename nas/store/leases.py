@@ -12,43 +12,69 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from nas.design import exponents
 from nas.errors import LeaseLost
-from nas.store import rows, standings
+from nas.store import lifecycle, rows, standings
 from nas.store.engine import writing
 from nas.store.records import (
     UNFINISHED,
     Lease,
     MeasuredCost,
+    Renewal,
     Search,
+    SearchFailure,
     SearchState,
     StoredPoint,
     Trial,
     TrialDraft,
+    TrialFailure,
 )
 from nas.store.schema import PointRow, SearchRow, TrialRow
 from nas.store.searches import Store
 
 #: Lost leases and infrastructure errors after which a search is given up.
-MAX_FAILURES = 5
+MAX_ATTEMPTS = 5
 #: Seconds before a search is tried again after an infrastructure error; doubles each time.
 BACKOFF_SECONDS = 5.0
-_LONGEST_ERROR = 4000
+#: Key of the lock under which claims are made where tenants have limits; any constant does.
+_CLAIM_LOCK = 7305615
 
 
 class Leases:
-    """Claims on searches, and the writes that only the holder of the current claim may do."""
+    """Claims on searches, and the writes that only the holder of the current claim may do.
 
-    def __init__(self, store: Store) -> None:
+    Parameters
+    ----------
+    max_attempts
+        Lost leases and infrastructure errors after which a search is given up.
+    backoff_seconds
+        Before a search is tried again after one; doubles each time.
+    tenant_concurrency
+        Searches of one tenant that may run at once; None for any number.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_attempts: int = MAX_ATTEMPTS,
+        backoff_seconds: float = BACKOFF_SECONDS,
+        tenant_concurrency: int | None = None,
+    ) -> None:
         self._engine = store.engine
+        self._max_attempts, self._backoff_seconds = max_attempts, backoff_seconds
+        self._tenant_concurrency = tenant_concurrency
 
     def claim(
         self, worker: str, lease_seconds: float, *, search_id: str | None = None
     ) -> tuple[Lease, Search] | None:
-        """Take the oldest search that waits or whose lease has run out; None if there is none.
+        """Take the first search that waits or whose lease has run out; None if there is none.
+
+        The first is that of the greatest priority, and of these the oldest.  Searches of tenants
+        that run as many as they may are passed over.
 
         Parameters
         ----------
@@ -60,23 +86,23 @@ class Leases:
             Claim this search or nothing.
         """
         while True:
-            found, got = self._claim_oldest(worker, lease_seconds, search_id)
+            found, got = self._claim_first(worker, lease_seconds, search_id)
             if got is not None or not found:
                 return got
-            # the oldest was given up just now: the next one may still be claimed
+            # the first was given up or paused just now: the next one may still be claimed
 
-    def _claim_oldest(
+    def _claim_first(
         self, worker: str, lease_seconds: float, search_id: str | None
     ) -> tuple[bool, tuple[Lease, Search] | None]:
-        """(whether there was a search to claim, the claim unless that search was ended)."""
+        """(whether there was a search to claim, the claim unless that search was set aside)."""
         with writing(self._engine) as session:
             at = rows.now(session)
             expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
             waiting = (SearchRow.state == "queued") & (SearchRow.not_before <= at)
             query = (
                 select(SearchRow)
-                .where(or_(waiting, expired))
-                .order_by(SearchRow.sequence)
+                .where(or_(waiting, expired), *self._within_limits(session, at))
+                .order_by(SearchRow.priority.desc(), SearchRow.sequence)
                 .limit(1)
                 .with_for_update(skip_locked=True)
             )
@@ -86,25 +112,37 @@ class Leases:
             if row is None:
                 return False, None
             if row.state == "running":
-                row.failures += 1
-                rows.add_event(
-                    session, row.id, "lease_lost", {"worker": row.worker, "failures": row.failures}
-                )
-                if row.cancel_requested or row.failures >= MAX_FAILURES:
-                    reason = f"gave up after {row.failures} lost leases or infrastructure errors"
-                    self._end(session, row, "failed", reason)
+                lost = {"worker": row.worker, "failures": row.failures + 1}
+                rows.add_event(session, row.id, "lease_lost", lost)
+                why = f"worker {row.worker} lost its lease"
+                if not lifecycle.count_failure(session, row, why, self._max_attempts):
                     return True, None
             row.state, row.worker = "running", worker
             row.epoch += 1
-            row.lease_until = at + lease_seconds
+            row.claimed_at, row.lease_until = at, at + lease_seconds
             row.started_at = at if row.started_at is None else row.started_at
             rows.add_event(session, row.id, "claimed", {"worker": worker, "epoch": row.epoch})
             session.flush()
             lease = Lease(row.id, row.epoch, worker, lease_seconds)
             return True, (lease, rows.to_search(row))
 
-    def renew(self, lease: Lease) -> bool:
-        """Extend the lease by its length from now; True if the search is to be cancelled.
+    def _within_limits(self, session: Session, at: float) -> list[ColumnElement[bool]]:
+        """Leaves out the tenants that run as many searches as they may."""
+        if self._tenant_concurrency is None:
+            return []
+        if session.get_bind().dialect.name == "postgresql":
+            # two claims at once would each count without the other; SQLite has one writer anyway
+            session.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
+        full = (
+            select(SearchRow.tenant)
+            .where(SearchRow.state == "running", SearchRow.lease_until >= at)
+            .group_by(SearchRow.tenant)
+            .having(func.count() >= self._tenant_concurrency)
+        )
+        return [SearchRow.tenant.not_in(full)]
+
+    def renew(self, lease: Lease) -> Renewal:
+        """Extend the lease by its length from now, and hear what is wanted of the search.
 
         Raises
         ------
@@ -112,21 +150,34 @@ class Leases:
             Another worker has claimed the search.
         """
         with self._fenced(lease) as (session, row):
-            row.lease_until = rows.now(session) + lease.seconds
-            return row.cancel_requested
+            at = rows.now(session)
+            row.lease_until = at + lease.seconds
+            held = row.held_seconds + at - (at if row.claimed_at is None else row.claimed_at)
+            limits = (row.request.get("limits") or {}).get("seconds")
+            over = limits is not None and held >= limits
+            return Renewal(row.cancel_requested, row.pause_requested, over)
 
     @contextmanager
     def _fenced(self, lease: Lease) -> Iterator[tuple[Session, SearchRow]]:
-        """A write transaction that holds the search's row at the lease's epoch."""
+        """A write transaction that holds the search's row at the lease's epoch.
+
+        A write of an earlier epoch is refused, and that it came is written down.
+        """
         with writing(self._engine) as session:
             query = select(SearchRow).where(SearchRow.id == lease.search_id).with_for_update()
             row = session.scalars(query).one_or_none()
-            if row is None or row.epoch != lease.epoch or row.state != "running":
-                raise LeaseLost(
-                    f"search {lease.search_id}: epoch {lease.epoch} of worker {lease.worker} is "
-                    "no longer the current one"
-                )
-            yield session, row
+            current = row is not None and row.epoch == lease.epoch and row.state == "running"
+            if row is not None and current:
+                yield session, row
+            elif row is not None and row.epoch != lease.epoch:
+                row.stale_writes += 1
+                stale = {"worker": lease.worker, "of_epoch": lease.epoch}
+                rows.add_event(session, row.id, "stale_write", stale)
+        if not current:
+            raise LeaseLost(
+                f"search {lease.search_id}: epoch {lease.epoch} of worker {lease.worker} is "
+                "no longer the current one"
+            )
 
     def set_fingerprint(self, lease: Lease, fingerprint: str) -> str:
         """Store the fingerprint of the search's data unless it has one; the one stored."""
@@ -258,20 +309,23 @@ class Leases:
             self._finish_trial(session, search, row, "complete", {"loss": last.loss})
             standings.enter(session, search, row)
 
-    def fail_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
+    def fail_trial(
+        self, lease: Lease, trial_id: int, reason: str, failure: TrialFailure = "run"
+    ) -> None:
         """End a trial with the reason why it has no result; its points stay."""
         with self._fenced(lease) as (session, search):
             if self._has_ended(session, lease, trial_id, "failed"):
                 return
             row = self._trial(session, lease, trial_id)
-            row.error = reason[:_LONGEST_ERROR]
-            self._finish_trial(session, search, row, "failed", {"error": row.error})
+            row.error, row.failure = reason[: lifecycle.LONGEST_ERROR], failure
+            data = {"error": row.error, "failure": failure}
+            self._finish_trial(session, search, row, "failed", data)
 
     def stop_trial(self, lease: Lease, trial_id: int, reason: str) -> None:
         """End a trial before its last step; its points stay, and it never counts as complete."""
         with self._fenced(lease) as (session, search):
             row = self._trial(session, lease, trial_id)
-            row.error = reason[:_LONGEST_ERROR]
+            row.error = reason[: lifecycle.LONGEST_ERROR]
             self._finish_trial(session, search, row, "stopped", {"reason": row.error})
 
     def _finish_trial(
@@ -319,47 +373,44 @@ class Leases:
             standings.enter(session, search, row)
             return True
 
-    def release(self, lease: Lease, state: SearchState, error: str | None = None) -> None:
-        """End the search as succeeded, failed or cancelled."""
-        with self._fenced(lease) as (session, row):
-            self._end(session, row, state, error)
+    def release(
+        self,
+        lease: Lease,
+        state: SearchState,
+        error: str | None = None,
+        *,
+        failure: SearchFailure | None = None,
+        limit_reached: str | None = None,
+    ) -> None:
+        """End the search as succeeded, failed or cancelled.
 
-    def _end(self, session: Session, row: SearchRow, state: SearchState, error: str | None) -> None:
-        """End a search; one that was to be cancelled and did not succeed counts as cancelled."""
-        if row.cancel_requested and state != "succeeded":
-            state, error = "cancelled", None
-        at = rows.now(session)
-        session.execute(
-            update(TrialRow)
-            .where(TrialRow.search_id == row.id, TrialRow.state.in_(UNFINISHED))
-            .values(state="stopped", error=f"search {state}", finished_at=at)
-        )
-        unfinished = {name: row.tally.get(name, 0) for name in UNFINISHED}
-        changes = {name: -n for name, n in unfinished.items()}
-        rows.count(row, **changes, stopped=sum(unfinished.values()))
-        row.state, row.finished_at, row.lease_until = state, at, None
-        row.error = None if error is None else error[:_LONGEST_ERROR]
-        rows.add_event(session, row.id, state, {} if error is None else {"error": row.error})
+        Parameters
+        ----------
+        failure
+            Why it failed.
+        limit_reached
+            The limit of its request that ended it before its last trial.
+        """
+        with self._fenced(lease) as (session, row):
+            row.limit_reached = limit_reached
+            lifecycle.end(session, row, state, error, failure)
 
     def hand_back(self, lease: Lease) -> None:
-        """Queue the search again because its worker is shutting down; not a failure."""
+        """Queue the search again, or pause it where that was wished; not a failure."""
         with self._fenced(lease) as (session, row):
             if row.cancel_requested:
-                self._end(session, row, "cancelled", None)
-                return
-            row.state, row.lease_until, row.worker = "queued", None, None
-            rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
+                lifecycle.end(session, row, "cancelled")
+            elif row.pause_requested:
+                lifecycle.pause_now(session, row)
+            else:
+                lifecycle.stop_running(session, row, "queued")
+                rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
 
     def requeue(self, lease: Lease, error: str) -> None:
         """Give the search back after an infrastructure error, to be tried again later."""
         with self._fenced(lease) as (session, row):
-            row.failures += 1
-            if row.cancel_requested or row.failures >= MAX_FAILURES:
-                self._end(session, row, "failed", error)
-                return
-            delay = BACKOFF_SECONDS * 2 ** (row.failures - 1)
-            row.state, row.lease_until = "queued", None
-            row.not_before = rows.now(session) + delay
-            rows.add_event(
-                session, row.id, "requeued", {"error": error[:_LONGEST_ERROR], "seconds": delay}
-            )
+            if lifecycle.count_failure(session, row, error, self._max_attempts):
+                delay = self._backoff_seconds * 2 ** (row.failures - 1)
+                row.not_before = rows.now(session) + delay
+                data = {"error": error[: lifecycle.LONGEST_ERROR], "seconds": delay}
+                rows.add_event(session, row.id, "requeued", {**data, "attempt": row.failures})

@@ -9,7 +9,13 @@ from typing import Any, Literal
 from nas.cost import RunPlan
 from nas.request import SearchRequest
 
-SearchState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+SearchState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+#: Why a search failed: its attempts are used up, its input cannot be used, no candidate completed,
+#: or a limit was reached before one did.
+SearchFailure = Literal["attempts", "input", "trials", "limit"]
+#: Why a trial has no result: its own doing, its process died, its time or its memory was used up,
+#: or it was stopped with its search.
+TrialFailure = Literal["run", "process", "timeout", "memory", "search"]
 TrialState = Literal["planned", "running", "complete", "stopped", "failed"]
 TrialKind = Literal["candidate", "reference", "confirmation"]
 TERMINAL: tuple[SearchState, ...] = ("succeeded", "failed", "cancelled")
@@ -25,6 +31,18 @@ class Lease:
     worker: str
     #: length of the lease at each renewal
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What the holder of a lease hears when it renews."""
+
+    #: the search is to be cancelled
+    cancel: bool = False
+    #: the search is to be set aside
+    pause: bool = False
+    #: the search has been held for as long as its limits allow
+    overtime: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,8 @@ class Trial:
     seconds_per_step: float | None
     #: measured; what the run added to its process or took on its device; None where unknown
     peak_memory_bytes: int | None
+    #: why it has no result; None where it has one, or ended before reasons were kept apart
+    failure: TrialFailure | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +154,19 @@ class Search:
     trial_counts: Mapping[str, int]
     #: dense references planned; 0 before a worker has begun the search
     references: int
+    tenant: str
+    #: the greater is claimed first
+    priority: int
+    #: a running search that is to be set aside
+    pause_requested: bool
+    failure: SearchFailure | None
+    #: the limit of its request that ended it before its last trial
+    limit_reached: str | None
+    #: writes refused because they named an earlier epoch
+    stale_writes: int
+    #: how long workers have held it in earlier claims
+    held_seconds: float
+    cloned_from: str | None
 
 
 @dataclass(frozen=True, slots=True)

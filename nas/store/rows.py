@@ -52,6 +52,14 @@ def to_search(row: SearchRow | Row[Any]) -> Search:
         worker=row.worker,
         trial_counts={k: n for k, n in row.tally.items() if k != REFERENCES},
         references=row.tally.get(REFERENCES, 0),
+        tenant=row.tenant,
+        priority=row.priority,
+        pause_requested=row.pause_requested,
+        failure=row.failure,  # type: ignore[arg-type]
+        limit_reached=row.limit_reached,
+        stale_writes=row.stale_writes,
+        held_seconds=row.held_seconds,
+        cloned_from=row.cloned_from,
     )
 
 
@@ -90,6 +98,7 @@ def to_trial(row: TrialRow | Row[Any]) -> Trial:
         confirms=row.confirms,
         seconds_per_step=row.seconds_per_step,
         peak_memory_bytes=row.peak_memory_bytes,
+        failure=row.failure,  # type: ignore[arg-type]
     )
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, text, tuple_
+from sqlalchemy import ColumnElement, Select, func, or_, select, text, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from nas.errors import Conflict, IdempotencyConflict, NotFound
+from nas.errors import IdempotencyConflict, NotFound
 from nas.request import SearchRequest
-from nas.store import rows
+from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
-from nas.store.records import TERMINAL, CurvePoint, Event, Search, StoredPoint, Trial
+from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 
 MAX_PAGE = 500
@@ -48,12 +49,21 @@ class Store:
         data_path: str | None = None,
         idempotency_key: str | None = None,
         fingerprint: str | None = None,
+        tenant: str = "default",
+        cloned_from: str | None = None,
+        request_id: str | None = None,
     ) -> tuple[Search, bool]:
         """Queue a search; (search, whether it is new).
 
         Given a fingerprint, it runs on that data and recipe or not at all.
 
-        The same idempotency key with the same request returns the search it made.
+        The same idempotency key of the same tenant with the same request returns the search it
+        made.
+
+        Parameters
+        ----------
+        request_id
+            Kept in the search's log, to find the request that made it in the service's.
 
         Raises
         ------
@@ -62,7 +72,11 @@ class Store:
         """
         for attempt in range(50):
             try:
-                return self._create(request, data_path, idempotency_key, fingerprint)
+                return self._create(
+                    request, idempotency_key, {} if request_id is None else {"request": request_id},
+                    data_path=data_path, task_fingerprint=fingerprint, tenant=tenant,
+                    cloned_from=cloned_from,
+                )  # fmt: skip
             except IntegrityError:
                 # another transaction took the key or the sequence number in between
                 if attempt == 49:
@@ -70,15 +84,11 @@ class Store:
         raise AssertionError("unreachable")
 
     def _create(
-        self,
-        request: SearchRequest,
-        data_path: str | None,
-        key: str | None,
-        fingerprint: str | None,
+        self, request: SearchRequest, key: str | None, logged: dict[str, str], **values: Any
     ) -> tuple[Search, bool]:
         with writing(self.engine) as session:
             if key is not None:
-                same_key = select(SearchRow).where(SearchRow.idempotency_key == key)
+                same_key = _of_key(values["tenant"], key)
                 found = session.scalars(same_key).one_or_none()
                 if found is not None:
                     if found.request_digest != request.digest:
@@ -92,9 +102,8 @@ class Store:
                 sequence=last + 1,
                 state="queued",
                 task=request.task,
-                task_fingerprint=fingerprint,
                 request=request.model_dump(mode="json"),
-                data_path=data_path,
+                priority=request.priority,
                 idempotency_key=key,
                 request_digest=request.digest,
                 created_at=rows.now(session),
@@ -103,17 +112,22 @@ class Store:
                 failures=0,
                 not_before=0.0,
                 tally={},
+                pause_requested=False,
+                stale_writes=0,
+                held_seconds=0.0,
+                **values,
             )
             session.add(row)
             session.flush()
-            rows.add_event(session, row.id, "queued", {})
+            rows.add_event(session, row.id, "queued", logged)
+            if row.cloned_from is not None:
+                rows.add_event(session, row.id, "cloned", {"from": row.cloned_from})
             return rows.to_search(row), True
 
-    def search_of_key(self, idempotency_key: str) -> Search | None:
-        """The search that was made with an idempotency key."""
-        query = select(SearchRow).where(SearchRow.idempotency_key == idempotency_key)
+    def search_of_key(self, idempotency_key: str, tenant: str = "default") -> Search | None:
+        """The search that a tenant made with an idempotency key."""
         with reading(self.engine) as session:
-            row = session.scalars(query).one_or_none()
+            row = session.scalars(_of_key(tenant, idempotency_key)).one_or_none()
             return None if row is None else rows.to_search(row)
 
     def seeds_of_models(self, models: Collection[str]) -> set[int]:
@@ -140,12 +154,29 @@ class Store:
             raise NotFound(f"no search {search_id!r}")
         return row
 
-    def searches(self, *, before: int | None = None, limit: int = 50) -> list[Search]:
-        """The newest searches, or those created before the sequence number `before`."""
+    def searches(
+        self,
+        *,
+        before: int | None = None,
+        limit: int = 50,
+        state: str | None = None,
+        failure: str | None = None,
+        tenant: str | None = None,
+    ) -> list[Search]:
+        """The newest searches, or those created before the sequence number `before`.
+
+        Parameters
+        ----------
+        state, failure, tenant
+            Leave out searches that have another.
+        """
         columns = SearchRow.__table__.columns  # plain rows, as of trials
         query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
         if before is not None:
             query = query.where(SearchRow.sequence < before)
+        for name, wanted in (("state", state), ("failure", failure), ("tenant", tenant)):
+            if wanted is not None:
+                query = query.where(getattr(SearchRow, name) == wanted)
         with reading(self.engine) as session:
             return [rows.to_search(r) for r in session.execute(query)]
 
@@ -197,17 +228,45 @@ class Store:
         Conflict
             It has ended.
         """
+        return self._changed(search_id, lifecycle.cancel)
+
+    def pause(self, search_id: str) -> Search:
+        """Set a search aside: at once if it is queued, else at the holder's next renewal.
+
+        Raises as `cancel` does; a search that is paused stays so.
+        """
+        return self._changed(search_id, lifecycle.pause)
+
+    def resume(self, search_id: str) -> Search:
+        """Queue a paused search again, or take back the wish to pause a running one.
+
+        Raises
+        ------
+        NotFound, Conflict
+            No such search, or it is neither paused nor to be paused.
+        """
+        return self._changed(search_id, lifecycle.resume)
+
+    def retry(self, search_id: str) -> Search:
+        """Queue a search that has ended again for the trials that it still owes.
+
+        Raises
+        ------
+        NotFound, Conflict
+            No such search; it has not ended, owes none, or reached a limit of its request.
+        """
+        return self._changed(search_id, lifecycle.retry)
+
+    def set_priority(self, search_id: str, priority: int) -> Search:
+        """Let a search be claimed before or after others; raises as `cancel` does."""
+        return self._changed(search_id, partial(lifecycle.set_priority, priority=priority))
+
+    def _changed(self, search_id: str, change: Callable[[Session, SearchRow], None]) -> Search:
         with writing(self.engine) as session:
             row = self._row(session, search_id, lock=True)
-            if row.state in TERMINAL:
-                raise Conflict(f"search {search_id} has ended: {row.state}")
-            row.cancel_requested = True
-            if row.state == "queued":
-                row.state, row.finished_at = "cancelled", rows.now(session)
-                rows.add_event(session, search_id, "cancelled", {})
-            else:
-                rows.add_event(session, search_id, "cancel_requested", {})
-        return self.search(search_id)
+            change(session, row)
+            session.flush()
+            return rows.to_search(row)
 
     def curve_points(
         self,
@@ -302,3 +361,9 @@ class Store:
         with reading(self.engine) as session:
             revision = session.scalar(text("SELECT version_num FROM alembic_version"))
             return None if revision is None else str(revision)
+
+
+def _of_key(tenant: str, idempotency_key: str) -> Select[SearchRow]:
+    return select(SearchRow).where(
+        SearchRow.tenant == tenant, SearchRow.idempotency_key == idempotency_key
+    )

@@ -20,7 +20,8 @@ from nas.design import exponents, parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft, upgrade
-from nas.store.leases import MAX_FAILURES
+from nas.store.records import Renewal
+from nas.store.leases import MAX_ATTEMPTS
 from nas.store.rows import pack_floats, unpack_floats
 from nas.store.schema import Base
 
@@ -179,7 +180,10 @@ def test_an_expired_lease_passes_on_and_fences_the_old_holder(store: Store, leas
         with pytest.raises(LeaseLost):
             write()
     assert store.curve(trial.id) == []
-    assert [t.state for t in store.trials(search.id)] == ["running"]
+    assert store.search(search.id).stale_writes == len(stale)
+    refused = [e.data for e in store.events(search.id) if e.kind == "stale_write"]
+    assert refused == [{"worker": "old", "of_epoch": old.epoch}] * len(stale)
+    assert [t.state for t in store.trials(search.id)] == ["planned"]
     leases.start_trial(new, trial.id)
     assert store.trial(trial.id).attempts == 2
 
@@ -189,13 +193,13 @@ def test_renewal_keeps_the_lease(store: Store, leases: Leases) -> None:
     lease, _ = claimed(leases, seconds=0.5)
     for _ in range(4):
         time.sleep(0.2)
-        assert leases.renew(lease) is False
+        assert leases.renew(lease) == Renewal()
     assert leases.claim("other", LONG) is None
 
 
 def test_a_search_is_given_up_after_too_many_lost_leases(store: Store, leases: Leases) -> None:
     search, _ = store.create_search(REQUEST)
-    for _ in range(MAX_FAILURES):
+    for _ in range(MAX_ATTEMPTS):
         claimed(leases, seconds=0.01)
         time.sleep(0.03)
     assert leases.claim("w", LONG) is None
@@ -428,7 +432,7 @@ def test_cancelling_a_running_search_is_read_at_renewal(store: Store, leases: Le
     lease, _ = claimed(leases)
     trial = leases.add_trial(lease, draft(0))
     assert store.cancel(search.id).state == "running"
-    assert leases.renew(lease) is True
+    assert leases.renew(lease).cancel
     leases.release(lease, "cancelled")
     assert store.search(search.id).state == "cancelled"
     assert store.trial(trial.id).state == "stopped"
@@ -458,7 +462,7 @@ def test_a_wish_to_cancel_survives_the_worker(store: Store, leases: Leases, end:
 
 def test_giving_one_search_up_does_not_hide_the_next(store: Store, leases: Leases) -> None:
     store.create_search(REQUEST)
-    for _ in range(MAX_FAILURES):
+    for _ in range(MAX_ATTEMPTS):
         claimed(leases, seconds=0.01)
         time.sleep(0.03)
     second, _ = store.create_search(REQUEST)

@@ -10,7 +10,7 @@ import pytest
 from nas.errors import LeaseLost, StoreUnavailable
 from nas.request import SearchRequest
 from nas.settings import Settings
-from nas.store import Lease, Leases, Search, Store, upgrade
+from nas.store import Lease, Leases, Renewal, Search, Store, upgrade
 from nas.tasks import TaskData
 from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
 from workers.session import SearchSession, Signals
@@ -24,13 +24,13 @@ class _Renewals:
     def __init__(self, outcome: object) -> None:
         self.outcome, self.calls = outcome, 0
 
-    def renew(self, _lease: Lease) -> bool:
+    def renew(self, _lease: Lease) -> Renewal:
         self.calls += 1
         if isinstance(self.outcome, Exception):
             raise self.outcome
         if self.outcome == "hang":
             time.sleep(60)
-        return bool(self.outcome)
+        return Renewal(cancel=bool(self.outcome))
 
 
 @pytest.mark.parametrize("outcome", [StoreUnavailable("away"), "hang"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,14 @@ def actor(
     data = load_data(recipe)
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
+    made._seconds, made._memory = 3600.0, None
     plan = plan_of_steps(recipe, parse_design(design), 16, 24)
     run = {
         "plan": plan.as_dict(),
         "recipe": recipe.as_dict(), "seed": 0, "key": key,
     }  # fmt: skip
     made.reset_config({"run": json.dumps(run)})
+    assert report(made).keys() == {"begun"}
     return made
 
 
@@ -58,6 +62,12 @@ def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _save_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "is_due", property(lambda _: True))
+
+
+@pytest.fixture(autouse=True)
+def _no_time_limit_is_left_behind() -> Iterator[None]:
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
@@ -98,7 +108,8 @@ def test_another_run_has_another_checkpoint(tmp_path: Path) -> None:
 def test_a_failed_run_reports_why_and_leaves_no_state(tmp_path: Path) -> None:
     made = actor(tmp_path, replace(SMALL, lr=1e30))
     ended = reports(made)[-1]
-    assert "loss is" in ended["failure"]
+    assert "loss is" in ended["failure"]["reason"]
+    assert ended["failure"]["kind"] == "run"
     assert not tmp_path.exists() or not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,180 @@
+"""From state to state: what every way of ending, queueing and stopping a search has in common.
+
+    queued → running → succeeded | failed | cancelled
+    queued, running ⇄ paused;  running → queued (handed back, lease lost, infrastructure error);
+    failed, cancelled → queued (retried)
+
+Every function works on a row that its caller has locked, in the caller's transaction, so that of
+two changes at the same moment the second sees what the first has made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy.orm import Session
+
+from nas.errors import Conflict
+from nas.store import rows
+from nas.store.records import TERMINAL, UNFINISHED, SearchFailure, SearchState
+from nas.store.schema import SearchRow, TrialRow
+
+LONGEST_ERROR = 4000
+#: Failures of trials that another attempt may cure.
+RETRYABLE = ("process", "timeout", "memory")
+
+
+def end(
+    session: Session,
+    row: SearchRow,
+    state: SearchState,
+    error: str | None = None,
+    failure: SearchFailure | None = None,
+) -> None:
+    """End a search; one that was to be cancelled and did not succeed counts as cancelled."""
+    if row.cancel_requested and state != "succeeded":
+        state, error, failure = "cancelled", None, None
+    at = rows.now(session)
+    why = row.limit_reached or f"search {state}"
+    session.execute(
+        update(TrialRow)
+        .where(TrialRow.search_id == row.id, TrialRow.state.in_(UNFINISHED))
+        .values(state="stopped", error=why, failure="search", finished_at=at)
+    )
+    unfinished = {name: row.tally.get(name, 0) for name in UNFINISHED}
+    changes = {name: -n for name, n in unfinished.items()}
+    rows.count(row, **changes, stopped=sum(unfinished.values()))
+    _let_go(row, at)
+    row.state, row.finished_at, row.pause_requested = state, at, False
+    row.error = None if error is None else error[:LONGEST_ERROR]
+    row.failure = failure if state == "failed" else None
+    data: dict[str, Any] = {} if error is None else {"error": row.error}
+    if row.failure is not None:
+        data["failure"] = row.failure
+    if row.limit_reached is not None:
+        data["limit_reached"] = row.limit_reached
+    rows.add_event(session, row.id, state, data)
+
+
+def stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
+    """Take a running search from its worker into `state`, queued or paused.
+
+    Its trials in flight are planned again: nothing runs them now.
+    """
+    session.execute(
+        update(TrialRow)
+        .where(TrialRow.search_id == row.id, TrialRow.state == "running")
+        .values(state="planned")
+    )
+    running = row.tally.get("running", 0)
+    rows.count(row, running=-running, planned=running)
+    _let_go(row, rows.now(session))
+    row.state, row.worker = state, None
+
+
+def _let_go(row: SearchRow, at: float) -> None:
+    """Account for the time that the search was held; a lease that ran out held it to its end."""
+    if row.claimed_at is not None:
+        until = at if row.lease_until is None else min(at, row.lease_until)
+        row.held_seconds += max(until - row.claimed_at, 0.0)
+    row.claimed_at = row.lease_until = None
+
+
+def count_failure(session: Session, row: SearchRow, error: str, max_attempts: int) -> bool:
+    """Count a lost lease or an infrastructure error; whether the search may be tried again.
+
+    It may not where it was to be cancelled, has used its attempts, or was to be paused.
+    """
+    row.failures += 1
+    if row.cancel_requested or row.failures >= max_attempts:
+        reason = f"gave up after {row.failures} lost leases or infrastructure errors: {error}"
+        end(session, row, "failed", reason, "attempts")
+    elif row.pause_requested:
+        pause_now(session, row)
+    else:
+        stop_running(session, row, "queued")
+    return row.state == "queued"
+
+
+def pause_now(session: Session, row: SearchRow) -> None:
+    """Set a search aside that nobody runs from now on."""
+    stop_running(session, row, "paused")
+    row.pause_requested = False
+    rows.add_event(session, row.id, "paused", {})
+
+
+def cancel(session: Session, row: SearchRow) -> None:
+    """Stop a search: at once if nobody runs it, else at the holder's next renewal."""
+    if row.state in TERMINAL:
+        raise Conflict(f"search {row.id} has ended: {row.state}")
+    row.cancel_requested = True
+    if row.state == "running":
+        rows.add_event(session, row.id, "cancel_requested", {})
+    else:
+        end(session, row, "cancelled")
+
+
+def pause(session: Session, row: SearchRow) -> None:
+    """Set a search aside: at once if nobody runs it, else at the holder's next renewal."""
+    if row.state in TERMINAL:
+        raise Conflict(f"search {row.id} has ended: {row.state}")
+    if row.state == "queued":
+        pause_now(session, row)
+    elif row.state == "running" and not row.pause_requested:
+        row.pause_requested = True
+        rows.add_event(session, row.id, "pause_requested", {})
+
+
+def resume(session: Session, row: SearchRow) -> None:
+    """Queue a paused search, or take back the wish to pause a running one."""
+    if row.state == "paused":
+        row.state = "queued"
+    elif row.state == "running" and row.pause_requested:
+        row.pause_requested = False
+    else:
+        raise Conflict(f"search {row.id} is not paused: {row.state}")
+    rows.add_event(session, row.id, "resumed", {})
+
+
+def retry(session: Session, row: SearchRow) -> None:
+    """Queue an ended search again for the trials that it still owes.
+
+    Those are the trials that were stopped with it, those whose process died, ran out of memory or
+    of time, and those never proposed.  What a run failed of by itself would come out the same.
+    """
+    if row.state not in TERMINAL:
+        raise Conflict(f"search {row.id} has not ended: {row.state}")
+    if row.limit_reached is not None:
+        raise Conflict(
+            f"search {row.id} reached its limit: {row.limit_reached}; clone it with another limit"
+        )
+    owed = list(session.scalars(select(TrialRow).where(_owed(row))))
+    if row.state == "succeeded" and not owed:
+        raise Conflict(f"search {row.id} has succeeded, and no trial of it can be tried again")
+    for trial in owed:
+        rows.count(row, **{trial.state: -1})
+        rows.count(row, planned=1)
+        trial.state, trial.error, trial.failure, trial.finished_at = "planned", None, None, None
+    row.state, row.failures, row.not_before = "queued", 0, 0.0
+    row.error = row.failure = row.finished_at = None
+    row.cancel_requested = False
+    rows.add_event(session, row.id, "retried", {"trials": [t.number for t in owed]})
+
+
+def _owed(row: SearchRow) -> ColumnElement[bool]:
+    stopped = (TrialRow.state == "stopped") & or_(
+        TrialRow.failure == "search",
+        # stopped before reasons were kept apart
+        TrialRow.failure.is_(None) & TrialRow.error.like("search %"),
+    )
+    failed = (TrialRow.state == "failed") & TrialRow.failure.in_(RETRYABLE)
+    return (TrialRow.search_id == row.id) & or_(stopped, failed)
+
+
+def set_priority(session: Session, row: SearchRow, priority: int) -> None:
+    """Move a search that has not ended before or behind others."""
+    if row.state in TERMINAL:
+        raise Conflict(f"search {row.id} has ended: {row.state}")
+    row.priority = priority
+    rows.add_event(session, row.id, "priority", {"priority": priority})

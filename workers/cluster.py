@@ -1,0 +1,233 @@
+"""The Ray cluster that trials run on: joining it, what it holds, and noticing that it is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+# read when ray is imported or started: no usage report, and logs that do not grow without end
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(16 * 2**20))
+os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "2")
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nas.errors import ClusterUnavailable, InvalidInput
+from nas.settings import Settings
+
+_log = logging.getLogger(__name__)
+# it warns that a local cluster asks for a token, which is as it should be
+_AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
+logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Seconds for a connection to the head, and for a word from each node.
+_CONNECT_SECONDS = 5.0
+_PROBE_SECONDS = 60.0
+#: Seconds between looks whether the head is there, and without it before it is given up.  A head
+#: that keeps its state elsewhere may be started anew within this time.
+_LOOK_SECONDS = 2.0
+_PATIENCE_SECONDS = 30.0
+#: Packages whose versions a node shares with this process, for what is sent between them.
+_SHARED = ("einsum-nas", "ray", "torch")
+
+
+def address() -> str | None:
+    """The cluster to join, from `RAY_ADDRESS`; None for a local one.
+
+    Raises
+    ------
+    InvalidInput
+        An address of Ray's client server: its driver would not be this process.
+    """
+    given = os.environ.get("RAY_ADDRESS") or None
+    if given is not None and "://" in given:
+        accepted = "HOST:PORT of the head (such as 10.0.0.1:6379), or auto on a node of the cluster"
+        raise InvalidInput("RAY_ADDRESS", given, accepted)
+    return given
+
+
+def connect(settings: Settings) -> None:
+    """Join the cluster of `RAY_ADDRESS`, or start one on this machine's loopback interface.
+
+    Raises
+    ------
+    ClusterUnavailable
+        It cannot be reached, asks for another token, or is of other versions.
+    """
+    if ray.is_initialized():
+        if _answers():
+            return
+        ray.shutdown()  # its head is gone: another may be there by now
+    wanted = address()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        if wanted is None:
+            _start_local(settings)
+        else:
+            _join(wanted)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray puts its own in their place
+                signal.signal(number, handler)
+
+
+def disconnect() -> None:
+    """Leave the cluster, or end the local one."""
+    ray.shutdown()
+
+
+def _start_local(settings: Settings) -> None:
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+        num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
+        resources=dict(settings.resources_per_trial) or None,
+    )
+
+
+def _join(wanted: str) -> None:
+    if wanted != "auto" and not _listens(wanted):
+        raise ClusterUnavailable(
+            f"no Ray head answers at RAY_ADDRESS={wanted}; start it, or correct the address"
+        )
+    try:
+        ray.init(address=wanted, logging_level=logging.WARNING, log_to_driver=False)
+        _check_nodes()
+    except Exception as error:
+        ray.shutdown()
+        if isinstance(error, ClusterUnavailable):
+            raise
+        said = " ".join(str(error).split())[:500]
+        raise ClusterUnavailable(
+            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined: {said}; "
+            "`einsum-nas doctor` looks for the cause"
+        ) from error
+
+
+def _listens(wanted: str) -> bool:
+    host, _, port = wanted.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
+            return True
+    except ValueError:
+        raise InvalidInput("RAY_ADDRESS", wanted, "HOST:PORT of the head, or auto") from None
+    except OSError:
+        return False
+
+
+def _answers() -> bool:
+    """Whether the head of the cluster that this process belongs to can be reached."""
+    return _listens(str(ray.get_runtime_context().gcs_address))
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that nodes share, as they are where this runs."""
+    found = {"python": platform.python_version()}
+    for package in _SHARED:
+        try:
+            found[package] = version(package).partition("+")[0]  # torch tells its CUDA build there
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def node_versions(timeout_seconds: float = _PROBE_SECONDS) -> dict[str, dict[str, str]]:
+    """Address of each living node → what `versions` gives there."""
+    probe = ray.remote(num_cpus=0, max_retries=0)(versions)
+    asked = {
+        str(node["NodeManagerAddress"]) + ":" + str(node["NodeManagerPort"]): probe.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in alive_nodes()
+    }
+    return dict(zip(asked, ray.get(list(asked.values()), timeout=timeout_seconds), strict=True))
+
+
+def _check_nodes() -> None:
+    own = versions()
+    for node, found in node_versions().items():
+        other = {name: v for name, v in found.items() if v != own[name]}
+        if other:
+            here = ", ".join(f"{name} {own[name]}" for name in other)
+            there = ", ".join(f"{name} {v}" for name, v in other.items())
+            raise ClusterUnavailable(
+                f"node {node} has {there}, this worker has {here}; install the same on both"
+            )
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's description of each node that lives."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def trial_resources(settings: Settings) -> dict[str, float]:
+    """Resources of one trial: a GPU (or a share of one) where the cluster has any."""
+    needs: dict[str, float] = {"CPU": settings.cpus_per_trial, **settings.resources_per_trial}
+    if ray.cluster_resources().get("GPU", 0) > 0:
+        needs["GPU"] = settings.gpus_per_trial
+    return needs
+
+
+def fitting(needs: dict[str, float]) -> int:
+    """How many trials the cluster holds at once, none of them spread over two nodes.
+
+    Raises
+    ------
+    ClusterUnavailable
+        Not one.
+    """
+    held = [node["Resources"] for node in alive_nodes()]
+    # the tiny summand: Ray counts in units of 1/10,000, so that three thirds make one
+    count = sum(
+        int(min(have.get(name, 0.0) / n + 1e-4 for name, n in needs.items())) for have in held
+    )
+    if count == 0:
+        shown = [{name: have.get(name, 0) for name in needs} for have in held]
+        raise ClusterUnavailable(
+            f"one trial needs {needs}; no node of the cluster has that: {shown}; change "
+            "EINSUM_NAS_CPUS_PER_TRIAL, EINSUM_NAS_GPUS_PER_TRIAL or "
+            "EINSUM_NAS_RESOURCES_PER_TRIAL, or add a node"
+        )
+    return count
+
+
+class HeadWatch:
+    """Calls `gone` once the head of the cluster has been away for too long.
+
+    Ray itself waits for a minute and then ends the process without a word to anyone.
+    """
+
+    def __init__(self, gone: Callable[[str], object]) -> None:
+        self._gone = gone
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="head-watch", daemon=True)
+
+    def __enter__(self) -> HeadWatch:
+        self._head = str(ray.get_runtime_context().gcs_address)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        seen = time.monotonic()
+        while not self._done.wait(_LOOK_SECONDS):
+            if _listens(self._head):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > _PATIENCE_SECONDS:
+                self._gone(f"the Ray head at {self._head} has not answered for 30 s")
+                return
