@@ -10,10 +10,10 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.staticfiles import StaticFiles
 
-from api import dashboard, events, problems, routes
+from api import access, dashboard, events, health, lifecycle, metrics, problems, routes
 from api.cache import AnswerCache
 from nas.settings import Settings, settings
-from nas.store import Standings, Store, upgrade
+from nas.store import Standings, Store
 
 _LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 DESCRIPTION = """
@@ -28,6 +28,9 @@ matrix products counted. Losses are means over fixed validation samples, in the 
 def create_app(configured: Settings | None = None, *, any_host: bool = False) -> FastAPI:
     """The service on the database of `configured`, which is migrated when the service starts.
 
+    A database that is away at the start is waited for: until it is there, every route but those of
+    `health` and `metrics` answers 503.
+
     Parameters
     ----------
     any_host
@@ -38,12 +41,18 @@ def create_app(configured: Settings | None = None, *, any_host: bool = False) ->
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        upgrade(used.resolved_database_url)
-        app.state.store = Store(used.resolved_database_url)
-        app.state.cache = AnswerCache(Standings(app.state.store))
+        store = Store(used.resolved_database_url)
+        app.state.store = store
+        app.state.cache = AnswerCache(Standings(store))
         app.state.settings = used
-        yield
-        app.state.store.close()
+        app.state.store_reader = metrics.StoreReader(store)
+        readiness = app.state.readiness = health.Readiness(store, used)
+        try:
+            await readiness.start()
+            yield
+        finally:
+            await readiness.stop()
+            store.close()
 
     app = FastAPI(
         title="einsum-nas",
@@ -55,10 +64,15 @@ def create_app(configured: Settings | None = None, *, any_host: bool = False) ->
         redoc_url=None,
     )
     problems.install(app)
+    app.add_middleware(health.Gate)
     if not any_host:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES)
-    app.include_router(routes.health)
+    metrics.install(app)
+    access.install(app)
+    app.include_router(health.health)
+    app.include_router(metrics.router)
     app.include_router(routes.router, dependencies=[Depends(problems.refuse_other_origins)])
+    app.include_router(lifecycle.router, dependencies=[Depends(problems.refuse_other_origins)])
     app.include_router(events.router)
     app.include_router(dashboard.router)
     app.mount("/static", StaticFiles(directory=dashboard.STATIC), name="static")

@@ -17,6 +17,7 @@ from api.schemas import TrialOut
 from nas import answers
 from nas.errors import NotFound
 from nas.store import AXES
+from nas.store.processes import LIVE_SECONDS, Processes
 
 router = APIRouter(include_in_schema=False)
 _HERE = Path(__file__).parent
@@ -61,6 +62,7 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
     body = {
         "search": describe(search).model_dump(),
         "best": best,
+        "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
         "scatter": figures.draw_scatter(figures.scatter_data(points, x), x, budget, unit),
         "curves": figures.draw_curves(figures.curves_data(points), unit),
         "trials_total": sum(search.trial_counts.values()),

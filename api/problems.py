@@ -9,12 +9,16 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound, StoreUnavailable, echo
 from nas.store import AXES
+from nas.store.troubles import DatabaseTrouble
 
 _log = logging.getLogger(__name__)
 PROBLEM_JSON = "application/problem+json"
+#: When a client may try again where the database is unavailable.
+RETRY_AFTER_SECONDS = 5
 #: For the OpenAPI document of every route.
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -27,6 +31,9 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "field": {"type": "string", "description": "the field that cannot be used"},
         "value": {"type": "string", "description": "what was given, shortened"},
         "accepted": {"type": "string", "description": "what is accepted"},
+        "reason": {"type": "string", "description": "why the database is unavailable"},
+        "part": {"type": "string", "description": "the part of readiness that fails"},
+        "parts": {"type": "object", "description": "every part of readiness"},
     },
 }
 _PARAMETER_ACCEPTS = {
@@ -47,10 +54,23 @@ _PARAMETER_ACCEPTS = {
 }
 
 
-def problem(status: int, kind: str, title: str, detail: str, **extra: str) -> JSONResponse:
+def problem(
+    status: int,
+    kind: str,
+    title: str,
+    detail: str,
+    *,
+    headers: dict[str, str] | None = None,
+    **extra: Any,
+) -> JSONResponse:
     """One problem document."""
     body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
-    return JSONResponse({**body, **extra}, status, media_type=PROBLEM_JSON)
+    return JSONResponse({**body, **extra}, status, headers, media_type=PROBLEM_JSON)
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that a request met, such as ``/v1/searches/{search_id}``."""
+    return str(getattr(scope.get("route"), "path", "none"))
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -89,9 +109,20 @@ def _idempotency(_request: Request, error: Exception) -> JSONResponse:
     return problem(422, "idempotency-conflict", "Idempotency-Key used before", echo(str(error)))
 
 
-def _unavailable(_request: Request, error: Exception) -> JSONResponse:
-    _log.error("%s", error)
-    return problem(503, "unavailable", "Service unavailable", "the database is unavailable")
+def _unavailable(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StoreUnavailable)
+    request.app.state.readiness.doubt()
+    what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
+    later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    if not isinstance(error, DatabaseTrouble):
+        _log.error("%s: %s", what, error)
+        detail = "the database is unavailable"
+        return problem(503, "unavailable", "Service unavailable", detail, headers=later)
+    _log.error("%s: %s: %s", what, error, error.advice)
+    detail = f"the database is unavailable: {error.finding}; try again later"
+    return problem(
+        503, "unavailable", "Service unavailable", detail, headers=later, reason=error.kind
+    )
 
 
 def _http(_request: Request, error: Exception) -> JSONResponse:
@@ -101,8 +132,9 @@ def _http(_request: Request, error: Exception) -> JSONResponse:
     return response
 
 
-def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    _log.error("%s %s", request.method, request.url.path, exc_info=error)
+def unexpected(request: Request, error: Exception) -> JSONResponse:
+    """500 for an error of this service, which its log tells in full."""
+    _log.error("%s %s failed", echo(request.method), route_of(request.scope), exc_info=error)
     return problem(500, "internal", "Internal error", "an error of this service; it is in its log")
 
 
@@ -124,4 +156,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Conflict, _conflict)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_exception_handler(Exception, unexpected)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from anyio import CapacityLimiter, to_thread
+from asgi_correlation_id import correlation_id
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic_core import to_json
@@ -22,8 +23,9 @@ from nas.errors import InvalidInput
 from nas.recipe import Recipe
 from nas.request import SearchRequest, data_inside
 from nas.results import Answer, FrontierAnswer
-from nas.settings import Settings
+from nas.settings import TENANT, Settings
 from nas.store import AXES, Search, Store
+from nas.store.records import SearchFailure, SearchState
 from nas.structure import MAX_DIMENSION, Sizing
 from nas.tasks import load_data
 
@@ -40,6 +42,11 @@ _TEXT = r"^[^\x00]*$"
 Cursor = Annotated[int, Query(ge=-1, le=_MAX_ID)]
 SearchId = Annotated[str, Path(pattern=_TEXT, max_length=64)]
 Text = Annotated[str | None, Query(pattern=_TEXT, max_length=200)]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+#: Whose search it is: a name for limits and lists, not a proof of identity.
+Tenant = Annotated[str, Header(alias="X-Tenant", pattern=TENANT)]
+State = Annotated[str | None, Query(description=" | ".join(get_args(SearchState)))]
+Failure = Annotated[str | None, Query(description=" | ".join(get_args(SearchFailure)))]
 Axis = Annotated[str, Query(max_length=64, description=" | ".join(AXES))]
 _SEARCH_BODY: dict[str, Any] = {
     "requestBody": {
@@ -79,14 +86,15 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 async def read_search_request(request: Request) -> SearchRequest:
     """The body as a `SearchRequest`; `InvalidInput` if it is none."""
-    values = _parsed(await request.body())
+    values = parsed(await request.body())
     if isinstance(values, dict) and values.get("confirm") is not None:
         accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
         raise InvalidInput("confirm", values["confirm"], accepted)
     return SearchRequest.checked(values)
 
 
-def _parsed(body: bytes) -> Any:
+def parsed(body: bytes) -> Any:
+    """A request's body as plain values; `InvalidInput` if it is no JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -101,7 +109,7 @@ RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
 _reading = threading.Lock()
 
 
-def _usable_data(request: SearchRequest, settings: Settings) -> tuple[str | None, Recipe]:
+def usable_data(request: SearchRequest, settings: Settings) -> tuple[str | None, Recipe]:
     """The path of the request's data once it is known to be usable, and the recipe it makes."""
     if request.data is None:
         return None, request.settings
@@ -130,10 +138,19 @@ def create_search(
     response: Response,
     store: StoreDep,
     settings: SettingsDep,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    tenant: Tenant = "default",
+    idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
-    data_path, _ = _usable_data(body, settings)
-    search, new = store.create_search(body, data_path=data_path, idempotency_key=idempotency_key)
+    data_path, _ = usable_data(body, settings)
+    search, new = store.create_search(
+        body, data_path=data_path, idempotency_key=idempotency_key, tenant=tenant,
+        request_id=correlation_id.get(),
+    )  # fmt: skip
+    return made(search, new, response)
+
+
+def made(search: Search, new: bool, response: Response) -> SearchOut:
+    """The answer to a request that makes a search, or made it before with the same key."""
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/searches/{search.id}"
     return describe(search)
@@ -146,7 +163,7 @@ def create_search(
     summary="What a search would run, without running it",
 )
 def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
-    _, recipe = _usable_data(body, settings)
+    _, recipe = usable_data(body, settings)
     return catalogue.get_preview(body, recipe)
 
 
@@ -157,10 +174,17 @@ def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
     summary="Searches, newest first",
 )
 async def list_searches(
-    store: StoreDep, limit: Limit = 50, cursor: Cursor | None = None
+    store: StoreDep,
+    limit: Limit = 50,
+    cursor: Cursor | None = None,
+    state: State = None,
+    failure: Failure = None,
+    tenant: Annotated[str | None, Query(pattern=TENANT)] = None,
 ) -> Response:
+    filters = catalogue.checked_filters(state=state, failure=failure, tenant=tenant)
+
     def page() -> dict[str, Any]:
-        found = store.searches(before=cursor, limit=limit)
+        found = store.searches(before=cursor, limit=limit, **filters)
         more = len(found) == limit
         return {
             "items": [catalogue.search_dict(s) for s in found],
@@ -205,11 +229,6 @@ async def _paged(page: Callable[[], dict[str, Any]]) -> Response:
     return _json(await to_thread.run_sync(lambda: to_json(page()), limiter=_PAGE_MAKERS))
 
 
-@router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
-def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
-    return describe(store.cancel(search_id))
-
-
 @router.post(
     "/searches/{search_id}/confirm",
     status_code=201,
@@ -222,15 +241,15 @@ async def confirm_search(
     request: Request,
     response: Response,
     store: StoreDep,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    tenant: Tenant = "default",
+    idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
-    wanted = ConfirmRequest.checked(_parsed(await request.body()))
+    wanted = ConfirmRequest.checked(parsed(await request.body()))
     search, new = await run_in_threadpool(
-        create_confirmation, store, search_id, wanted, idempotency_key=idempotency_key
-    )
-    response.status_code = 201 if new else 200
-    response.headers["Location"] = f"/v1/searches/{search.id}"
-    return describe(search)
+        create_confirmation, store, search_id, wanted,
+        idempotency_key=idempotency_key, tenant=tenant, request_id=correlation_id.get(),
+    )  # fmt: skip
+    return made(search, new, response)
 
 
 @router.get("/trials/{trial_id}", responses=responses(404, 422), summary="A trial with its curve")
@@ -331,17 +350,3 @@ def read_structure(
 @router.get("/tasks", summary="Tasks, their recipes and the data that searches have used")
 def list_tasks(store: StoreDep) -> dict[str, Any]:
     return {"items": catalogue.get_tasks(store)}
-
-
-health = APIRouter()
-
-
-@health.get("/healthz", summary="The process answers")
-def healthz() -> dict[str, str]:
-    return {"status": "ok"}
-
-
-@health.get("/readyz", responses=responses(503), summary="The database answers")
-async def readyz(store: StoreDep) -> dict[str, str]:
-    await run_in_threadpool(store.ping)
-    return {"status": "ready"}

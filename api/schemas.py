@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nas.request import SearchRequest
+from nas.request import MAX_PRIORITY, SearchRequest
 from nas.results import DESIGN, THETA
 from nas.store import StoredPoint, Trial
 
@@ -19,7 +19,7 @@ class SearchOut(_Out):
     """A search and how far it is."""
 
     id: str
-    state: str = Field(description="queued | running | succeeded | failed | cancelled")
+    state: str = Field(description="queued | running | paused | succeeded | failed | cancelled")
     task: str
     task_fingerprint: str | None = Field(
         description="fingerprint of the data, null until a worker has loaded it"
@@ -36,6 +36,21 @@ class SearchOut(_Out):
     runs_total: int | None = Field(
         description="runs of the whole search, references included; null until it is planned"
     )
+    tenant: str
+    priority: int = Field(description="searches of greater priority are run first")
+    pause_requested: bool
+    failures: int = Field(description="lost leases and infrastructure errors since it was queued")
+    failure: str | None = Field(
+        description="why it failed. attempts: given up after too many lost leases and "
+        "infrastructure errors, and may be retried | input: its data cannot be used | trials: no "
+        "candidate completed | limit: a limit was reached before one did"
+    )
+    limit_reached: str | None = Field(
+        description="the limit of its request that ended it before its last trial"
+    )
+    held_seconds: float = Field(description="seconds that workers held it in earlier claims")
+    stale_writes: int = Field(description="writes of workers that had lost it, refused")
+    cloned_from: str | None
 
 
 class SearchPage(_Out):
@@ -79,6 +94,10 @@ class TrialOut(_Out):
     created_at: float
     started_at: float | None
     finished_at: float | None
+    failure: str | None = Field(
+        description="why it has no result. run: its own doing, such as a loss that is no number | "
+        "process: its process died | timeout | memory | search: stopped with its search"
+    )
     confirms: int | None = Field(description="trial that this one runs again with a fresh seed")
     seconds_per_step: float | None = Field(description="measured; null where it is not known")
     peak_memory_bytes: int | None = Field(
@@ -96,7 +115,7 @@ def trial_fields(trial: Trial) -> dict[str, Any]:
         "id", "search_id", "number", "kind", "state", "name", "dense", "width", "depth", "steps",
         "train_flops", "train_flops_per_step", "forward_flops_per_token", "seed", "loss", "error",
         "attempts", "reused_from", "created_at", "started_at", "finished_at", "confirms",
-        "seconds_per_step", "peak_memory_bytes",
+        "seconds_per_step", "peak_memory_bytes", "failure",
     )  # fmt: skip
     return {
         **{name: getattr(trial, name) for name in same},
@@ -145,3 +164,34 @@ class TrialDetail(TrialOut):
     @classmethod
     def with_curve(cls, trial: Trial, curve: list[StoredPoint]) -> TrialDetail:
         return cls(**trial_fields(trial), curve=[PointOut.of(p) for p in curve])
+
+
+class PriorityIn(BaseModel):
+    """A search's place among others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    priority: int = Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+
+
+class ProcessOut(_Out):
+    """A worker or a service, as it last said of itself."""
+
+    name: str
+    kind: str = Field(description="worker | api")
+    state: str = Field(
+        description="idle | busy | waiting (for its Ray cluster) | draining (ending)"
+    )
+    search_id: str | None = Field(description="what it works on")
+    host: str
+    pid: int
+    version: str = Field(description="of einsum-nas")
+    started_at: float
+    seen_at: float
+    about: dict[str, Any] = Field(description="what its cluster holds, and what it waits for")
+
+
+class WorkerList(_Out):
+    """Processes that were heard of lately."""
+
+    items: list[ProcessOut]

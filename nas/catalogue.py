@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from nas.chain import ChainTheta
 from nas.cost import (
@@ -17,9 +17,11 @@ from nas.cost import (
     references,
 )
 from nas.design import Design, parse_design
+from nas.errors import InvalidInput
 from nas.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
 from nas.request import SearchRequest, Space
 from nas.store import AXES, Search, Store
+from nas.store.records import SearchFailure, SearchState
 from nas.theta import DENSE
 
 
@@ -27,7 +29,8 @@ def search_dict(search: Search) -> dict[str, Any]:
     """A search for users; `runs_total` is None until its dense references are planned."""
     shown = (
         "id", "state", "task", "task_fingerprint", "created_at", "started_at", "finished_at",
-        "cancel_requested", "error", "worker", "epoch",
+        "cancel_requested", "error", "worker", "epoch", "tenant", "priority", "pause_requested",
+        "failures", "failure", "limit_reached", "held_seconds", "stale_writes", "cloned_from",
     )  # fmt: skip
     return {
         **{name: getattr(search, name) for name in shown},
@@ -35,6 +38,14 @@ def search_dict(search: Search) -> dict[str, Any]:
         "trial_counts": dict(search.trial_counts),
         "runs_total": _runs_total(search),
     }
+
+
+def checked_filters(**given: str | None) -> dict[str, Any]:
+    """Filters of a list of searches: state, failure, tenant; `InvalidInput` for unknown ones."""
+    for name, known in (("state", SearchState), ("failure", SearchFailure)):
+        if given.get(name) is not None and given[name] not in get_args(known):
+            raise InvalidInput(name, given[name], " | ".join(get_args(known)))
+    return given
 
 
 def _runs_total(search: Search) -> int | None:

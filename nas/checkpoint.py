@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -84,13 +85,40 @@ class Checkpoint:
             _log.warning("a checkpoint stays behind: %s", error)
 
 
-def prune(folder: Path, older_than_seconds: float = 7 * 86_400.0) -> None:
-    """Delete the states of runs that nobody has gone on with, and half-written ones."""
+def prune(
+    folder: Path,
+    older_than_seconds: float = 7 * 86_400.0,
+    *,
+    max_bytes: int | None = None,
+) -> None:
+    """Delete the states of runs that nobody has gone on with, and half-written ones.
+
+    Parameters
+    ----------
+    older_than_seconds
+        Age of a file, by its last write, from which on it is deleted.
+    max_bytes
+        What the files that stay may take together; the oldest are deleted first.  A run whose state
+        is deleted goes on, saves it again, and begins anew only where it is killed before.
+    """
     if not folder.is_dir():
         return
+    files: list[tuple[float, int, Path]] = []
     for path in folder.iterdir():
         try:
-            if time.time() - path.stat().st_mtime > older_than_seconds:
-                path.unlink()
+            status = path.stat()
+        except OSError as error:  # another worker was faster
+            _log.warning("%s is not pruned: %s", path.name, error)
+        else:
+            if stat.S_ISREG(status.st_mode):
+                files.append((status.st_mtime, status.st_size, path))
+    oldest_kept, total = time.time() - older_than_seconds, sum(size for _, size, _ in files)
+    for written_at, size, path in sorted(files):
+        if written_at >= oldest_kept and (max_bytes is None or total <= max_bytes):
+            return
+        try:
+            path.unlink()
         except OSError as error:  # another worker was faster, or it is not ours
             _log.warning("%s is not pruned: %s", path.name, error)
+        else:
+            total -= size

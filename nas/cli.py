@@ -5,21 +5,19 @@ Everything heavy is imported inside the command that needs it.
 
 from __future__ import annotations
 
-import json
-import logging
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from nas.errors import EinsumNasError, InvalidInput, NotFound, echo
+from nas import cli_db, cli_searches
+from nas.cli_common import Json, Server, local_store, number, print_json, reported, whole
+from nas.errors import EinsumNasError, InvalidInput, NotFound
 from nas.processes import (
     end_with,
     exit_on_signals,
@@ -41,8 +39,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-db = typer.Typer(help="The database.", no_args_is_help=True)
-app.add_typer(db, name="db")
+app.add_typer(cli_db.app, name="db")
+cli_searches.register(app)
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 #: The search of `einsum-nas demo`.
@@ -55,69 +53,12 @@ _DEMO: dict[str, Any] = {
 }
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"got {echo(text)}; accepted: a number such as 2e11") from None
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"got {echo(text)}; accepted: a whole number") from None
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Server = Annotated[
-    str | None,
-    typer.Option(help="Ask the service at this URL; by default the database is read directly."),
-]
-Parent = Annotated[int | None, typer.Option(hidden=True, parser=_whole, metavar="PID")]
+Parent = Annotated[int | None, typer.Option(hidden=True, parser=whole, metavar="PID")]
 Task = Annotated[str, typer.Option(help="Task: a name, or name@fingerprint for certain data.")]
 
 
-def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Our own errors as one line on stderr; exit status 2 for bad input, 1 otherwise."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except EinsumNasError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2 if isinstance(error, InvalidInput) else 1) from None
-
-    return run
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-
-
-@contextmanager
-def _local_store() -> Iterator[Store]:
-    from nas.settings import settings
-    from nas.store import Store, upgrade
-
-    url = settings().resolved_database_url
-    upgrade(url)
-    store = Store(url)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
 @app.command()
-@_reported
+@reported
 def inspect(
     theta: Annotated[
         str,
@@ -126,8 +67,8 @@ def inspect(
             "btt-moe:experts=8, convolution"
         ),
     ],
-    d_in: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Inputs of the layer.")],
-    d_out: Annotated[int, typer.Option(parser=_whole, metavar="N", help="Outputs of the layer.")],
+    d_in: Annotated[int, typer.Option(parser=whole, metavar="N", help="Inputs of the layer.")],
+    d_out: Annotated[int, typer.Option(parser=whole, metavar="N", help="Outputs of the layer.")],
     sizing: Annotated[
         str,
         typer.Option(help="least-waste | paper: axes rounded one by one, as the papers' code does"),
@@ -139,7 +80,7 @@ def inspect(
 
     inspected = inspect_design(parse_design(theta), d_in, d_out, cast("Sizing", sizing))
     if as_json:
-        _print_json(inspected)
+        print_json(inspected)
     else:
         from nas.terminal import show_structure
 
@@ -147,11 +88,11 @@ def inspect(
 
 
 @app.command()
-@_reported
+@reported
 def search(
     train_flops: Annotated[
         float,
-        typer.Option(parser=_number, metavar="FLOPS", help="Budget of each run, train FLOPs."),
+        typer.Option(parser=number, metavar="FLOPS", help="Budget of each run, train FLOPs."),
     ],
     task: Annotated[str, typer.Option(help="Task to train.")] = "text",
     data: Annotated[
@@ -166,15 +107,15 @@ def search(
     ] = None,
     trials: Annotated[
         int,
-        typer.Option(parser=_whole, metavar="N", help="Candidates; dense references come on top."),
+        typer.Option(parser=whole, metavar="N", help="Candidates; dense references come on top."),
     ] = 16,
     sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
     objective: Annotated[str, typer.Option(help="budget | pareto")] = "budget",
     seed: Annotated[
-        int, typer.Option(parser=_whole, metavar="N", help="Seed of proposals and runs.")
+        int, typer.Option(parser=whole, metavar="N", help="Seed of proposals and runs.")
     ] = 0,
     references: Annotated[
-        int, typer.Option(parser=_whole, metavar="N", help="Dense runs at distinct widths.")
+        int, typer.Option(parser=whole, metavar="N", help="Dense runs at distinct widths.")
     ] = 5,
     families: Annotated[
         str | None,
@@ -197,12 +138,28 @@ def search(
         str | None,
         typer.Option(metavar="A,B", help="free, aligned or both: heads as blocks of projections."),
     ] = None,
+    trial_seconds: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="S", help="End an attempt at a trial after so long."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="S", help="End the search after so long on workers."),
+    ] = None,
+    total_train_flops: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="FLOPS", help="Train FLOPs of all runs together."),
+    ] = None,
+    priority: Annotated[
+        int, typer.Option(parser=whole, metavar="N", help="The greater is run first.")
+    ] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Submit a search; with --wait, see it through and show the answer."""
     from nas.request import SearchRequest
+    from nas.settings import settings
 
     fields = {
         "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
@@ -211,14 +168,18 @@ def search(
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, heads=heads
         ),
+        "limits": _given(
+            trial_seconds=trial_seconds, seconds=seconds, total_train_flops=total_train_flops
+        ),
+        "priority": priority,
     }  # fmt: skip
     request = SearchRequest.checked(fields)
     if server is not None:
         _search_remotely(server, fields, wait, as_json)
         return
     data_path = _checked_data(request)
-    with _local_store() as store:
-        created, _ = store.create_search(request, data_path=data_path)
+    with local_store() as store:
+        created, _ = store.create_search(request, data_path=data_path, tenant=settings().tenant)
         _finish_here(store, created, wait, as_json)
 
 
@@ -227,7 +188,7 @@ def _finish_here(store: Store, created: Search, wait: bool, as_json: bool) -> No
         _see_through(store, created.id, quiet=as_json)
         _show_answer(store, created.id, created.request.train_flops, as_json)
     elif as_json:
-        _print_json({"id": created.id, "state": created.state})
+        print_json({"id": created.id, "state": created.state})
     else:
         print(f"search {created.id} is queued; `einsum-nas worker` or `serve` runs it")
 
@@ -240,12 +201,17 @@ def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
     return dict(p.split("=", 1) for p in pairs) if pairs else None
 
 
+def _given(**values: float | None) -> dict[str, float] | None:
+    """The options that were given; None for none."""
+    return {name: value for name, value in values.items() if value is not None} or None
+
+
 def _space(**choices: str | None) -> dict[str, list[Any]] | None:
     """Comma-separated choices as a `nas.request.Space`; None for none."""
     given = {name: text.split(",") for name, text in choices.items() if text is not None}
     numbers = ("factors", "experts", "active")
     found: dict[str, list[Any]] = {
-        name: [_whole(part) for part in parts] if name in numbers else parts
+        name: [whole(part) for part in parts] if name in numbers else parts
         for name, parts in given.items()
     }
     return found or None
@@ -269,8 +235,9 @@ def _checked_data(request: SearchRequest) -> str | None:
 
 def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:
     from nas.client import Client
+    from nas.settings import settings
 
-    with Client(server) as client:
+    with Client(server, tenant=settings().tenant) as client:
         _finish_remotely(client.search(**fields), wait, as_json)
 
 
@@ -278,12 +245,12 @@ def _finish_remotely(remote: RemoteSearch, wait: bool, as_json: bool) -> None:
     from nas.terminal import show_best, show_frontier
 
     if not wait:
-        _print_json(remote.data) if as_json else print(f"search {remote.id} is queued")
+        print_json(remote.data) if as_json else print(f"search {remote.id} is queued")
         return
     remote = _follow(remote, quiet=as_json)
     _end_unless_succeeded(remote.state, remote.data["error"])
     if as_json:
-        _print_json({"search": remote.data, "best": remote.best().model_dump(mode="json")})
+        print_json({"search": remote.data, "best": remote.best().model_dump(mode="json")})
         return
     show_frontier(remote.frontier())
     show_best(remote.best())
@@ -330,7 +297,7 @@ def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> 
     _end_unless_succeeded(ended.state, ended.error)
     best = get_best(store, search_id=search_id, train_flops=budget)
     if as_json:
-        _print_json({"search": search_dict(ended), "best": best.model_dump(mode="json")})
+        print_json({"search": search_dict(ended), "best": best.model_dump(mode="json")})
         return
     show_frontier(get_frontier(store, search_id=search_id))
     show_best(best)
@@ -343,7 +310,7 @@ def _end_unless_succeeded(state: str, error: str | None) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def frontier(
     task: Task = "text",
     search_id: Annotated[
@@ -368,10 +335,10 @@ def frontier(
             found = client.get_search(search_id).frontier(x) if search_id else None
             front = found or client.frontier(task, x)
     else:
-        with _local_store() as store:
+        with local_store() as store:
             front = get_frontier(store, search_id=search_id, task=_unless(search_id, task), x=x)
     if as_json:
-        _print_json(front.model_dump(mode="json"))
+        print_json(front.model_dump(mode="json"))
     else:
         from nas.terminal import show_frontier
 
@@ -383,11 +350,11 @@ def _unless(search_id: str | None, task: str) -> str | None:
 
 
 def _budget(help_text: str) -> Any:
-    return typer.Option(parser=_number, metavar="NUMBER", help=help_text)
+    return typer.Option(parser=number, metavar="NUMBER", help=help_text)
 
 
 @app.command()
-@_reported
+@reported
 def best(
     train_flops: Annotated[float | None, _budget("Budget in train FLOPs.")] = None,
     inference_flops: Annotated[float | None, _budget("Or in forward FLOPs per token.")] = None,
@@ -424,11 +391,11 @@ def best(
             else:
                 answer = client.best(task=task, **{axis: value})
     else:
-        with _local_store() as store:
+        with local_store() as store:
             scope = _unless(search_id, task)
             answer = get_best(store, search_id=search_id, task=scope, **{axis: value})
     if as_json:
-        _print_json(answer.model_dump(mode="json"))
+        print_json(answer.model_dump(mode="json"))
     elif snippet:
         print(answer.snippet, end="")
     else:
@@ -438,19 +405,17 @@ def best(
 
 
 @app.command()
-@_reported
+@reported
 def confirm(
     search_id: Annotated[
         str | None, typer.Option("--search", help="The search; by default the newest that ended.")
     ] = None,
     top: Annotated[
-        int, typer.Option(parser=_whole, metavar="K", help="Candidates; best dense on top.")
+        int, typer.Option(parser=whole, metavar="K", help="Candidates; best dense on top.")
     ] = 3,
-    seeds: Annotated[
-        int, typer.Option(parser=_whole, metavar="N", help="Fresh seeds of each.")
-    ] = 3,
+    seeds: Annotated[int, typer.Option(parser=whole, metavar="N", help="Fresh seeds of each.")] = 3,
     longer: Annotated[
-        float, typer.Option(parser=_number, metavar="C", help="Steps over those of the runs.")
+        float, typer.Option(parser=number, metavar="C", help="Steps over those of the runs.")
     ] = 1.0,
     spread: Annotated[
         bool, typer.Option("--spread", help="Take them across the ranking, not from its top.")
@@ -474,7 +439,7 @@ def confirm(
             source = search_id or _newest_ended(client.searches())
             _finish_remotely(client.get_search(source).confirm(**fields), wait, as_json)
         return
-    with _local_store() as store:
+    with local_store() as store:
         source = search_id or _newest_ended(search_dict(s) for s in store.searches(limit=500))
         created, _ = create_confirmation(store, source, wanted)
         _finish_here(store, created, wait, as_json)
@@ -489,7 +454,7 @@ def _newest_ended(searches: Iterable[dict[str, Any]]) -> str:
 
 
 @app.command()
-@_reported
+@reported
 def worker(
     until_idle: Annotated[
         bool, typer.Option("--until-idle", help="End when nothing can be claimed.")
@@ -500,19 +465,18 @@ def worker(
     parent: Parent = None,
 ) -> None:
     """Claim searches and run them."""
+    from nas.logs import configure
     from nas.settings import settings
-    from nas.store import upgrade
     from workers.loop import main
 
-    _log_to_stderr()
     used = settings()
-    upgrade(used.resolved_database_url)
+    configure(used)
     end_with(parent)
     main(used, until_idle=until_idle, search_id=search_id)
 
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
-Port = Annotated[int | None, typer.Option(parser=_whole, metavar="N", help="Port to listen on.")]
+Port = Annotated[int | None, typer.Option(parser=whole, metavar="N", help="Port to listen on.")]
 Open = Annotated[
     bool,
     typer.Option(
@@ -524,10 +488,9 @@ Open = Annotated[
 
 
 @app.command()
-@_reported
+@reported
 def api(host: Host = None, port: Port = None, without_access_control: Open = False) -> None:
     """The REST service and the dashboard."""
-    _log_to_stderr()
     _run_api(host, port, without_access_control)
 
 
@@ -535,9 +498,11 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
     import uvicorn
 
     from api.app import create_app
+    from nas.logs import configure
     from nas.settings import settings
 
     used = settings()
+    configure(used)
     address = used.host if host is None else host
     if address not in _LOOPBACK and not without_access_control:
         raise InvalidInput(
@@ -551,12 +516,14 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
         host=address,
         port=used_port,
         log_level="warning",
+        log_config=None,  # through our own, like everything else
+        access_log=False,
         timeout_graceful_shutdown=2,
     )
 
 
 @app.command()
-@_reported
+@reported
 def serve(
     host: Host = None,
     port: Port = None,
@@ -564,7 +531,6 @@ def serve(
     parent: Parent = None,
 ) -> None:
     """REST service, dashboard and a worker, in one command."""
-    _log_to_stderr()
     # uvicorn raises the signal that ended it once more; unhandled it would skip what follows
     exit_on_signals()
     end_with(parent)
@@ -579,7 +545,7 @@ def serve(
 
 
 @app.command()
-@_reported
+@reported
 def demo(port: Port = None) -> None:
     """Serve, run a search over the default text, show the answer, and keep serving."""
     from nas.client import Client
@@ -624,17 +590,17 @@ def _await_ready(client: Any, service: subprocess.Popen[bytes]) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def reproduce(
     scale: Annotated[str, typer.Option(help="cpu: under an hour on two cores | gpu")] = "cpu",
     out: Annotated[
         Path, typer.Option(help="Folder of runs and report; runs found there are not run again.")
     ] = Path("reproduction"),
     seeds: Annotated[
-        int, typer.Option(parser=_whole, metavar="N", help="Runs of each structure and width.")
+        int, typer.Option(parser=whole, metavar="N", help="Runs of each structure and width.")
     ] = 3,
     processes: Annotated[
-        int | None, typer.Option(parser=_whole, metavar="N", help="Runs at once.")
+        int | None, typer.Option(parser=whole, metavar="N", help="Runs at once.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -649,7 +615,7 @@ def reproduce(
     with nullcontext(lambda *_: None) if as_json else study_progress() as show:
         result = run_study(scale, out, seeds=seeds, processes=processes, progress=show)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from nas.study.report import summary_lines
 
@@ -659,7 +625,7 @@ def reproduce(
 
 
 @app.command()
-@_reported
+@reported
 def export(
     file_format: Annotated[str, typer.Option("--format", help="csv | parquet | json | optuna")],
     out: Annotated[
@@ -680,20 +646,12 @@ def export(
     """Write every trial, or every evaluation, to a file or an Optuna study."""
     from nas.export import export as write
 
-    with _local_store() as store:
+    with local_store() as store:
         done = write(
             store, file_format, out, task=task, search_id=search_id, rows=rows, study=study,
             overwrite=overwrite,
         )  # fmt: skip
     print(done.summary)
-
-
-@db.command("upgrade")
-@_reported
-def db_upgrade() -> None:
-    """Bring the database's schema to this version."""
-    with _local_store() as store:
-        print(f"schema at revision {store.schema_revision()}")
 
 
 def main() -> None:

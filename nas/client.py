@@ -56,6 +56,11 @@ def _confirmation(search: str, fields: Mapping[str, Any], idempotency_key: str |
     return _post(f"/v1/searches/{search}/confirm", dict(fields), key)
 
 
+def _clone(search: str, changes: Mapping[str, Any], idempotency_key: str | None) -> _Call:
+    key = idempotency_key or uuid.uuid4().hex
+    return _post(f"/v1/searches/{search}/clone", dict(changes), key)
+
+
 def _page(path: str, cursor: str | None) -> _Call:
     return _get(path, limit=_PAGE, cursor=cursor)
 
@@ -144,8 +149,32 @@ class RemoteSearch(_Stored):
 
     def cancel(self) -> RemoteSearch:
         """Ask the search to stop."""
-        data = self.client.send(_post(f"/v1/searches/{self.id}/cancel"))
+        return self._after("cancel")
+
+    def pause(self) -> RemoteSearch:
+        """Set the search aside; what runs goes on from its checkpoint after `resume`."""
+        return self._after("pause")
+
+    def resume(self) -> RemoteSearch:
+        """Queue the paused search again."""
+        return self._after("resume")
+
+    def retry(self) -> RemoteSearch:
+        """Queue the search, which has ended, again for the trials that it still owes."""
+        return self._after("retry")
+
+    def set_priority(self, priority: int) -> RemoteSearch:
+        """Run the search before or after others."""
+        return self._after("priority", {"priority": priority})
+
+    def _after(self, action: str, body: Mapping[str, Any] | None = None) -> RemoteSearch:
+        data = self.client.send(_post(f"/v1/searches/{self.id}/{action}", body))
         return RemoteSearch(self.id, data, self.client)
+
+    def clone(self, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
+        """Submit a search like this one with some fields changed."""
+        data = self.client.send(_clone(self.id, changes, idempotency_key))
+        return RemoteSearch(data["id"], data, self.client)
 
 
 class Client:
@@ -157,11 +186,20 @@ class Client:
         Address of the service.
     timeout_seconds
         Limit of one request.
+    tenant
+        Whose searches it submits.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, timeout_seconds: float = 30) -> None:
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_seconds: float = 30,
+        tenant: str = "default",
+    ) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_seconds)
+        headers = {"X-Tenant": tenant}
+        self._http = httpx.Client(base_url=self.url, timeout=timeout_seconds, headers=headers)
 
     def __enter__(self) -> Client:
         return self
@@ -190,7 +228,8 @@ class Client:
         idempotency_key
             Makes a repeated submission return the first one's search; a fresh key by default.
         fields
-            data, recipe, overrides, trials, objective, sampler, seed, references, space.
+            data, recipe, overrides, trials, objective, sampler, seed, references, space, limits,
+            priority.
 
         Raises
         ------
@@ -318,16 +357,49 @@ class AsyncRemoteSearch(_Stored):
 
     async def cancel(self) -> AsyncRemoteSearch:
         """Ask the search to stop."""
-        data = await self.client.send(_post(f"/v1/searches/{self.id}/cancel"))
+        return await self._after("cancel")
+
+    async def pause(self) -> AsyncRemoteSearch:
+        """Set the search aside."""
+        return await self._after("pause")
+
+    async def resume(self) -> AsyncRemoteSearch:
+        """Queue the paused search again."""
+        return await self._after("resume")
+
+    async def retry(self) -> AsyncRemoteSearch:
+        """Queue the search, which has ended, again for the trials that it still owes."""
+        return await self._after("retry")
+
+    async def set_priority(self, priority: int) -> AsyncRemoteSearch:
+        """Run the search before or after others."""
+        return await self._after("priority", {"priority": priority})
+
+    async def _after(self, action: str, body: Mapping[str, Any] | None = None) -> AsyncRemoteSearch:
+        data = await self.client.send(_post(f"/v1/searches/{self.id}/{action}", body))
         return AsyncRemoteSearch(self.id, data, self.client)
+
+    async def clone(
+        self, *, idempotency_key: str | None = None, **changes: Any
+    ) -> AsyncRemoteSearch:
+        """Submit a search like this one with some fields changed."""
+        data = await self.client.send(_clone(self.id, changes, idempotency_key))
+        return AsyncRemoteSearch(data["id"], data, self.client)
 
 
 class AsyncClient:
     """`Client` for asynchronous code: the same parameters, methods and errors."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, timeout_seconds: float = 30) -> None:
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_seconds: float = 30,
+        tenant: str = "default",
+    ) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_seconds)
+        headers = {"X-Tenant": tenant}
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_seconds, headers=headers)
 
     async def __aenter__(self) -> AsyncClient:
         return self

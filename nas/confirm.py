@@ -63,7 +63,13 @@ _ONLY = f"only the fields {', '.join(_ACCEPTED)}"
 
 
 def create_confirmation(
-    store: Store, search_id: str, wanted: ConfirmRequest, *, idempotency_key: str | None = None
+    store: Store,
+    search_id: str,
+    wanted: ConfirmRequest,
+    *,
+    idempotency_key: str | None = None,
+    tenant: str = "default",
+    request_id: str | None = None,
 ) -> tuple[Search, bool]:
     """Queue the confirmation of a search as a search of its own; (search, whether it is new).
 
@@ -76,7 +82,7 @@ def create_confirmation(
     InvalidInput
         More candidates are wanted than have completed, or the longer runs are past any budget.
     """
-    made = store.search_of_key(idempotency_key) if idempotency_key else None
+    made = store.search_of_key(idempotency_key, tenant) if idempotency_key else None
     if made is not None:
         if not _is_asked(made, search_id, wanted):
             raise IdempotencyConflict(
@@ -97,6 +103,8 @@ def create_confirmation(
         data_path=source.data_path,
         idempotency_key=idempotency_key,
         fingerprint=source.task_fingerprint,
+        tenant=tenant,
+        request_id=request_id,
     )
 
 

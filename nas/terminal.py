@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -269,3 +270,31 @@ _STRUCTURE_ROWS = (
     "name", "family", "theta", "canonical_theta", "experts", "active", "sizing", "sizes", "axes",
     "kernel", "einsum", "contraction",
 )  # fmt: skip
+
+
+def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
+    """A table of searches, newest first."""
+    table = Table("search", "state", "task", "budget", "runs complete", "priority", "tenant", "why")
+    for s in found:
+        runs = f"{s['trial_counts'].get('complete', 0)}"
+        runs += f" / {s['runs_total']}" if s["runs_total"] else ""
+        failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
+        table.add_row(
+            s["id"], s["state"], s["task"], f"{s['request']['train_flops']:.3g}", runs,
+            str(s["priority"]), s["tenant"], escape(s["limit_reached"] or failed),
+        )  # fmt: skip
+    console.print(table)
+
+
+def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
+    """A table of processes on the store."""
+    if not found:
+        console.print("no worker and no service was seen lately; `einsum-nas worker` starts one")
+        return
+    table = Table("process", "kind", "state", "search", "version", "about")
+    for p in found:
+        about = ", ".join(f"{name} {value}" for name, value in p["about"].items())
+        table.add_row(
+            p["name"], p["kind"], p["state"], p["search_id"] or "", p["version"], escape(about)
+        )
+    console.print(table)

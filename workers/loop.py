@@ -15,10 +15,13 @@ import threading
 import time
 from collections.abc import Callable
 
+from nas import metrics
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
+from nas.logs import bound, carried
 from nas.settings import Settings
-from nas.store import Lease, Leases, Search, Store
+from nas.store import Lease, Leases, Search, Store, upgrade
 from nas.tasks import TaskData, load_data
+from workers.presence import Presence
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
@@ -54,8 +57,8 @@ class Heartbeat:
         self._renewed_at = time.monotonic()
         self._done = threading.Event()
         self._threads = [
-            threading.Thread(target=self._renew, name="heartbeat", daemon=True),
-            threading.Thread(target=self._watch, name="watchdog", daemon=True),
+            threading.Thread(target=carried(self._renew), name="heartbeat", daemon=True),
+            threading.Thread(target=carried(self._watch), name="watchdog", daemon=True),
         ]
 
     def __enter__(self) -> Heartbeat:
@@ -77,12 +80,16 @@ class Heartbeat:
             try:
                 self._signals.hear(self._leases.renew(self._lease))
                 self._renewed_at = asked_at
+                metrics.RENEWALS.labels("renewed").inc()
+                metrics.lease_renewed()
             except LeaseLost:
+                metrics.RENEWALS.labels("lost").inc()
                 # released by the run itself just now, or claimed by another worker
                 if not self._done.is_set():
                     self._signals.lost.set()
                 return
             except StoreUnavailable as error:
+                metrics.RENEWALS.labels("unavailable").inc()
                 _log.warning("lease not renewed: %s", error)
 
     def _watch(self) -> None:
@@ -141,30 +148,55 @@ class Worker:
         search_id
             Take this search only, and return when it has ended.
         """
-        while not self._shutdown.is_set():
-            if not self._connected():
-                continue
-            try:
-                claimed = self._leases.claim(
-                    self.name, self._settings.lease_seconds, search_id=search_id
-                )
-                ended = search_id is not None and self._store.search(search_id).finished_at
-            except StoreUnavailable as error:
-                _log.warning("no claim: %s", error)
-                claimed, ended = None, None
-            if claimed is not None:
-                self._work(*claimed)
-            elif until_idle or ended:
-                return
-            else:
-                self._shutdown.wait(self._settings.poll_seconds)
+        presence = Presence(self._store, self.name, self._settings)
+        with bound(worker=self.name):
+            self._await_schema()
+        with bound(worker=self.name), presence:
+            while not self._shutdown.is_set():
+                if not self._connected(presence):
+                    continue
+                presence.tell("idle")
+                claimed, ended = self._claim(search_id)
+                if claimed is not None:
+                    presence.tell("busy", claimed[0].search_id)
+                    self._work(*claimed)
+                elif until_idle or ended:
+                    return
+                else:
+                    self._shutdown.wait(self._settings.poll_seconds)
 
-    def _connected(self) -> bool:
+    def _await_schema(self) -> None:
+        """Bring the database to this program's schema, once it is there."""
+        while not self._shutdown.is_set():
+            try:
+                upgrade(self._settings.resolved_database_url)
+                return
+            except StoreUnavailable as error:
+                _log.warning("waiting for the database: %s", error)
+                self._shutdown.wait(self._wait)
+                self._wait = min(self._wait * 2, _LONGEST_WAIT)
+
+    def _claim(self, search_id: str | None) -> tuple[tuple[Lease, Search] | None, bool]:
+        """(what was claimed, whether the one search that is wanted has ended)."""
+        try:
+            claimed = self._leases.claim(
+                self.name, self._settings.lease_seconds, search_id=search_id
+            )
+            ended = search_id is not None and self._store.search(search_id).finished_at is not None
+        except StoreUnavailable as error:
+            metrics.CLAIMS.labels("unavailable").inc()
+            _log.warning("no claim: %s", error)
+            return None, False
+        metrics.CLAIMS.labels("nothing" if claimed is None else "claimed").inc()
+        return claimed, ended
+
+    def _connected(self, presence: Presence) -> bool:
         """Whether trials have somewhere to run; waits a while where they have not."""
         try:
             self._connect(self._settings)
         except ClusterUnavailable as error:
             _log.warning("nothing is claimed: %s", error)
+            presence.tell("waiting", reason=str(error)[:500])
             self._shutdown.wait(self._wait)
             self._wait = min(self._wait * 2, _LONGEST_WAIT)
             return False
@@ -176,11 +208,14 @@ class Worker:
         self._signals = signals
         if self._shutdown.is_set():
             signals.shutdown.set()
-        _log.info("search %s claimed, epoch %d", search.id, lease.epoch)
-        with Heartbeat(self._leases, lease, signals) as heartbeat:
+        ids = bound(search_id=search.id, epoch=lease.epoch)
+        with ids, Heartbeat(self._leases, lease, signals) as heartbeat:
+            _log.info("search %s claimed, epoch %d", search.id, lease.epoch)
+            metrics.lease_renewed()
             try:
                 self._run_search(lease, search, signals)
             except LeaseLost as error:
+                metrics.STALE_WRITES.inc()
                 _log.warning("%s", error)
             except InvalidInput as error:
                 why = str(error)
@@ -193,6 +228,7 @@ class Worker:
                 self._end(search, lambda: self._leases.requeue(lease, reason))
             finally:
                 heartbeat.end()
+                metrics.lease_ended()
                 self._signals = None
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
@@ -256,4 +292,6 @@ def main(settings: Settings, *, until_idle: bool = False, search_id: str | None 
     worker = Worker(settings)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: worker.stop())
+    if settings.metrics_port is not None:
+        metrics.serve(settings.metrics_port, settings.host)
     worker.run(until_idle=until_idle, search_id=search_id)

@@ -27,10 +27,12 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from nas import metrics
 from nas.checkpoint import prune
 from nas.cost import RunPlan
 from nas.design import parse_design
 from nas.errors import EinsumNasError
+from nas.logs import bound
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
@@ -92,7 +94,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     needs = cluster.trial_resources(settings)
     fitting = cluster.fitting(needs)
     checkpoints = settings.resolved_home / "checkpoints"
-    prune(checkpoints)
+    prune(checkpoints, max_bytes=settings.checkpoint_bytes)
     trainable = tune.with_resources(
         tune.with_parameters(
             ProxyTrainable,
@@ -180,11 +182,11 @@ class _SessionSearcher(Searcher):
             return trial_config(self._session, trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        with _remembered(self._key):
+        with _remembered(self._key), bound(trial_id=self._ids[trial_id]):
             report = _read_report(result)
             if "begun" in report:
                 _experiments[self._key].begun[trial_id] = time.monotonic()
-                _log.info("trial %d begun on %s", self._ids[trial_id], report["begun"])
+                _log.info("trial begun on %s", report["begun"])
             elif "point" in report and not self._session.signals.lost.is_set():
                 self._session.point(self._ids[trial_id], StoredPoint(**report["point"]))
 
@@ -195,22 +197,35 @@ class _SessionSearcher(Searcher):
             number = self._ids.pop(trial_id, None)
             if number is None or self._session.signals.lost.is_set():
                 return
-            report = _read_report(result or {})
-            if error:
-                self._fail(trial_id, number)
-            elif "failure" in report:
-                failed = report["failure"]
-                self._session.fail(number, failed["reason"], failed["kind"])
-            elif "ended" in report:
-                ended = report["ended"]
-                self._session.complete(number, ended["environment"], MeasuredCost(**ended["cost"]))
-            # else stopped with the search: it stays unfinished until the search ends
+            with bound(trial_id=number):
+                state = self._end(trial_id, number, _read_report(result or {}), error)
+            metrics.TRIALS.labels(state).inc()
+            begun = _experiments[self._key].begun.pop(trial_id, None)
+            if begun is not None:
+                metrics.TRIAL_SECONDS.observe(time.monotonic() - begun)
+
+    def _end(self, trial_id: str, number: int, report: dict[str, Any], error: bool) -> str:
+        """Store how a trial ended; its state."""
+        if error:
+            self._fail(trial_id, number)
+        elif "failure" in report:
+            failed = report["failure"]
+            _log.warning("trial failed: %s", failed["reason"])
+            self._session.fail(number, failed["reason"], failed["kind"])
+        elif "ended" in report:
+            ended = report["ended"]
+            self._session.complete(number, ended["environment"], MeasuredCost(**ended["cost"]))
+            return "complete"
+        else:  # stopped with the search: it stays unfinished until the search ends
+            return "stopped"
+        return "failed"
 
     def _fail(self, trial_id: str, number: int) -> None:
         """End a trial whose process did not live through any attempt."""
         times = _MAX_PROCESS_FAILURES + 1
         reason = _experiments[self._key].reasons.get(trial_id, "its process died")
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
+        _log.warning("trial given up: %s", reason)
         self._session.fail(number, f"failed {times} times; before the last: {reason}", kind)
 
     def save(self, checkpoint_path: str) -> None:

@@ -107,13 +107,26 @@ function showTrials(trials, total, best) {
   text("more", `the first ${trials.length} of ${total} trials; all of them: /v1/searches/${id}/trials`);
 }
 
-function showSearch(search) {
+function showSearch(search, workers) {
   byId("state").textContent = search.state;
   byId("state").className = `state ${search.state}`;
-  byId("cancel").hidden = TERMINAL.includes(search.state);
+  const ended = TERMINAL.includes(search.state);
+  const possible = {
+    cancel: !ended,
+    pause: ["queued", "running"].includes(search.state) && !search.pause_requested,
+    resume: search.state === "paused" || search.pause_requested,
+    retry: ["failed", "cancelled"].includes(search.state) && !search.limit_reached,
+  };
+  for (const button of document.querySelectorAll("button.act")) button.hidden = !possible[button.dataset.act];
   if (search.task_fingerprint) text("fingerprint", search.task_fingerprint);
   byId("error").hidden = !search.error;
   byId("error").textContent = search.error || "";
+  const notice = search.limit_reached ? `Ended at its limit: ${search.limit_reached}.`
+    : search.cancel_requested && !ended ? "To be cancelled at the worker's next word."
+    : search.pause_requested ? "To be paused at the worker's next word."
+    : search.failures && !ended ? `Tried again after ${search.failures} lost lease(s) or infrastructure error(s).` : "";
+  byId("notice").hidden = !notice;
+  text("notice", notice);
   const counts = search.trial_counts;
   const done = (counts.complete || 0) + (counts.failed || 0) + (counts.stopped || 0);
   const total = search.runs_total;
@@ -121,14 +134,15 @@ function showSearch(search) {
   const parts = Object.entries(counts).map(([state, n]) => `${n} ${state}`);
   const until = search.finished_at || Date.now() / 1000;
   const took = search.started_at ? ` · ${Math.max(0, Math.round(until - search.started_at))} s` : "";
-  text("progress", total ? `${done} of ${total} runs finished (${parts.join(", ")})${took}` : "waiting for a worker");
+  text("progress", total ? `${done} of ${total} runs finished (${parts.join(", ")})${took}`
+    : search.state === "paused" ? "paused before it began" : workers === 0 ? "no worker is running: start one with `einsum-nas worker`" : "waiting for a worker");
 }
 
 async function refresh() {
   const response = await fetch(`/searches/${id}/live?x=${byId("axis").value}`);
   if (!response.ok) return;
   const live = await response.json();
-  showSearch(live.search);
+  showSearch(live.search, live.workers);
   showBest(live.best);
   showTrials(live.trials, live.trials_total, live.best);
   const config = { responsive: true, displaylogo: false };
@@ -148,14 +162,19 @@ function soon() { // many events may come at once: redraw at most once a second
 function follow() {
   const events = new EventSource(`/v1/searches/${id}/events`);
   const kinds = ["claimed", "trial_planned", "trial_started", "point", "trial_complete", "trial_failed",
-    "trial_stopped", "lease_lost", "requeued", "handed_back", "cancel_requested"];
+    "trial_stopped", "lease_lost", "requeued", "handed_back", "cancel_requested", "pause_requested",
+    "paused", "resumed", "priority", "restored"];
   for (const kind of kinds) events.addEventListener(kind, soon);
   for (const kind of TERMINAL) events.addEventListener(kind, () => { events.close(); refresh(); });
 }
 
 byId("axis").addEventListener("change", refresh);
-byId("cancel").addEventListener("click", async () => {
-  await fetch(`/v1/searches/${id}/cancel`, { method: "POST" });
-  soon();
-});
+for (const button of document.querySelectorAll("button.act")) {
+  button.addEventListener("click", async () => {
+    const response = await fetch(`/v1/searches/${id}/${button.dataset.act}`, { method: "POST" });
+    if (!response.ok) { byId("notice").hidden = false; text("notice", (await response.json()).detail); return; }
+    if (button.dataset.act === "retry") follow();
+    soon();
+  });
+}
 refresh().then(() => { if (!TERMINAL.includes(root.dataset.ready)) follow(); });

@@ -21,7 +21,7 @@ from nas.store.searches import Store
 from nas.store.standings import AXES, Standings, task_scope
 
 __all__ = [
-    "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal", "Run",
-    "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft", "TrialFailure",
-    "task_scope", "upgrade",
+    "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal",
+    "Run", "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft",
+    "TrialFailure", "task_scope", "upgrade",
 ]  # fmt: skip

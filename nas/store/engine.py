@@ -5,15 +5,18 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.engine import ExceptionContext, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from nas.errors import InvalidInput, StoreUnavailable
+from nas.errors import InvalidInput
+from nas.store.troubles import DatabaseTrouble, is_busy, trouble_of
 
 _ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
 _BUSY_TIMEOUT_SECONDS = 30
@@ -55,11 +58,52 @@ def open_engine(
     if backend != "sqlite":
         raise InvalidInput("database_url", parsed.render_as_string(), _ACCEPTED)
     engine = create_engine(parsed, connect_args={"timeout": busy_timeout_seconds})
+    file = parsed.database
+    if file and file != ":memory:" and not file.startswith("file:"):
+        _keep_to_file(engine, Path(file))
     event.listen(engine, "connect", _configure_sqlite)
     if not enforce_foreign_keys:
         event.listen(engine, "connect", _ignore_foreign_keys)
     event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "handle_error", _drop_unusable)
     return engine
+
+
+def _keep_to_file(engine: Engine, path: Path) -> None:
+    """Make a file that was removed or replaced an error or a new connection.
+
+    An open connection would go on writing to the removed file, and a new one make an empty file.
+    """
+    found: set[bool] = set()
+
+    def identity() -> tuple[int, int]:
+        try:
+            status = path.stat()
+        except OSError as error:
+            gone = sqlite3.OperationalError(f"the file of the database: {error.strerror}")
+            gone.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+            raise gone from None
+        return status.st_dev, status.st_ino
+
+    def before(*_: Any) -> None:
+        if found:
+            identity()
+
+    def after(_connection: Any, record: Any) -> None:
+        record.info["file"] = identity()
+        found.add(True)
+
+    def lent(_connection: Any, record: Any, _proxy: Any) -> None:
+        try:
+            same = record.info.get("file") == identity()
+        except sqlite3.OperationalError as error:
+            raise DisconnectionError(str(error)) from None
+        if not same:
+            raise DisconnectionError("the file of the database was replaced")
+
+    event.listen(engine, "do_connect", before)
+    event.listen(engine, "connect", after)
+    event.listen(engine, "checkout", lent)
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -71,13 +115,26 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
+def _drop_unusable(context: ExceptionContext) -> None:
+    """Open SQLite's file anew after errors that stay with a connection for good.
+
+    One that was opened while the file was read-only, for example, never writes again, nor does any
+    that is opened beside it: SQLite shares the log's index between the connections of a process.
+    """
+    kind = trouble_of(context.original_exception)
+    if kind in ("away", "read_only", "damaged", "failing"):
+        context.is_disconnect = True
+        if context.engine is not None:
+            context.engine.dispose()
+
+
 def _ignore_foreign_keys(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA foreign_keys=OFF")
 
 
 # turning the log on while another connection writes fails at once, whatever the busy timeout
 @retry(
-    retry=retry_if_exception_type(sqlite3.OperationalError),
+    retry=retry_if_exception(is_busy),
     wait=wait_random_exponential(multiplier=0.01, max=0.5),
     stop=stop_after_delay(_BUSY_TIMEOUT_SECONDS),
     reraise=True,
@@ -94,11 +151,19 @@ def _begin_sqlite(connection: Connection) -> None:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn a database that is away, locked, full or read-only into `StoreUnavailable`."""
+    """Turn a database that is away, locked, full or read-only into `StoreUnavailable`.
+
+    Errors of programs and of integrity stay what they are.
+    """
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
-        raise StoreUnavailable(f"the database is unavailable: {error.orig}") from error
+    except DBAPIError as error:
+        kind = trouble_of(error.orig, lost=error.connection_invalidated)
+        if kind is None:
+            raise
+        raise DatabaseTrouble(kind, str(error.orig)) from error
+    except PoolTimeout as error:
+        raise DatabaseTrouble("exhausted", str(error)) from error
 
 
 @contextmanager

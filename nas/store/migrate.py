@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
 from nas.errors import StoreUnavailable
 from nas.store import standings
 from nas.store.engine import open_engine, translated
 
+#: PostgreSQL's advisory lock of whoever changes the schema.
+SCHEMA_LOCK = 7305614
 #: How long a process waits for another that upgrades the same SQLite file.
 _PATIENCE_SECONDS = 3600
 
@@ -23,23 +28,71 @@ def _config(connection: Connection | None = None) -> Config:
     return config
 
 
+def known_revisions() -> list[str]:
+    """Every revision of the schema that this program can read, the first one first."""
+    scripts = ScriptDirectory.from_config(_config())
+    return [script.revision for script in scripts.walk_revisions()][::-1]
+
+
 def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database to `revision`; safe to call again and from several processes."""
+    with migrating(url) as connection:
+        upgrade_within(connection, revision)
+
+
+@contextmanager
+def migrating(url: str) -> Iterator[Connection]:
+    """A write transaction in which the schema may change, one at a time and of any length."""
     engine = open_engine(url, busy_timeout_seconds=_PATIENCE_SECONDS, enforce_foreign_keys=False)
     try:
         # one write transaction: a second process waits here and then finds nothing to do
         with translated(), engine.execution_options(writes=True).begin() as connection:
             if connection.dialect.name == "postgresql":
                 # a large database takes its time, and so does who waits for it
-                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7305614)")
-            command.upgrade(_config(connection), revision)
-            if connection.dialect.name == "sqlite":
-                broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-                if broken:
-                    raise StoreUnavailable(f"rows refer to rows that do not exist: {broken[:5]}")
-            if revision == "head":
-                standings.ensure(connection)
+                lift_timeouts(connection)
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
+            yield connection
     finally:
         engine.dispose()
+
+
+def lift_timeouts(connection: Connection) -> None:
+    """Let statements and pauses of the current PostgreSQL transaction take any time."""
+    connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+
+
+def upgrade_within(connection: Connection, revision: str = "head") -> None:
+    """Bring the database to `revision` in the caller's transaction.
+
+    Raises
+    ------
+    StoreUnavailable
+        SQLite holds rows that refer to rows that do not exist.
+    """
+    command.upgrade(_config(connection), revision)
+    check_references(connection)
+    if revision == "head":
+        standings.ensure(connection)
+
+
+def check_references(connection: Connection) -> None:
+    """Raise `StoreUnavailable` where a row of SQLite refers to one that does not exist.
+
+    PostgreSQL refuses such rows as they come.
+    """
+    if connection.dialect.name != "sqlite":
+        return
+    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    if broken:
+        raise StoreUnavailable(f"rows refer to rows that do not exist: {broken[:5]}")
+
+
+def downgrade_within(connection: Connection, revision: str) -> None:
+    """Take the schema back to `revision`, or to `base`, in the caller's transaction.
+
+    What only newer revisions hold is lost.  Foreign keys must not be enforced; see
+    `nas.store.engine.open_engine`.
+    """
+    command.downgrade(_config(connection), revision)
+    check_references(connection)

@@ -531,7 +531,9 @@ def test_events_stream_to_their_end_and_resume(client: TestClient) -> None:
 
 def test_health(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    ready = client.get("/readyz").json()
+    assert (ready["status"], ready["workers"]) == ("ready", 0)
+    assert {ready[part]["status"] for part in ("database", "schema", "writable")} == {"ok"}
 
 
 def test_structures_are_those_of_the_library(client: TestClient) -> None:

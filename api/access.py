@@ -1,0 +1,83 @@
+"""A log line for each request, its id on everything that is logged for it, and a last resort."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+
+from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
+from fastapi import FastAPI, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.problems import route_of, unexpected
+from nas.errors import echo
+from nas.logs import bound
+
+_log = logging.getLogger(__name__)
+#: Characters of a path and of a query that a line repeats.
+_LONGEST_QUERY = 100
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+#: Asked for every few seconds by machines.
+_PROBES = ("/healthz", "/readyz", "/metrics")
+
+
+def usable_id(given: str) -> bool:
+    """Whether a client's own request id is taken: short, of letters, digits and ``. _ : -``."""
+    return _REQUEST_ID.fullmatch(given) is not None
+
+
+def install(app: FastAPI) -> None:
+    """Put both around everything else; call it after every other middleware has been added."""
+    app.add_middleware(AccessLog)
+    app.add_middleware(
+        CorrelationIdMiddleware, header_name="X-Request-ID", validator=usable_id
+    )  # fmt: skip
+
+
+class AccessLog:
+    """Logs requests, and answers where nothing inside could."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+        started = time.perf_counter()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+            await send(message)
+
+        with bound(request_id=correlation_id.get()):
+            try:
+                await self._app(scope, receive, noting)
+            except Exception as error:
+                if status is not None:
+                    raise  # a stream broke off: the server closes the connection
+                # here and not in the framework's outermost layer, so that it has a request id
+                await unexpected(Request(scope), error)(scope, receive, noting)
+            finally:
+                _write(scope, status, 1e3 * (time.perf_counter() - started))
+
+
+def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
+    level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
+    if not _log.isEnabledFor(level):
+        return
+    route = route_of(scope)
+    query = scope.get("query_string", b"").decode("latin-1")
+    told = {
+        "method": echo(scope["method"]), "route": route, "path": echo(scope["path"]),
+        "query": echo(query[:_LONGEST_QUERY] + ("…" if len(query) > _LONGEST_QUERY else "")),
+        "status": status, "milliseconds": round(milliseconds, 3),
+    }  # fmt: skip
+    shown = "gone" if status is None else status
+    _log.log(
+        level, "%s %s %s in %.1f ms", told["method"], route, shown, milliseconds, extra=told
+    )  # fmt: skip

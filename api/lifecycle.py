@@ -1,0 +1,133 @@
+"""What becomes of a search that was submitted: pause, resume, cancel, retry, clone, priority."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asgi_correlation_id import correlation_id
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import ValidationError
+
+from api.problems import responses
+from api.routes import (
+    IdempotencyKey,
+    SearchId,
+    SettingsDep,
+    StoreDep,
+    Tenant,
+    describe,
+    made,
+    parsed,
+    usable_data,
+)
+from api.schemas import PriorityIn, SearchOut, WorkerList
+from nas.clone import create_clone
+from nas.errors import InvalidInput
+from nas.request import MAX_PRIORITY, SearchRequest
+from nas.store.processes import LIVE_SECONDS, Processes
+
+router = APIRouter(prefix="/v1")
+_CHANGES: dict[str, Any] = {
+    "requestBody": {
+        "required": False,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": SearchRequest.model_json_schema()["properties"],
+                }
+            }
+        },
+    }
+}
+_PRIORITY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": PriorityIn.model_json_schema()}},
+    }
+}
+
+
+@router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
+def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
+    return describe(store.cancel(search_id))
+
+
+@router.post(
+    "/searches/{search_id}/pause",
+    responses=responses(404, 409),
+    summary="Set a search aside; its running trials stop and go on from their checkpoints later",
+)
+def pause_search(search_id: SearchId, store: StoreDep) -> SearchOut:
+    return describe(store.pause(search_id))
+
+
+@router.post(
+    "/searches/{search_id}/resume",
+    responses=responses(404, 409),
+    summary="Queue a paused search again",
+)
+def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
+    return describe(store.resume(search_id))
+
+
+@router.post(
+    "/searches/{search_id}/retry",
+    responses=responses(404, 409),
+    summary="Queue a search that failed or was cancelled again, for the trials that it still owes",
+)
+def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
+    return describe(store.retry(search_id))
+
+
+@router.post(
+    "/searches/{search_id}/priority",
+    openapi_extra=_PRIORITY,
+    responses=responses(404, 409, 422),
+    summary="Run a search before or after others",
+)
+async def prioritise_search(search_id: SearchId, request: Request, store: StoreDep) -> SearchOut:
+    try:
+        wanted = PriorityIn.model_validate(parsed(await request.body()))
+    except ValidationError as error:
+        accepted = f"an object with a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+        raise InvalidInput("priority", error.errors()[0]["input"], accepted) from None
+    return describe(await run_in_threadpool(store.set_priority, search_id, wanted.priority))
+
+
+@router.post(
+    "/searches/{search_id}/clone",
+    status_code=201,
+    openapi_extra=_CHANGES,
+    responses={**responses(404, 422), 200: {"description": "Made before with the same key"}},
+    summary="A search like this one, with the fields of the body changed",
+)
+async def clone_search(
+    search_id: SearchId,
+    request: Request,
+    response: Response,
+    store: StoreDep,
+    settings: SettingsDep,
+    tenant: Tenant = "default",
+    idempotency_key: IdempotencyKey = None,
+) -> SearchOut:
+    body = await request.body()
+    changes = parsed(body) if body else {}
+    if not isinstance(changes, dict):
+        raise InvalidInput("body", changes, "a JSON object with the fields to change")
+    if changes.get("confirm") is not None:
+        accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
+        raise InvalidInput("confirm", changes["confirm"], accepted)
+    search, new = await run_in_threadpool(
+        create_clone, store, search_id, changes,
+        lambda wanted: usable_data(wanted, settings)[0],
+        idempotency_key=idempotency_key, tenant=tenant, request_id=correlation_id.get(),
+    )  # fmt: skip
+    return made(search, new, response)
+
+
+@router.get("/workers", summary="Workers and services that were seen lately")
+def list_workers(store: StoreDep) -> WorkerList:
+    found = Processes(store).alive(LIVE_SECONDS)
+    return WorkerList.model_validate({"items": found}, from_attributes=True)

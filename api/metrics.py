@@ -1,0 +1,169 @@
+"""`/metrics`: requests by route, and the state of the store at the moment of the scrape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from typing import get_args
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator import metrics as of_requests
+
+from nas.errors import StoreUnavailable
+from nas.store import Store
+from nas.store.gauges import Gauges, read_gauges
+from nas.store.processes import ProcessState
+from nas.store.records import SearchState, TrialState
+
+_log = logging.getLogger(__name__)
+router = APIRouter(include_in_schema=False)
+#: Seconds after which a scrape is answered without the store.
+PATIENCE_SECONDS = 4.0
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+def install(app: FastAPI) -> None:
+    """Count the requests of one application, in a registry of its own."""
+    registry = CollectorRegistry()
+    app.state.metrics = registry
+    counted = (
+        of_requests.requests(
+            metric_doc="HTTP requests by method, route and status",
+            metric_namespace="einsum_nas", registry=registry,
+        ),
+        of_requests.latency(
+            metric_doc="Seconds until a response began, by method, route and status",
+            metric_namespace="einsum_nas", registry=registry, buckets=_BUCKETS,
+            should_exclude_streaming_duration=True,
+        ),
+    )  # fmt: skip
+    instrumentator = Instrumentator(
+        should_group_status_codes=False,
+        should_exclude_streaming_duration=True,
+        registry=registry,
+    )
+    for count in counted:
+        assert count is not None
+        instrumentator.add(_bounded(count))
+    instrumentator.instrument(app)
+
+
+def _bounded(
+    count: Callable[[of_requests.Info], None],
+) -> Callable[[of_requests.Info], None]:
+    """A client's own name of a method makes no series of its own."""
+
+    def record(info: of_requests.Info) -> None:
+        if info.method not in _METHODS:
+            info.method = "other"
+        count(info)
+
+    return record
+
+
+class StoreReader:
+    """Reads the store for scrapes: one at a time, and never longer than the patience."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._limiter = CapacityLimiter(1)
+        self._reading: asyncio.Task[Gauges | None] | None = None
+
+    async def read(self) -> Gauges | None:
+        """The state of the store; None where it does not answer."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._reading), PATIENCE_SECONDS)
+        except TimeoutError:
+            return None
+
+    async def _read(self) -> Gauges | None:
+        try:
+            return await to_thread.run_sync(
+                read_gauges, self._store, limiter=self._limiter, abandon_on_cancel=True
+            )
+        except StoreUnavailable:
+            return None
+        except Exception:  # such as a schema that is not there yet
+            _log.exception("the store's metrics cannot be read")
+            return None
+
+
+class StoreCollector(Collector):
+    """The metrics of what was read; with nothing read, that the database is down."""
+
+    def __init__(self, found: Gauges | None) -> None:
+        self._found = found
+
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily(
+            "einsum_nas_build_info", "Version of einsum-nas and of Python",
+            labels=["version", "python"],
+        )  # fmt: skip
+        build.add_metric([version("einsum-nas"), platform.python_version()], 1)
+        yield build
+        found = self._found
+        yield GaugeMetricFamily(
+            "einsum_nas_database_up", "1 if the database answered this scrape, else 0",
+            value=0 if found is None else 1,
+        )  # fmt: skip
+        if found is None:
+            return
+        schema = GaugeMetricFamily(
+            "einsum_nas_schema_info", "Revision of the database's schema, and the program's",
+            labels=["revision", "needed"],
+        )  # fmt: skip
+        schema.add_metric([found.schema.found or "none", found.schema.needed], 1)
+        yield schema
+        for name, text, states, counts in (
+            ("searches", "Searches by state", get_args(SearchState), found.searches),
+            ("trials", "Trials of all searches by state", get_args(TrialState), found.trials),
+            ("workers", "Workers heard of lately, by state", get_args(ProcessState), found.workers),
+        ):
+            yield _by_state(f"einsum_nas_{name}", text, states, counts)
+        for name, text, value in (
+            ("oldest_queued_search_age_seconds",
+             "Seconds since the oldest queued search was submitted; 0 if none is queued",
+             found.oldest_queued_seconds),
+            ("leases_expired",
+             "Running searches whose lease has run out and that no worker has taken over yet",
+             found.leases_expired),
+            ("dead_lettered_searches", "Searches given up after too many attempts",
+             found.dead_lettered),
+        ):  # fmt: skip
+            yield GaugeMetricFamily(f"einsum_nas_{name}", text, value=value)
+        yield CounterMetricFamily(
+            "einsum_nas_stale_writes_refused_total",
+            "Writes refused because another worker had claimed the search",
+            value=found.stale_writes,
+        )
+
+
+def _by_state(
+    name: str, text: str, states: tuple[str, ...], counts: Mapping[str, int]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=["state"])
+    for state in dict.fromkeys((*states, *counts)):
+        family.add_metric([state], counts.get(state, 0))
+    return family
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format; always 200, so that a database that is down can be seen."""
+    reader: StoreReader = request.app.state.store_reader
+    scraped = CollectorRegistry()
+    scraped.register(StoreCollector(await reader.read()))
+    own: CollectorRegistry = request.app.state.metrics
+    body = generate_latest(own) + generate_latest(scraped)
+    return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,63 @@
+"""A search again, as it was or with changes, as a search of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nas.errors import InvalidInput
+from nas.request import SearchRequest
+from nas.store import Search, Store
+
+#: Fields of a confirmation that may be changed: which runs it repeats is what it is.
+_OF_CONFIRMATION = ("limits", "priority")
+
+
+def create_clone(
+    store: Store,
+    search_id: str,
+    changes: Mapping[str, Any],
+    data_path: Callable[[SearchRequest], str | None],
+    *,
+    idempotency_key: str | None = None,
+    tenant: str = "default",
+    request_id: str | None = None,
+) -> tuple[Search, bool]:
+    """Queue a search like another one; (search, whether it is new).
+
+    Equal runs share their results, so that a clone with more trials goes on where the first ended.
+
+    Parameters
+    ----------
+    changes
+        Fields of a `SearchRequest` and their new values.
+    data_path
+        Where the data of a request lies, called where the clone has other data.
+
+    Raises
+    ------
+    NotFound
+        No such search.
+    InvalidInput
+        A change that cannot be made.
+    IdempotencyConflict
+        The key was used with another request.
+    """
+    source = store.search(search_id)
+    if source.request.confirm is not None:
+        for name in changes:
+            if name not in _OF_CONFIRMATION:
+                accepted = f"{' | '.join(_OF_CONFIRMATION)}: {search_id} is a confirmation"
+                raise InvalidInput("changes", name, accepted)
+    request = SearchRequest.checked({**source.request.model_dump(mode="json"), **changes})
+    same_data = (request.task, request.data) == (source.request.task, source.request.data)
+    return store.create_search(
+        request,
+        data_path=source.data_path if same_data else data_path(request),
+        idempotency_key=idempotency_key,
+        # runs are repeated on the data they had, or not at all
+        fingerprint=source.task_fingerprint if request.confirm is not None else None,
+        tenant=tenant,
+        cloned_from=search_id,
+        request_id=request_id,
+    )

@@ -1,0 +1,360 @@
+"""Looks at everything that a service and its workers need, and says what to do about the rest.
+
+Imports neither torch nor ray: versions are read from what is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distributions, requires, version
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
+from nas.logs import masked
+from nas.settings import Settings, settings
+from nas.store import Store
+from nas.store.gauges import Database, read_database, read_gauges
+from nas.store.processes import Process, Processes
+from nas.store.troubles import DatabaseTrouble
+
+Status = Literal["ok", "warning", "problem"]
+#: Free bytes below which a folder is a problem, and below which it is a warning.
+_LEAST_FREE, _LITTLE_FREE = 256 * 2**20, 5 * 2**30
+#: Size of /dev/shm below which Ray moves its object store to disk.
+_LEAST_SHARED = 2 * 2**30
+#: Seconds of clock difference that nobody would miss, and above which times are confusing.
+_CLOCK_SECONDS = 2.0
+_SLOW_MS = 100.0
+#: Bytes of the write that shows that there is space.
+_SPARE_BYTES = 64 * 1024
+_COMMAND_SECONDS = 10.0
+#: Packages whose versions are always shown.
+_SHOWN = ("torch", "ray", "optuna", "sqlalchemy")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    finding: str
+    #: what to do; empty where all is well
+    advice: str = ""
+
+    @property
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {
+            "name": self.name, "status": self.status, "finding": self.finding,
+            "advice": self.advice,
+        }  # fmt: skip
+
+
+def examine_here() -> tuple[Settings | None, list[Check]]:
+    """The settings of this process, if they can be used, and everything about them."""
+    try:
+        used = settings()
+    except InvalidInput as error:
+        advice = f"correct {error.field}, or remove it to get its default"
+        return None, [Check("settings", "problem", str(error), advice), *_versions()]
+    return used, examine(used)
+
+
+def examine(used: Settings) -> list[Check]:
+    """Every check but those of the Ray cluster, none of which takes long."""
+    checks = [_settings(used)]
+    for look in (_database, _folders, _data, lambda _: _versions(), lambda _: _gpu()):
+        try:
+            checks.extend(look(used))
+        except EinsumNasError as error:
+            checks.append(Check("database", "problem", masked(str(error)), "correct the setting"))
+    return checks
+
+
+def _settings(used: Settings) -> Check:
+    where = masked(used.database_url or "SQLite in the home")
+    found = f"home {used.resolved_home}; database {where}; listens on {used.host}:{used.port}"
+    return Check("settings", "ok", found)
+
+
+def _database(used: Settings) -> Iterator[Check]:
+    file = _sqlite_file(used)
+    if file is not None and not file.exists():
+        yield Check(
+            "database", "warning", f"{file} is not there yet",
+            "nothing, if this is a new installation: the first command makes it; else correct "
+            "EINSUM_NAS_HOME or EINSUM_NAS_DATABASE_URL",
+        )  # fmt: skip
+        return
+    store = Store(used.resolved_database_url)
+    try:
+        found = read_database(store)
+        yield _reached(found)
+        yield _schema(found)
+        yield _clock(found)
+        if found.schema.verdict == "current":
+            yield _writable(store)
+            yield from _work(store)
+    except DatabaseTrouble as error:
+        yield Check("database", "problem", masked(str(error)), error.advice)
+    except StoreUnavailable as error:
+        yield Check("database", "problem", masked(str(error)), "see that the database runs")
+    finally:
+        store.close()
+
+
+def _reached(found: Database) -> Check:
+    milliseconds = 1e3 * found.round_trip_seconds
+    text = f"{found.product} answers within {milliseconds:.1f} ms"
+    if milliseconds > _SLOW_MS:
+        advice = "run the database near its workers, and look at the load on it"
+        return Check("database", "warning", text, advice)
+    return Check("database", "ok", text)
+
+
+def _schema(found: Database) -> Check:
+    state = found.schema
+    text = f"revision {state.found or 'none'}; this program needs {state.needed}"
+    status: Status = "ok" if state.verdict == "current" else "problem"
+    return Check("schema", status, text, state.advice)
+
+
+def _clock(found: Database) -> Check:
+    ahead = found.clock_ahead_seconds
+    text = f"the database's clock is {abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'}"
+    text += " this machine's"
+    if abs(ahead) > _CLOCK_SECONDS:
+        advice = (
+            "set both by NTP: leases go by the database's clock alone and are safe, but the times "
+            "of logs and of the store do not fit each other"
+        )
+        return Check("clock", "warning", text, advice)
+    return Check("clock", "ok", text)
+
+
+def _writable(store: Store) -> Check:
+    processes = Processes(store)
+    name = f"doctor:{socket.gethostname()}:{os.getpid()}"
+    try:
+        spare = secrets.token_urlsafe(_SPARE_BYTES)
+        processes.seen(name, "doctor", "idle", about={"spare": spare})
+        processes.gone(name)
+    except DatabaseTrouble as error:
+        return Check("writable", "problem", masked(str(error)), error.advice)
+    return Check("writable", "ok", f"takes a committed write of {_SPARE_BYTES // 1024} KiB")
+
+
+def _work(store: Store) -> Iterator[Check]:
+    workers = Processes(store).alive(kind="worker")
+    gauges = read_gauges(store)
+    queued = gauges.searches.get("queued", 0)
+    yield _workers(workers, queued, gauges.oldest_queued_seconds)
+    if gauges.leases_expired:
+        yield Check(
+            "leases", "warning", f"{gauges.leases_expired} running search(es) without a holder",
+            "nothing, if a worker lives: it takes them over within seconds; else start one",
+        )  # fmt: skip
+    dead = gauges.dead_lettered
+    yield Check(
+        "given up", "warning" if dead else "ok",
+        f"{dead} search(es) given up after too many attempts",
+        "read the error of each (`failure` is `attempts`), remove its cause, and POST "
+        "/v1/searches/ID/retry" if dead else "",
+    )  # fmt: skip
+    yield Check(
+        "stale writes", "ok",
+        f"{gauges.stale_writes} write(s) refused so far because another worker held the search",
+    )  # fmt: skip
+
+
+def _workers(workers: list[Process], queued: int, oldest_seconds: float) -> Check:
+    states = [f"{w.name} {w.state}, version {w.version}" for w in workers]
+    if not workers:
+        text = f"none alive; {queued} search(es) queued"
+        if queued:
+            text += f", the oldest for {oldest_seconds:.0f} s"
+            advice = "start one: `einsum-nas worker`, or `einsum-nas serve`"
+            return Check("workers", "problem", text, advice)
+        return Check("workers", "ok", text)
+    own = version("einsum-nas")
+    text = f"{len(workers)} alive: {'; '.join(states[:8])}{'; …' if len(states) > 8 else ''}"
+    if any(w.version != own for w in workers):
+        advice = f"run the same version everywhere; this is {own}"
+        return Check("workers", "warning", text, advice)
+    waiting = [w.name for w in workers if w.state == "waiting"]
+    if waiting:
+        advice = "see that the Ray cluster at RAY_ADDRESS runs; checks of it follow below"
+        return Check("workers", "warning", text, advice)
+    return Check("workers", "ok", text)
+
+
+def _sqlite_file(used: Settings) -> Path | None:
+    url = used.database_url
+    if url is None:
+        return used.resolved_home / "einsum-nas.db"
+    prefix = "sqlite:///"
+    path = url.removeprefix(prefix).partition("?")[0]
+    return Path(path) if url.startswith(prefix) and path not in ("", ":memory:") else None
+
+
+def _folders(used: Settings) -> Iterator[Check]:
+    file = _sqlite_file(used)
+    folders = {"home": used.resolved_home, "temporary files": Path(tempfile.gettempdir())}
+    if file is not None and file.parent.resolve() != used.resolved_home:
+        folders["database's folder"] = file.parent.resolve()
+    for name, folder in folders.items():
+        yield _space(name, folder)
+    yield from shared_memory()
+
+
+def _space(name: str, folder: Path) -> Check:
+    there = folder
+    while not there.exists():  # it is made on first use, on the disk of what is above it
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    text = f"{folder}: {_size(free)} free"
+    if not os.access(there, os.W_OK):
+        return Check(name, "problem", f"{folder} cannot be written", "give this user the right to")
+    if free < _LITTLE_FREE:
+        status: Status = "problem" if free < _LEAST_FREE else "warning"
+        return Check(name, status, text, "free space, or choose a folder on another disk")
+    return Check(name, "ok", text)
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Check]:
+    """What Ray keeps its objects in, where this system has it."""
+    if not folder.is_dir():
+        return
+    usage = shutil.disk_usage(folder)
+    text = f"{folder}: {_size(usage.free)} free of {_size(usage.total)}"
+    if usage.free < _LEAST_SHARED:
+        yield Check(
+            "shared memory", "warning", text,
+            "Ray keeps its objects there, and on a slow disk where it is small: start containers "
+            "with --shm-size=4g (shm_size in a compose file), or free what fills it",
+        )  # fmt: skip
+    else:
+        yield Check("shared memory", "ok", text)
+
+
+def _data(used: Settings) -> Iterator[Check]:
+    folder = used.data_dir
+    if folder is None:
+        yield Check("data", "ok", "no data folder: searches over REST use the default data")
+    elif not folder.is_dir():
+        yield Check(
+            "data", "problem", f"EINSUM_NAS_DATA_DIR={folder} is no folder", "make or mount it"
+        )
+    elif not os.access(folder, os.R_OK | os.X_OK):
+        yield Check(
+            "data", "problem", f"{folder} cannot be read", "give this user the right to read it"
+        )
+    else:
+        count = sum(1 for _ in folder.iterdir())
+        yield Check("data", "ok", f"{folder}: {count} entries")
+
+
+def _versions() -> Iterator[Check]:
+    shown = [f"einsum-nas {version('einsum-nas')}", f"python {platform.python_version()}"]
+    wrong: list[str] = []
+    for line in requires("einsum-nas") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(wanted.name)
+        except PackageNotFoundError:
+            wrong.append(f"{wanted.name} is not installed ({wanted.specifier})")
+            continue
+        if wanted.name in _SHOWN:
+            shown.append(f"{wanted.name} {found}")
+        if not wanted.specifier.contains(found, prereleases=True):
+            wrong.append(f"{wanted.name} {found} ({wanted.specifier})")
+    if wrong:
+        text = f"{', '.join(shown)}; not as needed: {', '.join(wrong)}"
+        yield Check("versions", "problem", text, "pip install --upgrade einsum-nas")
+    else:
+        yield Check("versions", "ok", ", ".join(shown))
+
+
+def _gpu() -> Iterator[Check]:
+    built = _torch_build()
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield Check("gpu", "ok", f"no nvidia-smi: runs go on the CPU; torch is built for {built}")
+        return
+    query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(
+            query, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        cause = masked(str(error))[:300]
+        advice = "see to the driver: `nvidia-smi` has to list the GPUs"
+        yield Check("gpu", "warning", f"nvidia-smi failed: {cause}", advice)
+        return
+    cards = "; ".join(said.stdout.strip().splitlines()[:8])
+    if built == "CPUs only":
+        advice = "install a CUDA build of torch: this one leaves the GPUs idle"
+        yield Check("gpu", "warning", f"{cards}; torch is built for {built}", advice)
+    else:
+        yield Check("gpu", "ok", f"{cards}; torch is built for {built}")
+
+
+def _torch_build() -> str:
+    """What torch is built for, by its version or by the packages that came with it."""
+    local = version("torch").partition("+")[2]
+    if local:
+        return "CPUs only" if local == "cpu" else local
+    runtime = [
+        d.version for d in distributions()
+        if (d.name or "").startswith(("nvidia-cuda-runtime", "nvidia_cuda_runtime"))
+    ]  # fmt: skip
+    return f"CUDA {runtime[0]}" if runtime else "CPUs only"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def worst(checks: list[Check]) -> Status:
+    """The gravest status among the checks."""
+    order: tuple[Status, ...] = ("ok", "warning", "problem")
+    return max((c.status for c in checks), key=order.index, default="ok")
+
+
+def show_checks(checks: list[Check]) -> None:
+    """Every check as a line of text, with what to do below it."""
+    from rich.console import Console
+
+    console = Console()
+    styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+    width = max(len(c.name) for c in checks)
+    for check in checks:
+        console.print(f"{check.status:8}", style=styles[check.status], end="")
+        console.print(
+            f"{check.name:{width}}  {check.finding}", markup=False, highlight=False, soft_wrap=True
+        )
+        if check.advice:
+            console.print(
+                f"{'':8}{'':{width}}  → {check.advice}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )

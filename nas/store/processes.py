@@ -1,0 +1,132 @@
+"""Which workers and services are on the store, as they last said of themselves."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+from sqlalchemy import Insert, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from nas.errors import InvalidInput
+from nas.store.engine import reading, writing
+from nas.store.schema import ProcessRow, database_now
+from nas.store.searches import Store
+
+ProcessKind = Literal["worker", "api", "doctor"]
+ProcessState = Literal["idle", "busy", "waiting", "draining"]
+#: Seconds without a word after which a process counts as gone; a third of it between words.
+LIVE_SECONDS = 45.0
+WORD_SECONDS = LIVE_SECONDS / 3
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A worker or a service; times are seconds since 1970 by the database's clock."""
+
+    name: str
+    kind: ProcessKind
+    host: str
+    pid: int
+    #: of einsum-nas
+    version: str
+    started_at: float
+    seen_at: float
+    state: ProcessState
+    #: what it works on
+    search_id: str | None
+    about: Mapping[str, Any]
+
+
+class Processes:
+    """The register of processes; one object for each process that enters itself."""
+
+    def __init__(self, store: Store) -> None:
+        self._engine = store.engine
+        self._entered: set[str] = set()
+
+    def seen(
+        self,
+        name: str,
+        kind: ProcessKind,
+        state: ProcessState,
+        *,
+        search_id: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Enter this process, or renew its entry; a committed write.
+
+        Parameters
+        ----------
+        about
+            Whatever else it tells; has to be JSON.
+
+        Raises
+        ------
+        InvalidInput
+            A kind or state that there is not.
+        StoreUnavailable
+            The database does not take the write.
+        """
+        for field, given, known in (
+            ("kind", kind, get_args(ProcessKind)), ("state", state, get_args(ProcessState)),
+        ):  # fmt: skip
+            if given not in known:
+                raise InvalidInput(field, given, " | ".join(known))
+        told = {
+            "kind": kind, "host": socket.gethostname(), "pid": os.getpid(),
+            "version": version("einsum-nas"), "seen_at": database_now(), "state": state,
+            "search_id": search_id, "about": dict(about or {}),
+        }  # fmt: skip
+        renewed = dict(told)
+        if name not in self._entered:  # an entry of that name is of a process that has ended
+            renewed["started_at"] = database_now()
+        with writing(self._engine) as session:
+            dialect = session.get_bind().dialect.name
+            values = {"name": name, "started_at": database_now(), **told}
+            statement: Insert
+            if dialect == "sqlite":
+                statement = (
+                    sqlite.insert(ProcessRow)
+                    .values(values)
+                    .on_conflict_do_update(index_elements=["name"], set_=renewed)
+                )
+            else:
+                statement = (
+                    postgresql.insert(ProcessRow)
+                    .values(values)
+                    .on_conflict_do_update(index_elements=["name"], set_=renewed)
+                )
+            session.execute(statement)
+        self._entered.add(name)
+
+    def gone(self, name: str) -> None:
+        """Strike out a process that ends; nothing happens where it has no entry."""
+        with writing(self._engine) as session:
+            session.execute(delete(ProcessRow).where(ProcessRow.name == name))
+        self._entered.discard(name)
+
+    def alive(
+        self, within_seconds: float = LIVE_SECONDS, *, kind: ProcessKind | None = None
+    ) -> list[Process]:
+        """Processes that were heard of in the last seconds, by name."""
+        query = (
+            select(*ProcessRow.__table__.columns)
+            .where(ProcessRow.seen_at >= database_now() - within_seconds)
+            .order_by(ProcessRow.name)
+        )
+        if kind is not None:
+            query = query.where(ProcessRow.kind == kind)
+        with reading(self._engine) as session:
+            return [Process(**row._mapping) for row in session.execute(query)]
+
+    def forget(self, older_than_seconds: float) -> int:
+        """Strike out processes that were not heard of for so long; how many."""
+        old = ProcessRow.seen_at < database_now() - older_than_seconds
+        with writing(self._engine) as session:
+            found = session.execute(delete(ProcessRow).where(old).returning(ProcessRow.name))
+            return len(found.all())

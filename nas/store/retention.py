@@ -1,0 +1,188 @@
+"""What is let go with time: fine-grained events of ended searches, and searches without a result.
+
+Results are never deleted: no completed trial, no point of one, and no search that has one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+
+from sqlalchemy import Select, delete, func, select
+from sqlalchemy.orm import Session, aliased
+
+from nas.errors import InvalidInput
+from nas.store import rows
+from nas.store.engine import reading, writing
+from nas.store.records import TERMINAL
+from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow
+from nas.store.searches import Store
+
+#: Events that a trial's own row and curve tell again; all others are turning points and stay.
+FINE_GRAINED = ("point", "trial_planned", "trial_started")
+#: Ends without success.
+UNSUCCESSFUL = ("failed", "cancelled")
+#: Events of one transaction, and searches of one look: writers wait no longer than for these.
+_AT_ONCE = 500
+_SECONDS_PER_DAY = 86_400.0
+_OWN = aliased(TrialRow)
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was deleted, or would be."""
+
+    #: of searches that stay
+    events: int = 0
+    #: failed and cancelled ones, with everything of theirs
+    searches: int = 0
+    #: trials of these
+    trials: int = 0
+
+
+def prune(
+    store: Store,
+    *,
+    event_days: float | None,
+    failed_days: float | None,
+    dry_run: bool = False,
+) -> Pruned:
+    """Delete what has been kept for long enough; safe to call from several processes at once.
+
+    Parameters
+    ----------
+    event_days
+        Days after its end from which on a search keeps the turning points of its log only; None
+        for ever.
+    failed_days
+        Days after their end from which on failed and cancelled searches are deleted, unless one
+        of their trials has completed or anything refers to them; None for never.
+    dry_run
+        Count, and delete nothing.
+
+    Raises
+    ------
+    InvalidInput
+        A number of days that is none, or not above 0.
+    """
+    for name, days in (("event_days", event_days), ("failed_days", failed_days)):
+        if days is not None and not (math.isfinite(days) and days > 0):
+            raise InvalidInput(name, days, "a number of days above 0")
+    found, gone = Pruned(), set[str]()
+    if failed_days is not None:
+        found, gone = _prune_searches(store, failed_days * _SECONDS_PER_DAY, dry_run)
+    if event_days is not None:
+        events = _prune_events(store, event_days * _SECONDS_PER_DAY, gone, dry_run)
+        found = replace(found, events=events)
+    return found
+
+
+# --- events
+
+
+def _prune_events(store: Store, seconds: float, gone: Set[str], dry_run: bool) -> int:
+    count = 0
+    for page_of_searches in _ended(store, seconds, TERMINAL):
+        searches = set(page_of_searches) - gone
+        fine = EventRow.search_id.in_(searches) & EventRow.kind.in_(FINE_GRAINED)
+        if dry_run:
+            with reading(store.engine) as session:
+                count += session.scalar(select(func.count()).where(fine)) or 0
+            continue
+        after = 0
+        while True:
+            # found by reading, so that nobody is locked out while there is nothing to delete
+            page = select(EventRow.id).where(fine, EventRow.id > after).order_by(EventRow.id)
+            with reading(store.engine) as session:
+                ids = list(session.scalars(page.limit(_AT_ONCE)))
+            if not ids:
+                break
+            count += _delete_events(store, ids)
+            after = ids[-1]
+    return count
+
+
+def _delete_events(store: Store, ids: Sequence[int]) -> int:
+    ended = select(SearchRow.id).where(SearchRow.finished_at.is_not(None))  # one may be retried
+    with writing(store.engine) as session:
+        chosen = EventRow.id.in_(ids), EventRow.search_id.in_(ended)
+        deleted = session.scalar(select(func.count()).where(*chosen)) or 0
+        session.execute(delete(EventRow).where(*chosen))
+    return deleted
+
+
+def _ended(store: Store, seconds: float, states: Collection[str]) -> Iterator[list[str]]:
+    """Pages of the ids of searches that ended in one of `states` longer ago than `seconds`."""
+    last = -1
+    while True:
+        with reading(store.engine) as session:
+            query = (
+                select(SearchRow.id, SearchRow.sequence)
+                .where(
+                    SearchRow.state.in_(states),
+                    SearchRow.finished_at < rows.now(session) - seconds,
+                    SearchRow.sequence > last,
+                )
+                .order_by(SearchRow.sequence)
+                .limit(_AT_ONCE)
+            )
+            page = session.execute(query).all()
+        if not page:
+            return
+        yield [str(row.id) for row in page]
+        last = page[-1].sequence
+
+
+# --- searches
+
+
+def _prune_searches(store: Store, seconds: float, dry_run: bool) -> tuple[Pruned, set[str]]:
+    """(the searches and trials that were deleted, or would be, and the ids of these searches)."""
+    gone: set[str] = set()
+    trials = 0
+    for searches in _ended(store, seconds, UNSUCCESSFUL):
+        with reading(store.engine) as session:
+            chosen = sorted(set(searches) - _kept(session, searches))
+            owned = select(func.count()).where(TrialRow.search_id.in_(chosen))
+            trials += (session.scalar(owned) or 0) if dry_run else 0
+        for search_id in chosen:
+            deleted = 0 if dry_run else _delete_search(store, search_id, seconds)
+            if deleted is not None:
+                gone.add(search_id)
+                trials += deleted
+    return Pruned(searches=len(gone), trials=trials), gone
+
+
+def _kept(session: Session, searches: Sequence[str]) -> set[str]:
+    """Those of the searches that hold a result, or that something refers to."""
+    named = SearchRow.request[("confirm", "search")].as_string()
+    kept = set(session.scalars(_with_result(searches)))
+    for reference in (TrialRow.reused_from, TrialRow.confirms):
+        there = select(reference).where(reference.is_not(None)).scalar_subquery()
+        query = select(_OWN.search_id).where(_OWN.search_id.in_(searches), _OWN.id.in_(there))
+        kept |= set(session.scalars(query))
+    return kept | {str(name) for name in session.scalars(select(named).where(named.in_(searches)))}
+
+
+def _with_result(searches: Sequence[str]) -> Select[str]:
+    query = select(TrialRow.search_id).distinct()
+    return query.where(TrialRow.search_id.in_(searches), TrialRow.state == "complete")
+
+
+def _delete_search(store: Store, search_id: str, seconds: float) -> int | None:
+    """Delete a search with everything of its own; its trials, or None where it has to stay."""
+    with writing(store.engine) as session:
+        row = session.get(SearchRow, search_id, with_for_update=True)
+        if row is None or row.state not in UNSUCCESSFUL or row.finished_at is None:
+            return None  # retried, or deleted by another process
+        # what nothing referred to has no new reference: these name completed trials
+        has_result = session.scalar(_with_result([search_id])) is not None
+        if has_result or row.finished_at >= rows.now(session) - seconds:
+            return None
+        trials = session.scalar(select(func.count()).where(TrialRow.search_id == search_id)) or 0
+        # its trials, points, standings and events go with it
+        session.execute(delete(SearchRow).where(SearchRow.id == search_id))
+        for table in (BarRow, ScopeRow):
+            session.execute(delete(table).where(table.scope == search_id))
+        return trials
