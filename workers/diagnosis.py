@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from nas.doctor import Check, shared_memory
@@ -22,8 +23,9 @@ from nas.settings import Settings
 PATIENCE_SECONDS = 75.0
 #: Seconds for the answer of one node, which has to start a process for it.
 _NODE_SECONDS = 25.0
-#: Seconds within which a process without a token joins, if it is let in.
-_STRANGER_SECONDS = 15.0
+#: Seconds within which a process without a token joins, if it is let in, from when all else is
+#: known.
+_STRANGER_SECONDS = 10.0
 _NEEDED = {"cpus_per_trial", "gpus_per_trial", "resources_per_trial"}
 _MARK = "einsum-nas-diagnosis:"
 
@@ -91,12 +93,22 @@ def _examined(settings: Settings) -> Iterator[Check]:
     except Exception as error:
         yield _not_joined(str(wanted), error)
         return
+    with _stranger(str(wanted)) as stranger:
+        yield from _joined(settings, str(wanted), stranger)
+
+
+def _joined(settings: Settings, wanted: str, stranger: subprocess.Popen[bytes]) -> Iterator[Check]:
+    import ray
+
+    from workers import cluster
+
     nodes = cluster.alive_nodes()
-    total = ray.cluster_resources()
-    held = _amounts(total)
+    # the stranger is tried meanwhile
+    answers = list(_nodes(nodes))
+    opened = _was_let_in(stranger)
     dead = len(ray.nodes()) - len(nodes)
     gone = f", {dead} no longer alive" if dead else ""
-    opened = _is_open(str(wanted))
+    held = _amounts(ray.cluster_resources())
     yield Check(
         "cluster", "warning" if opened else "ok",
         f"joined at {wanted}: {len(nodes)} node(s){gone}, {held}; Ray {ray.__version__}; "
@@ -104,7 +116,7 @@ def _examined(settings: Settings) -> Iterator[Check]:
         "whoever reaches its ports runs programs there: keep them in a private network, and set "
         "RAY_AUTH_MODE=token and a token on all its nodes and workers" if opened else "",
     )  # fmt: skip
-    yield from _nodes(nodes)
+    yield from answers
     try:
         needs = cluster.trial_resources(settings)
         count = cluster.fitting(needs)
@@ -115,20 +127,29 @@ def _examined(settings: Settings) -> Iterator[Check]:
     yield from shared_memory()
 
 
-def _is_open(wanted: str) -> bool:
-    """Whether a process without a token can join."""
-    stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
+@contextmanager
+def _stranger(wanted: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process without a token that tries to join."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
+    join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
     with tempfile.TemporaryDirectory() as empty:  # a token may also lie in the user's home
-        join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
+        started = subprocess.Popen(
+            [sys.executable, "-c", join, wanted],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**kept, "RAY_AUTH_MODE": "disabled", "HOME": empty},
+        )  # fmt: skip
         try:
-            tried = subprocess.run(
-                [sys.executable, "-c", join, wanted], capture_output=True, check=False,
-                timeout=_STRANGER_SECONDS,
-                env={**stranger, "RAY_AUTH_MODE": "disabled", "HOME": empty},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return False
-    return tried.returncode == 0
+            yield started
+        finally:
+            started.kill()
+            started.wait()
+
+
+def _was_let_in(stranger: subprocess.Popen[bytes]) -> bool:
+    try:
+        return stranger.wait(_STRANGER_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _not_joined(wanted: str, error: Exception) -> Check:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # read when ray.tune is imported: no result files, no signal handler
@@ -19,6 +20,8 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
 os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "1")
 # an actor that does not end by itself when its search is stopped is killed after so many seconds
 os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
+# why a trial failed is stored and logged by us
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 from workers import cluster  # isort: skip  # sets what Ray reads when it is imported
@@ -44,6 +47,8 @@ _log = logging.getLogger(__name__)
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 #: Times Ray starts a trial anew after its process died.
 _MAX_PROCESS_FAILURES = 3
+#: Characters of what Ray says of a trial whose process died.
+_LONGEST_REASON = 300
 #: Exit status of a process whose cluster is gone.
 CLUSTER_LOST_STATUS = 76
 #: Share of its time after which a trial that died is taken to have died of the limit: the driver
@@ -127,6 +132,8 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
                     storage_path=scratch,
                     stop=_SessionStopper(key),
                     callbacks=[_Attempts(key)],
+                    # with a checkpoint of Tune's own every node would have to see `scratch`
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=_MAX_PROCESS_FAILURES),
                     verbose=0,
                 ),
@@ -258,8 +265,7 @@ class _Attempts(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_info: Any) -> None:
         experiment = _experiments[self._key]
-        text = str(trial.get_error() or "").strip()
-        reason = text.splitlines()[-1] if text else "its process died"
+        reason = _reason(trial)
         experiment.reasons[trial.trial_id] = reason
         if experiment.out_of_time(trial.trial_id):
             # read by the process that Tune starts for the next attempt
@@ -273,9 +279,25 @@ class _Attempts(Callback):
         experiment.begun.pop(trial.trial_id, None)
 
 
+def _reason(trial: Any) -> str:
+    """Why the last attempt at a trial ended, in a line.
+
+    Tune's own `get_error` looks into the results' folder, where the text comes later.
+    """
+    try:
+        text = Path(trial.error_file or "").read_text()
+    except OSError:
+        text = ""
+    lines = text.rpartition("Failure # ")[2].strip().splitlines()
+    told = [line for line in lines if line.startswith("The actor is dead")] or lines[-1:]
+    return told[0][:_LONGEST_REASON] if told else "its process died"
+
+
 def _of_memory(reason: str) -> bool:
     """Whether an attempt ended for want of memory, by what Ray says of it."""
-    signs = ("OutOfMemory", "MemoryError", "not enough memory", "out of memory")
+    signs = (
+        "OutOfMemory", "MemoryError", "not enough memory", "out of memory", "can't allocate memory"
+    )  # fmt: skip
     return any(sign in reason for sign in signs)
 
 

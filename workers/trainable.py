@@ -81,9 +81,7 @@ class ProxyTrainable(tune.Trainable):
     def _begin(self, config: Mapping[str, Any]) -> None:
         run = json.loads(config["run"])
         self._waiting = [_begun(), *([_failed(**run["failure"])] if "failure" in run else [])]
-        # a thread of the interpreter's own, which no endless loop can hold up; it says on stderr
-        # where the process stood
-        faulthandler.dump_traceback_later(self._seconds, exit=True)
+        self._start_clock()
         limit_memory(self._memory)
         plan = RunPlan.from_dict(run["plan"])
         recipe = Recipe(**run["recipe"])
@@ -104,11 +102,20 @@ class ProxyTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         if self._waiting:
+            self._start_clock()  # anew, for the driver's begins with what is told now
             return self._waiting.pop(0)
         result = self._advance()
         if result["done"]:
             faulthandler.cancel_dump_traceback_later()
         return result
+
+    def _start_clock(self) -> None:
+        """End this process after the time of an attempt.
+
+        By a thread of the interpreter's own, which no endless loop can hold up; it says on stderr
+        where the process stood.
+        """
+        faulthandler.dump_traceback_later(self._seconds, exit=True)
 
     def cleanup(self) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -153,7 +160,8 @@ def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # torch's allocator for the CPU raises a plain RuntimeError
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    signs = ("not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def limit_memory(allowance: int | None) -> None:

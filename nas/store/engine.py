@@ -124,6 +124,9 @@ def _drop_unusable(context: ExceptionContext) -> None:
     kind = trouble_of(context.original_exception)
     if kind in ("away", "read_only", "damaged", "failing"):
         context.is_disconnect = True
+        # a cursor that its error keeps alive would keep the file open
+        if context.execution_context is not None and context.execution_context.cursor is not None:
+            context.execution_context.cursor.close()
         if context.engine is not None:
             context.engine.dispose()
 

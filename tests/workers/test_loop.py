@@ -4,14 +4,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nas.errors import LeaseLost, StoreUnavailable
+from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Lease, Leases, Renewal, Search, Store, upgrade
+from nas.store.processes import Processes
 from nas.tasks import TaskData
+from workers import cluster
 from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
 from workers.session import SearchSession, Signals
 
@@ -146,3 +149,94 @@ def test_a_worker_that_is_stopped_hands_its_search_back(
     assert (after.state, after.failures) == ("queued", 0)
     assert store.events(search.id)[-1].kind == "handed_back"
     store.close()
+
+
+def test_nothing_is_claimed_while_the_cluster_is_away(
+    settings: Settings, text_folder: Path
+) -> None:
+    store, search = queue(settings, text_folder)
+    asked: list[str] = []
+    stop = ConnectionError("ends the test")
+
+    def connect(_: Settings) -> None:
+        entry = Processes(store).alive()
+        asked.append(entry[0].state if entry else "")
+        if len(asked) < 3:
+            raise ClusterUnavailable("no head")
+
+    def runs(session: SearchSession, data: TaskData, used: Settings) -> None:
+        raise stop
+
+    Worker(settings, runner=runs, connect=connect).run(until_idle=True)
+    after = store.search(search.id)
+    # once, when the cluster was there
+    assert (after.epoch, after.failures) == (1, 1)
+    assert asked[2] == "waiting"
+    assert Processes(store).alive() == []  # it has taken its leave
+    store.close()
+
+
+def test_a_search_that_is_to_be_paused_is_handed_back_paused(
+    settings: Settings, text_folder: Path
+) -> None:
+    store, search = queue(settings, text_folder)
+
+    def waits(session: SearchSession, data: TaskData, used: Settings) -> None:
+        session.prepare()
+        assert session.next_trial() is not None
+        assert Processes(store).alive()[0].search_id == search.id
+        store.pause(search.id)
+        assert session.signals.pause.wait(10)
+
+    Worker(settings, runner=waits).run(until_idle=True)
+    after = store.search(search.id)
+    assert (after.state, after.failures, after.worker) == ("paused", 0, None)
+    assert set(after.trial_counts) == {"planned"}
+    store.close()
+
+
+def test_a_ray_client_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    with pytest.raises(
+        InvalidInput, match=r"RAY_ADDRESS: got ray://10\.0\.0\.1:10001; accepted: HOST"
+    ):
+        cluster.address()
+
+
+def test_a_head_that_is_not_there_is_said_to_be_away(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(
+        ClusterUnavailable, match=r"no Ray head answers at RAY_ADDRESS=127\.0\.0\.1:1"
+    ):
+        cluster.connect(settings)
+
+
+def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"Resources": r} for r in resources]
+
+
+@pytest.mark.parametrize(
+    ("needs", "held", "count"),
+    [
+        ({"CPU": 2}, [{"CPU": 3}, {"CPU": 3}], 2),  # two halves on two nodes make no trial
+        ({"CPU": 1, "GPU": 0.25}, [{"CPU": 16, "GPU": 1}, {"CPU": 16}], 4),
+        ({"CPU": 1, "GPU": 1 / 3}, [{"CPU": 16, "GPU": 1}], 3),
+        ({"CPU": 1, "fast": 1}, [{"CPU": 4, "fast": 2}, {"CPU": 4}], 2),
+    ],
+)
+def test_trials_fit_on_nodes_not_on_sums_of_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+    needs: dict[str, float],
+    held: list[dict[str, float]],
+    count: int,
+) -> None:
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: nodes(*held))
+    assert cluster.fitting(needs) == count
+
+
+def test_what_fits_nowhere_is_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: nodes({"CPU": 1}, {"CPU": 1}))
+    with pytest.raises(ClusterUnavailable, match=r"one trial needs .*'CPU': 2.* add a node"):
+        cluster.fitting({"CPU": 2})

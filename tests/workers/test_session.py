@@ -10,9 +10,9 @@ import pytest
 
 from nas.answers import get_best
 from nas.confirm import ConfirmRequest, create_confirmation
-from nas.errors import EinsumNasError, LeaseLost
+from nas.errors import EinsumNasError, InvalidInput, LeaseLost
 from nas.request import SearchRequest
-from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, upgrade
+from nas.store import Lease, Leases, Renewal, Search, Store, StoredPoint, Trial, upgrade
 from workers.session import SearchSession, Signals
 
 FINGERPRINT = "f" * 16
@@ -290,3 +290,57 @@ def test_spread_takes_candidates_across_the_ranking(store: Store) -> None:
     ranking = list(models.values())
     picked = [r.trial_id for r in made.request.confirm.runs[:3]]
     assert picked == [ranking[0], ranking[round((len(ranking) - 1) / 2)], ranking[-1]]
+
+
+def test_no_run_is_proposed_that_could_exceed_the_flops_of_the_search(store: Store) -> None:
+    budget = 2e11
+    limits = {"total_train_flops": 5.5 * budget}
+    session, _, search = begin(store, trials=10, limits=limits)
+    session.prepare()
+    done = drain(session)
+    assert len(done) == 5  # three references and two candidates
+    assert session.exhausted
+    session.finish()
+    ended = store.search(search.id)
+    assert (ended.state, ended.limit_reached) == ("succeeded", "total_train_flops 1.1e+12")
+    assert sum(t.train_flops for t in store.trials(search.id)) <= limits["total_train_flops"]
+    assert store.events(search.id)[-1].data == {"limit_reached": ended.limit_reached}
+
+
+def test_a_search_that_ends_within_its_limits_reached_none(store: Store) -> None:
+    session, _, search = begin(store, limits={"total_train_flops": 2e12, "seconds": 1000})
+    session.prepare()
+    drain(session)
+    session.finish()
+    assert store.search(search.id).limit_reached is None
+
+
+@pytest.mark.parametrize("completed", [0, 4])
+def test_a_search_out_of_time_ends_with_what_it_has(store: Store, completed: int) -> None:
+    session, _, search = begin(store, limits={"seconds": 60})
+    session.prepare()
+    for _ in range(completed):
+        trial = session.next_trial()
+        assert trial is not None
+        finish(session, trial)
+    assert session.next_trial() is not None
+    session.signals.hear(Renewal(overtime=True))
+    assert session.next_trial() is None
+    session.finish()
+    ended = store.search(search.id)
+    assert ended.limit_reached == "seconds 60"
+    assert (ended.state, ended.failure) == (
+        ("succeeded", None) if completed else ("failed", "limit")
+    )
+    stopped = [t for t in store.trials(search.id) if t.state == "stopped"]
+    assert {t.error for t in stopped} == {"seconds 60"}
+    assert ended.trial_counts.get("complete", 0) == completed
+
+
+@pytest.mark.parametrize(
+    "limit", [{"seconds": 0}, {"seconds": "x"}, {"hours": 1}, {"total_train_flops": 2e11}]
+)
+def test_limits_that_are_none_are_refused(limit: dict[str, Any]) -> None:
+    (name,) = limit
+    with pytest.raises(InvalidInput, match=rf"limits\.{name}"):
+        SearchRequest.checked({"train_flops": 2e11, "limits": limit})
