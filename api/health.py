@@ -141,6 +141,7 @@ class Readiness:
         #: whether a request has just met a database that does not take or give what it should,
         #: and how often that has been
         self._doubted, self._doubts = False, 0
+        self._doubted_at = -KEPT_SECONDS
         self._looking_since = 0
         self._background: list[asyncio.Task[None]] = []
         #: whether requests can be let through: the schema has been seen to be this program's
@@ -154,10 +155,16 @@ class Readiness:
         EinsumNasError
             Waiting cannot help; see `refuse_unusable`.
         """
-        await self._thread(refuse_unusable, self._settings)
-        first = asyncio.create_task(self._open())
-        await asyncio.wait([first], timeout=_START_SECONDS)
-        self._background = [first, asyncio.create_task(self._watch())]
+        try:
+            await self._thread(refuse_unusable, self._settings)
+        except EinsumNasError as error:
+            _log.error("cannot start: %s", error)
+            raise
+        tried = asyncio.Event()
+        self._background = [asyncio.create_task(self._open(tried))]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(tried.wait(), _START_SECONDS)
+        self._background.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
         """Leave the register of processes."""
@@ -173,8 +180,10 @@ class Readiness:
 
     def doubt(self) -> None:
         """A request met a database that is unavailable: examine it anew, and more thoroughly."""
-        self._doubted, self._last = True, None
-        self._doubts += 1
+        self._doubted, now = True, time.monotonic()
+        if now - self._doubted_at >= KEPT_SECONDS:  # many requests may meet it at once
+            self._doubted_at, self._last = now, None
+            self._doubts += 1
 
     async def report(self) -> Report:
         """What was found at most `KEPT_SECONDS` ago, or is found now, within the patience."""
@@ -218,10 +227,12 @@ class Readiness:
             partial(call, *given), limiter=self._limiter, abandon_on_cancel=True
         )
 
-    async def _open(self) -> None:
+    async def _open(self, tried: asyncio.Event) -> None:
         limiter = CapacityLimiter(1)  # an upgrade takes its time, and probes go on meanwhile
         while not await to_thread.run_sync(self._upgraded, limiter=limiter, abandon_on_cancel=True):
+            tried.set()
             await asyncio.sleep(_RETRY_SECONDS)
+        tried.set()
 
     def _upgraded(self) -> bool:
         try:

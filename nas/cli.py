@@ -475,6 +475,24 @@ def worker(
     main(used, until_idle=until_idle, search_id=search_id)
 
 
+@app.command()
+@reported
+def doctor(as_json: Json = False) -> None:
+    """Look at everything a service and its workers need; status 1 if anything is a problem."""
+    from nas.doctor import examine_here, show_checks, worst
+    from workers.diagnosis import examine_cluster
+
+    used, checks = examine_here()
+    if used is not None:
+        checks += examine_cluster(used)
+    if as_json:
+        print_json([check.as_dict for check in checks])
+    else:
+        show_checks(checks)
+    if worst(checks) == "problem":
+        raise typer.Exit(1)
+
+
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(parser=whole, metavar="N", help="Port to listen on.")]
 Open = Annotated[
@@ -498,6 +516,7 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
     import uvicorn
 
     from api.app import create_app
+    from api.health import refuse_unusable
     from nas.logs import configure
     from nas.settings import settings
 
@@ -511,6 +530,7 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
     used_port = used.port if port is None else port
     if not 0 <= used_port <= 65535:
         raise InvalidInput("port", used_port, "a whole number from 0 to 65535")
+    refuse_unusable(used)
     uvicorn.run(
         create_app(used, any_host=address not in _LOOPBACK),
         host=address,

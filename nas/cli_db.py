@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from nas.cli_common import Json, number, print_json, reported
+from nas.cli_common import Json, local_store, number, print_json, reported
 
 app = typer.Typer(help="The database.", no_args_is_help=True)
 
@@ -22,17 +22,8 @@ BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The file of th
 @reported
 def upgrade(as_json: Json = False) -> None:
     """Bring the database's schema to this version."""
-    from nas.settings import settings
-    from nas.store import Store
-    from nas.store import upgrade as upgrade_schema
-
-    url = settings().resolved_database_url
-    upgrade_schema(url)
-    store = Store(url)
-    try:
+    with local_store() as store:
         revision = store.schema_revision()
-    finally:
-        store.close()
     if as_json:
         print_json({"revision": revision})
     else:
@@ -77,7 +68,7 @@ def restore(file: BackupFile, as_json: Json = False) -> None:
     print(f"restored {file}: schema {done.file_revision}, now {done.revision}")
     print(_counts(done.rows))
     if done.released:
-        print(f"taken from the workers that ran them then: {len(done.released)} searches")
+        print(f"searches taken from the workers that ran them then: {len(done.released)}")
 
 
 @app.command()
@@ -106,23 +97,16 @@ def prune(
 ) -> None:  # fmt: skip
     """Delete old events, and old failed and cancelled searches. Results are never deleted."""
     from nas.settings import settings
-    from nas.store import Store
-    from nas.store import upgrade as upgrade_schema
     from nas.store.retention import prune as delete
 
     used = settings()
-    url = used.resolved_database_url
-    upgrade_schema(url)
-    store = Store(url)
-    try:
+    with local_store() as store:
         done = delete(
             store,
             event_days=used.event_days if event_days is None else event_days,
             failed_days=used.failed_days if failed_days is None else failed_days,
             dry_run=dry_run,
         )
-    finally:
-        store.close()
     if as_json:
         print_json({**asdict(done), "dry_run": dry_run})
         return

@@ -99,7 +99,7 @@ def _start_local(settings: Settings) -> None:
 
 
 def _join(wanted: str) -> None:
-    if wanted != "auto" and not _listens(wanted):
+    if wanted != "auto" and not listens(wanted):
         raise ClusterUnavailable(
             f"no Ray head answers at RAY_ADDRESS={wanted}; start it, or correct the address"
         )
@@ -117,7 +117,8 @@ def _join(wanted: str) -> None:
         ) from error
 
 
-def _listens(wanted: str) -> bool:
+def listens(wanted: str) -> bool:
+    """Whether anything takes connections at HOST:PORT."""
     host, _, port = wanted.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
@@ -130,7 +131,7 @@ def _listens(wanted: str) -> bool:
 
 def _answers() -> bool:
     """Whether the head of the cluster that this process belongs to can be reached."""
-    return _listens(str(ray.get_runtime_context().gcs_address))
+    return listens(str(ray.get_runtime_context().gcs_address))
 
 
 def versions() -> dict[str, str]:
@@ -226,7 +227,7 @@ class HeadWatch:
     def _watch(self) -> None:
         seen = time.monotonic()
         while not self._done.wait(_LOOK_SECONDS):
-            if _listens(self._head):
+            if listens(self._head):
                 seen = time.monotonic()
             elif time.monotonic() - seen > _PATIENCE_SECONDS:
                 self._gone(f"the Ray head at {self._head} has not answered for 30 s")

@@ -82,7 +82,7 @@ def _examined(settings: Settings) -> Iterator[Check]:
     import ray
 
     wanted = cluster.address()
-    if wanted != "auto" and not cluster._listens(str(wanted)):
+    if wanted != "auto" and not cluster.listens(str(wanted)):
         yield Check(
             "cluster", "problem", f"nothing listens at RAY_ADDRESS={wanted}",
             "start the head with `ray start --head`, or correct the address",

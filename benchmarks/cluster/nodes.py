@@ -95,7 +95,7 @@ class Cluster:
                 "--include-dashboard=false",
                 "--temp-dir",
                 str(self._temporary),
-            ],  # fmt: skip
+            ],
             hide=False,
         )
         deadline = time.monotonic() + _PATIENCE

@@ -213,7 +213,7 @@ class ProcessRow(Base):
 
     #: host:pid, with what it is in front where that is no worker
     name: Mapped[str] = mapped_column(String(255), primary_key=True)
-    #: worker | api
+    #: worker | api | doctor
     kind: Mapped[str] = mapped_column(String(16))
     host: Mapped[str] = mapped_column(String(255))
     pid: Mapped[int] = mapped_column(_BIG)
@@ -269,7 +269,10 @@ class StandingRow(Base):
     scope: Mapped[str] = mapped_column(String(128), primary_key=True)
     axis: Mapped[str] = mapped_column(String(24), primary_key=True)
     trial_id: Mapped[int] = mapped_column(
-        ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+        ForeignKey("trials.id", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+        index=True,  # a trial that is deleted takes its rows along
     )
     step: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=False)
     dense: Mapped[bool]

@@ -132,6 +132,46 @@ def test_states_that_nobody_uses_are_pruned(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["new.pt"]
 
 
+def sized(folder: Path, **ages: float) -> None:
+    """Files of 10 bytes that were written so many seconds ago."""
+    for name, age in ages.items():
+        (folder / name).write_bytes(b"0123456789")
+        os.utime(folder / name, (time.time() - age,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "kept"),
+    [
+        (None, ["first", "last", "middle"]),
+        (30, ["first", "last", "middle"]),
+        (29, ["last", "middle"]),
+        (10, ["last"]),
+        (9, []),
+        (0, []),
+    ],
+)
+def test_the_oldest_states_make_room(
+    tmp_path: Path, max_bytes: int | None, kept: list[str]
+) -> None:
+    sized(tmp_path, first=300, middle=200, last=100)
+    prune(tmp_path, max_bytes=max_bytes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+
+
+def test_old_states_do_not_take_the_room_of_newer_ones(tmp_path: Path) -> None:
+    sized(tmp_path, ancient=8 * 86_400, older=200, newer=100)
+    prune(tmp_path, max_bytes=20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["newer", "older"]
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.utime(tmp_path / "folder", (time.time() - 8 * 86_400,) * 2)
+    sized(tmp_path, older=200, newer=100)
+    prune(tmp_path, max_bytes=20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "newer", "older"]
+
+
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "c.pt", "a")
     checkpoint.save({"step": 1})

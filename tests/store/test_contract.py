@@ -20,8 +20,8 @@ from nas.design import exponents, parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, TrialDraft, upgrade
-from nas.store.records import Renewal
 from nas.store.leases import MAX_ATTEMPTS
+from nas.store.records import Renewal
 from nas.store.rows import pack_floats, unpack_floats
 from nas.store.schema import Base
 

@@ -14,7 +14,7 @@ from nas.request import SearchRequest
 from nas.store import Store, upgrade
 from tests.conftest import service_environment
 
-TRIAL_SECONDS = 40
+TRIAL_SECONDS = 30
 REQUEST = SearchRequest.checked(
     {
         "train_flops": 3e10, "trials": 2, "references": 6, "seed": 2, "sampler": "random",

@@ -44,7 +44,7 @@ def faulty(train: Any) -> Any:
     def run(plan: Any, recipe: Any, *args: Any, **kwargs: Any) -> Any:
         fault = FAULTS.get(str(plan.width)) if plan.dense else None
         if fault == "nan":
-            recipe = replace(recipe, lr=float("inf"))
+            recipe = replace(recipe, lr=1e30, normalize=False)
         elif fault is not None:
             befall(fault, plan.width)
         return (yield from train(plan, recipe, *args, **kwargs))

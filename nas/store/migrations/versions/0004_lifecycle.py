@@ -31,6 +31,7 @@ def upgrade() -> None:
         searches.create_unique_constraint(
             "uq_searches_tenant_idempotency_key", ["tenant", "idempotency_key"]
         )
+    op.create_index("ix_standings_trial_id", "standings", ["trial_id"])
     op.add_column("trials", sa.Column("failure", sa.String(16), nullable=True))
     op.create_table(
         "processes",
@@ -74,6 +75,7 @@ def downgrade() -> None:
     if op.get_bind().dialect.name != "sqlite":
         op.execute("DROP FUNCTION events_append_only()")
     op.drop_table("processes")
+    op.drop_index("ix_standings_trial_id", table_name="standings")
     op.drop_column("trials", "failure")
     with op.batch_alter_table("searches") as searches:
         searches.drop_constraint("uq_searches_tenant_idempotency_key", type_="unique")
