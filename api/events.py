@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -13,31 +14,46 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from api.problems import responses
 from api.routes import SearchId, StoreDep
+from nas.errors import StoreUnavailable
 from nas.store import Store
+from nas.store.records import TERMINAL
 
 router = APIRouter(prefix="/v1")
+_log = logging.getLogger(__name__)
 #: Seconds between looks at the log.
 _POLL_SECONDS = 0.5
-_LAST = ("succeeded", "failed", "cancelled")
+#: Seconds between attempts while the database is away.
+_AWAY_SECONDS = 2.0
 
 
 async def _follow(store: Store, search_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
-    """Every event past `after`, then those to come, until the search has ended."""
+    """Every event past `after`, then those to come, until the search has ended.
+
+    While the database is away the stream waits; what happened meanwhile comes afterwards.
+    """
     while True:
-        events = await run_in_threadpool(store.events, search_id, after=after)
+        try:
+            events = await run_in_threadpool(store.events, search_id, after=after)
+            ended = not events and await run_in_threadpool(_has_ended, store, search_id, after)
+        except StoreUnavailable as error:
+            _log.warning("events of search %s wait: %s", search_id, error)
+            await asyncio.sleep(_AWAY_SECONDS)
+            continue
         for event in events:
             after = event.id
             body = {"created_at": event.created_at, **event.data}
             yield ServerSentEvent(json.dumps(body), event=event.kind, id=str(event.id))
-        if events and events[-1].kind in _LAST:
+        if ended or (events and events[-1].kind in TERMINAL):
             return
         if not events:
             await asyncio.sleep(_POLL_SECONDS)
-            search = await run_in_threadpool(store.search, search_id)
-            if search.state in _LAST and not await run_in_threadpool(
-                store.events, search_id, after=after, limit=1
-            ):
-                return
+
+
+def _has_ended(store: Store, search_id: str, after: int) -> bool:
+    """Whether the search has ended and its log holds nothing more."""
+    return store.search(search_id).state in TERMINAL and not store.events(
+        search_id, after=after, limit=1
+    )
 
 
 @router.get(
