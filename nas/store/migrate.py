@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
@@ -35,9 +36,24 @@ def known_revisions() -> list[str]:
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the database to `revision`; safe to call again and from several processes."""
+    """Bring the database to `revision`; safe to call again and from several processes.
+
+    Where it stands there already it is only read, so that a process that starts waits for none.
+    """
+    if revision == "head" and stored_revision(url) == known_revisions()[-1]:
+        return
     with migrating(url) as connection:
         upgrade_within(connection, revision)
+
+
+def stored_revision(url: str) -> str | None:
+    """The revision that the database stands at; None where it has no schema yet."""
+    engine = open_engine(url)
+    try:
+        with translated(), engine.connect() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+    finally:
+        engine.dispose()
 
 
 @contextmanager

@@ -193,6 +193,16 @@ def test_a_cancelled_search_can_be_queued_again(store: Store) -> None:
     assert claimed(store)[0].search_id == search.id
 
 
+def test_a_start_that_is_repeated_counts_once(store: Store) -> None:
+    search, _ = store.create_search(REQUEST)
+    lease, _ = claimed(store)
+    trial = Leases(store).add_trial(lease, draft(0))
+    for _ in range(2):
+        Leases(store).start_trial(lease, trial.id)
+    assert store.trial(trial.id).attempts == 1
+    assert kinds(store, search.id).count("trial_started") == 1
+
+
 # --- whose turn it is
 
 
