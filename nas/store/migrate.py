@@ -40,18 +40,18 @@ def upgrade(url: str, revision: str = "head") -> None:
 
     Where it stands there already it is only read, so that a process that starts waits for none.
     """
-    if revision == "head" and stored_revision(url) == known_revisions()[-1]:
+    if revision == "head" and _is_current(url):
         return
     with migrating(url) as connection:
         upgrade_within(connection, revision)
 
 
-def stored_revision(url: str) -> str | None:
-    """The revision that the database stands at; None where it has no schema yet."""
+def _is_current(url: str) -> bool:
     engine = open_engine(url)
     try:
         with translated(), engine.connect() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
+            stored = MigrationContext.configure(connection).get_current_revision()
+            return stored == known_revisions()[-1] and standings.are_current(connection)
     finally:
         engine.dispose()
 

@@ -359,13 +359,19 @@ def _insert(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
 # --- building them anew
 
 
-def ensure(connection: Connection) -> None:
-    """Build the standings anew if this version's are not there yet."""
+def are_current(connection: Connection) -> bool:
+    """Whether the standings are there as this version keeps them."""
     with Session(connection) as session:
         layout = session.get(ScopeRow, _LAYOUT_SCOPE)
-        if layout is None or layout.revision != LAYOUT:
+        return layout is not None and layout.revision == LAYOUT
+
+
+def ensure(connection: Connection) -> None:
+    """Build the standings anew if this version's are not there yet."""
+    if not are_current(connection):
+        with Session(connection) as session:
             rebuild(session)
-        session.flush()
+            session.flush()
 
 
 def rebuild(session: Session) -> None:
