@@ -273,17 +273,19 @@ _STRUCTURE_ROWS = (
 
 
 def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
-    """A table of searches, newest first."""
-    table = Table("search", "state", "task", "budget", "runs complete", "priority", "tenant", "why")
+    """Searches, newest first; ids in full, for other commands take them."""
+    table = Table("search", "state", "task", "budget", "runs", "priority", box=None, pad_edge=False)
     for s in found:
         runs = f"{s['trial_counts'].get('complete', 0)}"
-        runs += f" / {s['runs_total']}" if s["runs_total"] else ""
+        runs += f"/{s['runs_total']}" if s["runs_total"] else ""
+        task = s["task"] + ("" if s["tenant"] == "default" else f" of {s['tenant']}")
+        budget, priority = f"{s['request']['train_flops']:.3g}", str(s["priority"])
+        table.add_row(s["id"], s["state"], escape(task), budget, runs, priority)
         failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
-        table.add_row(
-            s["id"], s["state"], s["task"], f"{s['request']['train_flops']:.3g}", runs,
-            str(s["priority"]), s["tenant"], escape(s["limit_reached"] or failed),
-        )  # fmt: skip
-    console.print(table)
+        why = s["limit_reached"] or failed
+        if why:
+            table.add_row(f"  {escape(why)}")
+    console.print(table if found else "no search is like that")
 
 
 def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
