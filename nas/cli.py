@@ -427,6 +427,7 @@ def confirm(
     """Run the best of a search again with fresh seeds, which no luck has chosen."""
     from nas.catalogue import search_dict
     from nas.confirm import ConfirmRequest, create_confirmation
+    from nas.settings import settings
 
     fields: dict[str, Any] = {
         "top": top, "seeds": seeds, "longer": longer, "spread": spread
@@ -435,13 +436,13 @@ def confirm(
     if server is not None:
         from nas.client import Client
 
-        with Client(server) as client:
+        with Client(server, tenant=settings().tenant) as client:
             source = search_id or _newest_ended(client.searches())
             _finish_remotely(client.get_search(source).confirm(**fields), wait, as_json)
         return
     with local_store() as store:
         source = search_id or _newest_ended(search_dict(s) for s in store.searches(limit=500))
-        created, _ = create_confirmation(store, source, wanted)
+        created, _ = create_confirmation(store, source, wanted, tenant=settings().tenant)
         _finish_here(store, created, wait, as_json)
 
 

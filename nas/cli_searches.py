@@ -138,16 +138,17 @@ def clone(
     as_json: Json = False,
 ) -> None:
     """Submit a search like this one; what it has run already is not run again."""
+    from nas.settings import settings
+
     changed = _changes(changes or [])
     if server is not None:
         from nas.client import Client
 
-        with Client(server) as client:
+        with Client(server, tenant=settings().tenant) as client:
             found = client.get_search(search_id).clone(**changed).data
     else:
         from nas.catalogue import search_dict
         from nas.clone import create_clone
-        from nas.settings import settings
 
         with local_store() as store:
             made, _ = create_clone(

@@ -81,14 +81,26 @@ def test_a_search_is_followed_live(page: Any, service: Service, finished_search:
     assert page.locator("#cancel").is_hidden()
 
 
-def test_cancelling_from_the_page(page: Any, service: Service, finished_search: Any) -> None:
+def test_pausing_resuming_and_cancelling_from_the_page(
+    page: Any, service: Service, finished_search: Any
+) -> None:
     search = finished_search.client.search(train_flops=1e13, trials=50, seed=12)
     page.goto(f"{service.url}/searches/{search.id}")
     page.wait_for_function("document.querySelectorAll('#trials tr').length >= 1", timeout=60_000)
-    page.click("#cancel")
-    page.wait_for_function(
-        "document.getElementById('state').textContent === 'cancelled'", timeout=60_000
-    )
+
+    def click(action: str, state: str) -> None:
+        page.click(f"button[data-act={action}]")
+        page.wait_for_function(
+            f"document.getElementById('state').textContent === '{state}'", timeout=90_000
+        )
+
+    click("pause", "paused")
+    assert "running" not in search.refresh().data["trial_counts"]
+    click("resume", "running")
+    click("cancel", "cancelled")
+    assert search.refresh().data["failures"] == 0
+    assert page.locator("button[data-act=retry]").is_visible()
+    assert page.locator("#cancel").is_hidden()
 
 
 def test_a_narrow_screen_scrolls_only_inside_tables(

@@ -240,3 +240,15 @@ def test_what_fits_nowhere_is_told_with_what_there_is(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cluster, "alive_nodes", lambda: nodes({"CPU": 1}, {"CPU": 1}))
     with pytest.raises(ClusterUnavailable, match=r"one trial needs .*'CPU': 2.* add a node"):
         cluster.fitting({"CPU": 2})
+
+
+def test_a_node_of_other_versions_is_named_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**cluster.versions(), "einsum-nas": "0.0.9"}
+    found = {"10.0.0.2:1": cluster.versions(), "10.0.0.3:1": other}
+    monkeypatch.setattr(cluster, "node_versions", lambda: found)
+    with pytest.raises(
+        ClusterUnavailable, match=r"node 10\.0\.0\.3:1 has einsum-nas 0\.0\.9, this"
+    ):
+        cluster._check_nodes()
+    found["10.0.0.3:1"] = cluster.versions()
+    cluster._check_nodes()
