@@ -22,7 +22,7 @@ serve: $(VENV)/.run  ## REST service, dashboard and a worker on http://127.0.0.1
 	$(BIN)/einsum-nas serve
 
 test: $(VENV)/.dev browser  ## everything, on SQLite and PostgreSQL, with real Ray and a real browser
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.dev  ## formatting, style, types and import directions
 	$(BIN)/ruff format --check .

@@ -75,7 +75,7 @@ def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 @router.post(
     "/searches/{search_id}/retry",
     responses=responses(404, 409),
-    summary="Queue a search that failed or was cancelled again, for the trials that it still owes",
+    summary="Queue a search that has ended again, for the trials that it still owes",
 )
 def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.retry(search_id))

@@ -188,7 +188,7 @@ class ProcessOut(_Out):
     version: str = Field(description="of einsum-nas")
     started_at: float
     seen_at: float
-    about: dict[str, Any] = Field(description="what its cluster holds, and what it waits for")
+    about: dict[str, Any] = Field(description="whatever else it tells, such as what it waits for")
 
 
 class WorkerList(_Out):

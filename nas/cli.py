@@ -19,6 +19,7 @@ from nas import cli_db, cli_searches
 from nas.cli_common import Json, Server, local_store, number, print_json, reported, whole
 from nas.errors import EinsumNasError, InvalidInput, NotFound
 from nas.processes import (
+    BAD_INPUT,
     end_with,
     exit_on_signals,
     free_port,
@@ -249,6 +250,7 @@ def _finish_remotely(remote: RemoteSearch, wait: bool, as_json: bool) -> None:
         return
     remote = _follow(remote, quiet=as_json)
     _end_unless_succeeded(remote.state, remote.data["error"])
+    _tell_limit(remote.data["limit_reached"])
     if as_json:
         print_json({"search": remote.data, "best": remote.best().model_dump(mode="json")})
         return
@@ -273,6 +275,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
     from nas.terminal import search_progress
 
     child: subprocess.Popen[bytes] | None = None
+    hinted = False
     exit_on_signals()
     with nullcontext(lambda _: None) if quiet else search_progress() as show:
         try:
@@ -281,6 +284,11 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
                 show(search_dict(current))
                 if current.finished_at is not None:
                     return
+                if child is not None and child.poll() == BAD_INPUT:
+                    raise EinsumNasError("the worker's settings cannot be used; it says why above")
+                if current.state == "paused" and not hinted:
+                    hinted = True
+                    print(f"paused; `einsum-nas resume {search_id}` goes on", file=sys.stderr)
                 if child is None or child.poll() is not None:
                     child = spawn("worker", "--search", search_id)
                 time.sleep(0.5)
@@ -295,12 +303,18 @@ def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> 
 
     ended = store.search(search_id)
     _end_unless_succeeded(ended.state, ended.error)
+    _tell_limit(ended.limit_reached)
     best = get_best(store, search_id=search_id, train_flops=budget)
     if as_json:
         print_json({"search": search_dict(ended), "best": best.model_dump(mode="json")})
         return
     show_frontier(get_frontier(store, search_id=search_id))
     show_best(best)
+
+
+def _tell_limit(reached: str | None) -> None:
+    if reached is not None:
+        print(f"ended at its limit before its last trial: {reached}", file=sys.stderr)
 
 
 def _end_unless_succeeded(state: str, error: str | None) -> None:

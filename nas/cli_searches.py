@@ -20,8 +20,10 @@ SearchId = Annotated[str, typer.Argument(metavar="ID", help="The id of the searc
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program's."""
-    for command in (searches, pause, resume, cancel, retry, clone, priority, workers):
+    for command in (searches, pause, resume, cancel, retry, clone, workers):
         app.command()(reported(command))
+    # a number below 0 is no option
+    app.command(context_settings={"ignore_unknown_options": True})(reported(priority))
 
 
 def searches(

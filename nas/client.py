@@ -75,7 +75,7 @@ class _Stored:
 
     @property
     def state(self) -> str:
-        """queued | running | succeeded | failed | cancelled"""
+        """queued | running | paused | succeeded | failed | cancelled"""
         return str(self.data["state"])
 
     @property

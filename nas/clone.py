@@ -49,7 +49,8 @@ def create_clone(
             if name not in _OF_CONFIRMATION:
                 accepted = f"{' | '.join(_OF_CONFIRMATION)}: {search_id} is a confirmation"
                 raise InvalidInput("changes", name, accepted)
-    request = SearchRequest.checked({**source.request.model_dump(mode="json"), **changes})
+    fields = {**source.request.model_dump(mode="json"), "priority": source.priority}
+    request = SearchRequest.checked({**fields, **changes})
     same_data = (request.task, request.data) == (source.request.task, source.request.data)
     return store.create_search(
         request,

@@ -174,4 +174,7 @@ def _request(
         "trials": len(runs) * len(seeds),
         "confirm": confirm.model_dump(mode="json"),
     }
+    if source.request.limits is not None:  # which runs there are is given: their FLOPs are no limit
+        kept = source.request.limits.model_copy(update={"total_train_flops": None})
+        fields["limits"] = kept.model_dump(mode="json")
     return SearchRequest.checked(fields)

@@ -45,6 +45,7 @@ model                                 digest, equal for runs that differ in step
 confirms                              trial that this one runs again with a fresh seed
 seconds_per_step             s        measured training time of a step
 peak_memory_bytes            bytes    measured peak memory of the run
+failure                               kind of failure: run, process, timeout, memory or search
 ===========================  =======  ==========================================================
 
 Of an evaluation, beside search_id, trial_id, number, kind, state, name, dense, width, seed and
@@ -130,6 +131,7 @@ _MEANINGS: dict[str, tuple[str | None, str]] = {
     "confirms": (None, "trial that this one runs again with a fresh seed"),
     "seconds_per_step": ("s", "measured training time of a step"),
     "peak_memory_bytes": ("bytes", "measured peak memory of the run"),
+    "failure": (None, "kind of failure: run, process, timeout, memory or search"),
     "step": ("steps", "optimiser steps taken"),
     "loss_stderr": ("loss", "standard error of the loss over the validation samples"),
     "train_seconds": ("s", "seconds of training, evaluation left out"),
@@ -398,7 +400,8 @@ def _column(name: str, kind: Kind, loss_unit: str, read: Callable[[Source], Any]
 def _kind(hint: Any) -> Any:
     """Kind of a field's column by its type; None for what is written as JSON."""
     options = [a for a in get_args(hint) if a is not NoneType] or [hint]
-    if all(isinstance(option, str) for option in options):  # the texts of a Literal
+    texts = [text for option in options for text in get_args(option)] or options
+    if all(isinstance(text, str) for text in texts):  # those of a Literal
         return "text"
     kinds = {str: "text", int: "int", float: "float", bool: "bool"}
     return kinds.get(options[0]) if len(options) == 1 else None

@@ -38,7 +38,7 @@ TRIALS = Counter(
     registry=REGISTRY,
 )  # fmt: skip
 TRIAL_SECONDS = Histogram(
-    "einsum_nas_worker_trial_seconds", "Wall-clock seconds from dispatch to end of a trial",
+    "einsum_nas_worker_trial_seconds", "Wall-clock seconds from begin to end of a trial",
     buckets=(1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400), registry=REGISTRY,
 )  # fmt: skip
 STALE_WRITES = Counter(

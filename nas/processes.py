@@ -13,6 +13,9 @@ import time
 
 from nas.errors import EinsumNasError
 
+#: Exit status of a command that cannot use what it was given: the next try would end so too.
+BAD_INPUT = 2
+
 
 def spawn(*arguments: str) -> subprocess.Popen[bytes]:
     """This program in a session of its own, so that Ctrl-C does not reach it twice.
@@ -57,6 +60,11 @@ def keep_worker(ended: threading.Event) -> None:
     """Keep one worker process running; a dead one is replaced after a pause."""
     child = spawn("worker")
     while not ended.wait(1.0):
+        if child.poll() == BAD_INPUT:
+            logging.getLogger(__name__).error(
+                "the worker's settings cannot be used: no worker runs"
+            )
+            return
         if child.poll() is not None:
             logging.getLogger(__name__).warning(
                 "worker ended with status %s; starting another", child.returncode

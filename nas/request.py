@@ -37,6 +37,8 @@ MAX_CONFIRM_SEEDS = 64
 _BYTES = 256
 MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
+#: Longest limit of time, three years: an operating system's clock must be able to hold it.
+MAX_SECONDS = 1e8
 
 
 class ConfirmedRun(BaseModel):
@@ -122,15 +124,19 @@ class Space(BaseModel):
 class Limits(BaseModel):
     """What a search may use; whichever is reached first ends it, and what it has found stays."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     trial_seconds: float | None = Field(
         None,
         gt=0,
+        le=MAX_SECONDS,
         description="Seconds after which an attempt at a trial is ended and the trial has failed.",
     )
     seconds: float | None = Field(
-        None, gt=0, description="Seconds that workers may hold the search, waiting not counted."
+        None,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds that workers may hold the search, waiting not counted.",
     )
     total_train_flops: float | None = Field(
         None,
@@ -275,7 +281,6 @@ class SearchRequest(BaseModel):
             raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
         self.check_budget(recipe)
         self._check_confirm(recipe)
-        self._check_limits()
         for field, low, high in (
             ("priority", -MAX_PRIORITY, MAX_PRIORITY),
             ("trials", 1, MAX_TRIALS),
@@ -284,11 +289,17 @@ class SearchRequest(BaseModel):
         ):
             if not low <= getattr(self, field) <= high:
                 raise InvalidInput(field, getattr(self, field), _ACCEPTED[field])
+        self._check_limits()
 
     def _check_limits(self) -> None:
         total = self.limits.total_train_flops if self.limits else None
+        if total is None:
+            return
+        if self.confirm is not None:
+            accepted = "nothing for a confirmation, whose runs are given"
+            raise InvalidInput("limits.total_train_flops", total, accepted)
         least = self.train_flops * (self.references + 1)
-        if total is not None and total < least and self.confirm is None:
+        if total < least:
             accepted = f"at least {least:.6g}, the references and one candidate"
             raise InvalidInput("limits.total_train_flops", total, accepted)
 
@@ -346,7 +357,9 @@ def _explain(error: ValidationError) -> InvalidInput:
     if field == "limits" and len(first["loc"]) > 1:
         own = str(first["loc"][1])
         names = ", ".join(Limits.model_fields)
-        accepted = "a number above 0" if own in Limits.model_fields else f"only the fields {names}"
+        most = f", at most {MAX_SECONDS:g}" if own.endswith("seconds") else ""
+        known = own in Limits.model_fields
+        accepted = f"a number above 0{most}" if known else f"only the fields {names}"
         return InvalidInput(f"limits.{own}", first["input"], accepted)
     if field == "space" and len(first["loc"]) > 1:
         own = str(first["loc"][1])

@@ -21,7 +21,7 @@ TENANT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 class Settings(BaseSettings):
     """One value per setting, validated when the process starts."""
 
-    model_config = SettingsConfigDict(env_prefix="EINSUM_NAS_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="EINSUM_NAS_", extra="ignore", allow_inf_nan=False)
 
     #: folder of everything the embedded default writes
     home: Path = Path("~/.einsum-nas")
@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     #: memory that one trial may take on top of its process, bytes; GPU memory is not counted
     memory_per_trial: ByteSize | None = Field(None, ge=2**20)
     #: seconds after which an attempt at a trial is ended, whatever it does
-    trial_timeout_seconds: float = Field(86_400.0, gt=0.0)
+    trial_timeout_seconds: float = Field(86_400.0, gt=0.0, le=1e8)
     #: lost leases and infrastructure errors after which a search is given up
     max_attempts: int = Field(5, ge=1, le=100)
     #: seconds before a search is tried again; doubles with each attempt

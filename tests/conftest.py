@@ -15,10 +15,6 @@ from hypothesis import settings
 
 from nas.client import Client, RemoteSearch, ServiceError
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # the workers share the cores: a thread each, instead of all cores for everyone
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give a file's tests to one worker, and to one those that share the running service."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "2")
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nas import metrics
 from nas.errors import ClusterUnavailable, InvalidInput
 from nas.settings import Settings
 
@@ -29,7 +30,6 @@ _log = logging.getLogger(__name__)
 # it warns that a local cluster asks for a token, which is as it should be
 _AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
 logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds for a connection to the head, and for a word from each node.
 _CONNECT_SECONDS = 5.0
 _PROBE_SECONDS = 60.0
@@ -42,7 +42,7 @@ _SHARED = ("einsum-nas", "ray", "torch")
 
 
 def address() -> str | None:
-    """The cluster to join, from `RAY_ADDRESS`; None for a local one.
+    """The cluster to join, from `RAY_ADDRESS`; None, and `local`, for one of this process's own.
 
     Raises
     ------
@@ -53,11 +53,13 @@ def address() -> str | None:
     if given is not None and "://" in given:
         accepted = "HOST:PORT of the head (such as 10.0.0.1:6379), or auto on a node of the cluster"
         raise InvalidInput("RAY_ADDRESS", given, accepted)
-    return given
+    return None if given == "local" else given
 
 
 def connect(settings: Settings) -> None:
-    """Join the cluster of `RAY_ADDRESS`, or start one on this machine's loopback interface.
+    """Join the cluster of `RAY_ADDRESS`, or start one of this process's own.
+
+    The latter lets nobody in without its token, for Ray listens on every interface.
 
     Raises
     ------
@@ -68,17 +70,15 @@ def connect(settings: Settings) -> None:
         if _answers():
             return
         ray.shutdown()  # its head is gone: another may be there by now
+        metrics.RAY_RECONNECTS.inc()
     wanted = address()
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    try:
+    # in a thread of its own, where Ray puts no signal handlers in the place of ours: a worker that
+    # is told to stop while Ray starts has to hand its search back
+    with ThreadPoolExecutor(1, thread_name_prefix="ray-init") as starting:
         if wanted is None:
-            _start_local(settings)
+            starting.submit(_start_local, settings).result()
         else:
-            _join(wanted)
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray puts its own in their place
-                signal.signal(number, handler)
+            starting.submit(_join, wanted).result()
 
 
 def disconnect() -> None:
@@ -209,10 +209,15 @@ class HeadWatch:
     """Calls `gone` once the head of the cluster has been away for too long.
 
     Ray itself waits for a minute and then ends the process without a word to anyone.
+
+    Parameters
+    ----------
+    hurried
+        Whether the search is to stop anyway: then nobody waits for a head.
     """
 
-    def __init__(self, gone: Callable[[str], object]) -> None:
-        self._gone = gone
+    def __init__(self, gone: Callable[[str], object], hurried: Callable[[], bool]) -> None:
+        self._gone, self._hurried = gone, hurried
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="head-watch", daemon=True)
 
@@ -229,6 +234,8 @@ class HeadWatch:
         while not self._done.wait(_LOOK_SECONDS):
             if listens(self._head):
                 seen = time.monotonic()
-            elif time.monotonic() - seen > _PATIENCE_SECONDS:
-                self._gone(f"the Ray head at {self._head} has not answered for 30 s")
+                continue
+            away = time.monotonic() - seen
+            if away > (_LOOK_SECONDS if self._hurried() else _PATIENCE_SECONDS):
+                self._gone(f"the Ray head at {self._head} has not answered for {away:.0f} s")
                 return

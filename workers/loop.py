@@ -91,6 +91,8 @@ class Heartbeat:
             except StoreUnavailable as error:
                 metrics.RENEWALS.labels("unavailable").inc()
                 _log.warning("lease not renewed: %s", error)
+            except Exception:  # a thread that dies in silence would cost the lease
+                _log.exception("lease not renewed")
 
     def _watch(self) -> None:
         limit = self._lease.seconds * 2 / 3
@@ -129,12 +131,14 @@ class Worker:
         self._connect = connect or (_join_cluster if runner is None else _nothing_to_join)
         self._wait = _FIRST_WAIT
         self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self._presence = Presence(self._store, self.name, settings)
         self._shutdown = threading.Event()
         self._signals: Signals | None = None
 
     def stop(self) -> None:
         """End after the trials in flight have been stopped; the search goes back to the queue."""
         self._shutdown.set()
+        self._presence.tell("draining")
         if self._signals is not None:
             self._signals.shutdown.set()
 
@@ -148,17 +152,16 @@ class Worker:
         search_id
             Take this search only, and return when it has ended.
         """
-        presence = Presence(self._store, self.name, self._settings)
         with bound(worker=self.name):
             self._await_schema()
-        with bound(worker=self.name), presence:
+        with bound(worker=self.name), self._presence:
             while not self._shutdown.is_set():
-                if not self._connected(presence):
+                if not self._connected():
                     continue
-                presence.tell("idle")
+                self._presence.tell("idle")
                 claimed, ended = self._claim(search_id)
                 if claimed is not None:
-                    presence.tell("busy", claimed[0].search_id)
+                    self._presence.tell("busy", claimed[0].search_id)
                     self._work(*claimed)
                 elif until_idle or ended:
                     return
@@ -178,11 +181,13 @@ class Worker:
 
     def _claim(self, search_id: str | None) -> tuple[tuple[Lease, Search] | None, bool]:
         """(what was claimed, whether the one search that is wanted has ended)."""
+        ended = False
         try:
             claimed = self._leases.claim(
                 self.name, self._settings.lease_seconds, search_id=search_id
             )
-            ended = search_id is not None and self._store.search(search_id).finished_at is not None
+            if claimed is None and search_id is not None:
+                ended = self._store.search(search_id).finished_at is not None
         except StoreUnavailable as error:
             metrics.CLAIMS.labels("unavailable").inc()
             _log.warning("no claim: %s", error)
@@ -190,18 +195,21 @@ class Worker:
         metrics.CLAIMS.labels("nothing" if claimed is None else "claimed").inc()
         return claimed, ended
 
-    def _connected(self, presence: Presence) -> bool:
+    def _connected(self) -> bool:
         """Whether trials have somewhere to run; waits a while where they have not."""
         try:
             self._connect(self._settings)
         except ClusterUnavailable as error:
             _log.warning("nothing is claimed: %s", error)
-            presence.tell("waiting", reason=str(error)[:500])
-            self._shutdown.wait(self._wait)
-            self._wait = min(self._wait * 2, _LONGEST_WAIT)
+            self._rest(str(error))
             return False
-        self._wait = _FIRST_WAIT
         return True
+
+    def _rest(self, reason: str) -> None:
+        """Wait for the cluster, longer each time in a row."""
+        self._presence.tell("waiting", reason=reason[:500])
+        self._shutdown.wait(self._wait)
+        self._wait = min(self._wait * 2, _LONGEST_WAIT)
 
     def _work(self, lease: Lease, search: Search) -> None:
         signals = Signals()
@@ -217,6 +225,10 @@ class Worker:
             except LeaseLost as error:
                 metrics.STALE_WRITES.inc()
                 _log.warning("%s", error)
+            except ClusterUnavailable as error:
+                _log.warning("search %s waits for its cluster: %s", search.id, error)
+                self._end(search, lambda: self._leases.hand_back(lease))
+                self._rest(str(error))
             except InvalidInput as error:
                 why = str(error)
                 self._end(
@@ -247,10 +259,11 @@ class Worker:
             self._store, lease, search, data.recipe, data.fingerprint, signals, leases=self._leases
         )
         self._runner(session, data, self._settings)
+        self._wait = _FIRST_WAIT
         if signals.lost.is_set():
             raise LeaseLost(f"search {search.id}: claimed by another worker")
         if signals.hand_back:
-            self._leases.hand_back(lease)
+            session.hand_back()
             return
         session.finish()
 
@@ -268,10 +281,11 @@ def _nothing_to_join(_settings: Settings) -> None:
 
 def _join_cluster(settings: Settings) -> None:
     """Join the cluster of `RAY_ADDRESS`; a local one is started when there is work."""
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
         from workers import cluster  # ray takes seconds to import
 
         cluster.connect(settings)
+        cluster.fitting(cluster.trial_resources(settings))
 
 
 def _ray_runner(session: SearchSession, data: TaskData, settings: Settings) -> None:

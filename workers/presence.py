@@ -75,6 +75,8 @@ class Presence:
                 self._tidy()
         except StoreUnavailable as error:
             _log.warning("not entered in the register: %s", error)
+        except Exception:  # a thread that dies in silence would make the worker look dead
+            _log.exception("not entered in the register")
 
     def _tidy(self) -> None:
         used = self._settings

@@ -75,6 +75,11 @@ class _Experiment:
         begun = self.begun.get(trial_id)
         return begun is not None and time.monotonic() - begun >= _NEARLY * self.trial_seconds
 
+    @property
+    def too_late(self) -> str:
+        """Why a trial that used up its time has failed."""
+        return f"ended after {self.trial_seconds:.6g} s, its time limit"
+
 
 #: Experiments of this process. Tune copies and pickles its searcher and stopper, which therefore
 #: hold only a key of this mapping.
@@ -117,7 +122,10 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     scratch = tempfile.mkdtemp(prefix="einsum-nas-tune-")
     _experiments[key] = experiment
     try:
-        with cluster.HeadWatch(lambda why: _abandon(session, why)):
+        watch = cluster.HeadWatch(
+            lambda why: _abandon(session, why), hurried=lambda: session.signals.stop
+        )
+        with watch:
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
@@ -156,11 +164,13 @@ def _tune_resources(needs: dict[str, float]) -> Any:
 def _abandon(session: SearchSession, why: str) -> None:
     """Give the search back and end this process, whose calls to Ray may never return."""
     _log.error("%s; the search goes back and this process ends", why)
+    asked = session.signals.hand_back  # its cluster may have been told to stop as well
     try:
-        session.requeue(why)
-    except EinsumNasError as error:
+        session.hand_back() if asked else session.requeue(why)
+    except Exception as error:
         _log.warning("the search is left to its lease: %s", error)
-    os._exit(CLUSTER_LOST_STATUS)
+    finally:
+        os._exit(0 if asked and session.signals.shutdown.is_set() else CLUSTER_LOST_STATUS)
 
 
 def _directory_name(trial: Any) -> str:
@@ -230,6 +240,9 @@ class _SessionSearcher(Searcher):
     def _fail(self, trial_id: str, number: int) -> None:
         """End a trial whose process did not live through any attempt."""
         times = _MAX_PROCESS_FAILURES + 1
+        if _experiments[self._key].out_of_time(trial_id):
+            self._session.fail(number, _experiments[self._key].too_late, "timeout")
+            return
         reason = _experiments[self._key].reasons.get(trial_id, "its process died")
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
         _log.warning("trial given up: %s", reason)
@@ -270,8 +283,7 @@ class _Attempts(Callback):
         if experiment.out_of_time(trial.trial_id):
             # read by the process that Tune starts for the next attempt
             run = json.loads(trial.config["run"])
-            seconds = f"{experiment.trial_seconds:.6g}"
-            late = {"reason": f"ended after {seconds} s, its time limit", "kind": "timeout"}
+            late = {"reason": experiment.too_late, "kind": "timeout"}
             trial.config["run"] = json.dumps({**run, "failure": late})
             _log.warning("trial ended: %s", late["reason"])
         else:

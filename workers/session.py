@@ -246,6 +246,10 @@ class SearchSession:
         # back to the queue: `next_trial` finds the result there, or runs the twin itself
         self._waiting.extendleft(reversed(self._twins.pop(trial.key)))
 
+    def hand_back(self) -> None:
+        """Give the search back to the store, to be gone on with; not a failure."""
+        self._sql(self._leases.hand_back, self._lease)
+
     def requeue(self, why: str) -> None:
         """Give the search back after an infrastructure error, without waiting for the database."""
         self._leases.requeue(self._lease, why)
@@ -258,9 +262,10 @@ class SearchSession:
         trials = self._sql(self._store.trials, self.search.id)
         unfinished = [t.number for t in trials if t.state in ("planned", "running")]
         missing = self._unproposed(trials)
-        owing = bool(unfinished) or missing > 0
-        reached = self._limit_reached(trials) if owing else None
-        if owing and reached is None:
+        reached = None
+        if unfinished or missing > 0:
+            reached = self._limit_reached(trials, unfinished=bool(unfinished))
+        if (unfinished or missing > 0) and reached is None:
             raise EinsumNasError(
                 f"the runner ended early: trials {unfinished} unfinished, {missing} not proposed"
             )
@@ -273,11 +278,12 @@ class SearchSession:
             failure = "limit" if reached else "trials"
             self._sql(release, self._lease, "failed", why, failure=failure)
 
-    def _limit_reached(self, trials: Sequence[Trial]) -> str | None:
-        """The limit that ends the search before its last trial; None where all have ended."""
+    def _limit_reached(self, trials: Sequence[Trial], *, unfinished: bool) -> str | None:
+        """The limit that explains why the search ends before its last trial."""
         if self.signals.overtime.is_set() and self.request.limits is not None:
             return f"seconds {self.request.limits.seconds:.6g}"
-        return self._flops_reached(trials)
+        # the other limit only keeps runs from being proposed: it explains none that was begun
+        return None if unfinished else self._flops_reached(trials)
 
 
 def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:

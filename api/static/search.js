@@ -115,7 +115,7 @@ function showSearch(search, workers) {
     cancel: !ended,
     pause: ["queued", "running"].includes(search.state) && !search.pause_requested,
     resume: search.state === "paused" || search.pause_requested,
-    retry: ["failed", "cancelled"].includes(search.state) && !search.limit_reached,
+    retry: ended && !search.limit_reached && (search.state !== "succeeded" || Boolean(search.trial_counts.failed)),
   };
   for (const button of document.querySelectorAll("button.act")) button.hidden = !possible[button.dataset.act];
   if (search.task_fingerprint) text("fingerprint", search.task_fingerprint);
@@ -163,9 +163,15 @@ function follow() {
   const events = new EventSource(`/v1/searches/${id}/events`);
   const kinds = ["claimed", "trial_planned", "trial_started", "point", "trial_complete", "trial_failed",
     "trial_stopped", "lease_lost", "requeued", "handed_back", "cancel_requested", "pause_requested",
-    "paused", "resumed", "priority", "restored"];
+    "paused", "resumed", "retried", "priority", "restored"];
   for (const kind of kinds) events.addEventListener(kind, soon);
-  for (const kind of TERMINAL) events.addEventListener(kind, () => { events.close(); refresh(); });
+  // the log is told from its beginning: an end may be one that a retry came after
+  for (const kind of TERMINAL) {
+    events.addEventListener(kind, async () => {
+      await refresh();
+      if (TERMINAL.includes(root.dataset.ready)) events.close();
+    });
+  }
 }
 
 byId("axis").addEventListener("change", refresh);

@@ -109,7 +109,7 @@ def cancel(session: Session, row: SearchRow) -> None:
     if row.state in TERMINAL:
         raise Conflict(f"search {row.id} has ended: {row.state}")
     row.cancel_requested = True
-    if row.state == "running":
+    if _is_held(session, row):
         rows.add_event(session, row.id, "cancel_requested", {})
     else:
         end(session, row, "cancelled")
@@ -119,11 +119,23 @@ def pause(session: Session, row: SearchRow) -> None:
     """Set a search aside: at once if nobody runs it, else at the holder's next renewal."""
     if row.state in TERMINAL:
         raise Conflict(f"search {row.id} has ended: {row.state}")
-    if row.state == "queued":
+    if row.state == "paused":
+        return
+    if not _is_held(session, row):
         pause_now(session, row)
-    elif row.state == "running" and not row.pause_requested:
+    elif not row.pause_requested:
         row.pause_requested = True
         rows.add_event(session, row.id, "pause_requested", {})
+
+
+def _is_held(session: Session, row: SearchRow) -> bool:
+    """Whether a worker runs the search; one whose lease has run out has lost it from now on."""
+    if row.state != "running":
+        return False
+    if row.lease_until is not None and row.lease_until < rows.now(session):
+        row.epoch += 1  # what it still writes is refused
+        return False
+    return True
 
 
 def resume(session: Session, row: SearchRow) -> None:

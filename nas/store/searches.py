@@ -93,7 +93,8 @@ class Store:
                 if found is not None:
                     # digests of older versions cover fewer fields: what counts is the request
                     same = found.request_digest == request.digest
-                    if not same and SearchRequest(**found.request) != request:
+                    same = same or SearchRequest(**found.request) == request
+                    if not same or found.cloned_from != values["cloned_from"]:
                         raise IdempotencyConflict(
                             f"Idempotency-Key {key!r} was used before with another request"
                         )

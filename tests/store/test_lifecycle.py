@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from nas.clone import create_clone
-from nas.errors import Conflict, IdempotencyConflict, InvalidInput
+from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Search, Store, upgrade
 from tests.store.test_contract import LONG, REQUEST, completed, draft, together
@@ -98,6 +98,20 @@ def test_the_wish_to_pause_survives_the_worker(store: Store, end: str) -> None:
         time.sleep(0.03)
         assert Leases(store).claim("other", LONG) is None
     assert store.search(search.id).state == "paused"
+
+
+@pytest.mark.parametrize("wish", ["cancel", "pause"])
+def test_a_wish_needs_no_worker_where_the_last_one_is_dead(store: Store, wish: str) -> None:
+    search, _ = store.create_search(REQUEST)
+    lease, _ = claimed(store, seconds=0.01)
+    time.sleep(0.03)
+    found = store.cancel(search.id) if wish == "cancel" else store.pause(search.id)
+    assert found.state == ("cancelled" if wish == "cancel" else "paused")
+    for write in (Leases(store).renew, Leases(store).hand_back):
+        with pytest.raises(LeaseLost):
+            write(lease)
+    assert store.search(search.id).state == found.state
+    assert store.search(search.id).stale_writes == 2
 
 
 def test_a_paused_search_can_be_cancelled_and_its_trials_end_with_it(store: Store) -> None:
@@ -296,6 +310,12 @@ def test_a_clone_is_a_search_of_its_own_with_changes(store: Store) -> None:
     assert kinds(store, made.id) == ["queued", "cloned"]
     with pytest.raises(InvalidInput, match="trials: got 0"):
         create_clone(store, source.id, {"trials": 0}, lambda _: None)
+    store.set_priority(source.id, 50)
+    again, _ = create_clone(store, source.id, {}, lambda _: None, idempotency_key="k")
+    assert again.priority == 50
+    other, _ = store.create_search(again.request, data_path="/data/x")
+    with pytest.raises(IdempotencyConflict):  # a clone of another search is another request
+        create_clone(store, other.id, {"priority": 50}, lambda _: None, idempotency_key="k")
 
 
 def test_the_log_cannot_be_changed(store: Store) -> None:

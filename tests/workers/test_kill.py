@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,4 +139,29 @@ def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(tmp_path: Pa
         steps = [p.step for p in store.curve(trial.id)]
         assert steps == sorted(set(steps))
         assert steps[-1] == trial.steps
+    store.close()
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_told_to_stop_hands_its_search_back_at_any_moment(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "home")
+    search_id = store.create_search(REQUEST)[0].id
+
+    def stop_once(ready: Callable[[], bool]) -> None:
+        worker = start_worker(tmp_path / "home")
+        deadline = time.monotonic() + 240
+        while not ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        worker.terminate()
+        assert worker.wait(120) == 0, (tmp_path / "home" / "log").read_text()
+        found = store.search(search_id)
+        assert (found.state, found.failures) == ("queued", 0)
+        assert store.events(search_id)[-1].kind == "handed_back"
+        assert "running" not in found.trial_counts
+
+    # while Ray starts, which takes seconds; and while a trial runs
+    stop_once(lambda: store.search(search_id).state == "running")
+    stop_once(lambda: store.search(search_id).trial_counts.get("running", 0) > 0)
+    assert store.search(search_id).epoch == 2
     store.close()

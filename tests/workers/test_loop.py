@@ -176,6 +176,26 @@ def test_nothing_is_claimed_while_the_cluster_is_away(
     store.close()
 
 
+def test_a_cluster_without_room_costs_a_search_no_attempt(
+    settings: Settings, text_folder: Path
+) -> None:
+    store, search = queue(settings, text_folder)
+    tried: list[int] = []
+
+    def no_room(session: SearchSession, data: TaskData, used: Settings) -> None:
+        tried.append(session.search.epoch)
+        if len(tried) == 3:
+            worker.stop()
+        raise ClusterUnavailable("no node of the cluster has that")
+
+    worker = Worker(settings, runner=no_room)
+    worker.run()
+    after = store.search(search.id)
+    assert tried == [1, 2, 3]
+    assert (after.state, after.failures) == ("queued", 0)
+    store.close()
+
+
 def test_a_search_that_is_to_be_paused_is_handed_back_paused(
     settings: Settings, text_folder: Path
 ) -> None:

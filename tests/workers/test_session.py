@@ -307,6 +307,20 @@ def test_no_run_is_proposed_that_could_exceed_the_flops_of_the_search(store: Sto
     assert store.events(search.id)[-1].data == {"limit_reached": ended.limit_reached}
 
 
+def test_a_run_that_was_lost_is_no_limit_reached(store: Store) -> None:
+    session, _, search = begin(store, trials=10, limits={"total_train_flops": 1.1e12})
+    session.prepare()
+    for _ in range(4):
+        trial = session.next_trial()
+        assert trial is not None
+        finish(session, trial)
+    assert session.next_trial() is not None  # and nothing is heard of it
+    assert session.next_trial() is None
+    with pytest.raises(EinsumNasError, match=r"the runner ended early: trials \[4\] unfinished"):
+        session.finish()
+    assert store.search(search.id).state == "running"
+
+
 def test_a_search_that_ends_within_its_limits_reached_none(store: Store) -> None:
     session, _, search = begin(store, limits={"total_train_flops": 2e12, "seconds": 1000})
     session.prepare()
@@ -338,7 +352,15 @@ def test_a_search_out_of_time_ends_with_what_it_has(store: Store, completed: int
 
 
 @pytest.mark.parametrize(
-    "limit", [{"seconds": 0}, {"seconds": "x"}, {"hours": 1}, {"total_train_flops": 2e11}]
+    "limit",
+    [
+        {"seconds": 0},
+        {"seconds": "x"},
+        {"hours": 1},
+        {"total_train_flops": 2e11},
+        {"seconds": True},
+        {"trial_seconds": 1e10},
+    ],
 )
 def test_limits_that_are_none_are_refused(limit: dict[str, Any]) -> None:
     (name,) = limit

@@ -31,6 +31,10 @@ def upgrade() -> None:
         searches.create_unique_constraint(
             "uq_searches_tenant_idempotency_key", ["tenant", "idempotency_key"]
         )
+    op.execute(
+        "UPDATE searches SET failure = 'attempts' "
+        "WHERE state = 'failed' AND error LIKE 'gave up after %'"
+    )
     op.create_index("ix_standings_trial_id", "standings", ["trial_id"])
     op.add_column("trials", sa.Column("failure", sa.String(16), nullable=True))
     op.create_table(
