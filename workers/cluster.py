@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 # it warns that a local cluster asks for a token, which is as it should be
 _AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
 logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
+# it warns that it leaves the signals alone, which is why it is started in a thread
+logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
 #: Seconds for a connection to the head, and for a word from each node.
 _CONNECT_SECONDS = 5.0
 _PROBE_SECONDS = 60.0
@@ -69,21 +71,44 @@ def connect(settings: Settings) -> None:
     if ray.is_initialized():
         if _answers():
             return
-        ray.shutdown()  # its head is gone: another may be there by now
+        disconnect()  # its head is gone: another may be there by now
         metrics.RAY_RECONNECTS.inc()
     wanted = address()
-    # in a thread of its own, where Ray puts no signal handlers in the place of ours: a worker that
-    # is told to stop while Ray starts has to hand its search back
-    with ThreadPoolExecutor(1, thread_name_prefix="ray-init") as starting:
-        if wanted is None:
-            starting.submit(_start_local, settings).result()
-        else:
-            starting.submit(_join, wanted).result()
+    _beside(lambda: _start_local(settings) if wanted is None else _join(wanted))
+
+
+#: Set once the thread that Ray was started in may end.
+_left = threading.Event()
 
 
 def disconnect() -> None:
     """Leave the cluster, or end the local one."""
     ray.shutdown()
+    _left.set()
+
+
+def _beside(start: Callable[[], None]) -> None:
+    """Start Ray in a thread that lives until it is left.
+
+    In a thread, for there it puts no signal handlers in the place of ours: a worker that is told to
+    stop while Ray starts has to hand its search back.  Until it is left, for the system ends Ray's
+    processes with the thread that made them.
+    """
+    global _left
+    left, started = threading.Event(), Future[None]()
+    _left = left
+
+    def run() -> None:
+        try:
+            start()
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+            left.wait()
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    started.result()
 
 
 def _start_local(settings: Settings) -> None:
