@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(16 * 2**20))
 os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "2")
 
 import ray
+from ray._private.worker import _post_init_hooks
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nas import metrics
@@ -32,6 +34,9 @@ _AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup
 logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
 # it warns that it leaves the signals alone, which is why it is started in a thread
 logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Seconds between looks whether Ray has started.
+_KEEP_SECONDS = 0.02
 #: Seconds for a connection to the head, and for a word from each node.
 _CONNECT_SECONDS = 5.0
 _PROBE_SECONDS = 60.0
@@ -90,9 +95,9 @@ def disconnect() -> None:
 def _beside(start: Callable[[], None]) -> None:
     """Start Ray in a thread that lives until it is left.
 
-    In a thread, for there it puts no signal handlers in the place of ours: a worker that is told to
-    stop while Ray starts has to hand its search back.  Until it is left, for the system ends Ray's
-    processes with the thread that made them.
+    In a thread, for there its Python puts no signal handlers in the place of ours: a worker that is
+    told to stop while Ray starts has to hand its search back.  Until it is left, for the system
+    ends Ray's processes with the thread that made them.
     """
     global _left
     left, started = threading.Event(), Future[None]()
@@ -108,7 +113,18 @@ def _beside(start: Callable[[], None]) -> None:
             left.wait()
 
     threading.Thread(target=run, name="ray", daemon=True).start()
+    while not started.done():
+        time.sleep(_KEEP_SECONDS)
+        _keep_signals()
+    _keep_signals()
     started.result()
+
+
+def _keep_signals() -> None:
+    """Put our signal handlers back, in whose place Ray's core puts its own: those abort."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.getsignal(number))
 
 
 def _start_local(settings: Settings) -> None:
@@ -228,6 +244,44 @@ def fitting(needs: dict[str, float]) -> int:
             "EINSUM_NAS_RESOURCES_PER_TRIAL, or add a node"
         )
     return count
+
+
+class Shared:
+    """The data of a search in the object store, where every node takes it from.
+
+    An actor beside the driver owns it and ends with the search.  What the driver itself gave to
+    Tune would stay for as long as the driver lives, for Tune's classes carry references to it, and
+    a worker that runs one search after another would fill the store.
+    """
+
+    def __init__(self, train: Any, validation: Any) -> None:
+        self._hooks = len(_post_init_hooks)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        owner = ray.remote(num_cpus=0, scheduling_strategy=here)(_Owner)
+        #: to be given to `taken`
+        self.owner = owner.remote(train, validation)
+
+    def free(self) -> None:
+        """Drop the data from every node; nothing may use it any more."""
+        del _post_init_hooks[self._hooks :]  # which Tune leaves behind at each run
+        if ray.is_initialized():
+            ray.kill(self.owner)
+
+
+class _Owner:
+    """Owns objects of the store, which go when it goes."""
+
+    def __init__(self, *values: Any) -> None:
+        self._references = [ray.put(value) for value in values]
+
+    def references(self) -> list[Any]:
+        return self._references
+
+
+def taken(owner: Any) -> list[Any]:
+    """The values that an owner holds, in memory that a node's processes share."""
+    found: list[Any] = ray.get(ray.get(owner.references.remote()))
+    return found
 
 
 class HeadWatch:

@@ -105,11 +105,11 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     fitting = cluster.fitting(needs)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
+    shared = cluster.Shared(data.train, data.validation)
     trainable = tune.with_resources(
         tune.with_parameters(
             ProxyTrainable,
-            train_data=data.train,
-            validation_data=data.validation,
+            data=shared.owner,
             threads=settings.cpus_per_trial,
             checkpoints=str(checkpoints),
             seconds=trial_seconds,
@@ -152,6 +152,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             raise experiment.error from None
         raise
     finally:
+        shared.free()
         del _experiments[key]
         shutil.rmtree(scratch, ignore_errors=True)
 

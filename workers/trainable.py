@@ -26,6 +26,7 @@ from nas.metering import CostMeter
 from nas.proxy import Execution, Point, execution_plans, train
 from nas.recipe import Recipe
 from nas.tasks.data import Arrays
+from workers.cluster import taken
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +49,7 @@ class ProxyTrainable(tune.Trainable):
         self,
         config: dict[str, Any],
         *,
-        train_data: Arrays,
-        validation_data: Arrays,
+        data: Any,
         threads: int,
         checkpoints: str,
         seconds: float,
@@ -59,6 +59,8 @@ class ProxyTrainable(tune.Trainable):
 
         Parameters
         ----------
+        data
+            Owner of training and validation data; see `workers.cluster.Shared`.
         checkpoints
             Folder of the runs' own checkpoints, on the node.
         seconds
@@ -66,7 +68,7 @@ class ProxyTrainable(tune.Trainable):
         memory
             Bytes that a trial may add to the process; None for any number.
         """
-        self._data = (train_data, validation_data)
+        self._data: tuple[Arrays, Arrays] = tuple(taken(data))
         self._threads, self._checkpoints = threads, Path(checkpoints)
         self._seconds, self._memory = seconds, memory
         torch.set_num_threads(threads)
