@@ -129,13 +129,10 @@ def pause(session: Session, row: SearchRow) -> None:
 
 
 def _is_held(session: Session, row: SearchRow) -> bool:
-    """Whether a worker runs the search; one whose lease has run out has lost it from now on."""
+    """Whether a worker runs the search: one whose lease has run out may have lost it already."""
     if row.state != "running":
         return False
-    if row.lease_until is not None and row.lease_until < rows.now(session):
-        row.epoch += 1  # what it still writes is refused
-        return False
-    return True
+    return row.lease_until is None or row.lease_until >= rows.now(session)
 
 
 def resume(session: Session, row: SearchRow) -> None:
