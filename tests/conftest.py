@@ -16,8 +16,15 @@ from hypothesis import settings
 from nas.client import Client, RemoteSearch, ServiceError
 
 
+_LONG = ("test_kill.py", "test_trial_faults.py", "test_cli.py", "test_deployment_scripts.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a file's tests to one worker, and to one those that share the running service."""
+    """Give a file's tests to one worker, and to one those that share the running service.
+
+    Files that take minutes begin first, so that none is left over when everything else has ended.
+    """
+    items.sort(key=lambda item: item.path.name not in _LONG)
     for item in items:
         names = getattr(item, "fixturenames", ())
         group = "service" if "service" in names else str(item.path)
