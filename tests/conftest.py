@@ -15,7 +15,6 @@ from hypothesis import settings
 
 from nas.client import Client, RemoteSearch, ServiceError
 
-
 _LONG = ("test_kill.py", "test_trial_faults.py", "test_cli.py", "test_deployment_scripts.py")
 
 
