@@ -290,7 +290,7 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
                     hinted = True
                     print(f"paused; `einsum-nas resume {search_id}` goes on", file=sys.stderr)
                 if child is None or child.poll() is not None:
-                    child = spawn("worker", "--search", search_id)
+                    child = spawn("worker", "--search", search_id, quiet=True)
                 time.sleep(0.5)
         finally:
             stop_child(child)
@@ -590,7 +590,7 @@ def demo(port: Port = None) -> None:
     exit_on_signals()
     used_port = port if port is not None else free_port(settings().port)
     url = f"http://127.0.0.1:{used_port}"
-    service = spawn("serve", "--port", str(used_port))
+    service = spawn("serve", "--port", str(used_port), quiet=True)
     try:
         with Client(url) as client:
             _await_ready(client, service)

@@ -17,13 +17,19 @@ from nas.errors import EinsumNasError
 BAD_INPUT = 2
 
 
-def spawn(*arguments: str) -> subprocess.Popen[bytes]:
+def spawn(*arguments: str, quiet: bool = False) -> subprocess.Popen[bytes]:
     """This program in a session of its own, so that Ctrl-C does not reach it twice.
 
     It ends when this process does, however that ends.
+
+    Parameters
+    ----------
+    quiet
+        Log warnings and errors only, unless the settings say otherwise: it shares a terminal.
     """
     command = [sys.executable, "-m", "nas.cli", *arguments, "--parent", str(os.getpid())]
-    return subprocess.Popen(command, start_new_session=True)
+    quieter = {"EINSUM_NAS_LOG_LEVEL": "warning"} if quiet else {}
+    return subprocess.Popen(command, start_new_session=True, env={**quieter, **os.environ})
 
 
 def end_with(parent: int | None) -> None:
