@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -186,16 +186,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def node_versions(timeout_seconds: float = _PROBE_SECONDS) -> dict[str, dict[str, str]]:
-    """Address of each living node → what `versions` gives there."""
+def ask_versions(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Address of each node → reference to what `versions` gives there."""
     probe = ray.remote(num_cpus=0, max_retries=0)(versions)
-    asked = {
-        str(node["NodeManagerAddress"]) + ":" + str(node["NodeManagerPort"]): probe.options(
+    return {
+        node_name(node): probe.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
-        for node in alive_nodes()
+        for node in nodes
     }
-    return dict(zip(asked, ray.get(list(asked.values()), timeout=timeout_seconds), strict=True))
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """Address and port of a node, by which people know it."""
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+
+
+def node_versions() -> dict[str, dict[str, str]]:
+    """Address of each living node → what `versions` gives there."""
+    asked = ask_versions(alive_nodes())
+    return dict(zip(asked, ray.get(list(asked.values()), timeout=_PROBE_SECONDS), strict=True))
 
 
 def _check_nodes() -> None:

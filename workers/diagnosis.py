@@ -169,24 +169,18 @@ def _not_joined(wanted: str, error: Exception) -> Check:
 def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Check]:
     """Each node by itself: one that does not answer must not hide what is wrong with others."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from workers import cluster
 
     own = cluster.versions()
-    probe = ray.remote(num_cpus=0, max_retries=0)(cluster.versions)
-    asked = {
-        node["NodeID"]: probe.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in nodes
-    }
+    asked = cluster.ask_versions(nodes)
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=_NODE_SECONDS)
     for node in nodes:
-        name = f"node {node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+        address = cluster.node_name(node)
+        name = f"node {address}"
         has = _amounts(node["Resources"])
         try:
-            found = ray.get(asked[node["NodeID"]], timeout=0.5)
+            found = ray.get(asked[address], timeout=0.5)
         except Exception as error:
             yield _no_answer(name, has, error)
             continue

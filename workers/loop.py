@@ -216,6 +216,7 @@ class Worker:
         self._signals = signals
         if self._shutdown.is_set():
             signals.shutdown.set()
+        waits_for: str | None = None
         ids = bound(search_id=search.id, epoch=lease.epoch)
         with ids, Heartbeat(self._leases, lease, signals) as heartbeat:
             _log.info("search %s claimed, epoch %d", search.id, lease.epoch)
@@ -226,9 +227,9 @@ class Worker:
                 metrics.STALE_WRITES.inc()
                 _log.warning("%s", error)
             except ClusterUnavailable as error:
+                waits_for = str(error)
                 _log.warning("search %s waits for its cluster: %s", search.id, error)
                 self._end(search, lambda: self._leases.hand_back(lease))
-                self._rest(str(error))
             except InvalidInput as error:
                 why = str(error)
                 self._end(
@@ -242,6 +243,8 @@ class Worker:
                 heartbeat.end()
                 metrics.lease_ended()
                 self._signals = None
+        if waits_for is not None:
+            self._rest(waits_for)
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
         name = search.request.data

@@ -115,7 +115,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             seconds=trial_seconds,
             memory=settings.memory_per_trial,
         ),
-        _tune_resources(needs),
+        tune.PlacementGroupFactory([needs]),  # one bundle: on one node
     )
     key = uuid.uuid4().hex
     experiment = _Experiment(session, trial_seconds)
@@ -155,11 +155,6 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
         shared.free()
         del _experiments[key]
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _tune_resources(needs: dict[str, float]) -> Any:
-    """Resources of one trial as Tune takes them: on one node."""
-    return tune.PlacementGroupFactory([needs])
 
 
 def _abandon(session: SearchSession, why: str) -> None:

@@ -2,7 +2,7 @@
 
     queued → running → succeeded | failed | cancelled
     queued, running ⇄ paused;  running → queued (handed back, lease lost, infrastructure error);
-    failed, cancelled → queued (retried)
+    failed, cancelled, succeeded with failed trials → queued (retried)
 
 Every function works on a row that its caller has locked, in the caller's transaction, so that of
 two changes at the same moment the second sees what the first has made.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,14 +28,6 @@ from nas.store.schema import Base
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 4})
 PLANS = references(REQUEST.settings, REQUEST.train_flops, 5)
 LONG = 60.0
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

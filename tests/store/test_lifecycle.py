@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +13,8 @@ from sqlalchemy.exc import DBAPIError
 from nas.clone import create_clone
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost
 from nas.request import SearchRequest
-from nas.store import Lease, Leases, Search, Store, upgrade
+from nas.store import Lease, Leases, Search, Store
 from tests.store.test_contract import LONG, REQUEST, completed, draft, together
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
-    yield opened
-    opened.close()
 
 
 def claimed(store: Store, seconds: float = LONG, **limits: Any) -> tuple[Lease, Search]:

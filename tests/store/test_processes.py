@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from sqlalchemy import text, update
 
 from nas.errors import InvalidInput
 from nas.request import SearchRequest
-from nas.store import Leases, Store, upgrade
+from nas.store import Leases, Store
 from nas.store.engine import writing
 from nas.store.gauges import SchemaState, read_database, read_gauges
 from nas.store.processes import Processes
@@ -21,14 +20,6 @@ from nas.store.schema import ProcessRow, SearchRow, database_now
 from nas.theta import Theta
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
-    yield opened
-    opened.close()
 
 
 def age(store: Store, name: str, seconds: float) -> None:

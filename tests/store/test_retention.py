@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from nas.cli_db import app
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput, NotFound
 from nas.settings import settings
-from nas.store import Leases, Store, StoredPoint, upgrade
+from nas.store import Leases, Store, StoredPoint
 from nas.store import retention as module
 from nas.store.engine import writing
 from nas.store.retention import FINE_GRAINED, Pruned, prune
@@ -26,14 +26,6 @@ from tests.store.test_backup import begun, run
 from tests.store.test_contract import draft
 
 DAY = 86_400.0
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
-    yield opened
-    opened.close()
 
 
 def ended(store: Store, state: Any, *, days_ago: float, completed: int = 0, **changes: Any) -> str:

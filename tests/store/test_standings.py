@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,6 @@ POINTS = st.lists(
     max_size=40,
     unique_by=lambda p: p[:2],
 )
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
-    yield opened
-    opened.close()
 
 
 def of_runs(rows: list[tuple[int, int, int, int]]) -> Points:

@@ -22,14 +22,6 @@ from nas.store.troubles import TROUBLE_KINDS, DatabaseTrouble, trouble_of
 
 
 @pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def on_postgresql(postgresql_server: str) -> Iterator[Store]:
     opened = Store(postgresql_server)
     yield opened
