@@ -6,16 +6,28 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import Depends, FastAPI
-from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
-from api import access, dashboard, events, health, lifecycle, metrics, problems, routes
+from api import (
+    access,
+    admin,
+    auth,
+    dashboard,
+    events,
+    health,
+    hosts,
+    lifecycle,
+    metrics,
+    problems,
+    routes,
+    signin,
+)
 from api.cache import AnswerCache
 from nas.settings import Settings, settings
 from nas.store import Standings, Store
+from nas.store.quotas import Quotas
 
-_LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 DESCRIPTION = """
 Neural-architecture search over einsum-structured linear layers: for this task and this compute
 budget, which structure should a model use, and how much does it save over dense?
@@ -25,7 +37,7 @@ matrix products counted. Losses are means over fixed validation samples, in the 
 """
 
 
-def create_app(configured: Settings | None = None, *, any_host: bool = False) -> FastAPI:
+def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1") -> FastAPI:
     """The service on the database of `configured`, which is migrated when the service starts.
 
     A database that is away at the start is waited for: until it is there, every route but those of
@@ -33,15 +45,15 @@ def create_app(configured: Settings | None = None, *, any_host: bool = False) ->
 
     Parameters
     ----------
-    any_host
-        Answer to every Host header.  By default only to this machine's own names, so that no web
-        page elsewhere reaches a service on loopback by pointing its own name there.
+    address
+        Where it listens.  On any but loopback it asks for keys, whatever the settings say.
     """
     used = configured or settings()
+    access_control = used.access_control or not auth.is_loopback(address)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        store = Store(used.resolved_database_url)
+        store = Store(used.resolved_database_url, quotas=Quotas.of(used))
         app.state.store = store
         app.state.cache = AnswerCache(Standings(store))
         app.state.settings = used
@@ -64,16 +76,20 @@ def create_app(configured: Settings | None = None, *, any_host: bool = False) ->
         redoc_url=None,
     )
     problems.install(app)
+    app.state.access_control = access_control
+    auth.install(app, used, access_control=access_control)
     app.add_middleware(health.Gate)
-    if not any_host:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES)
+    hosts.install(app, used, address)
     metrics.install(app)
     access.install(app)
     app.include_router(health.health)
     app.include_router(metrics.router)
-    app.include_router(routes.router, dependencies=[Depends(problems.refuse_other_origins)])
-    app.include_router(lifecycle.router, dependencies=[Depends(problems.refuse_other_origins)])
+    app.include_router(routes.router)
+    app.include_router(lifecycle.router)
     app.include_router(events.router)
+    app.include_router(admin.router)
     app.include_router(dashboard.router)
+    app.include_router(signin.router)
+    auth.document(app, access_control=access_control)
     app.mount("/static", StaticFiles(directory=dashboard.STATIC), name="static")
     return app

@@ -2,7 +2,7 @@
 
 Each is kept with the revision of its task or search, which every completed run raises; a look at
 that number, begun after the request came, tells whether the bytes still hold, so no answer is ever
-older than the store.  Requests that come while a look is under way share the next one.
+older than the store.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import asyncio
 import gzip
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 
+from api.looks import Looks
 from nas.store import Standings
 
 _CAPACITY = 2048
@@ -35,25 +36,14 @@ class _Held:
     answer: Kept
 
 
-@dataclass(slots=True)
-class _Look:
-    """One look at the revisions of some scopes."""
-
-    scopes: set[str] = field(default_factory=set)
-    found: asyncio.Future[dict[str, int]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-
 class AnswerCache:
     """The answers given last, by what was asked; for one event loop."""
 
     def __init__(self, standings: Standings, capacity: int = _CAPACITY) -> None:
-        self._standings, self._capacity = standings, capacity
+        self._capacity = capacity
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
         self._making: dict[Hashable, asyncio.Lock] = {}
-        self._next: _Look | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._revisions = Looks(standings.revisions)
 
     async def get(self, scope: str, asked: Hashable, make: Callable[[], BaseModel]) -> Kept:
         """The answer to `asked`; made once for all who ask at the same time.
@@ -61,11 +51,11 @@ class AnswerCache:
         Parameters
         ----------
         scope
-            A search's id, a task's name or name@fingerprint: the answer changes with it only.
+            Of `nas.store.standings`, or a bare task's: the answer changes with it only.
         make
             Called in a thread where nothing that is kept holds.
         """
-        revision = await self._revision(scope)
+        revision = await self._revisions.get(scope)
         if revision is None:  # nothing is measured: an error, and errors are not kept
             return await run_in_threadpool(_encoded, make)
         found = self._find(asked, revision)
@@ -82,26 +72,6 @@ class AnswerCache:
                 return found
         finally:
             self._making.pop(asked, None)
-
-    async def _revision(self, scope: str) -> int | None:
-        if self._next is None:
-            self._next = _Look()
-        look = self._next
-        look.scopes.add(scope)
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look())
-        # one who goes away must not take the others' look along
-        return (await asyncio.shield(look.found)).get(scope)
-
-    async def _look(self) -> None:
-        while self._next is not None:
-            look, self._next = self._next, None
-            try:
-                look.found.set_result(
-                    await run_in_threadpool(self._standings.revisions, look.scopes)
-                )
-            except Exception as error:
-                look.found.set_exception(error)
 
     def _find(self, asked: Hashable, revision: int) -> Kept | None:
         held = self._held.get(asked)

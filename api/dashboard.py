@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
     recipe = search.request.settings
     shown = {
         "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name,
-        "axes": AXES,
+        "axes": AXES, "plotly_styles": plotly_styles(),
     }  # fmt: skip
     return _templates.TemplateResponse(request, "search.html", shown)
 
@@ -75,8 +77,21 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
 
 @router.get("/static/plotly.min.js")
 def plotly_script() -> Response:
+    return FileResponse(_plotly(), media_type="text/javascript", headers=_CACHE)
+
+
+def _plotly() -> Path:
     spec = importlib.util.find_spec("plotly")
     assert spec is not None
     assert spec.origin is not None
-    script = Path(spec.origin).parent / "package_data" / "plotly.min.js"
-    return FileResponse(script, media_type="text/javascript", headers=_CACHE)
+    return Path(spec.origin).parent / "package_data" / "plotly.min.js"
+
+
+@lru_cache(maxsize=1)
+def plotly_styles() -> tuple[str, ...]:
+    """The ids of elements whose being there keeps plotly.js from adding inline styles for its maps.
+
+    They are digests that change with its versions; the pages' policy would refuse those styles.
+    """
+    script = _plotly().read_text(encoding="utf-8")
+    return tuple(dict.fromkeys(re.findall(r'getElementById\("([0-9a-f]{64})"\)', script)))

@@ -3,69 +3,123 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.concurrency import run_in_threadpool
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
+from starlette.types import Receive, Scope, Send
 
-from api.problems import responses
+from api.following import AWAY_SECONDS, Followed, Follower, TooManyStreams
+from api.problems import RETRY_AFTER_SECONDS, problem, responses
 from api.routes import SearchId, StoreDep
 from nas.errors import StoreUnavailable
-from nas.store import Store
-from nas.store.records import TERMINAL
 
 router = APIRouter(prefix="/v1")
 _log = logging.getLogger(__name__)
-#: Seconds between looks at the log.
-_POLL_SECONDS = 0.5
-#: Seconds between attempts while the database is away.
-_AWAY_SECONDS = 2.0
+#: Seconds between comments on a stream that has nothing to tell.
+_PING_SECONDS = 15
+#: Seconds between questions whether who opened a stream may still follow it.
+_WELCOME_SECONDS = 5.0
+
+Welcome = Callable[[], Awaitable[bool]]
 
 
-async def _follow(store: Store, search_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
-    """Every event past `after`, then those to come, until the search has ended.
+class EventStream(EventSourceResponse):
+    """Every event of a search past an id, then those to come, until the search has ended.
 
     While the database is away the stream waits; what happened meanwhile comes afterwards.
+
+    Parameters
+    ----------
+    after
+        Id of the last event that the client has.
+    welcome
+        Whether the client may still follow the search; where it may not, the stream ends.
     """
-    while True:
+
+    def __init__(
+        self, follower: Follower, search_id: str, after: int, welcome: Welcome | None
+    ) -> None:
+        super().__init__(self._chunks(), ping=_PING_SECONDS)
+        self._follower, self._search_id, self._after = follower, search_id, after
+        self._welcome, self._asked = welcome, time.monotonic()
+        self._followed: Followed | None = None
+        self._began = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 503 where no more streams can be open."""
         try:
-            events = await run_in_threadpool(store.events, search_id, after=after)
-            ended = not events and await run_in_threadpool(_has_ended, store, search_id, after)
-        except StoreUnavailable as error:
-            _log.warning("events of search %s wait: %s", search_id, error)
-            await asyncio.sleep(_AWAY_SECONDS)
-            continue
-        for event in events:
-            after = event.id
-            body = {"created_at": event.created_at, **event.data}
-            yield ServerSentEvent(json.dumps(body), event=event.kind, id=str(event.id))
-        if ended or (events and events[-1].kind in TERMINAL):
-            return
-        if not events:
-            await asyncio.sleep(_POLL_SECONDS)
+            with self._follower.following(self._search_id) as self._followed:
+                self._began = self._follower.looks
+                await super().__call__(scope, receive, send)
+        except TooManyStreams as error:
+            refused = problem(
+                503, "too-many-streams", "Too many event streams", f"{error}; try again later",
+                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+            )  # fmt: skip
+            await refused(scope, receive, send)
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        follower, followed, after = self._follower, self._followed, self._after
+        assert followed is not None
+        came = self._began
+        while True:
+            news = followed.news  # of before the page: what comes meanwhile is not missed
+            try:
+                if not await self._is_welcome():
+                    return
+                page = await follower.page(followed, after)
+            except StoreUnavailable as error:
+                _log.warning("events of search %s wait: %s", self._search_id, error)
+                await asyncio.sleep(AWAY_SECONDS)
+                continue
+            if page:
+                yield b"".join(told.sent for told in page)
+                after, came = page[-1].id, follower.looks
+            elif followed.is_over(after, began=self._began, came=came):
+                return
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if self._welcome is None else _WELCOME_SECONDS):
+                        await news.wait()
+
+    async def _is_welcome(self) -> bool:
+        if self._welcome is None or time.monotonic() - self._asked < _WELCOME_SECONDS:
+            return True
+        answer = await self._welcome()
+        self._asked = time.monotonic()
+        return answer
 
 
-def _has_ended(store: Store, search_id: str, after: int) -> bool:
-    """Whether the search has ended and its log holds nothing more."""
-    return store.search(search_id).state in TERMINAL and not store.events(
-        search_id, after=after, limit=1
-    )
+async def get_follower(request: Request) -> Follower:
+    state = request.app.state
+    follower: Follower | None = getattr(state, "follower", None)
+    if follower is None or follower.store is not state.store:
+        follower = state.follower = Follower(state.store, state.settings.event_streams)
+    return follower
+
+
+FollowerDep = Annotated[Follower, Depends(get_follower)]
 
 
 @router.get(
     "/searches/{search_id}/events",
     response_class=EventSourceResponse,
-    responses=responses(404, 422),
+    responses=responses(404, 422, 503),
     summary="What happens to a search, live (server-sent events)",
 )
 async def search_events(
+    request: Request,
     search_id: SearchId,
     store: StoreDep,
+    follower: FollowerDep,
     last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)
-    return EventSourceResponse(_follow(store, search_id, last_event_id or 0), ping=15)
+    welcome: Welcome | None = getattr(request.state, "still_welcome", None)
+    return EventStream(follower, search_id, last_event_id or 0, welcome)

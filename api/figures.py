@@ -13,7 +13,15 @@ from typing import Any
 from nas.analysis import frontier
 from nas.analysis.frontier import axis_value, has_axis
 from nas.design import kind_of
-from nas.figures_style import DENSE, MARK, STRUCTURED, figure_layout, log_axis, loss_axis
+from nas.figures_style import (
+    DENSE,
+    MARK,
+    STRUCTURED,
+    figure_layout,
+    log_axis,
+    loss_axis,
+    plain_text,
+)
 from nas.store import AXES, CurvePoint
 
 #: Marker of each kind of design; see `nas.design.kind_of`.
@@ -41,7 +49,9 @@ class Series:
 
 
 def _label(p: CurvePoint) -> str:
-    return f"#{p.number} {p.name}<br>width {p.width}, {p.step} steps<br>loss {p.loss:.4f}"
+    return (
+        f"#{p.number} {plain_text(p.name)}<br>width {p.width}, {p.step} steps<br>loss {p.loss:.4f}"
+    )
 
 
 def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
@@ -97,7 +107,7 @@ def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
     return [
         (
             Series(
-                f"#{run[0].number} {run[0].name}, width {run[0].width}",
+                f"#{run[0].number} {plain_text(run[0].name)}, width {run[0].width}",
                 tuple(float(p.step) for p in run),
                 tuple(p.loss for p in run),
                 tuple(_label(p) for p in run),
@@ -112,7 +122,7 @@ def _layout(title: str, x_title: str, unit: str) -> dict[str, Any]:
     return figure_layout(
         title,
         log_axis(x_title),
-        loss_axis(f"validation loss ({unit})"),
+        loss_axis(f"validation loss ({plain_text(unit)})"),
         margin={"l": 64, "r": 16, "t": 72, "b": 48},
         legend={"orientation": "h", "y": 1.0, "x": 1.0, "xanchor": "right", "yanchor": "bottom"},
         uirevision="keep",  # zoom and selection survive the live updates

@@ -15,17 +15,15 @@ from api.routes import (
     SearchId,
     SettingsDep,
     StoreDep,
-    Tenant,
     describe,
     made,
     parsed,
     usable_data,
 )
-from api.schemas import PriorityIn, SearchOut, WorkerList
+from api.schemas import PriorityIn, SearchOut
 from nas.clone import create_clone
 from nas.errors import InvalidInput
 from nas.request import MAX_PRIORITY, SearchRequest
-from nas.store.processes import LIVE_SECONDS, Processes
 
 router = APIRouter(prefix="/v1")
 _CHANGES: dict[str, Any] = {
@@ -109,7 +107,6 @@ async def clone_search(
     response: Response,
     store: StoreDep,
     settings: SettingsDep,
-    tenant: Tenant = "default",
     idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
     body = await request.body()
@@ -121,13 +118,7 @@ async def clone_search(
         raise InvalidInput("confirm", changes["confirm"], accepted)
     search, new = await run_in_threadpool(
         create_clone, store, search_id, changes,
-        lambda wanted: usable_data(wanted, settings)[0],
-        idempotency_key=idempotency_key, tenant=tenant, request_id=correlation_id.get(),
+        lambda wanted: usable_data(wanted, settings, store)[0],
+        idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
     return made(search, new, response)
-
-
-@router.get("/workers", summary="Workers and services that were seen lately")
-def list_workers(store: StoreDep) -> WorkerList:
-    found = Processes(store).alive(LIVE_SECONDS)
-    return WorkerList.model_validate({"items": found}, from_attributes=True)

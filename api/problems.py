@@ -11,7 +11,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound, StoreUnavailable, echo
+from nas.errors import (
+    Conflict,
+    IdempotencyConflict,
+    InvalidInput,
+    NotFound,
+    QuotaExceeded,
+    StoreUnavailable,
+    echo,
+)
 from nas.store import AXES
 from nas.store.troubles import DatabaseTrouble
 
@@ -32,6 +40,8 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "value": {"type": "string", "description": "what was given, shortened"},
         "accepted": {"type": "string", "description": "what is accepted"},
         "reason": {"type": "string", "description": "why the database is unavailable"},
+        "quota": {"type": "string", "description": "the quota that is used up"},
+        "tenant": {"type": "string", "description": "whose quota it is"},
         "part": {"type": "string", "description": "the part of readiness that fails"},
         "parts": {"type": "object", "description": "every part of readiness"},
     },
@@ -75,7 +85,11 @@ def route_of(scope: Scope) -> str:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a route for the OpenAPI document."""
-    titles = {404: "Not found", 409: "Conflict", 422: "Invalid input", 503: "Unavailable"}
+    titles = {
+        400: "Bad request", 401: "No usable key", 403: "Not allowed", 404: "Not found",
+        409: "Conflict", 413: "Too large", 415: "Not JSON", 422: "Invalid input",
+        429: "Too many requests, or the quota is used up", 503: "Unavailable",
+    }  # fmt: skip
     content = {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}
     return {s: {"description": titles[s], "content": content} for s in statuses}
 
@@ -101,6 +115,13 @@ def _not_found(_request: Request, error: Exception) -> JSONResponse:
     return problem(404, "not-found", "Not found", str(error))
 
 
+def _quota(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, QuotaExceeded)
+    return problem(
+        429, "quota-exceeded", "Quota exceeded", str(error), quota=error.quota, tenant=error.tenant
+    )
+
+
 def _conflict(_request: Request, error: Exception) -> JSONResponse:
     return problem(409, "conflict", "Conflict", str(error))
 
@@ -109,7 +130,7 @@ def _idempotency(_request: Request, error: Exception) -> JSONResponse:
     return problem(422, "idempotency-conflict", "Idempotency-Key used before", echo(str(error)))
 
 
-def _unavailable(request: Request, error: Exception) -> JSONResponse:
+def unavailable(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StoreUnavailable)
     request.app.state.readiness.doubt()
     what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
@@ -138,15 +159,6 @@ def unexpected(request: Request, error: Exception) -> JSONResponse:
     return problem(500, "internal", "Internal error", "an error of this service; it is in its log")
 
 
-async def refuse_other_origins(request: Request) -> None:
-    """403 for a change that a page of another site asks for; programs send no Origin."""
-    origin = request.headers.get("origin")
-    if request.method == "POST" and origin is not None:
-        host = request.headers.get("host", "")
-        if origin.split("://", 1)[-1] != host:
-            raise HTTPException(403, "requests from pages of other sites are refused")
-
-
 def install(app: FastAPI) -> None:
     """Register the handlers; the most specific class of an error wins."""
     app.add_exception_handler(InvalidInput, _invalid)
@@ -154,6 +166,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(IdempotencyConflict, _idempotency)
     app.add_exception_handler(Conflict, _conflict)
-    app.add_exception_handler(StoreUnavailable, _unavailable)
+    app.add_exception_handler(QuotaExceeded, _quota)
+    app.add_exception_handler(StoreUnavailable, unavailable)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, unexpected)

@@ -13,18 +13,20 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic_core import to_json
 
+from api.auth import Caller
 from api.cache import AnswerCache, Kept
 from api.problems import responses
 from api.schemas import SearchOut, SearchPage, TrialDetail, TrialPage, trial_fields
 from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
+from nas.data_folder import data_inside
 from nas.design import inspect_design, parse_design
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
-from nas.request import SearchRequest, data_inside
+from nas.request import SearchRequest
 from nas.results import Answer, FrontierAnswer
-from nas.settings import TENANT, Settings
-from nas.store import AXES, Search, Store
+from nas.settings import DEFAULT_TENANT, TENANT, Settings
+from nas.store import AXES, Search, Store, of_tenant
 from nas.store.records import SearchFailure, SearchState
 from nas.structure import MAX_DIMENSION, Sizing
 from nas.tasks import load_data
@@ -43,8 +45,14 @@ Cursor = Annotated[int, Query(ge=-1, le=_MAX_ID)]
 SearchId = Annotated[str, Path(pattern=_TEXT, max_length=64)]
 Text = Annotated[str | None, Query(pattern=_TEXT, max_length=200)]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
-#: Whose search it is: a name for limits and lists, not a proof of identity.
-Tenant = Annotated[str, Header(alias="X-Tenant", pattern=TENANT)]
+Tenant = Annotated[
+    str | None,
+    Header(
+        alias="X-Tenant",
+        pattern=TENANT,
+        description="Whose searches are made and asked about, where no key says so.",
+    ),
+]
 State = Annotated[str | None, Query(description=" | ".join(get_args(SearchState)))]
 Failure = Annotated[str | None, Query(description=" | ".join(get_args(SearchFailure)))]
 Axis = Annotated[str, Query(max_length=64, description=" | ".join(AXES))]
@@ -64,9 +72,13 @@ _CONFIRM_BODY: dict[str, Any] = {
 }
 
 
-async def get_store(request: Request) -> Store:
+async def get_store(request: Request, tenant: Tenant = None) -> Store:
+    """The store as the caller has it."""
     store: Store = request.app.state.store
-    return store
+    caller: Caller = request.state.caller
+    if caller.tenant is not None:
+        return store.view(caller.tenant, confined=True)
+    return store.view(tenant or DEFAULT_TENANT)
 
 
 async def get_settings(request: Request) -> Settings:
@@ -109,16 +121,19 @@ RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
 _reading = threading.Lock()
 
 
-def usable_data(request: SearchRequest, settings: Settings) -> tuple[str | None, Recipe]:
-    """The path of the request's data once it is known to be usable, and the recipe it makes."""
+def usable_data(
+    request: SearchRequest, settings: Settings, store: Store
+) -> tuple[tuple[str | None, str | None], Recipe]:
+    """Where usable data lies and the folder that it was admitted from, and the recipe it makes."""
     if request.data is None:
-        return None, request.settings
-    path = data_inside(settings.data_dir, request.data)
+        return (None, None), request.settings
+    tenant = store.tenant if store.confined else None
+    place = data_inside(settings.data_dir, request.data, tenant)
     with _reading:
         # errors repeat the name that was sent, not where it lies on this host
-        recipe = load_data(request.settings, path, shown=request.data).recipe
-    request.check_budget(recipe)
-    return str(path), recipe
+        data = load_data(request.settings, place.path, shown=request.data, root=place.root)
+    request.check_budget(data.recipe)
+    return (str(place.path), str(place.root)), data.recipe
 
 
 def describe(search: Search) -> SearchOut:
@@ -138,12 +153,11 @@ def create_search(
     response: Response,
     store: StoreDep,
     settings: SettingsDep,
-    tenant: Tenant = "default",
     idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
-    data_path, _ = usable_data(body, settings)
+    (data_path, data_root), _ = usable_data(body, settings, store)
     search, new = store.create_search(
-        body, data_path=data_path, idempotency_key=idempotency_key, tenant=tenant,
+        body, data_path=data_path, data_root=data_root, idempotency_key=idempotency_key,
         request_id=correlation_id.get(),
     )  # fmt: skip
     return made(search, new, response)
@@ -162,8 +176,8 @@ def made(search: Search, new: bool, response: Response) -> SearchOut:
     responses=responses(422),
     summary="What a search would run, without running it",
 )
-def preview_search(body: RequestDep, settings: SettingsDep) -> dict[str, Any]:
-    _, recipe = usable_data(body, settings)
+def preview_search(body: RequestDep, store: StoreDep, settings: SettingsDep) -> dict[str, Any]:
+    _, recipe = usable_data(body, settings, store)
     return catalogue.get_preview(body, recipe)
 
 
@@ -241,13 +255,12 @@ async def confirm_search(
     request: Request,
     response: Response,
     store: StoreDep,
-    tenant: Tenant = "default",
     idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
     wanted = ConfirmRequest.checked(parsed(await request.body()))
     search, new = await run_in_threadpool(
         create_confirmation, store, search_id, wanted,
-        idempotency_key=idempotency_key, tenant=tenant, request_id=correlation_id.get(),
+        idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
     return made(search, new, response)
 
@@ -275,8 +288,8 @@ async def read_frontier(
     return _answer(
         request,
         await cache.get(
-            search or task or "",
-            ("frontier", task, search, x),
+            of_tenant(search or task or "", store.tenant),
+            ("frontier", store.tenant, store.confined, task, search, x),
             lambda: answers.get_frontier(store, task=task, search_id=search, x=x),
         ),
     )
@@ -312,8 +325,8 @@ async def read_best(
     return _answer(
         request,
         await cache.get(
-            search or task or "",
-            ("best", task, search, axis, budget),
+            of_tenant(search or task or "", store.tenant),
+            ("best", store.tenant, store.confined, task, search, axis, budget),
             lambda: answers.get_best(store, task=task, search_id=search, **{axis: budget}),
         ),
     )

@@ -195,3 +195,25 @@ class WorkerList(_Out):
     """Processes that were heard of lately."""
 
     items: list[ProcessOut]
+
+
+class AuditEntry(_Out):
+    """One line of the audit log."""
+
+    id: int
+    created_at: float
+    tenant: str | None
+    key_id: str | None
+    action: str = Field(description="method and outcome, or what was done to a key or a tenant")
+    target: str | None = Field(description="the path, or the name of the key")
+    status: int | None = Field(description="of the answer")
+    reason: str | None
+    address: str | None = Field(description="whence the request came")
+    request_id: str | None
+
+
+class AuditPage(_Out):
+    """Lines of the audit log, newest first."""
+
+    items: list[AuditEntry]
+    next: str | None = Field(description="cursor of the next page")

@@ -126,7 +126,8 @@ def resolve_scope(store: Store, task: str | None, search_id: str | None) -> Scop
     newest = next((r for f, _, r in store.task_fingerprints(name) if f == fingerprint), None)
     if newest is None:
         raise _nothing_yet(f"task {name}@{fingerprint}", name)
-    return Scope(task_scope(name, fingerprint), name, fingerprint, newest.settings.loss_unit)
+    scope = task_scope(name, fingerprint, store.tenant)
+    return Scope(scope, name, fingerprint, newest.settings.loss_unit)
 
 
 def _nothing_yet(where: str, task: str) -> NotFound:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from nas import cli_db, cli_searches
-from nas.cli_common import Json, Server, local_store, number, print_json, reported, whole
+from nas import cli_db, cli_keys, cli_searches
+from nas.cli_common import Json, Server, local_store, number, print_json, remote, reported, whole
 from nas.errors import EinsumNasError, InvalidInput, NotFound
 from nas.processes import (
     BAD_INPUT,
@@ -42,8 +42,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_db.app, name="db")
 cli_searches.register(app)
+cli_keys.register(app)
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 #: The search of `einsum-nas demo`.
 _DEMO: dict[str, Any] = {
     "task": "text",
@@ -160,7 +160,6 @@ def search(
 ) -> None:
     """Submit a search; with --wait, see it through and show the answer."""
     from nas.request import SearchRequest
-    from nas.settings import settings
 
     fields = {
         "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
@@ -180,7 +179,7 @@ def search(
         return
     data_path = _checked_data(request)
     with local_store() as store:
-        created, _ = store.create_search(request, data_path=data_path, tenant=settings().tenant)
+        created, _ = store.create_search(request, data_path=data_path)
         _finish_here(store, created, wait, as_json)
 
 
@@ -235,10 +234,7 @@ def _checked_data(request: SearchRequest) -> str | None:
 
 
 def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:
-    from nas.client import Client
-    from nas.settings import settings
-
-    with Client(server, tenant=settings().tenant) as client:
+    with remote(server) as client:
         _finish_remotely(client.search(**fields), wait, as_json)
 
 
@@ -342,10 +338,9 @@ def frontier(
 ) -> None:
     """Pareto front of loss against train FLOPs, or another axis."""
     from nas.answers import get_frontier
-    from nas.client import Client
 
     if server is not None:
-        with Client(server) as client:
+        with remote(server) as client:
             found = client.get_search(search_id).frontier(x) if search_id else None
             front = found or client.frontier(task, x)
     else:
@@ -387,7 +382,6 @@ def best(
 ) -> None:
     """The best structure within one budget, against dense, and how sure that is."""
     from nas.answers import checked_budget, get_best
-    from nas.client import Client
 
     axis, value = checked_budget(
         {
@@ -399,7 +393,7 @@ def best(
         }
     )
     if server is not None:
-        with Client(server) as client:
+        with remote(server) as client:
             if search_id:
                 answer = client.get_search(search_id).best(**{axis: value})
             else:
@@ -441,22 +435,19 @@ def confirm(
     """Run the best of a search again with fresh seeds, which no luck has chosen."""
     from nas.catalogue import search_dict
     from nas.confirm import ConfirmRequest, create_confirmation
-    from nas.settings import settings
 
     fields: dict[str, Any] = {
         "top": top, "seeds": seeds, "longer": longer, "spread": spread
     }  # fmt: skip
     wanted = ConfirmRequest.checked(fields)
     if server is not None:
-        from nas.client import Client
-
-        with Client(server, tenant=settings().tenant) as client:
+        with remote(server) as client:
             source = search_id or _newest_ended(client.searches())
             _finish_remotely(client.get_search(source).confirm(**fields), wait, as_json)
         return
     with local_store() as store:
         source = search_id or _newest_ended(search_dict(s) for s in store.searches(limit=500))
-        created, _ = create_confirmation(store, source, wanted, tenant=settings().tenant)
+        created, _ = create_confirmation(store, source, wanted)
         _finish_here(store, created, wait, as_json)
 
 
@@ -510,27 +501,20 @@ def doctor(as_json: Json = False) -> None:
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(parser=whole, metavar="N", help="Port to listen on.")]
-Open = Annotated[
-    bool,
-    typer.Option(
-        "--without-access-control",
-        help="Listen on an address others can reach, although this service asks nobody who they "
-        "are.",
-    ),
-]
 
 
 @app.command()
 @reported
-def api(host: Host = None, port: Port = None, without_access_control: Open = False) -> None:
+def api(host: Host = None, port: Port = None) -> None:
     """The REST service and the dashboard."""
-    _run_api(host, port, without_access_control)
+    _run_api(host, port)
 
 
-def _run_api(host: str | None, port: int | None, without_access_control: bool) -> None:
+def _run_api(host: str | None, port: int | None) -> None:
     import uvicorn
 
     from api.app import create_app
+    from api.auth import refuse_keyless
     from api.health import refuse_unusable
     from nas.logs import configure
     from nas.settings import settings
@@ -538,16 +522,13 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
     used = settings()
     configure(used)
     address = used.host if host is None else host
-    if address not in _LOOPBACK and not without_access_control:
-        raise InvalidInput(
-            "host", address, f"{', '.join(_LOOPBACK)}; or any with --without-access-control"
-        )
     used_port = used.port if port is None else port
     if not 0 <= used_port <= 65535:
         raise InvalidInput("port", used_port, "a whole number from 0 to 65535")
     refuse_unusable(used)
+    refuse_keyless(used, address)
     uvicorn.run(
-        create_app(used, any_host=address not in _LOOPBACK),
+        create_app(used, address=address),
         host=address,
         port=used_port,
         log_level="warning",
@@ -562,7 +543,6 @@ def _run_api(host: str | None, port: int | None, without_access_control: bool) -
 def serve(
     host: Host = None,
     port: Port = None,
-    without_access_control: Open = False,
     parent: Parent = None,
 ) -> None:
     """REST service, dashboard and a worker, in one command."""
@@ -573,7 +553,7 @@ def serve(
     keeper = threading.Thread(target=keep_worker, args=(ended,), name="worker-keeper")
     keeper.start()
     try:
-        _run_api(host, port, without_access_control)
+        _run_api(host, port)
     finally:
         ended.set()
         keeper.join()

@@ -14,6 +14,7 @@ import typer
 from nas.errors import EinsumNasError, InvalidInput, echo
 
 if TYPE_CHECKING:
+    from nas.client import Client
     from nas.store import Store
 
 Server = Annotated[
@@ -41,17 +42,30 @@ def whole(text: str) -> int:
 
 @contextmanager
 def local_store() -> Iterator[Store]:
-    """The database that the settings name, at this version's schema."""
+    """The database that the settings name, at this version's schema, as their tenant has it."""
     from nas.settings import settings
     from nas.store import Store, upgrade
+    from nas.store.quotas import Quotas
 
-    url = settings().resolved_database_url
-    upgrade(url)
-    store = Store(url)
+    used = settings()
+    upgrade(used.resolved_database_url)
+    store = Store(used.resolved_database_url, tenant=used.tenant, quotas=Quotas.of(used))
     try:
         yield store
     finally:
         store.close()
+
+
+def remote(server: str) -> Client:
+    """A connection to the service at a URL, with the key and the tenant of the settings."""
+    from nas.client import Client
+    from nas.settings import settings
+
+    used = settings()
+    key = None if used.api_key is None else used.api_key.get_secret_value()
+    # a key is of one tenant, which need not be named
+    named = used.tenant if "tenant" in used.model_fields_set else None
+    return Client(server, tenant=named, api_key=key)
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:

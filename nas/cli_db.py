@@ -90,12 +90,20 @@ def prune(
             "default as EINSUM_NAS_FAILED_DAYS says.",
         ),
     ] = None,
+    audit_days: Annotated[
+        float | None,
+        typer.Option(
+            parser=number, metavar="N",
+            help="Days that the audit log is kept, 90 at least; by default as "
+            "EINSUM_NAS_AUDIT_DAYS says.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count, and delete nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Delete old events, and old failed and cancelled searches. Results are never deleted."""
+    """Delete old events, old lines of the audit log, and old searches without any result."""
     from nas.settings import settings
     from nas.store.retention import prune as delete
 
@@ -105,6 +113,7 @@ def prune(
             store,
             event_days=used.event_days if event_days is None else event_days,
             failed_days=used.failed_days if failed_days is None else failed_days,
+            audit_days=used.audit_days if audit_days is None else audit_days,
             dry_run=dry_run,
         )
     if as_json:
@@ -112,8 +121,8 @@ def prune(
         return
     verb = "would delete" if dry_run else "deleted"
     print(
-        f"{verb} {done.searches:,} searches with {done.trials:,} trials, and {done.events:,} "
-        "events of others"
+        f"{verb} {done.searches:,} searches with {done.trials:,} trials, {done.events:,} "
+        f"events of others, and {done.audit:,} lines of the audit log"
     )
 
 

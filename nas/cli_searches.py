@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli_common import Json, Server, local_store, print_json, reported, whole
+from nas.cli_common import Json, Server, local_store, print_json, remote, reported, whole
 from nas.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def searches(
         raise InvalidInput("limit", limit, "a whole number from 1 to 500")
     wanted = {"state": state, "failure": failure, "tenant": tenant, "limit": limit}
     if server is not None:
-        from nas.client import Client
-
-        with Client(server) as client:
+        with remote(server) as client:
             found = client.get("/v1/searches", **wanted)["items"]
     else:
         from nas.catalogue import checked_filters, search_dict
@@ -116,9 +114,7 @@ def _change(
     there: Callable[[RemoteSearch], RemoteSearch],
 ) -> None:
     if server is not None:
-        from nas.client import Client
-
-        with Client(server) as client:
+        with remote(server) as client:
             found = there(client.get_search(search_id)).data
     else:
         from nas.catalogue import search_dict
@@ -140,31 +136,25 @@ def clone(
     as_json: Json = False,
 ) -> None:
     """Submit a search like this one; what it has run already is not run again."""
-    from nas.settings import settings
-
     changed = _changes(changes or [])
     if server is not None:
-        from nas.client import Client
-
-        with Client(server, tenant=settings().tenant) as client:
+        with remote(server) as client:
             found = client.get_search(search_id).clone(**changed).data
     else:
         from nas.catalogue import search_dict
         from nas.clone import create_clone
 
         with local_store() as store:
-            made, _ = create_clone(
-                store, search_id, changed, _no_other_data, tenant=settings().tenant
-            )
+            made, _ = create_clone(store, search_id, changed, _no_other_data)
             found = search_dict(made)
     _say(found, as_json)
 
 
-def _no_other_data(request: Any) -> str | None:
+def _no_other_data(request: Any) -> tuple[None, None]:
     if request.data is not None:
         accepted = "the data of the search; `einsum-nas search --data` takes other"
         raise InvalidInput("data", request.data, accepted)
-    return None
+    return None, None
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:
@@ -196,9 +186,7 @@ def _say(found: dict[str, Any], as_json: bool) -> None:
 def workers(server: Server = None, as_json: Json = False) -> None:
     """Workers and services that were seen lately on this database."""
     if server is not None:
-        from nas.client import Client
-
-        with Client(server) as client:
+        with remote(server) as client:
             found = client.get("/v1/workers")["items"]
     else:
         from dataclasses import asdict

@@ -26,6 +26,14 @@ class ServiceError(EinsumNasError):
     """The service answered with an error that is not the caller's, or not at all."""
 
 
+class NotAllowed(EinsumNasError):
+    """The service wants an API key, or one that may do more."""
+
+
+class RateLimited(EinsumNasError):
+    """The service has heard too much of this key or address, or its tenant's quota is used up."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """One request, before it is known how it is sent."""
@@ -59,6 +67,11 @@ def _confirmation(search: str, fields: Mapping[str, Any], idempotency_key: str |
 def _clone(search: str, changes: Mapping[str, Any], idempotency_key: str | None) -> _Call:
     key = idempotency_key or uuid.uuid4().hex
     return _post(f"/v1/searches/{search}/clone", dict(changes), key)
+
+
+def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
+    named = {} if tenant is None else {"X-Tenant": tenant}
+    return named if api_key is None else {**named, "Authorization": f"Bearer {api_key}"}
 
 
 def _page(path: str, cursor: str | None) -> _Call:
@@ -187,7 +200,16 @@ class Client:
     timeout_seconds
         Limit of one request.
     tenant
-        Whose searches it submits.
+        Whose searches it submits and asks about; with a key that is the key's tenant.
+    api_key
+        Key to show, where the service asks for one.
+
+    Raises
+    ------
+    NotAllowed
+        By every method: the key is missing, unusable, or lacks the scope.
+    RateLimited
+        By every method: too many requests, or the tenant's quota is used up.
     """
 
     def __init__(
@@ -195,10 +217,11 @@ class Client:
         url: str = "http://127.0.0.1:8000",
         *,
         timeout_seconds: float = 30,
-        tenant: str = "default",
+        tenant: str | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        headers = {"X-Tenant": tenant}
+        headers = _headers(tenant, api_key)
         self._http = httpx.Client(base_url=self.url, timeout=timeout_seconds, headers=headers)
 
     def __enter__(self) -> Client:
@@ -395,10 +418,11 @@ class AsyncClient:
         url: str = "http://127.0.0.1:8000",
         *,
         timeout_seconds: float = 30,
-        tenant: str = "default",
+        tenant: str | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        headers = {"X-Tenant": tenant}
+        headers = _headers(tenant, api_key)
         self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_seconds, headers=headers)
 
     async def __aenter__(self) -> AsyncClient:
@@ -516,4 +540,8 @@ def _as_error(response: httpx.Response) -> EinsumNasError:
         return IdempotencyConflict(detail)
     if response.status_code == 409:
         return Conflict(detail)
+    if response.status_code in (401, 403):
+        return NotAllowed(detail)
+    if response.status_code == 429:
+        return RateLimited(detail)
     return ServiceError(f"{response.status_code}: {detail}")

@@ -17,10 +17,9 @@ def create_clone(
     store: Store,
     search_id: str,
     changes: Mapping[str, Any],
-    data_path: Callable[[SearchRequest], str | None],
+    data_place: Callable[[SearchRequest], tuple[str | None, str | None]],
     *,
     idempotency_key: str | None = None,
-    tenant: str = "default",
     request_id: str | None = None,
 ) -> tuple[Search, bool]:
     """Queue a search like another one; (search, whether it is new).
@@ -31,8 +30,9 @@ def create_clone(
     ----------
     changes
         Fields of a `SearchRequest` and their new values.
-    data_path
-        Where the data of a request lies, called where the clone has other data.
+    data_place
+        Where the data of a request lies and the folder that it may not lead out of, called where
+        the clone has other data.
 
     Raises
     ------
@@ -52,13 +52,15 @@ def create_clone(
     fields = {**source.request.model_dump(mode="json"), "priority": source.priority}
     request = SearchRequest.checked({**fields, **changes})
     same_data = (request.task, request.data) == (source.request.task, source.request.data)
+    own = (source.data_path, source.data_root)
+    data_path, data_root = own if same_data else data_place(request)
     return store.create_search(
         request,
-        data_path=source.data_path if same_data else data_path(request),
+        data_path=data_path,
+        data_root=data_root,
         idempotency_key=idempotency_key,
         # runs are repeated on the data they had, or not at all
         fingerprint=source.task_fingerprint if request.confirm is not None else None,
-        tenant=tenant,
         cloned_from=search_id,
         request_id=request_id,
     )

@@ -68,7 +68,6 @@ def create_confirmation(
     wanted: ConfirmRequest,
     *,
     idempotency_key: str | None = None,
-    tenant: str = "default",
     request_id: str | None = None,
 ) -> tuple[Search, bool]:
     """Queue the confirmation of a search as a search of its own; (search, whether it is new).
@@ -82,7 +81,7 @@ def create_confirmation(
     InvalidInput
         More candidates are wanted than have completed, or the longer runs are past any budget.
     """
-    made = store.search_of_key(idempotency_key, tenant) if idempotency_key else None
+    made = store.search_of_key(idempotency_key) if idempotency_key else None
     if made is not None:
         if not _is_asked(made, search_id, wanted):
             raise IdempotencyConflict(
@@ -101,9 +100,9 @@ def create_confirmation(
     return store.create_search(
         request,
         data_path=source.data_path,
+        data_root=source.data_root,
         idempotency_key=idempotency_key,
         fingerprint=source.task_fingerprint,
-        tenant=tenant,
         request_id=request_id,
     )
 

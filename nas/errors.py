@@ -47,6 +47,14 @@ class IdempotencyConflict(EinsumNasError):
     """The same Idempotency-Key was sent before with another body."""
 
 
+class QuotaExceeded(EinsumNasError):
+    """A request for more than its tenant may use: which quota, how much it is and is used."""
+
+    def __init__(self, quota: str, tenant: str, message: str) -> None:
+        super().__init__(message)
+        self.quota, self.tenant = quota, tenant
+
+
 class LeaseLost(EinsumNasError):
     """A write refused because the writer's lease epoch is no longer the current one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,15 @@ from typing import Any
 STRUCTURED, DENSE = "#2563eb", "#d97706"
 #: What runs are held against: a budget, the papers' numbers.
 MARK = "#94a3b8"
+
+
+def plain_text(text: str) -> str:
+    """A text that plotly shows as it stands: it takes tags, and links, in texts for its own.
+
+    >>> plain_text('<b>bold</b> & "so" on')
+    '&lt;b&gt;bold&lt;/b&gt; &amp; "so" on'
+    """
+    return html.escape(text, quote=False)  # plotly knows no entity for quotes
 
 
 def figure_layout(

@@ -34,6 +34,8 @@ LONGEST_EXCEPTION = 16_000
 REPEAT_SECONDS = 60.0
 _REMEMBERED = 256
 _URL_PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,31}://[^\s:/@]{0,256}:)[^\s/]{1,512}@")
+#: See `nas.store.keys`.
+_API_KEY = re.compile(r"enas_[A-Za-z0-9_-]{8,}")
 _NAMED_SECRET = re.compile(
     r"(?i)((?:password|passwd|secret|token|api[_-]?key|authorization)[\"']?\s*[=:]\s*)"
     r"(?:bearer\s+|basic\s+)?(\"[^\"]*\"|'[^']*'|[^\s,;&\"']+)"
@@ -79,11 +81,12 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def masked(text: str) -> str:
-    """The text without the passwords of URLs and the values of what is named a secret.
+    """The text without API keys, the passwords of URLs, and the values of what is named a secret.
 
     >>> masked("postgresql://me:secret@host/db and password=hidden")
     'postgresql://me:***@host/db and password=***'
     """
+    text = _API_KEY.sub("enas_***", text)
     return _NAMED_SECRET.sub(r"\1***", _URL_PASSWORD.sub(r"\1***@", text))
 
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from nas.errors import InvalidInput
 
 #: Names the folder whose files give settings that are no one else's to read.
 SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
+#: Whose searches are that nobody was named for.
+DEFAULT_TENANT = "default"
 #: Names of tenants.
 TENANT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def _names(given: Any) -> Any:
+    """Names apart by commas."""
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return given
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
 class Settings(BaseSettings):
@@ -31,6 +43,26 @@ class Settings(BaseSettings):
     data_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    #: ask for API keys on loopback too; on any other address keys are asked for whatever this says
+    access_control: bool = False
+    #: names, besides this machine's own, by which the service may be addressed (Host)
+    allowed_hosts: Names = ()
+    #: origins (https://host) whose pages may read and, with a key, change; none by default
+    allowed_origins: Names = ()
+    #: addresses of reverse proxies whose X-Forwarded-For and -Proto are believed; none by default
+    trusted_proxies: Names = ()
+    #: requests of one key, or of one address without a key
+    rate_limit: str = "200/second"
+    #: of these, requests that change something
+    submit_limit: str = "50/second"
+    #: refusals for want of a usable key of one address, after which it is not listened to
+    failure_limit: str = "30/minute"
+    #: server-sent event streams that are open at once
+    event_streams: int = Field(1000, ge=1, le=100_000)
+    #: hours until a browser has to sign in again
+    session_hours: float = Field(12.0, gt=0.0, le=8760.0)
+    #: days that the audit log is kept
+    audit_days: float = Field(400.0, ge=90.0)
     #: length of a worker's lease on a search; it renews at a third and gives up at two thirds
     lease_seconds: float = Field(30.0, ge=1.0, le=3600.0)
     #: seconds between looks for a search to claim
@@ -53,8 +85,15 @@ class Settings(BaseSettings):
     backoff_seconds: float = Field(5.0, ge=0.0, le=3600.0)
     #: searches of one tenant that run at once; by default as many as there are workers
     tenant_concurrency: int | None = Field(None, ge=1)
+    #: searches of one tenant that have not ended; by default any number
+    tenant_searches: int | None = Field(None, ge=0)
+    #: train FLOPs of one tenant's searches of the last `quota_days`; by default any number
+    tenant_train_flops: float | None = Field(None, ge=0.0)
+    quota_days: float = Field(30.0, gt=0.0, le=36_500.0)
     #: whose searches the command line submits
-    tenant: str = Field("default", pattern=TENANT)
+    tenant: str = Field(DEFAULT_TENANT, pattern=TENANT)
+    #: key that the command line and `Client` show to a service
+    api_key: SecretStr | None = None
     #: days after its end that the log of a search is kept but for its turning points
     event_days: float | None = Field(30.0, gt=0.0)
     #: days after their end that failed and cancelled searches without any result are kept

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +14,11 @@ from rich.table import Table
 
 from nas.design import described
 from nas.results import Answer, Candidate, FrontierAnswer
+
+if TYPE_CHECKING:
+    from nas.store.audit import Entry
+    from nas.store.keys import Key
+    from nas.store.quotas import Use
 
 console = Console()
 _FINISHED = ("complete", "failed", "stopped")
@@ -300,3 +306,57 @@ def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
             p["name"], p["kind"], p["state"], p["search_id"] or "", p["version"], escape(about)
         )
     console.print(table)
+
+
+def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
+    """A table of keys; `ends` tells how long one lives."""
+    if not found:
+        console.print("no key; `einsum-nas keys create --name NAME` makes one")
+        return
+    table = Table("key", "tenant", "name", "scopes", "ends", "last used", box=None, pad_edge=False)
+    for key in found:
+        used = "never" if key.used_at is None else _day(key.used_at)
+        row = (key.id, key.tenant, escape(key.name), ", ".join(key.scopes), ends(key), used)
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_tenants(found: Sequence[Use]) -> None:
+    """A table of what tenants use of their quotas."""
+    if not found:
+        console.print("no tenant has a search or a quota")
+        return
+    table = Table("tenant", "searches", "running", "train FLOPs", box=None, pad_edge=False)
+    for use in found:
+        table.add_row(
+            use.tenant,
+            f"{use.searches} of {_or_any(use.quotas.searches)}",
+            f"{use.running} of {_or_any(use.quotas.concurrency)}",
+            f"{use.train_flops:.4g} of {_or_any(use.quotas.train_flops)} "
+            f"in {use.quotas.days:g} days",
+        )
+    console.print(table)
+
+
+def _or_any(limit: float | None) -> str:
+    return "any number" if limit is None else f"{limit:.6g}"
+
+
+def show_audit(found: Sequence[Entry]) -> None:
+    """Lines of the audit log, the newest first, each on a line of its own."""
+    for line in found:
+        who = line.tenant or "nobody known"
+        who += f" (key {line.key_id})" if line.key_id else ""
+        whence = f"from {line.address}" if line.address else ""
+        answer = "" if line.status is None else str(line.status)
+        parts = (
+            _day(line.created_at), who, line.action, line.target, answer, line.reason, whence
+        )  # fmt: skip
+        told = "  ".join(part for part in parts if part)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if not found:
+        console.print("the audit log is empty")
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

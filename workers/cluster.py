@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import secrets
 import signal
 import socket
 import threading
@@ -21,6 +22,8 @@ os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(16 * 2**20))
 os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "2")
 
 import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 from ray._private.worker import _post_init_hooks
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -34,6 +37,9 @@ _AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup
 logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
 # it warns that it leaves the signals alone, which is why it is started in a thread
 logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+#: Token of a cluster of this process's own: no file has it, only the processes of the cluster.
+_OWN_TOKEN = secrets.token_hex(32)
+_TOKEN_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds between looks whether Ray has started.
 _KEEP_SECONDS = 0.02
@@ -66,7 +72,7 @@ def address() -> str | None:
 def connect(settings: Settings) -> None:
     """Join the cluster of `RAY_ADDRESS`, or start one of this process's own.
 
-    The latter lets nobody in without its token, for Ray listens on every interface.
+    The latter listens on the loopback alone, and lets nobody in without its token.
 
     Raises
     ------
@@ -128,6 +134,7 @@ def _keep_signals() -> None:
 
 
 def _start_local(settings: Settings) -> None:
+    _expect_others(False)
     ray.init(
         address="local",
         include_dashboard=False,
@@ -139,7 +146,27 @@ def _start_local(settings: Settings) -> None:
     )
 
 
+def _expect_others(expected: bool) -> None:
+    """Whether Ray, once it starts, is for processes and machines besides this process.
+
+    Where it is for none, its servers take connections from this machine only and from whoever has
+    the token; a token and a mode that the environment gives already stay.
+    """
+    # Ray exchanges 127.0.0.1 for an address that others reach, on all systems but those where it
+    # takes this variable for an answer; read by now, and by the processes it will start
+    ray_constants.ENABLE_RAY_CLUSTER = expected
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = str(int(expected))
+    if expected and os.environ.get("RAY_AUTH_TOKEN") == _OWN_TOKEN:
+        del os.environ["RAY_AUTH_TOKEN"]
+        os.environ.pop("RAY_AUTH_MODE", None)  # which Ray itself has set
+        AuthenticationTokenLoader.instance().reset_cache()
+    elif not expected and not os.environ.keys() & _TOKEN_VARIABLES:
+        os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
 def _join(wanted: str) -> None:
+    _expect_others(True)
     if wanted != "auto" and not listens(wanted):
         raise ClusterUnavailable(
             f"no Ray head answers at RAY_ADDRESS={wanted}; start it, or correct the address"

@@ -248,7 +248,9 @@ class Worker:
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
         name = search.request.data
-        data = load_data(search.request.settings, search.data_path, shown=name)
+        data = load_data(
+            search.request.settings, search.data_path, shown=name, root=search.data_root
+        )
         search.request.check_budget(data.recipe)
         _log.info("search %s: %s", search.id, data.summary)
         stored = self._leases.set_fingerprint(lease, data.fingerprint)

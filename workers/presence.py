@@ -80,6 +80,9 @@ class Presence:
 
     def _tidy(self) -> None:
         used = self._settings
-        deleted = prune(self._store, event_days=used.event_days, failed_days=used.failed_days)
+        deleted = prune(
+            self._store, event_days=used.event_days, failed_days=used.failed_days,
+            audit_days=used.audit_days,
+        )  # fmt: skip
         self._processes.forget(_FORGOTTEN_SECONDS)
         _log.info("tidied up: %s", deleted)

@@ -138,14 +138,22 @@ function showSearch(search, workers) {
     : search.state === "paused" ? "paused before it began" : workers === 0 ? "no worker is running: start one with `einsum-nas worker`" : "waiting for a worker");
 }
 
+// a session that has ended: sign in, and come back here
+async function ask(path, options) {
+  const response = await fetch(path, options);
+  if (response.status === 401) location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
+  return response;
+}
+
 async function refresh() {
-  const response = await fetch(`/searches/${id}/live?x=${byId("axis").value}`);
+  const response = await ask(`/searches/${id}/live?x=${encodeURIComponent(byId("axis").value)}`);
   if (!response.ok) return;
   const live = await response.json();
   showSearch(live.search, live.workers);
   showBest(live.best);
   showTrials(live.trials, live.trials_total, live.best);
-  const config = { responsive: true, displaylogo: false };
+  // its button to share a chart would send what is drawn to a site elsewhere
+  const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
   for (const name of ["scatter", "curves"]) {
     await Plotly.react(name, live[name].data, { ...live[name].layout, template: {} }, config);
   }
@@ -159,17 +167,25 @@ function soon() { // many events may come at once: redraw at most once a second
   setTimeout(() => { waiting = false; refresh(); }, 1000);
 }
 
+let events = null;
 function follow() {
-  const events = new EventSource(`/v1/searches/${id}/events`);
+  if (events) events.close();
+  const own = events = new EventSource(`/v1/searches/${id}/events`);
+  // refused, such as for want of a session or of room for one more stream
+  own.addEventListener("error", () => {
+    if (own.readyState !== EventSource.CLOSED) return;
+    soon();
+    setTimeout(() => { if (events === own) follow(); }, 10_000);
+  });
   const kinds = ["claimed", "trial_planned", "trial_started", "point", "trial_complete", "trial_failed",
     "trial_stopped", "lease_lost", "requeued", "handed_back", "cancel_requested", "pause_requested",
     "paused", "resumed", "retried", "priority", "restored"];
-  for (const kind of kinds) events.addEventListener(kind, soon);
+  for (const kind of kinds) own.addEventListener(kind, soon);
   // the log is told from its beginning: an end may be one that a retry came after
   for (const kind of TERMINAL) {
-    events.addEventListener(kind, async () => {
+    own.addEventListener(kind, async () => {
       await refresh();
-      if (TERMINAL.includes(root.dataset.ready)) events.close();
+      if (TERMINAL.includes(root.dataset.ready)) own.close();
     });
   }
 }
@@ -177,7 +193,8 @@ function follow() {
 byId("axis").addEventListener("change", refresh);
 for (const button of document.querySelectorAll("button.act")) {
   button.addEventListener("click", async () => {
-    const response = await fetch(`/v1/searches/${id}/${button.dataset.act}`, { method: "POST" });
+    const response = await ask(`/v1/searches/${id}/${button.dataset.act}`, { method: "POST" });
+    if (response.status === 401) return;
     if (!response.ok) { byId("notice").hidden = false; text("notice", (await response.json()).detail); return; }
     if (button.dataset.act === "retry") follow();
     soon();

@@ -18,10 +18,10 @@ from nas.store.records import (
     TrialFailure,
 )
 from nas.store.searches import Store
-from nas.store.standings import AXES, Standings, task_scope
+from nas.store.standings import AXES, Standings, of_tenant, task_scope
 
 __all__ = [
     "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal",
     "Run", "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft",
-    "TrialFailure", "task_scope", "upgrade",
+    "TrialFailure", "of_tenant", "task_scope", "upgrade",
 ]  # fmt: skip

@@ -32,7 +32,7 @@ from nas.store.records import (
     TrialDraft,
     TrialFailure,
 )
-from nas.store.schema import PointRow, SearchRow, TrialRow
+from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
 from nas.store.searches import Store
 
 #: Lost leases and infrastructure errors after which a search is given up.
@@ -53,7 +53,8 @@ class Leases:
     backoff_seconds
         Before a search is tried again after one; doubles each time.
     tenant_concurrency
-        Searches of one tenant that may run at once; None for any number.
+        Searches of one tenant that may run at once, unless it has a number of its own; None for
+        any number.
     """
 
     def __init__(
@@ -128,18 +129,22 @@ class Leases:
 
     def _within_limits(self, session: Session, at: float) -> list[ColumnElement[bool]]:
         """Leaves out the tenants that run as many searches as they may."""
-        if self._tenant_concurrency is None:
+        own = select(TenantRow.name).where(TenantRow.concurrency.is_not(None)).limit(1)
+        if self._tenant_concurrency is None and session.scalar(own) is None:
             return []
         if session.get_bind().dialect.name == "postgresql":
             # two claims at once would each count without the other; SQLite has one writer anyway
             session.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
+        most = func.coalesce(TenantRow.concurrency, self._tenant_concurrency)
         full = (
             select(SearchRow.tenant)
+            .outerjoin(TenantRow, TenantRow.name == SearchRow.tenant)
             .where(SearchRow.state == "running", SearchRow.lease_until >= at)
-            .group_by(SearchRow.tenant)
-            .having(func.count() >= self._tenant_concurrency)
+            .group_by(SearchRow.tenant, TenantRow.concurrency)
+            .having(func.count() >= most)  # of no limit at all this is NULL, and no tenant full
         )
-        return [SearchRow.tenant.not_in(full)]
+        none = select(TenantRow.name).where(TenantRow.concurrency == 0)
+        return [SearchRow.tenant.not_in(full), SearchRow.tenant.not_in(none)]
 
     def renew(self, lease: Lease) -> Renewal:
         """Extend the lease by its length from now, and hear what is wanted of the search.
@@ -347,14 +352,16 @@ class Leases:
         rows.add_event(session, row.search_id, f"trial_{state}", event)
 
     def reuse_result(self, lease: Lease, trial_id: int) -> bool:
-        """Complete a trial with the result of an equal run, if the store holds one."""
+        """Complete a trial with the result of an equal run of its tenant, if there is one."""
         with self._fenced(lease) as (session, search):
             if self._has_ended(session, lease, trial_id, "complete"):
                 return True
             row = self._trial(session, lease, trial_id)
             twin = session.scalars(
                 select(TrialRow)
+                .join(SearchRow, TrialRow.search_id == SearchRow.id)
                 .where(
+                    SearchRow.tenant == search.tenant,
                     TrialRow.key == row.key,
                     TrialRow.state == "complete",
                     TrialRow.reused_from.is_(None),

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from nas.errors import Conflict
 from nas.store import rows
+from nas.store.quotas import used_flops
 from nas.store.records import TERMINAL, UNFINISHED, SearchFailure, SearchState
 from nas.store.schema import SearchRow, TrialRow
 
@@ -46,6 +47,7 @@ def end(
     changes = {name: -n for name, n in unfinished.items()}
     rows.count(row, **changes, stopped=sum(unfinished.values()))
     _let_go(row, at)
+    row.charged_flops = used_flops(session, row.id)
     row.state, row.finished_at, row.pause_requested = state, at, False
     row.error = None if error is None else error[:LONGEST_ERROR]
     row.failure = failure if state == "failed" else None

@@ -167,6 +167,10 @@ class Search:
     #: how long workers have held it in earlier claims
     held_seconds: float
     cloned_from: str | None
+    #: train FLOPs that count against the tenant's quota
+    charged_flops: float
+    #: folder that the data may not lead out of
+    data_root: str | None
 
 
 @dataclass(frozen=True, slots=True)

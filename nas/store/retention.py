@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, aliased
 
 from nas.errors import InvalidInput
 from nas.store import rows
+from nas.store.audit import Audit
 from nas.store.engine import reading, writing
 from nas.store.records import TERMINAL
 from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow
@@ -39,6 +40,8 @@ class Pruned:
     searches: int = 0
     #: trials of these
     trials: int = 0
+    #: lines of the audit log
+    audit: int = 0
 
 
 def prune(
@@ -46,6 +49,7 @@ def prune(
     *,
     event_days: float | None,
     failed_days: float | None,
+    audit_days: float | None = None,
     dry_run: bool = False,
 ) -> Pruned:
     """Delete what has been kept for long enough; safe to call from several processes at once.
@@ -58,6 +62,8 @@ def prune(
     failed_days
         Days after their end from which on failed and cancelled searches are deleted, unless one
         of their trials has completed or anything refers to them; None for never.
+    audit_days
+        Days that lines of the audit log are kept, 90 at least; None for ever.
     dry_run
         Count, and delete nothing.
 
@@ -66,7 +72,8 @@ def prune(
     InvalidInput
         A number of days that is none, or not above 0.
     """
-    for name, days in (("event_days", event_days), ("failed_days", failed_days)):
+    given = {"event_days": event_days, "failed_days": failed_days, "audit_days": audit_days}
+    for name, days in given.items():
         if days is not None and not (math.isfinite(days) and days > 0):
             raise InvalidInput(name, days, "a number of days above 0")
     found, gone = Pruned(), set[str]()
@@ -75,6 +82,8 @@ def prune(
     if event_days is not None:
         events = _prune_events(store, event_days * _SECONDS_PER_DAY, gone, dry_run)
         found = replace(found, events=events)
+    if audit_days is not None:
+        found = replace(found, audit=Audit(store).prune(audit_days, dry_run=dry_run))
     return found
 
 

@@ -60,6 +60,8 @@ def to_search(row: SearchRow | Row[Any]) -> Search:
         stale_writes=row.stale_writes,
         held_seconds=row.held_seconds,
         cloned_from=row.cloned_from,
+        charged_flops=row.charged_flops,
+        data_root=row.data_root,
     )
 
 

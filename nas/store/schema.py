@@ -107,9 +107,15 @@ class SearchRow(Base):
     claimed_at: Mapped[float | None] = mapped_column(Float)
     held_seconds: Mapped[float] = mapped_column(Float, server_default=text("0"))
     cloned_from: Mapped[str | None] = mapped_column(String(32))
+    #: train FLOPs that count against its tenant's quota: the most it may use, and once it has
+    #: ended what it has used
+    charged_flops: Mapped[float] = mapped_column(Float, server_default=text("0"))
+    #: folder that its data may not lead out of, for data named over the network
+    data_root: Mapped[str | None] = mapped_column(String(4096))
 
     __table_args__ = (
         Index("ix_searches_state_sequence", "state", "sequence"),
+        Index("ix_searches_tenant_sequence", "tenant", "sequence"),
         UniqueConstraint("tenant", "idempotency_key", name="uq_searches_tenant_idempotency_key"),
     )
 
@@ -229,9 +235,65 @@ class ProcessRow(Base):
     about: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+class KeyRow(Base):
+    """An API key, or a browser's session that one has opened: never the secret, its digest."""
+
+    __tablename__ = "api_keys"
+
+    #: 12 hex digits, for people
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    #: SHA-256 of the secret, hex
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(64))
+    #: read, submit, admin; apart by commas
+    scopes: Mapped[str] = mapped_column(String(64))
+    #: of a session: the key that opened it, and without which it is nothing
+    parent: Mapped[str | None] = mapped_column(
+        ForeignKey("api_keys.id", name="fk_api_keys_parent", ondelete="CASCADE")
+    )
+    rotated_from: Mapped[str | None] = mapped_column(String(16))
+    created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float | None] = mapped_column(Float)
+    revoked_at: Mapped[float | None] = mapped_column(Float)
+    #: last use, to the hour
+    used_at: Mapped[float | None] = mapped_column(Float)
+
+
+class TenantRow(Base):
+    """Quotas of a tenant that differ from those of the settings; None as the settings say."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    searches: Mapped[int | None]
+    train_flops: Mapped[float | None] = mapped_column(Float)
+    concurrency: Mapped[int | None]
+
+
+class AuditRow(Base):
+    """Who did what, and who was refused; triggers refuse changes, and deletes within 90 days."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    created_at: Mapped[float] = mapped_column(Float)
+    tenant: Mapped[str | None] = mapped_column(String(64))
+    key_id: Mapped[str | None] = mapped_column(String(16))
+    #: method and route, or what was done to a key or a tenant
+    action: Mapped[str] = mapped_column(String(128))
+    #: what it was done to, such as the path
+    target: Mapped[str | None] = mapped_column(String(128))
+    #: of the answer
+    status: Mapped[int | None]
+    reason: Mapped[str | None] = mapped_column(String(255))
+    address: Mapped[str | None] = mapped_column(String(64))
+    request_id: Mapped[str | None] = mapped_column(String(128))
+
+
 class ScopeRow(Base):
     """What is known of a scope: a search (its id), a task (`name@fingerprint`), or a bare task
-    name, whose revision alone counts."""
+    name, whose revision alone counts; of another tenant than `default` behind `tenant/`."""
 
     __tablename__ = "scopes"
 

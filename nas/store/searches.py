@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,10 @@ from sqlalchemy.orm import Session
 
 from nas.errors import IdempotencyConflict, NotFound
 from nas.request import SearchRequest
+from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
+from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops
 from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 
@@ -28,10 +31,32 @@ _OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
 
 
 class Store:
-    """Reads, and the writes that need no lease."""
+    """Reads, and the writes that need no lease.
 
-    def __init__(self, url: str) -> None:
+    Parameters
+    ----------
+    tenant
+        Whom new searches belong to, and whose searches answers about tasks are made of.
+    quotas
+        What a tenant may use that has no quotas of its own.
+    """
+
+    def __init__(
+        self, url: str, *, tenant: str = DEFAULT_TENANT, quotas: Quotas = UNLIMITED
+    ) -> None:
         self.engine = open_engine(url)
+        self.tenant, self.quotas = tenant, quotas
+        #: whether searches of other tenants are as if they were not there
+        self.confined = False
+
+    def view(self, tenant: str, *, confined: bool = False) -> Store:
+        """The same store as a tenant has it: confined to its own searches, or to all.
+
+        It shares the connections, which only the store itself closes.
+        """
+        shown = copy(self)
+        shown.tenant, shown.confined = tenant, confined
+        return shown
 
     def close(self) -> None:
         """Close every connection."""
@@ -48,12 +73,12 @@ class Store:
         *,
         data_path: str | None = None,
         idempotency_key: str | None = None,
+        data_root: str | None = None,
         fingerprint: str | None = None,
-        tenant: str = "default",
         cloned_from: str | None = None,
         request_id: str | None = None,
     ) -> tuple[Search, bool]:
-        """Queue a search; (search, whether it is new).
+        """Queue a search of the tenant; (search, whether it is new).
 
         Given a fingerprint, it runs on that data and recipe or not at all.
 
@@ -62,6 +87,8 @@ class Store:
 
         Parameters
         ----------
+        data_root
+            Folder that the data may not lead out of.
         request_id
             Kept in the search's log, to find the request that made it in the service's.
 
@@ -69,13 +96,15 @@ class Store:
         ------
         IdempotencyConflict
             The key was used with another request.
+        QuotaExceeded
+            The tenant has used what it may.
         """
         for attempt in range(50):
             try:
                 return self._create(
                     request, idempotency_key, {} if request_id is None else {"request": request_id},
-                    data_path=data_path, task_fingerprint=fingerprint, tenant=tenant,
-                    cloned_from=cloned_from,
+                    data_path=data_path, data_root=data_root, task_fingerprint=fingerprint,
+                    tenant=self.tenant, cloned_from=cloned_from,
                 )  # fmt: skip
             except IntegrityError:
                 # another transaction took the key or the sequence number in between
@@ -99,6 +128,8 @@ class Store:
                             f"Idempotency-Key {key!r} was used before with another request"
                         )
                     return rows.to_search(found), False
+            charge = most_flops(request)
+            check_quotas(session, self.tenant, self.quotas, charge)
             last = session.scalar(select(func.max(SearchRow.sequence))) or 0
             row = SearchRow(
                 id=uuid.uuid4().hex,
@@ -118,6 +149,7 @@ class Store:
                 pause_requested=False,
                 stale_writes=0,
                 held_seconds=0.0,
+                charged_flops=charge,
                 **values,
             )
             session.add(row)
@@ -127,15 +159,20 @@ class Store:
                 rows.add_event(session, row.id, "cloned", {"from": row.cloned_from})
             return rows.to_search(row), True
 
-    def search_of_key(self, idempotency_key: str, tenant: str = "default") -> Search | None:
-        """The search that a tenant made with an idempotency key."""
+    def search_of_key(self, idempotency_key: str) -> Search | None:
+        """The search that the tenant made with an idempotency key."""
         with reading(self.engine) as session:
-            row = session.scalars(_of_key(tenant, idempotency_key)).one_or_none()
+            row = session.scalars(_of_key(self.tenant, idempotency_key)).one_or_none()
             return None if row is None else rows.to_search(row)
 
     def seeds_of_models(self, models: Collection[str]) -> set[int]:
-        """Seeds that any trial of the given models has, whatever its state."""
-        query = select(TrialRow.seed).where(TrialRow.model.in_(models)).distinct()
+        """Seeds that any trial of the tenant of the given models has, whatever its state."""
+        query = (
+            select(TrialRow.seed)
+            .join(SearchRow, TrialRow.search_id == SearchRow.id)
+            .where(TrialRow.model.in_(models), SearchRow.tenant == self.tenant)
+            .distinct()
+        )
         with reading(self.engine) as session:
             return set(session.scalars(query))
 
@@ -153,9 +190,12 @@ class Store:
 
     def _row(self, session: Session, search_id: str, *, lock: bool = False) -> SearchRow:
         row = session.get(SearchRow, search_id, with_for_update=lock)
-        if row is None:
+        if row is None or not self._shows(row):
             raise NotFound(f"no search {search_id!r}")
         return row
+
+    def _shows(self, row: SearchRow) -> bool:
+        return not self.confined or row.tenant == self.tenant
 
     def searches(
         self,
@@ -177,6 +217,8 @@ class Store:
         query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
         if before is not None:
             query = query.where(SearchRow.sequence < before)
+        if self.confined:
+            query = query.where(SearchRow.tenant == self.tenant)
         for name, wanted in (("state", state), ("failure", failure), ("tenant", tenant)):
             if wanted is not None:
                 query = query.where(getattr(SearchRow, name) == wanted)
@@ -192,22 +234,28 @@ class Store:
         )
         with reading(self.engine) as session:
             found = [rows.to_trial(r) for r in session.execute(query.limit(limit))]
-            if not found:
+            if not found or self.confined:
                 self._row(session, search_id)
             return found
 
     def trial(self, trial_id: int) -> Trial:
         """One trial; `NotFound` if there is none with this id."""
         with reading(self.engine) as session:
-            row = session.get(TrialRow, trial_id)
-            if row is None:
-                raise NotFound(f"no trial {trial_id!r}")
-            return rows.to_trial(row)
+            return rows.to_trial(self._trial_row(session, trial_id))
+
+    def _trial_row(self, session: Session, trial_id: int) -> TrialRow:
+        row = session.get(TrialRow, trial_id)
+        search = None if row is None else session.get(SearchRow, row.search_id)
+        if row is None or search is None or not self._shows(search):
+            raise NotFound(f"no trial {trial_id!r}")
+        return row
 
     def curve(self, trial_id: int) -> list[StoredPoint]:
         """The points of a trial in the order of their steps."""
         query = select(PointRow).where(PointRow.trial_id == trial_id).order_by(PointRow.step)
         with reading(self.engine) as session:
+            if self.confined:
+                self._trial_row(session, trial_id)
             return [rows.to_point(r) for r in session.scalars(query)]
 
     def events(self, search_id: str, *, after: int = 0, limit: int = MAX_PAGE) -> list[Event]:
@@ -219,6 +267,8 @@ class Store:
             .limit(limit)
         )
         with reading(self.engine) as session:
+            if self.confined:
+                self._row(session, search_id)
             return [rows.to_event(r) for r in session.scalars(query)]
 
     def cancel(self, search_id: str) -> Search:
@@ -257,8 +307,19 @@ class Store:
         ------
         NotFound, Conflict
             No such search; it has not ended, owes none, or reached a limit of its request.
+        QuotaExceeded
+            Its tenant has used what it may.
         """
-        return self._changed(search_id, lifecycle.retry)
+
+        def change(session: Session, row: SearchRow) -> None:
+            lifecycle.retry(session, row)
+            charge = most_flops(SearchRequest(**row.request))
+            # its row counts already, at what it used before it ended
+            more = max(charge - row.charged_flops, 0.0)
+            check_quotas(session, row.tenant, self.quotas, more, further=0)
+            row.charged_flops += more
+
+        return self._changed(search_id, change)
 
     def set_priority(self, search_id: str, priority: int) -> Search:
         """Let a search be claimed before or after others; raises as `cancel` does."""
@@ -284,6 +345,8 @@ class Store:
         that ran is given.
         """
         where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
+        if search_id is None:
+            where.append(SearchRow.tenant == self.tenant)
         if search_id is not None:
             own = select(TrialRow.id).where(TrialRow.search_id == search_id)
             elsewhere = TrialRow.reused_from.not_in(own.scalar_subquery())
@@ -324,10 +387,11 @@ class Store:
         return [found[key] for key in at]
 
     def default_fingerprint(self, task: str) -> str | None:
-        """Fingerprint of the task's default data and recipe in the newest search with both."""
+        """Fingerprint of the default data and recipe in the tenant's newest search on them."""
         query = (
             select(SearchRow.task_fingerprint)
             .where(
+                SearchRow.tenant == self.tenant,
                 SearchRow.task == task,
                 SearchRow.data_path.is_(None),
                 SearchRow.request["recipe"].as_string().is_(None),
@@ -343,10 +407,14 @@ class Store:
             return session.scalar(query)
 
     def task_fingerprints(self, task: str) -> Sequence[tuple[str, int, SearchRequest]]:
-        """(fingerprint, searches, request of the newest) of a task on this store, newest first."""
+        """(fingerprint, searches, request of the newest) of the tenant's, newest first."""
         newest = (
             select(func.max(SearchRow.sequence).label("sequence"), func.count().label("searches"))
-            .where(SearchRow.task == task, SearchRow.task_fingerprint.is_not(None))
+            .where(
+                SearchRow.tenant == self.tenant,
+                SearchRow.task == task,
+                SearchRow.task_fingerprint.is_not(None),
+            )
             .group_by(SearchRow.task_fingerprint)
             .subquery()
         )

@@ -1,6 +1,7 @@
 """The best runs of every task and search at every budget, kept in SQL as results land.
 
-A *scope* is a search (its id) or a task (`name@fingerprint`).  On each *axis* (train FLOPs,
+A *scope* is a search (its id) or a task (`name@fingerprint`) as one tenant's searches know it
+(`tenant/name@fingerprint`, but for the tenant `default`).  On each *axis* (train FLOPs,
 parameters, …) the table holds, for structured and for dense layers apart, every point that fewer
 than `KEPT_MODELS` other models (structures at a width, whatever the seed) equal or beat in both the
 axis and the loss.  Its first layer is the Pareto front; the others are the models that a best one
@@ -42,6 +43,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from nas.design import canonical_design, design_text, parse_design
+from nas.recipe import TASKS
+from nas.settings import DEFAULT_TENANT
 from nas.store import rows
 from nas.store.engine import reading, translated
 from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
@@ -192,9 +195,15 @@ def _sweep(points: Points, models: int) -> tuple[NDArray[np.bool_], list[tuple[f
     return chosen, bars
 
 
-def task_scope(task: str, fingerprint: str) -> str:
-    """The scope of a task's data and recipe."""
-    return f"{task}@{fingerprint}"
+def task_scope(task: str, fingerprint: str, tenant: str = DEFAULT_TENANT) -> str:
+    """The scope of a task's data and recipe among a tenant's searches."""
+    return of_tenant(f"{task}@{fingerprint}", tenant)
+
+
+def of_tenant(name: str, tenant: str) -> str:
+    """The scope that a tenant means by a search's id, a task's name or name@fingerprint."""
+    is_search = name not in TASKS and "@" not in name
+    return name if is_search or tenant == DEFAULT_TENANT else f"{tenant}/{name}"
 
 
 def _is_default(search: SearchRow) -> bool:
@@ -209,7 +218,7 @@ def _scopes(search: SearchRow, reused: bool) -> list[str]:
     task."""
     if reused or search.task_fingerprint is None:
         return [search.id]
-    return sorted([search.id, task_scope(search.task, search.task_fingerprint)])
+    return sorted([search.id, task_scope(search.task, search.task_fingerprint, search.tenant)])
 
 
 def _locked_scope(session: Session, scope: str) -> ScopeRow:
@@ -225,7 +234,7 @@ def _locked_scope(session: Session, scope: str) -> ScopeRow:
 def touch(session: Session, search: SearchRow) -> None:
     """Note that a bare task name may mean other data from now on."""
     if _is_default(search):
-        _locked_scope(session, search.task).revision += 1
+        _locked_scope(session, of_tenant(search.task, search.tenant)).revision += 1
 
 
 def enter(session: Session, search: SearchRow, trial: TrialRow) -> None:
@@ -388,10 +397,10 @@ def rebuild(session: Session) -> None:
     tasks: dict[tuple[str, bool, str], list[Points]] = {}
     for search in session.scalars(select(SearchRow).order_by(SearchRow.sequence)).all():
         if _is_default(search):
-            counts.setdefault(search.task, _no_counts())
+            counts.setdefault(of_tenant(search.task, search.tenant), _no_counts())
         own, shared = _of_search(session, search)
         _tally(counts, search.id, own)
-        scope = task_scope(search.task, search.task_fingerprint or "")
+        scope = task_scope(search.task, search.task_fingerprint or "", search.tenant)
         if search.task_fingerprint is not None:
             _tally(counts, scope, shared)
         for (axis, dense), points in own.points.items():
@@ -681,12 +690,14 @@ def structure_key(design: str) -> str:
 
 
 def _in_scope(scope: str) -> ColumnElement[bool]:
-    task, _, fingerprint = scope.partition("@")
+    owner, _, named = scope.rpartition("/")
+    task, _, fingerprint = named.partition("@")
     if not fingerprint:
         own = select(TrialRow.id).where(TrialRow.search_id == scope).scalar_subquery()
         elsewhere = or_(TrialRow.reused_from.is_(None), TrialRow.reused_from.not_in(own))
         return and_(SearchRow.id == scope, elsewhere)
     return and_(
+        SearchRow.tenant == (owner or DEFAULT_TENANT),
         SearchRow.task == task,
         SearchRow.task_fingerprint == fingerprint,
         TrialRow.reused_from.is_(None),

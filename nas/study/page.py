@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.figures_style import DENSE, MARK, STRUCTURED, figure_layout, log_axis, loss_axis
+from nas.figures_style import (
+    DENSE,
+    MARK,
+    STRUCTURED,
+    figure_layout,
+    log_axis,
+    loss_axis,
+    plain_text,
+)
 from nas.study.wording import REFERENCE, flops, number, plain
 
 Json = dict[str, Any]
@@ -46,7 +53,7 @@ def _figures(task: Mapping[str, Any]) -> dict[str, Json]:
     }
     for key, sign in (("omega", "ω"), ("psi", "ψ"), ("nu", "ν")):
         drawn[key] = _draw_against(task, key, sign)
-    return {f"{html.escape(task['task'])}-{name}": figure for name, figure in drawn.items()}
+    return {f"{task['task']}-{name}": figure for name, figure in drawn.items()}
 
 
 def _draw_curves(task: Mapping[str, Any]) -> Json:
@@ -57,8 +64,8 @@ def _draw_curves(task: Mapping[str, Any]) -> Json:
         for c in s["curves"]:
             label = f"{s['name']}, width {c['width']}, seed {c['seed']}"
             traces.append({
-                "x": c["train_flops"], "y": c["loss"], "mode": "lines", "name": html.escape(kind),
-                "legendgroup": kind, "showlegend": kind not in seen, "text": html.escape(label),
+                "x": c["train_flops"], "y": c["loss"], "mode": "lines", "name": plain_text(kind),
+                "legendgroup": kind, "showlegend": kind not in seen, "text": plain_text(label),
                 "hovertemplate": "%{text}<br>%{x:.3g} FLOPs: %{y:.4g}<extra></extra>",
                 "opacity": 0.9 if s["dense"] else 0.45,
                 "line": {"color": _colour(s), "width": 2 if s["dense"] else 1.3},
@@ -71,7 +78,7 @@ def _draw_frontiers(task: Mapping[str, Any]) -> Json:
     """Compute-optimal points of all seeds, and the line of each seed through them."""
     traces = []
     for i, s in enumerate(task["structures"]):
-        name, marker = html.escape(s["name"]), _SYMBOLS[i % len(_SYMBOLS)]
+        name, marker = plain_text(s["name"]), _SYMBOLS[i % len(_SYMBOLS)]
         for j, f in enumerate(s["exponent"]["frontiers"]):
             shared = {"name": name, "legendgroup": name, "x": f["train_flops"]}
             traces.append({
@@ -106,10 +113,10 @@ def _forest(
     rows = [(s, value(s)) for s in reversed(task["structures"]) if value(s) is not None]
     traces = [
         {
-            "x": [e["value"]], "y": [html.escape(s["name"])], "mode": "markers",
+            "x": [e["value"]], "y": [plain_text(s["name"])], "mode": "markers",
             "showlegend": False, "error_x": {**_bars([e]), "color": _colour(s)},
             "marker": {"color": _colour(s), "size": 9},
-            "text": html.escape(f"{s['name']}: {number(e)}"), "hoverinfo": "text",
+            "text": plain_text(f"{s['name']}: {number(e)}"), "hoverinfo": "text",
         }
         for s, e in rows
     ]  # fmt: skip
@@ -134,7 +141,7 @@ def _draw_exponents(task: Mapping[str, Any]) -> Json:
     known = [s for s in task["structures"] if s["exponent"]["paper"] is not None]
     papers = {
         "x": [s["exponent"]["paper"] for s in known], "mode": "markers", "name": "papers",
-        "y": [html.escape(s["name"]) for s in known],
+        "y": [plain_text(s["name"]) for s in known],
         "marker": {"color": MARK, "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
         "hovertemplate": "papers: b = %{x}<extra></extra>",
     }  # fmt: skip
@@ -148,7 +155,7 @@ def _draw_against(task: Mapping[str, Any], key: str, sign: str) -> Json:
     shown = [s for s in task["structures"] if s["loss"] is not None]
     traces = []
     for s in shown:
-        label = html.escape(f"{s['name']}: {plain(s['loss'])}")
+        label = plain_text(f"{s['name']}: {plain(s['loss'])}")
         traces.append({
             "x": [s[key]], "y": [s["loss"]["value"]], "mode": "markers", "showlegend": False,
             "marker": {"color": _colour(s), "size": 8}, "text": label, "hoverinfo": "text",

@@ -11,7 +11,11 @@ __all__ = ["TaskData", "load_data"]
 
 
 def load_data(
-    recipe: Recipe, data: str | os.PathLike[str] | None = None, *, shown: str | None = None
+    recipe: Recipe,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    shown: str | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> TaskData:
     """The data of a recipe's task: its default, or a user's file or folder.
 
@@ -21,6 +25,8 @@ def load_data(
         A path, or ``hf:NAME`` for a dataset that the `datasets` library reads.
     shown
         What errors call the data; by default its path.
+    root
+        For data that was named over the network: the folder that its path leads into, over no link.
 
     Raises
     ------
@@ -33,4 +39,4 @@ def load_data(
         from nas.tasks.regression import load_regression as load
     else:
         from nas.tasks.images import load_images as load
-    return load(recipe, data, shown=shown)
+    return load(recipe, data, shown=shown, root=root)

@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
+from nas.tasks.arrays import NPY, ArrayReader
 from nas.tasks.data import (
     HUB_PREFIX,
     MAX_BYTES,
@@ -30,8 +30,8 @@ from nas.tasks.data import (
     TaskData,
     content_digest,
     is_pickle,
-    reading_path,
 )
+from nas.tasks.opening import DataFile, OpenData, opened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,7 +45,6 @@ COUNTED_CHARACTERS = 1 << 23
 
 _TOKEN_OF_BYTE = bytes(max(ALPHABET.find(byte), 0) for byte in range(256))
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", ".git"})
-_NPY = b"\x93NUMPY"
 #: Bytes read, and encoded, at a time.
 _PIECE = 1 << 16
 #: Bytes of a word: counting pairs takes time quadratic in it.
@@ -112,7 +111,11 @@ def default_folder() -> Path:
 
 
 def load_text(
-    recipe: Recipe, data: str | os.PathLike[str] | None, *, shown: str | None = None
+    recipe: Recipe,
+    data: str | os.PathLike[str] | None,
+    *,
+    shown: str | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> TaskData:
     """Read a file, a folder, ``hf:…``, or by default the standard library's `.py` files.
 
@@ -128,6 +131,8 @@ def load_text(
     ----------
     shown
         What errors call the data; by default its path.
+    root
+        See `load_data`.
 
     Raises
     ------
@@ -137,46 +142,45 @@ def load_text(
     """
     name = shown or ("the default corpus" if data is None else str(data))
     reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None)
-    if data is not None and str(data).startswith(HUB_PREFIX):
+    if data is not None and root is None and str(data).startswith(HUB_PREFIX):
         from nas.tasks.hub import hub_texts
 
         return _task_data(recipe, reading, ([text] for text in hub_texts(str(data))), "texts")
-    path = default_folder() if data is None else Path(data)
-    with reading_path(path, reading.error) as found:
-        single = stat.S_ISREG(found.st_mode)
-        files = [(file, file.stat().st_size) for file in _files(path, data is None)]
-        head = _begin(path) if single else b""
-    if single and is_pickle(path.name, head):
+    path = default_folder() if data is None else data
+    with opened(path, reading.error, root=root) as found:
+        if found.is_folder:
+            return _read_folder(recipe, reading, found, data is None)
+        return _read_file(recipe, reading, found)
+
+
+def _read_file(recipe: Recipe, reading: _Reading, found: OpenData) -> TaskData:
+    head = _begin(found)
+    if is_pickle(found.name, head):
         raise reading.error("this file is a pickle, which is never unpickled")
-    if sum(size for _, size in files) > MAX_BYTES and (
-        single or sum(size for file, size in files if _is_text(file, reading)) > MAX_BYTES
+    if found.size > MAX_BYTES:
+        raise reading.too_large()
+    if head.startswith(NPY):
+        return _pretokenised(recipe, reading, found)
+    return _task_data(recipe, reading, [_pieces_of_file(found, found.size)], "files", single=True)
+
+
+def _read_folder(recipe: Recipe, reading: _Reading, found: OpenData, only_python: bool) -> TaskData:
+    end = ".py" if only_python else ""
+    files = [file for file in found.files(_SKIPPED_FOLDERS) if file.name.endswith(end)]
+    if sum(file.size for file in files) > MAX_BYTES and (
+        sum(file.size for file in files if _is_text(file, reading)) > MAX_BYTES
     ):
         raise reading.too_large()
-    if single and head.startswith(_NPY):
-        return _pretokenised(recipe, reading, path)
-    sources = (_pieces_of_file(file, size) for file, size in files)
-    return _task_data(recipe, reading, sources, "files", single)
+    sources = (_pieces_of_file(file, file.size) for file in files)
+    return _task_data(recipe, reading, sources, "files")
 
 
-def _files(path: Path, only_python: bool) -> Iterator[Path]:
-    """Regular files in a fixed order; links are not followed inside a folder."""
-    if path.is_file():
-        yield path
-        return
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
-        for name in sorted(names):
-            file = Path(folder, name)
-            if name.endswith(".py" if only_python else "") and stat.S_ISREG(file.lstat().st_mode):
-                yield file
-
-
-def _begin(file: Path) -> bytes:
-    with file.open("rb") as stream:
+def _begin(file: DataFile | OpenData) -> bytes:
+    with file.open() as stream:
         return stream.read(_PIECE)
 
 
-def _is_text(file: Path, reading: _Reading) -> bool:
+def _is_text(file: DataFile, reading: _Reading) -> bool:
     """Whether a file begins as a usable text."""
     try:
         return not reading.foreign()(_begin(file))
@@ -184,10 +188,10 @@ def _is_text(file: Path, reading: _Reading) -> bool:
         return False
 
 
-def _pieces_of_file(file: Path, size: int) -> Iterator[bytes]:
+def _pieces_of_file(file: DataFile | OpenData, size: int) -> Iterator[bytes]:
     """What a file holds, of a file that grows meanwhile the first `size` bytes."""
     try:
-        with file.open("rb") as stream:
+        with file.open() as stream:
             while size > 0 and (piece := stream.read(min(_PIECE, size))):
                 size -= len(piece)
                 yield piece
@@ -406,42 +410,34 @@ def learn_tokens(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _pretokenised(recipe: Recipe, reading: _Reading, path: Path) -> TaskData:
+def _pretokenised(recipe: Recipe, reading: _Reading, found: OpenData) -> TaskData:
     """A `.npy` file of tokens, its last 5% for validation."""
     accepted = "with tokenizer=bpe a .npy holds a one-dimensional array of unsigned integers"
-    try:
-        with path.open("rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = header(stream)
-        if dtype.hasobject:
-            raise reading.error("this file is a pickle, which is never unpickled")
-        if not reading.utf8 or dtype.kind != "u" or len(shape) != 1:
-            raise reading.error(f"{accepted}, this one {dtype} of shape {shape}")
-        if shape == (0,):
-            raise reading.error(f"{accepted}, and this one is empty")
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except InvalidInput:
-        raise
-    except Exception as error:  # numpy reads the header as a piece of Python
-        raise reading.error(f"{accepted}, and this one cannot be read") from error
-    count, held = len(tokens), int(VALIDATION_SHARE * len(tokens))
+
+    def broken(what: str) -> InvalidInput:
+        return reading.error(f"{accepted}; {what}")
+
+    def check_size(size: int) -> None:
+        if size > MAX_BYTES:
+            raise reading.too_large()
+
+    with found.open() as stream:
+        array = ArrayReader(broken, check_size).npy(stream, found.size, "this one")
+    if not reading.utf8 or array.dtype.kind != "u" or array.ndim != 1:
+        raise reading.error(f"{accepted}, this one {array.dtype} of shape {array.shape}")
+    count, held = len(array), int(VALIDATION_SHARE * len(array))
     if held < recipe.least_tokens:
         raise reading.error(
             f"training and validation have {count - held:,} and {held:,} tokens, and need "
             f"{recipe.least_tokens:,} each"
         )
-    if (largest := int(tokens.max())) >= recipe.vocabulary:
+    if (largest := int(array.max())) >= recipe.vocabulary:
         raise InvalidInput(
             "vocabulary",
             recipe.vocabulary,
             f"at least {largest + 1}: the largest token in the data is {largest}",
         )
-    kept = tokens.astype(np.uint16)
+    kept = array.astype(np.uint16)
     return _of_tokens(
         recipe, kept[: count - held], kept[count - held :], f"{count:,} tokens, tokenised before"
     )

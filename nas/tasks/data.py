@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import InvalidInput
 from nas.recipe import Recipe
 
 #: Data that the `datasets` library reads is named with this before it.
@@ -70,37 +66,6 @@ def content_digest(label: str, *splits: Arrays) -> str:
             digest.update(f"/{name}/{array.shape}/{array.dtype.str}/".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def reading_path(
-    path: Path, error: Callable[[str], InvalidInput], *, folders: bool = True
-) -> Iterator[os.stat_result]:
-    """What a user's path leads to, for as long as it is read.
-
-    Parameters
-    ----------
-    error
-        The error of a loader, made from what is wrong.
-    folders
-        Whether a folder is data, too.
-
-    Raises
-    ------
-    InvalidInput
-        The path does not exist, leads to a device, a pipe or the like, or cannot be read.
-    """
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) and not (folders and stat.S_ISDIR(found.st_mode)):
-            what = "neither a regular file nor a folder" if folders else "not a regular file"
-            raise error(f"this is {what}")
-        yield found
-    except InvalidInput:
-        raise
-    except (OSError, ValueError) as reason:  # ValueError: a name that no file can have
-        what = "does not exist" if isinstance(reason, FileNotFoundError) else "cannot be read"
-        raise error(f"this path {what}") from reason
 
 
 def is_pickle(name: str, head: bytes) -> bool:

@@ -6,15 +6,12 @@ import hashlib
 import io
 import math
 import os
-import stat
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
+from nas.tasks.arrays import NPY, ZIP, ArrayReader
 from nas.tasks.data import (
     HUB_PREFIX,
     MAX_BYTES,
@@ -29,8 +27,8 @@ from nas.tasks.data import (
     TaskData,
     content_digest,
     is_pickle,
-    reading_path,
 )
+from nas.tasks.opening import DataFile, OpenData, opened
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +37,8 @@ if TYPE_CHECKING:
 VALIDATION_SHARE = 0.2
 #: Largest image file of a folder, bytes.
 _MAX_FILE = 1 << 28
+#: Pixels of all images of a folder that was named over the network, before they are scaled down.
+_MAX_PIXELS = 1 << 32
 #: Sub-folders that are validation data beside one named train; the first that is there is read.
 _VALIDATION_FOLDERS = ("validation", "valid", "val", "test")
 #: Formats whose decoders start no other program, and how their files end.
@@ -46,7 +46,6 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 _SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
 )
-_NPY = b"\x93NUMPY"
 _DIGIT_LEVELS = 17
 _CIFAR_SHAPE = (3, 32, 32)
 #: CIFAR-100 has two labels before the pixels, of which the second, fine one counts.
@@ -71,6 +70,8 @@ class _Reading:
     left_out: Counter[str] = field(default_factory=Counter)
     #: values that a pixel of the source may have
     levels: int = 256
+    #: pixels that may still be decoded
+    most_pixels: float = math.inf
 
     @property
     def labelled(self) -> bool:
@@ -84,8 +85,9 @@ class _Reading:
         accepted = f"{folder}, CIFAR's .bin files, {arrays}, or {HUB_PREFIX}NAME; {what}"
         return InvalidInput("data", self.name, accepted)
 
-    def pickled(self) -> InvalidInput:
-        return self.error("this is a pickle, which is never unpickled")
+    @property
+    def arrays(self) -> ArrayReader:
+        return ArrayReader(self.error, self.check_size)
 
     def check_size(self, size: int) -> None:
         if size > MAX_BYTES:
@@ -107,12 +109,22 @@ class _Reading:
                 f"{what} has {width}×{height} pixels, fewer than the {side}×{side} of the recipe"
             )
 
+    def check_pixels(self, more: int) -> None:
+        """Decoding is what takes the time, whatever the images are scaled down to."""
+        self.most_pixels -= more
+        if self.most_pixels < 0:
+            raise self.error(f"images of at most {_MAX_PIXELS:,} pixels all together")
+
     def add(self, images: _Images, labels: Sequence[Any], held: bool = False) -> None:
         self.pieces.append((images, labels, held))
 
 
 def load_images(
-    recipe: Recipe, data: str | os.PathLike[str] | None, *, shown: str | None = None
+    recipe: Recipe,
+    data: str | os.PathLike[str] | None,
+    *,
+    shown: str | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> TaskData:
     """Read a folder of images, CIFAR's binary files, arrays, ``hf:…``, or by default the digits.
 
@@ -140,6 +152,8 @@ def load_images(
     ----------
     shown
         What errors call the data; by default its path.
+    root
+        See `load_data`.
 
     Raises
     ------
@@ -150,15 +164,14 @@ def load_images(
     reading = _Reading(recipe, shown or str(data))
     if data is None:
         return _digits(reading)
-    if str(data).startswith(HUB_PREFIX):
+    if root is None and str(data).startswith(HUB_PREFIX):
         _read_hub(reading, str(data))
         return _task_data(reading)
-    path = Path(data)
-    with reading_path(path, reading.error) as found:
-        if stat.S_ISDIR(found.st_mode):
-            _read_folder(reading, path)
+    with opened(data, reading.error, root=root) as found:
+        if found.is_folder:
+            _read_folder(reading, found)
         else:
-            _read_file(reading, path, found.st_size)
+            _read_file(reading, found)
     return _task_data(reading)
 
 
@@ -178,23 +191,23 @@ def _digits(reading: _Reading) -> TaskData:
     return _task_data(reading, " of scikit-learn's digits")
 
 
-def _read_file(reading: _Reading, path: Path, size: int) -> None:
-    with path.open("rb") as stream:
+def _read_file(reading: _Reading, found: OpenData) -> None:
+    with found.open() as stream:
         head = stream.read(8)
         stream.seek(0)
         if not head:
             raise reading.error("this file is empty")
-        if path.suffix.lower() == ".bin":
-            reading.check_size(size)
-        if is_pickle(path.name, head):
-            raise reading.pickled()
-        if path.suffix.lower() == ".bin":
-            _read_cifar(reading, [path], path.parent)
-        elif head.startswith(_NPY):
+        if found.suffix == ".bin":
+            reading.check_size(found.size)
+        if is_pickle(found.name, head):
+            raise reading.arrays.pickled()
+        if found.suffix == ".bin":
+            _read_cifar(reading, [found])
+        elif head.startswith(NPY):
             if reading.labelled:
                 raise reading.error("an .npy file has no labels")
-            _add_arrays(reading, _array(reading, stream, size, "images"), [])
-        elif head.startswith(b"PK") and path.suffix.lower() == ".npz":
+            _add_arrays(reading, reading.arrays.npy(stream, found.size, "array `images`"), [])
+        elif head.startswith(ZIP) and found.suffix == ".npz":
             _read_npz(reading, stream)
         else:
             raise reading.error("this file is none of these")
@@ -202,20 +215,7 @@ def _read_file(reading: _Reading, path: Path, size: int) -> None:
 
 def _read_npz(reading: _Reading, stream: IO[bytes]) -> None:
     names = ("images", "labels") if reading.labelled else ("images",)
-    arrays = {}
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            sizes = {i.filename: i.file_size for i in archive.infolist()}
-            for name in names:
-                if (size := sizes.get(f"{name}.npy")) is None:
-                    raise reading.error(f"this file has no array `{name}`")
-                reading.check_size(size)
-                with archive.open(f"{name}.npy") as member:
-                    arrays[name] = _array(reading, member, size, name)
-    except InvalidInput:
-        raise
-    except Exception as error:  # zipfile's are many
-        raise reading.error("this .npz file cannot be read") from error
+    arrays = reading.arrays.npz(stream, names)
     labels = arrays.get("labels", np.zeros(0, np.int64))
     if reading.labelled and (
         labels.dtype.kind not in "iubU" or labels.shape != arrays["images"].shape[:1]
@@ -225,28 +225,6 @@ def _read_npz(reading: _Reading, stream: IO[bytes]) -> None:
             f"{labels.shape} for images of shape {arrays['images'].shape}"
         )
     _add_arrays(reading, arrays["images"], labels.tolist())
-
-
-def _array(reading: _Reading, stream: IO[bytes], size: int, name: str) -> NDArray[Any]:
-    """The array of an `.npy` of `size` bytes, none of which is unpickled."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        header = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            header = np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(stream)
-        if dtype.hasobject:
-            raise reading.pickled()
-        count = math.prod(shape) * dtype.itemsize
-        reading.check_size(count)
-        if not 0 < count <= size:
-            raise reading.error(f"array `{name}` is {'truncated' if count > 0 else 'empty'}")
-        order: Any = "F" if fortran else "C"
-        return np.ndarray(shape, dtype, buffer=stream.read(count), order=order)
-    except InvalidInput:
-        raise
-    except Exception as error:  # numpy reads the header as a piece of Python
-        raise reading.error(f"array `{name}` cannot be read") from error
 
 
 def _add_arrays(
@@ -311,13 +289,14 @@ def _shares(square: int, side: int) -> NDArray[np.float64]:
     return shares
 
 
-def _decoded(reading: _Reading, source: Path | IO[bytes], what: str) -> _Images | None:
+def _decoded(reading: _Reading, source: IO[bytes], what: str) -> _Images | None:
     """An image as the recipe has it; counted and None if it cannot be decoded."""
     from PIL import Image
 
     try:
         with Image.open(source, formats=_FORMATS) as image:
             reading.check_shape(*image.size, what)
+            reading.check_pixels(math.prod(image.size))
             return _fitted(image, reading.recipe)
     except InvalidInput:
         raise
@@ -343,64 +322,60 @@ def _read_images(reading: _Reading, sources: Iterator[tuple[Any, str, Any, bool]
                 reading.add(image[None], [label] if reading.labelled else [], held)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Regular files in a fixed order; links are not followed."""
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            file = Path(parent, name)
-            if stat.S_ISREG(file.lstat().st_mode):
-                yield file
-
-
-def _read_folder(reading: _Reading, folder: Path) -> None:
-    files = list(_files(folder))
-    images = [f for f in files if f.suffix.lower() in _SUFFIXES]
-    records = [f for f in files if f.suffix.lower() == ".bin" and f.parent == folder]
+def _read_folder(reading: _Reading, folder: OpenData) -> None:
+    files = list(folder.files())
+    images = [f for f in files if f.suffix in _SUFFIXES]
+    records = [f for f in files if f.suffix == ".bin" and len(f.parts) == 1]
     if records and not images:
-        return _read_cifar(reading, records, folder)
+        return _read_cifar(reading, records)
     if not images:
         for file in files:
-            with file.open("rb") as stream:
+            with file.open() as stream:
                 if is_pickle(file.name, stream.read(2)):
-                    raise reading.pickled()
+                    raise reading.arrays.pickled()
         raise reading.error(f"none of the {len(files):,} files of this folder is an image")
     reading.check_count(len(images))
     reading.left_out["no image"] = len(files) - len(images)
-    tops = {f.relative_to(folder).parts[0] for f in images}
+    tops = {f.parts[0] for f in images}
     held = next((v for v in _VALIDATION_FOLDERS if {"train", v} <= tops), None)
 
     def sources() -> Iterator[tuple[Any, str, Any, bool]]:
         for file in images:
-            parts = file.relative_to(folder).parts
+            parts = file.parts
             if held and parts[0] not in ("train", held):
                 reading.left_out[f"beside train and {held}"] += 1
             elif reading.labelled and len(parts) < (3 if held else 2):
                 reading.left_out["without a class"] += 1
-            elif file.stat().st_size > _MAX_FILE:
+            elif file.size > _MAX_FILE:
                 reading.left_out["too large"] += 1
             else:
                 label = parts[1 if held else 0] if reading.labelled else None
-                yield file, "/".join(parts), label, bool(held) and parts[0] == held
+                try:
+                    stream = file.open()
+                except OSError:
+                    reading.left_out["unreadable"] += 1
+                    continue
+                with stream:
+                    yield stream, "/".join(parts), label, bool(held) and parts[0] == held
 
+    reading.most_pixels = _MAX_PIXELS if folder.from_network else math.inf
     return _read_images(reading, sources())
 
 
-def _read_cifar(reading: _Reading, files: list[Path], folder: Path) -> None:
-    sizes = [file.stat().st_size for file in files]
-    reading.check_size(sum(sizes))
+def _read_cifar(reading: _Reading, files: Sequence[DataFile | OpenData]) -> None:
+    reading.check_size(sum(file.size for file in files))
     pixels = math.prod(_CIFAR_SHAPE)
-    for file, size in zip(files, sizes, strict=True):
-        name = file.relative_to(folder)
-        limits = (20, 100) if file.name.lower() in _CIFAR_100 else (10,)
+    for file in files:
+        name, size = file.name, file.size
+        limits = (20, 100) if name.lower() in _CIFAR_100 else (10,)
         record = len(limits) + pixels
         if size % record or not size:
             raise reading.error(
                 f"{name} is {'truncated' if size else 'empty'}: its {size:,} bytes are no multiple "
                 f"of a record of {record:,} bytes"
             )
-        held = len(files) > 1 and file.name.lower().startswith("test")
-        with file.open("rb") as stream:
+        held = len(files) > 1 and name.lower().startswith("test")
+        with file.open() as stream:
             for start in range(0, size // record, _CIFAR_PIECE):
                 wanted = min(size - start * record, _CIFAR_PIECE * record)
                 piece = np.frombuffer(stream.read(wanted), np.uint8).reshape(-1, record)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
-from nas.tasks.data import MAX_BYTES, Arrays, TaskData, content_digest, is_pickle, reading_path
+from nas.tasks.arrays import ZIP, ArrayReader
+from nas.tasks.data import MAX_BYTES, Arrays, TaskData, content_digest, is_pickle
+from nas.tasks.opening import OpenData, opened
 
 #: Hidden layers of the target network and their width.
 TARGET_DEPTH, TARGET_WIDTH = 6, 1024
@@ -24,6 +27,7 @@ _MOMENT_SAMPLES = 16_384
 _PIECE = 8192  # samples that pass through the target network at once
 _VALIDATION_SHARE = 0.1
 _SPLIT_SEED = 20241002
+_LONGEST_LINE = 1 << 20  # of a table, characters
 _ACCEPTED = (
     "a .csv file of numbers whose last column is the target (a header is allowed), or an .npz "
     "file with `inputs` (rows, columns) and `targets` (rows,)"
@@ -33,7 +37,11 @@ Floats = NDArray[np.float32]
 
 
 def load_regression(
-    recipe: Recipe, data: str | os.PathLike[str] | None, *, shown: str | None = None
+    recipe: Recipe,
+    data: str | os.PathLike[str] | None,
+    *,
+    shown: str | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> TaskData:
     """The synthetic target by default, else the rows of a file.
 
@@ -67,7 +75,12 @@ def load_regression(
         )
         return TaskData(recipe, train, validation, content, summary)
     name = shown or str(data)
-    inputs, targets = _read(Path(data), name)
+
+    def refusal(what: str) -> InvalidInput:
+        return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
+
+    with opened(data, refusal, root=root, folders=False) as found:
+        inputs, targets = _read(found, name)
     return _split(recipe, inputs, targets, name)
 
 
@@ -102,21 +115,19 @@ def _target(weights: list[Floats], x: Floats) -> Floats:
     return out
 
 
-def _read(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    def refusal(what: str) -> InvalidInput:
-        return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
-
-    with reading_path(path, refusal, folders=False) as found:
-        if not 0 < found.st_size <= MAX_BYTES:
+def _read(found: OpenData, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if not 0 < found.size <= MAX_BYTES:
+        raise InvalidInput(
+            "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.size}"
+        )
+    with found.open() as file:
+        start = file.read(2)
+        file.seek(0)
+        if is_pickle(found.name, start):
             raise InvalidInput(
-                "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.st_size}"
+                "data", name, f"{_ACCEPTED}; this is a pickle, which is never unpickled"
             )
-        with path.open("rb") as file:
-            start = file.read(2)
-    if is_pickle(path.name, start):
-        raise refusal("this is a pickle, which is never unpickled")
-    table = _read_npz(path, name) if start == b"PK" else _read_csv(path, name)
-    inputs, targets = table
+        inputs, targets = _read_npz(file, name) if start == ZIP else _read_csv(file, name)
     if inputs.ndim != 2 or targets.shape != (len(inputs),) or inputs.shape[1] < 1:
         raise InvalidInput(
             "data", name, f"{_ACCEPTED}; this has inputs {inputs.shape} and targets {targets.shape}"
@@ -128,35 +139,47 @@ def _read(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float6
     return inputs, targets
 
 
-def _read_npz(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    try:
-        with zipfile.ZipFile(path) as members:
-            size = sum(member.file_size for member in members.infolist())
+def _read_npz(file: IO[bytes], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def refusal(what: str) -> InvalidInput:
+        return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
+
+    def check_size(size: int) -> None:
         if size > MAX_BYTES:
             raise InvalidInput("data", name, f"{_ACCEPTED}, of at most {MAX_BYTES} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
-            return (
-                np.asarray(arrays["inputs"], dtype=np.float64),
-                np.asarray(arrays["targets"], dtype=np.float64),
-            )
-    except InvalidInput:
-        raise
-    except Exception as error:  # numpy parses the headers of hostile files as Python
-        raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
+
+    def numbers(array: NDArray[Any]) -> NDArray[np.float64]:
+        if array.dtype.kind not in "biuf":
+            raise refusal(f"this has an array of {array.dtype}")
+        check_size(array.size * np.dtype(np.float64).itemsize)
+        return array.astype(np.float64)
+
+    arrays = ArrayReader(refusal, check_size).npz(file, ("inputs", "targets"))
+    return numbers(arrays["inputs"]), numbers(arrays["targets"])
 
 
-def _read_csv(path: Path, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _read_csv(file: BinaryIO, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            header = file.readline()
-            skipped = 0 if _is_numbers(header) else 1
-            file.seek(0)
-            table = np.loadtxt(file, delimiter=",", skiprows=skipped, ndmin=2, dtype=np.float64)
-    except (ValueError, UnicodeDecodeError, OverflowError) as error:
+        with io.TextIOWrapper(file, encoding="utf-8") as text:
+            skipped = 0 if _is_numbers(next(_lines(text), "")) else 1
+            text.seek(0)
+            table = np.loadtxt(
+                _lines(text), delimiter=",", skiprows=skipped, ndmin=2, dtype=np.float64
+            )
+    except (ValueError, OverflowError) as error:
         raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
     if table.shape[1] < 2:
         raise InvalidInput("data", name, f"{_ACCEPTED}; this has {table.shape[1]} columns")
     return table[:, :-1], table[:, -1]
+
+
+def _lines(text: IO[str]) -> Iterator[str]:
+    """The lines of a text, which are neither long without end nor more than fit."""
+    size = 0
+    while line := text.readline(_LONGEST_LINE):
+        size += len(line)
+        if len(line) == _LONGEST_LINE or size > MAX_BYTES:
+            raise ValueError(f"lines are to have fewer than {_LONGEST_LINE:,} characters")
+        yield line
 
 
 def _is_numbers(line: str) -> bool:

@@ -79,7 +79,7 @@ def test_every_response_has_a_request_id(client: TestClient) -> None:
     refused = client.post("/v1/searches", json={"train_flops": -1})
     assert refused.status_code == 422
     assert health_id(refused.headers["x-request-id"])
-    elsewhere = client.get("/healthz", headers={"host": "elsewhere.example"})
+    elsewhere = client.get("/v1/searches", headers={"host": "elsewhere.example"})
     assert elsewhere.status_code == 400
     assert health_id(elsewhere.headers["x-request-id"])
 

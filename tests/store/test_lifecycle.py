@@ -224,7 +224,7 @@ def test_the_greater_priority_goes_first_then_the_older(store: Store) -> None:
 def test_a_tenant_runs_no_more_than_it_may_however_many_ask(store: Store) -> None:
     for i in range(6):
         for tenant in ("a", "b"):
-            store.create_search(REQUEST.model_copy(update={"seed": i}), tenant=tenant)
+            store.view(tenant).create_search(REQUEST.model_copy(update={"seed": i}))
     got: list[Search] = []
 
     def claim(_: int) -> None:
@@ -241,22 +241,22 @@ def test_a_tenant_runs_no_more_than_it_may_however_many_ask(store: Store) -> Non
 
 
 def test_a_lost_lease_does_not_count_against_its_tenant(store: Store) -> None:
-    search, _ = store.create_search(REQUEST, tenant="a")
+    search, _ = store.view("a").create_search(REQUEST)
     claimed(store, seconds=0.01, tenant_concurrency=1)
     time.sleep(0.03)
     assert claimed(store, tenant_concurrency=1)[0].search_id == search.id
 
 
 def test_keys_are_each_tenants_own(store: Store) -> None:
-    first, _ = store.create_search(REQUEST, idempotency_key="k", tenant="a")
-    second, new = store.create_search(REQUEST, idempotency_key="k", tenant="b")
+    first, _ = store.view("a").create_search(REQUEST, idempotency_key="k")
+    second, new = store.view("b").create_search(REQUEST, idempotency_key="k")
     assert new
     assert first.id != second.id
-    assert store.search_of_key("k", "b") == second
+    assert store.view("b").search_of_key("k") == second
     assert store.search_of_key("k") is None
     other = REQUEST.model_copy(update={"seed": 5})
     with pytest.raises(IdempotencyConflict):
-        store.create_search(other, idempotency_key="k", tenant="a")
+        store.view("a").create_search(other, idempotency_key="k")
     assert [s.id for s in store.searches(tenant="a")] == [first.id]
 
 
@@ -292,20 +292,20 @@ def test_a_lost_lease_counts_to_its_end_and_no_further(store: Store) -> None:
 
 def test_a_clone_is_a_search_of_its_own_with_changes(store: Store) -> None:
     source, _ = store.create_search(REQUEST, data_path="/data/x")
-    made, new = create_clone(store, source.id, {"trials": 9, "seed": 3}, lambda _: None)
+    made, new = create_clone(store, source.id, {"trials": 9, "seed": 3}, lambda _: (None, None))
     assert new
     assert (made.request.trials, made.request.seed, made.cloned_from) == (9, 3, source.id)
     assert made.request.train_flops == source.request.train_flops
     assert made.data_path == "/data/x"
     assert kinds(store, made.id) == ["queued", "cloned"]
     with pytest.raises(InvalidInput, match="trials: got 0"):
-        create_clone(store, source.id, {"trials": 0}, lambda _: None)
+        create_clone(store, source.id, {"trials": 0}, lambda _: (None, None))
     store.set_priority(source.id, 50)
-    again, _ = create_clone(store, source.id, {}, lambda _: None, idempotency_key="k")
+    again, _ = create_clone(store, source.id, {}, lambda _: (None, None), idempotency_key="k")
     assert again.priority == 50
     other, _ = store.create_search(again.request, data_path="/data/x")
     with pytest.raises(IdempotencyConflict):  # a clone of another search is another request
-        create_clone(store, other.id, {"priority": 50}, lambda _: None, idempotency_key="k")
+        create_clone(store, other.id, {"priority": 50}, lambda _: (None, None), idempotency_key="k")
 
 
 def test_the_log_cannot_be_changed(store: Store) -> None:

@@ -214,11 +214,14 @@ def test_the_command_line_prunes(
         runner = CliRunner()
         would = runner.invoke(app, ["prune", "--dry-run", "--failed-days", "7"])
         assert would.exit_code == 0, would.output
-        assert would.stdout == ("would delete 1 searches with 2 trials, and 8 events of others\n")
+        assert would.stdout == (
+            "would delete 1 searches with 2 trials, 8 events of others, "
+            "and 0 lines of the audit log\n"
+        )
         assert len(store.searches()) == 2
         done = runner.invoke(app, ["prune", "--failed-days", "7", "--event-days", "7", "--json"])
         assert json.loads(done.stdout) == {
-            "events": 8, "searches": 1, "trials": 2, "dry_run": False
+            "events": 8, "searches": 1, "trials": 2, "audit": 0, "dry_run": False
         }  # fmt: skip
         assert len(store.searches()) == 1
         # by default events go after a month, and searches never

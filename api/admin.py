@@ -1,0 +1,37 @@
+"""What concerns the service and all its tenants: its processes and its audit log."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from api.problems import responses
+from api.routes import Cursor, Limit
+from api.schemas import AuditPage, WorkerList
+from nas.settings import TENANT
+from nas.store import Store
+from nas.store.audit import Audit
+from nas.store.processes import LIVE_SECONDS, Processes
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/workers", summary="Workers and services that were seen lately")
+def list_workers(request: Request) -> WorkerList:
+    store: Store = request.app.state.store
+    found = Processes(store).alive(LIVE_SECONDS)
+    return WorkerList.model_validate({"items": found}, from_attributes=True)
+
+
+@router.get("/audit", responses=responses(422), summary="The audit log, newest first")
+def list_audit(
+    request: Request,
+    limit: Limit = 50,
+    cursor: Cursor | None = None,
+    tenant: Annotated[str | None, Query(pattern=TENANT)] = None,
+) -> AuditPage:
+    store: Store = request.app.state.store
+    found = Audit(store).entries(before=cursor, limit=limit, tenant=tenant)
+    after = str(found[-1].id) if len(found) == limit else None
+    return AuditPage.model_validate({"items": found, "next": after}, from_attributes=True)

@@ -1,0 +1,121 @@
+"""What browsers are told of every answer: what it may load and do, and who may keep or frame it."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from secure import Secure
+from secure.headers import (
+    CacheControl,
+    ContentSecurityPolicy,
+    CrossOriginOpenerPolicy,
+    CrossOriginResourcePolicy,
+    PermissionsPolicy,
+    ReferrerPolicy,
+    StrictTransportSecurity,
+    XContentTypeOptions,
+    XFrameOptions,
+)
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_Headers = tuple[tuple[bytes, bytes], ...]
+_STATIC = "/static/"
+#: Files keep their names over upgrades, so that none may be kept for long.
+_STATIC_SECONDS = 3600
+_WHOLE_OR_KNOWN = (200, 206, 304)
+_YEAR_SECONDS = 365 * 86400
+#: Nothing of what a browser lends to pages is needed.
+_NOT_NEEDED = (
+    "accelerometer", "camera", "display-capture", "geolocation", "gyroscope", "magnetometer",
+    "microphone", "midi", "payment", "usb",
+)  # fmt: skip
+
+
+def install(app: FastAPI) -> None:
+    """Put it around everything else, so that no answer goes without; call it last."""
+    app.add_middleware(SecurityHeaders)
+
+
+def _nothing() -> ContentSecurityPolicy:
+    """The policy of what is no page: even where it is taken for one, it may do nothing."""
+    return ContentSecurityPolicy().default_src("'none'").frame_ancestors("'none'")
+
+
+def _page() -> ContentSecurityPolicy:
+    """The policy of pages: scripts and styles are files of this service, and nothing else is."""
+    return (
+        ContentSecurityPolicy()
+        .default_src("'none'")
+        .script_src("'self'")
+        .style_src("'self'")
+        .img_src("'self'", "blob:")  # blob: a figure on its way to a PNG
+        .connect_src("'self'")
+        .form_action("'self'")
+        .frame_ancestors("'none'")
+        .base_uri("'none'")
+        .require_trusted_types_for("'script'")
+        .trusted_types("default")  # that of static/plotly-setup.js
+    )
+
+
+def _built(csp: ContentSecurityPolicy, referrer: ReferrerPolicy) -> _Headers:
+    permissions = PermissionsPolicy()
+    for feature in _NOT_NEEDED:
+        permissions.add_directive(feature)
+    built = Secure(
+        csp=csp,
+        referrer=referrer,
+        permissions=permissions,
+        coop=CrossOriginOpenerPolicy().same_origin(),
+        corp=CrossOriginResourcePolicy().same_origin(),
+        xcto=XContentTypeOptions().nosniff(),
+        xfo=XFrameOptions().deny(),
+    )
+    items = built.allowlist_headers().deduplicate_headers().header_items()
+    return tuple((name.lower().encode(), value.encode()) for name, value in items)
+
+
+def _value(header: CacheControl | StrictTransportSecurity) -> bytes:
+    return header.header_value.encode()
+
+
+# of pages not `no_referrer`: under that, browsers send `Origin: null` with the forms of their own
+_OF_PAGES = _built(_page(), ReferrerPolicy().same_origin())
+_OF_OTHERS = _built(_nothing(), ReferrerPolicy().no_referrer())
+_HTTPS_ONLY = _value(StrictTransportSecurity().max_age(_YEAR_SECONDS))
+_NOT_KEPT = _value(CacheControl().no_store())
+_KEPT = _value(CacheControl().public().max_age(_STATIC_SECONDS))
+#: Given here alone, and never by what is inside.
+_OWN = frozenset((b"server", b"strict-transport-security", *(name for name, _ in _OF_PAGES)))
+
+
+class SecurityHeaders:
+    """Adds the headers as a response begins, so that streams are not held up."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = _all_headers(scope, message)
+            await send(message)
+
+        await self._app(scope, receive, with_headers)
+
+
+def _all_headers(scope: Scope, start: Message) -> list[tuple[bytes, bytes]]:
+    given = [(name.lower(), value) for name, value in start.get("headers", ())]
+    named = dict(given)
+    kind = named.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    headers = [(name, value) for name, value in given if name not in _OWN]
+    headers += _OF_PAGES if kind == b"text/html" else _OF_OTHERS
+    if scope.get("scheme") == "https":
+        headers.append((b"strict-transport-security", _HTTPS_ONLY))
+    if b"cache-control" not in named:
+        static = scope["path"].startswith(_STATIC) and start["status"] in _WHOLE_OR_KNOWN
+        headers.append((b"cache-control", _KEPT if static else _NOT_KEPT))
+    return headers

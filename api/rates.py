@@ -1,0 +1,83 @@
+"""How much one key or one address may ask, in this process."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import time
+from typing import Literal
+
+from limits import RateLimitItem, parse
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+
+from nas.errors import InvalidInput
+from nas.settings import Settings
+
+#: request: any | submit: one that changes something | failure: one that was refused for its key |
+#: told: a refusal that the audit log tells of | told_in_all: of anyone.
+What = Literal["request", "submit", "failure", "told", "told_in_all"]
+#: Refusals that the audit log tells of one by one; of more it tells the number.
+_TOLD, _TOLD_IN_ALL = "120/minute", "1200/minute"
+#: Bits of an IPv6 address that one customer of a network has as a rule.
+_IPV6_PREFIX = 64
+
+
+class Rates:
+    """Counts what was asked, over a sliding window.
+
+    Raises
+    ------
+    InvalidInput
+        A rate of the settings that is none.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._limits: dict[What, RateLimitItem] = {
+            "request": _rate("rate_limit", settings.rate_limit),
+            "submit": _rate("submit_limit", settings.submit_limit),
+            "failure": _rate("failure_limit", settings.failure_limit),
+            "told": parse(_TOLD),
+            "told_in_all": parse(_TOLD_IN_ALL),
+        }
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def spend(self, what: What, who: str) -> int | None:
+        """Count one; None if that is within the limit, else the seconds until it may be again."""
+        limit = self._limits[what]
+        return None if self._limiter.hit(limit, what, who) else self._wait(limit, what, who)
+
+    def exhausted(self, what: What, who: str) -> int | None:
+        """What `spend` would say, without counting."""
+        limit = self._limits[what]
+        return None if self._limiter.test(limit, what, who) else self._wait(limit, what, who)
+
+    def _wait(self, limit: RateLimitItem, what: What, who: str) -> int:
+        over = self._limiter.get_window_stats(limit, what, who).reset_time - time.time()
+        return max(1, math.ceil(over))
+
+
+def _rate(name: str, text: str) -> RateLimitItem:
+    try:
+        return parse(text)
+    except ValueError:
+        accepted = "a number and its time, such as 100/second or 2000/minute"
+        raise InvalidInput(f"EINSUM_NAS_{name.upper()}", text, accepted) from None
+
+
+def network_of(address: str) -> str:
+    """What of an address is counted as one: all of IPv4, the first 64 bits of IPv6.
+
+    >>> network_of("192.0.2.7"), network_of("2001:db8:1:2:3:4:5:6"), network_of("::ffff:192.0.2.7")
+    ('192.0.2.7', '2001:db8:1:2::', '192.0.2.7')
+    """
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    network = ipaddress.ip_network((int(found), _IPV6_PREFIX), strict=False)
+    return str(network.network_address)

@@ -1,0 +1,99 @@
+"""Signing in to the dashboard: a key is exchanged for a cookie that no script can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.templating import Jinja2Templates
+
+from api.auth import COOKIE, Caller
+from nas.settings import Settings
+from nas.store import Store
+from nas.store.keys import Key, Keys, digest_of
+
+router = APIRouter(include_in_schema=False)
+_templates = Jinja2Templates(Path(__file__).parent / "templates")
+#: Bytes of the form.
+_LONGEST_FORM = 4096
+_SECONDS_PER_HOUR = 3600.0
+_NO_KEY = "This is no key of this service, or one that is revoked or expired."
+
+
+def inside(target: str) -> str:
+    """Where to go after signing in: a page of this service, whatever was asked for."""
+    parts = urlsplit(target)
+    plain = target.startswith("/") and not target.startswith(("//", "/\\")) and target.isprintable()
+    return target if plain and not parts.scheme and not parts.netloc else "/"
+
+
+@router.get("/login", response_class=HTMLResponse)
+def login_page(
+    request: Request, target: Annotated[str, Query(alias="next", max_length=2048)] = "/"
+) -> Response:
+    if not request.app.state.access_control:  # there is nothing to sign in for
+        return RedirectResponse(inside(target), 303)
+    return _page(request, target)
+
+
+def _page(request: Request, target: str, error: str | None = None, status: int = 200) -> Response:
+    shown = {"next": inside(target), "error": error}
+    return _templates.TemplateResponse(request, "login.html", shown, status_code=status)
+
+
+@router.post("/login")
+async def login(request: Request) -> Response:
+    """Exchange a key for a session."""
+    fields = parse_qs((await _form(request)).decode("utf-8", "replace"))
+    target = fields.get("next", ["/"])[0]
+    digest = digest_of(fields.get("key", [""])[0].strip())
+    settings: Settings = request.app.state.settings
+    store: Store = request.app.state.store
+    keys = Keys(store)
+    found = None
+    if digest is not None:
+        found = (await run_in_threadpool(keys.find, [digest]))[digest]
+    # a session opens no further one
+    if found is None or found.key is None or found.refusal is not None or found.key.parent:
+        return _page(request, target, _NO_KEY, 403)
+    seconds = _SECONDS_PER_HOUR * settings.session_hours
+    session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
+    response = RedirectResponse(inside(target), 303)
+    _set(request, response, session, secret)
+    return response
+
+
+async def _form(request: Request) -> bytes:
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _LONGEST_FORM:
+            return b""
+    return body
+
+
+def _set(request: Request, response: Response, session: Key, secret: str) -> None:
+    response.set_cookie(
+        COOKIE, secret, path="/", httponly=True, samesite="strict",
+        secure=request.url.scheme == "https",
+        max_age=round((session.expires_at or session.created_at) - session.created_at),
+    )  # fmt: skip
+
+
+@router.post("/logout")
+async def logout(request: Request) -> Response:
+    """End the session of the cookie, here and for good."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    digest = digest_of(request.cookies.get(COOKIE, ""))
+    if caller is not None and caller.key_id is not None and digest is not None:
+        keys = Keys(request.app.state.store)
+        found = (await run_in_threadpool(keys.find, [digest]))[digest]
+        if found.key is not None and found.key.parent is not None:
+            await run_in_threadpool(keys.revoke, found.key.id)
+    response = RedirectResponse("/login", 303)
+    response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+    return response

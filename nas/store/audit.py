@@ -1,0 +1,116 @@
+"""The audit log: who did what, and who was refused. The database lets it grow only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from nas.errors import InvalidInput, echo
+from nas.store import rows
+from nas.store.engine import reading, writing
+from nas.store.schema import AuditRow
+from nas.store.searches import MAX_PAGE, Store
+
+_SECONDS_PER_DAY = 86_400.0
+#: For so long the database itself refuses to delete a line.
+LEAST_DAYS = 90.0
+#: Rows of one delete.
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the log."""
+
+    id: int
+    #: seconds since 1970
+    created_at: float
+    tenant: str | None
+    key_id: str | None
+    #: method and route, or what was done to a key or a tenant
+    action: str
+    #: what it was done to
+    target: str | None
+    #: of the answer
+    status: int | None
+    reason: str | None
+    #: whence it came
+    address: str | None
+    request_id: str | None
+
+
+def add_audit(
+    session: Session,
+    action: str,
+    *,
+    tenant: str | None = None,
+    key_id: str | None = None,
+    target: str | None = None,
+    status: int | None = None,
+    reason: str | None = None,
+    address: str | None = None,
+    request_id: str | None = None,
+) -> None:
+    """Append a line in the caller's transaction; texts are cut to what the columns hold."""
+    session.add(
+        AuditRow(
+            created_at=rows.now(session), tenant=tenant, key_id=key_id, status=status,
+            action=echo(action)[:128], target=_cut(target, 128), reason=_cut(reason, 255),
+            address=_cut(address, 64), request_id=_cut(request_id, 128),
+        )
+    )  # fmt: skip
+
+
+def _cut(text: str | None, length: int) -> str | None:
+    return None if text is None else echo(text)[:length]
+
+
+class Audit:
+    """The audit log of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._engine = store.engine
+
+    def add(self, action: str, **values: str | int | None) -> None:
+        """Append a line; see `add_audit`."""
+        with writing(self._engine) as session:
+            add_audit(session, action, **values)  # type: ignore[arg-type]
+
+    def entries(
+        self, *, before: int | None = None, limit: int = 50, tenant: str | None = None
+    ) -> list[Entry]:
+        """The newest lines, or those before the id `before`."""
+        columns = AuditRow.__table__.columns
+        query = select(*columns).order_by(AuditRow.id.desc()).limit(min(limit, MAX_PAGE))
+        if before is not None:
+            query = query.where(AuditRow.id < before)
+        if tenant is not None:
+            query = query.where(AuditRow.tenant == tenant)
+        with reading(self._engine) as session:
+            return [Entry(**row._mapping) for row in session.execute(query)]
+
+    def prune(self, days: float, *, dry_run: bool = False) -> int:
+        """Delete lines older than so many days; how many.
+
+        Raises
+        ------
+        InvalidInput
+            Fewer days than the database keeps at least.
+        """
+        if not days >= LEAST_DAYS:
+            raise InvalidInput("audit_days", days, f"a number of days from {LEAST_DAYS:g}")
+        count = 0
+        with reading(self._engine) as session:
+            old = AuditRow.created_at < rows.now(session) - days * _SECONDS_PER_DAY
+            if dry_run:
+                return session.scalar(select(func.count()).select_from(AuditRow).where(old)) or 0
+        while True:
+            with writing(self._engine) as session:
+                page = select(AuditRow.id).where(old).order_by(AuditRow.id).limit(_AT_ONCE)
+                ids = list(session.scalars(page))
+                if not ids:
+                    return count
+                session.execute(delete(AuditRow).where(AuditRow.id.in_(ids)))
+                count += len(ids)

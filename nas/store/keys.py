@@ -1,0 +1,294 @@
+"""API keys and browsers' sessions: secrets of 256 random bits, of which only digests are stored.
+
+A digest of so many random bits needs no salt and no slow hash: there is nothing to guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sqlalchemy import delete, inspect, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from nas.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
+from nas.settings import TENANT
+from nas.store import rows
+from nas.store.audit import add_audit
+from nas.store.engine import reading, writing
+from nas.store.schema import KeyRow
+from nas.store.searches import Store
+
+#: read: look at the tenant's searches | submit: make and change them | admin: the service's own
+#: state, such as its workers, metrics and audit log, of all tenants.
+Scope = Literal["read", "submit", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+#: Why a secret opens nothing.
+Refusal = Literal["unknown", "expired", "revoked"]
+#: What every secret begins with, so that people and scanners know one when they see it.
+PREFIX = "enas_"
+_SECRET_BYTES = 32
+_SECRET = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
+_NAME = re.compile(r"[\w][\w .@:+-]{0,63}")
+#: Seconds between two notes that a key is used.
+_USED_SECONDS = 3600.0
+_MOST_SECONDS = 3.2e9
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key, or the session of a browser that one has opened. Times are seconds since 1970."""
+
+    id: str
+    tenant: str
+    name: str
+    scopes: tuple[Scope, ...]
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    #: to the hour
+    used_at: float | None
+    #: of a session: the key that opened it
+    parent: str | None
+    rotated_from: str | None
+
+    def refusal(self, at: float) -> Refusal | None:
+        """Why it opens nothing at a time; None if it does."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= at else None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a secret stands for: its key, and why that opens nothing if it does not."""
+
+    key: Key | None
+    refusal: Refusal | None
+
+
+def digest_of(secret: str) -> str | None:
+    """Under what a secret is looked up; None for a text that cannot be one."""
+    if _SECRET.fullmatch(secret) is None:
+        return None
+    return hashlib.sha256(secret.encode("ascii")).hexdigest()
+
+
+class Keys:
+    """The keys of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._engine = store.engine
+
+    def create(
+        self,
+        tenant: str,
+        name: str,
+        scopes: Iterable[str],
+        *,
+        seconds: float | None = None,
+    ) -> tuple[Key, str]:
+        """Make a key; (key, its secret, which nothing can show again).
+
+        Parameters
+        ----------
+        name
+            For people: whose it is or what it is for.
+        seconds
+            Until it expires; None for never.
+
+        Raises
+        ------
+        InvalidInput
+            A value that cannot be used.
+        """
+        if re.fullmatch(TENANT, tenant) is None:
+            raise InvalidInput("tenant", tenant, "1 to 64 letters, digits and . _ -")
+        if _NAME.fullmatch(name) is None:
+            raise InvalidInput("name", name, "1 to 64 letters, digits, spaces and . _ @ : + -")
+        chosen = checked_scopes(scopes)
+        with writing(self._engine) as session:
+            made, secret = _add(
+                session, tenant=tenant, name=name, scopes=chosen, seconds=checked_seconds(seconds)
+            )
+            _note(session, "key created", made, scopes=" ".join(chosen))
+            return made, secret
+
+    def rotate(self, key_id: str, *, grace_seconds: float = 0.0) -> tuple[Key, str]:
+        """Make a key like another one, which ends now or after a while; (new key, its secret).
+
+        The new key lives as long as the old one was made to, from now.
+
+        Raises
+        ------
+        NotFound, Conflict
+            No such key, or one that opens nothing any more.
+        """
+        grace = checked_seconds(grace_seconds, least=0.0) or 0.0
+        with writing(self._engine) as session:
+            row, at = _row(session, key_id), rows.now(session)
+            old = _to_key(row)
+            if old.refusal(at) is not None:
+                raise Conflict(f"key {key_id} is {old.refusal(at)}; make a new one")
+            life = None if old.expires_at is None else old.expires_at - old.created_at
+            made, secret = _add(
+                session, tenant=old.tenant, name=old.name, scopes=old.scopes, seconds=life,
+                rotated_from=old.id,
+            )  # fmt: skip
+            if grace > 0:
+                row.expires_at = min(at + grace, math.inf if row.expires_at is None
+                                     else row.expires_at)  # fmt: skip
+            else:
+                row.revoked_at = at
+            _note(session, "key rotated", old, to=made.id, grace_seconds=f"{grace:g}")
+            return made, secret
+
+    def revoke(self, key_id: str) -> Key:
+        """End a key and the sessions that it opened, for good; again it changes nothing.
+
+        Raises
+        ------
+        NotFound
+            No such key.
+        """
+        with writing(self._engine) as session:
+            row = _row(session, key_id)
+            if row.revoked_at is None:
+                row.revoked_at = rows.now(session)
+                what = "key revoked" if row.parent is None else "signed out"
+                _note(session, what, _to_key(row))
+            session.flush()
+            return _to_key(row)
+
+    def list(self, tenant: str | None = None) -> list[Key]:
+        """Keys, the newest last, and no sessions."""
+        query = select(KeyRow).where(KeyRow.parent.is_(None)).order_by(KeyRow.created_at, KeyRow.id)
+        if tenant is not None:
+            query = query.where(KeyRow.tenant == tenant)
+        with reading(self._engine) as session:
+            return [_to_key(r) for r in session.scalars(query)]
+
+    def any_usable(self) -> bool:
+        """Whether any key opens anything at this moment; a database without a schema has none."""
+        with reading(self._engine) as session:
+            if not inspect(session.connection()).has_table(KeyRow.__tablename__):
+                return False
+            at = rows.now(session)
+            usable = (
+                select(KeyRow.id)
+                .where(
+                    KeyRow.parent.is_(None),
+                    KeyRow.revoked_at.is_(None),
+                    or_(KeyRow.expires_at.is_(None), KeyRow.expires_at > at),
+                )
+                .limit(1)
+            )
+            return session.scalar(usable) is not None
+
+    def find(self, digests: Collection[str]) -> Mapping[str, Found]:
+        """What each digest stands for, in one look; a session is no better than its key."""
+        parent = aliased(KeyRow)
+        query = (
+            select(KeyRow, parent)
+            .outerjoin(parent, KeyRow.parent == parent.id)
+            .where(KeyRow.digest.in_(digests))
+        )
+        found = dict.fromkeys(digests, Found(None, "unknown"))
+        stale: list[str] = []
+        with reading(self._engine) as session:
+            at = rows.now(session)
+            for row, opener in session.execute(query):
+                key = _to_key(row)
+                refusal = key.refusal(at)
+                if opener is not None and refusal is None:
+                    refusal = _to_key(opener).refusal(at)
+                found[row.digest] = Found(key, refusal)
+                if refusal is None and (row.used_at or 0.0) < at - _USED_SECONDS:
+                    stale += [row.id] if opener is None else [row.id, opener.id]
+        if stale:
+            with contextlib.suppress(StoreUnavailable), writing(self._engine) as session:
+                used = {"used_at": rows.now(session)}
+                session.execute(update(KeyRow).where(KeyRow.id.in_(stale)).values(**used))
+        return found
+
+    def sign_in(self, key: Key, seconds: float) -> tuple[Key, str]:
+        """Open a session with a key, with its scopes but for admin; (session, its secret)."""
+        scopes = tuple(s for s in key.scopes if s != "admin")
+        with writing(self._engine) as session:
+            at = rows.now(session)
+            over = (
+                KeyRow.parent.is_not(None),
+                or_(KeyRow.expires_at <= at, KeyRow.revoked_at.is_not(None)),
+            )
+            session.execute(delete(KeyRow).where(*over))
+            made, secret = _add(
+                session, tenant=key.tenant, name=key.name, scopes=scopes, seconds=seconds,
+                parent=key.id,
+            )  # fmt: skip
+            _note(session, "signed in", key, to=made.id)
+            return made, secret
+
+
+def checked_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
+    """The scopes in their order; `InvalidInput` for none, or one that there is not."""
+    given = list(scopes)
+    chosen = tuple(s for s in SCOPES if s in given)
+    if not chosen or len(set(given)) != len(chosen):
+        raise InvalidInput("scopes", ",".join(given), f"one or more of {', '.join(SCOPES)}")
+    return chosen
+
+
+def checked_seconds(seconds: float | None, *, least: float = 1.0) -> float | None:
+    """A time that a key lives; `InvalidInput` for one that cannot be."""
+    if seconds is not None and not least <= seconds <= _MOST_SECONDS:
+        raise InvalidInput("seconds", seconds, f"a number from {least:g} to {_MOST_SECONDS:g}")
+    return seconds
+
+
+def _add(
+    session: Session,
+    *,
+    tenant: str,
+    name: str,
+    scopes: tuple[Scope, ...],
+    seconds: float | None,
+    parent: str | None = None,
+    rotated_from: str | None = None,
+) -> tuple[Key, str]:
+    secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    at = rows.now(session)
+    row = KeyRow(
+        id=secrets.token_hex(6), digest=digest_of(secret), tenant=tenant, name=name,
+        scopes=",".join(scopes), parent=parent, rotated_from=rotated_from, created_at=at,
+        expires_at=None if seconds is None else at + seconds,
+    )  # fmt: skip
+    session.add(row)
+    session.flush()
+    return _to_key(row), secret
+
+
+def _row(session: Session, key_id: str) -> KeyRow:
+    row = session.get(KeyRow, key_id, with_for_update=True)
+    if row is None:
+        raise NotFound(f"no key {key_id!r}; `einsum-nas keys list` shows those there are")
+    return row
+
+
+def _to_key(row: KeyRow) -> Key:
+    return Key(
+        row.id, row.tenant, row.name, checked_scopes(row.scopes.split(",")), row.created_at,
+        row.expires_at, row.revoked_at, row.used_at, row.parent, row.rotated_from,
+    )  # fmt: skip
+
+
+def _note(session: Session, action: str, key: Key, **more: str) -> None:
+    told = ", ".join(f"{name} {value}" for name, value in more.items())
+    add_audit(
+        session, action, tenant=key.tenant, key_id=key.id, target=key.name, reason=told or None
+    )

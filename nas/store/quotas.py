@@ -1,0 +1,148 @@
+"""What a tenant may use: searches that have not ended, train FLOPs, and searches run at once.
+
+A search is charged the most train FLOPs that it may use when it is submitted, and once it has ended
+what it has used: that of completed runs exactly, that of others up to their last evaluation, and
+nothing for runs whose result was there already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from nas.errors import QuotaExceeded
+from nas.request import SearchRequest
+from nas.settings import Settings
+from nas.store import rows
+from nas.store.records import TERMINAL
+from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
+
+_SECONDS_PER_DAY = 86_400.0
+#: First key of the lock under which a tenant's quotas are looked at; any constant does.
+_QUOTA_LOCK = 7305616
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Limits of one tenant; None for none."""
+
+    #: searches that have not ended
+    searches: int | None = None
+    #: train FLOPs of its searches that have not ended, or ended within `days`
+    train_flops: float | None = None
+    days: float = 30.0
+    #: searches that run at once; see `nas.store.leases`
+    concurrency: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Quotas:
+        """Those of tenants that have none of their own."""
+        return cls(
+            settings.tenant_searches, settings.tenant_train_flops, settings.quota_days,
+            settings.tenant_concurrency,
+        )  # fmt: skip
+
+
+UNLIMITED = Quotas()
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a tenant uses, and what it may."""
+
+    tenant: str
+    #: that have not ended
+    searches: int
+    #: that run now
+    running: int
+    #: train FLOPs charged within the quota's days
+    train_flops: float
+    quotas: Quotas
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def most_flops(request: SearchRequest) -> float:
+    """Train FLOPs that a search may use at most."""
+    runs = request.trials + (0 if request.confirm else request.references)
+    most = request.train_flops * runs
+    total = request.limits.total_train_flops if request.limits else None
+    return most if total is None else min(most, total)
+
+
+def used_flops(session: Session, search_id: str) -> float:
+    """Train FLOPs that the runs of a search have used, reused results not counted."""
+    own = (TrialRow.search_id == search_id, TrialRow.reused_from.is_(None))
+    ended = select(func.sum(TrialRow.train_flops)).where(*own, TrialRow.state == "complete")
+    last = (
+        select(func.max(PointRow.train_flops).label("reached"))
+        .join(TrialRow, PointRow.trial_id == TrialRow.id)
+        .where(*own, TrialRow.state != "complete")
+        .group_by(TrialRow.id)
+        .subquery()
+    )
+    partly = select(func.sum(last.c.reached))
+    return float(session.scalar(ended) or 0.0) + float(session.scalar(partly) or 0.0)
+
+
+def check_quotas(
+    session: Session, tenant: str, defaults: Quotas, train_flops: float, *, further: int = 1
+) -> None:
+    """Raise `QuotaExceeded` unless the tenant may have so much more, in the caller's transaction.
+
+    Parameters
+    ----------
+    train_flops, further
+        Train FLOPs and unfinished searches that come on top.
+    """
+    quotas = quotas_of(session, tenant, defaults)
+    if quotas.searches is None and quotas.train_flops is None:
+        return
+    if session.get_bind().dialect.name == "postgresql":
+        # two requests at once would each look without the other; SQLite has one writer anyway
+        lock = func.pg_advisory_xact_lock(_QUOTA_LOCK, func.hashtext(tenant))
+        session.execute(select(lock))
+    use = use_of(session, tenant, quotas)
+    if quotas.searches is not None and use.searches + further > quotas.searches:
+        raise QuotaExceeded(
+            "searches", tenant,
+            f"tenant {tenant} may have {quotas.searches} searches that have not ended, and has "
+            f"{use.searches}; wait for one, or cancel one",
+        )  # fmt: skip
+    if quotas.train_flops is not None and use.train_flops + train_flops > quotas.train_flops:
+        raise QuotaExceeded(
+            "train_flops", tenant,
+            f"tenant {tenant} may use {quotas.train_flops:.6g} train FLOPs in {quotas.days:g} "
+            f"days, has {use.train_flops:.6g} used or planned, and this may use "
+            f"{train_flops:.6g} more; ask for less, or set limits.total_train_flops",
+        )  # fmt: skip
+
+
+def quotas_of(session: Session, tenant: str, defaults: Quotas) -> Quotas:
+    own = session.get(TenantRow, tenant)
+    if own is None:
+        return defaults
+
+    named = {name: getattr(own, name) for name in ("searches", "train_flops", "concurrency")}
+    return replace(defaults, **{name: n for name, n in named.items() if n is not None})
+
+
+def use_of(session: Session, tenant: str, quotas: Quotas) -> Use:
+    since = rows.now(session) - quotas.days * _SECONDS_PER_DAY
+    unended = SearchRow.state.not_in(TERMINAL)
+    own = SearchRow.tenant == tenant
+    charged = func.sum(SearchRow.charged_flops)
+    counted = or_(unended, SearchRow.finished_at > since)
+    counts = select(func.count()).select_from(SearchRow)
+    return Use(
+        tenant,
+        session.scalar(counts.where(own, unended)) or 0,
+        session.scalar(counts.where(own, SearchRow.state == "running")) or 0,
+        float(session.scalar(select(charged).where(own, counted)) or 0.0),
+        quotas,
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Tenants: what each of them uses, and quotas of their own."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from nas.errors import InvalidInput
+from nas.store.audit import add_audit
+from nas.store.engine import reading, writing
+from nas.store.quotas import Use, quotas_of, use_of
+from nas.store.schema import SearchRow, TenantRow
+from nas.store.searches import Store
+
+_MOST = {"searches": 10**6, "train_flops": 1e30, "concurrency": 10**6}
+
+
+def all_use(store: Store) -> list[Use]:
+    """What each tenant uses that has a search or quotas of its own, by name."""
+    with reading(store.engine) as session:
+        names = set(session.scalars(select(SearchRow.tenant).distinct()))
+        names |= set(session.scalars(select(TenantRow.name)))
+        return [use_of(session, n, quotas_of(session, n, store.quotas)) for n in sorted(names)]
+
+
+def set_quotas(store: Store, tenant: str, **given: float) -> None:
+    """Set quotas of a tenant's own, the others staying: searches, train_flops, concurrency.
+
+    Raises
+    ------
+    InvalidInput
+        A number that is no quota.
+    """
+    for name, value in given.items():
+        if not 0 <= value <= _MOST[name]:
+            raise InvalidInput(name, value, f"a number from 0 to {_MOST[name]:g}")
+    with writing(store.engine) as session:
+        dialect = session.get_bind().dialect.name
+        make = postgresql.insert if dialect == "postgresql" else sqlite.insert
+        row = make(TenantRow).values(name=tenant, **given)
+        session.execute(row.on_conflict_do_update(index_elements=["name"], set_=given))
+        told = ", ".join(f"{name} {value:g}" for name, value in given.items())
+        add_audit(session, "quota set", tenant=tenant, reason=told)
