@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from asgi_correlation_id import correlation_id
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
-from api.problems import responses
+from api.bodies import read_json, read_json_if_any, read_strictly
+from api.problems import OF_BODIES, refusals
+from api.reference import CLONE_BODY, CLONE_RULES, MADE, PRIORITY_BODY
 from api.routes import (
     IdempotencyKey,
     SearchId,
@@ -17,44 +17,24 @@ from api.routes import (
     StoreDep,
     describe,
     made,
-    parsed,
     usable_data,
 )
 from api.schemas import PriorityIn, SearchOut
 from nas.clone import create_clone
 from nas.errors import InvalidInput
-from nas.request import MAX_PRIORITY, SearchRequest
+from nas.request import MAX_PRIORITY
 
-router = APIRouter(prefix="/v1")
-_CHANGES: dict[str, Any] = {
-    "requestBody": {
-        "required": False,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "properties": SearchRequest.model_json_schema()["properties"],
-                }
-            }
-        },
-    }
-}
-_PRIORITY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": PriorityIn.model_json_schema()}},
-    }
-}
+router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
 
 
-@router.post("/searches/{search_id}/cancel", responses=responses(404, 409), summary="Stop a search")
+@router.post("/searches/{search_id}/cancel", responses=refusals(404, 409), summary="Stop a search")
 def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.cancel(search_id))
 
 
 @router.post(
     "/searches/{search_id}/pause",
-    responses=responses(404, 409),
+    responses=refusals(404, 409),
     summary="Set a search aside; its running trials stop and go on from their checkpoints later",
 )
 def pause_search(search_id: SearchId, store: StoreDep) -> SearchOut:
@@ -63,7 +43,7 @@ def pause_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 
 @router.post(
     "/searches/{search_id}/resume",
-    responses=responses(404, 409),
+    responses=refusals(404, 409),
     summary="Queue a paused search again",
 )
 def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
@@ -72,7 +52,7 @@ def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 
 @router.post(
     "/searches/{search_id}/retry",
-    responses=responses(404, 409),
+    responses=refusals(404, 409),
     summary="Queue a search that has ended again, for the trials that it still owes",
 )
 def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
@@ -81,13 +61,13 @@ def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 
 @router.post(
     "/searches/{search_id}/priority",
-    openapi_extra=_PRIORITY,
-    responses=responses(404, 409, 422),
+    openapi_extra=PRIORITY_BODY,
+    responses=refusals(404, 409, *OF_BODIES),
     summary="Run a search before or after others",
 )
 async def prioritise_search(search_id: SearchId, request: Request, store: StoreDep) -> SearchOut:
     try:
-        wanted = PriorityIn.model_validate(parsed(await request.body()))
+        wanted = PriorityIn.model_validate(await read_json(request))
     except ValidationError as error:
         accepted = f"an object with a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
         raise InvalidInput("priority", error.errors()[0]["input"], accepted) from None
@@ -97,8 +77,8 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
 @router.post(
     "/searches/{search_id}/clone",
     status_code=201,
-    openapi_extra=_CHANGES,
-    responses={**responses(404, 422), 200: {"description": "Made before with the same key"}},
+    openapi_extra=CLONE_BODY,
+    responses={**refusals(404, *OF_BODIES, rules=CLONE_RULES), **MADE},
     summary="A search like this one, with the fields of the body changed",
 )
 async def clone_search(
@@ -109,8 +89,7 @@ async def clone_search(
     settings: SettingsDep,
     idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
-    body = await request.body()
-    changes = parsed(body) if body else {}
+    changes = await read_json_if_any(request)
     if not isinstance(changes, dict):
         raise InvalidInput("body", changes, "a JSON object with the fields to change")
     if changes.get("confirm") is not None:

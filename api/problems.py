@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import Scope
 
 from nas.errors import (
@@ -21,22 +24,25 @@ from nas.errors import (
     echo,
 )
 from nas.store import AXES
+from nas.store.records import SearchFailure, SearchState
 from nas.store.troubles import DatabaseTrouble
 
 _log = logging.getLogger(__name__)
 PROBLEM_JSON = "application/problem+json"
 #: When a client may try again where the database is unavailable.
 RETRY_AFTER_SECONDS = 5
+#: Characters of one text of a problem; `InvalidInput` has shortened what a client gave.
+_LONGEST = 1000
 #: For the OpenAPI document of every route.
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
     "properties": {
-        "type": {"type": "string"},
+        "type": {"type": "string", "format": "uri"},
         "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "field": {"type": "string", "description": "the field that cannot be used"},
+        "status": {"type": "integer", "minimum": 400, "maximum": 599},
+        "detail": {"type": "string", "maxLength": _LONGEST},
+        "field": {"type": "string", "description": "what cannot be used: a field or a header"},
         "value": {"type": "string", "description": "what was given, shortened"},
         "accepted": {"type": "string", "description": "what is accepted"},
         "reason": {"type": "string", "description": "why the database is unavailable"},
@@ -57,6 +63,12 @@ _PARAMETER_ACCEPTS = {
     "search_id": "the id of a search",
     "search": "the id of a search",
     "task": "the name of a task, or name@fingerprint",
+    "state": " | ".join(get_args(SearchState)),
+    "failure": " | ".join(get_args(SearchFailure)),
+    "tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
+    "X-Tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
+    "Idempotency-Key": "1 to 255 visible ASCII characters, without spaces",
+    "Last-Event-ID": "the id of an event",
     "limit": "a whole number from 1 to 500",
     "cursor": "the `next` of an earlier page",
     "trial_id": "a whole number",
@@ -75,7 +87,8 @@ def problem(
 ) -> JSONResponse:
     """One problem document."""
     body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
-    return JSONResponse({**body, **extra}, status, headers, media_type=PROBLEM_JSON)
+    texts = {k: v[:_LONGEST] for k, v in {**body, **extra}.items() if isinstance(v, str)}
+    return JSONResponse({**body, **extra, **texts}, status, headers, media_type=PROBLEM_JSON)
 
 
 def route_of(scope: Scope) -> str:
@@ -85,20 +98,51 @@ def route_of(scope: Scope) -> str:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a route for the OpenAPI document."""
-    titles = {
-        400: "Bad request", 401: "No usable key", 403: "Not allowed", 404: "Not found",
-        409: "Conflict", 413: "Too large", 415: "Not JSON", 422: "Invalid input",
-        429: "Too many requests, or the quota is used up", 503: "Unavailable",
-    }  # fmt: skip
     content = {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}
-    return {s: {"description": titles[s], "content": content} for s in statuses}
+    later = {"headers": {"Retry-After": _SECONDS}}
+    return {
+        s: {"description": _MEANINGS[s], "content": content} | (later if s in (429, 503) else {})
+        for s in statuses
+    }
+
+
+def refusals(
+    *statuses: int, rules: Mapping[str, str] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that reads the store, with 422 and 503 besides those named.
+
+    Parameters
+    ----------
+    rules
+        What may be refused though the route's schemas take it: `field` of the problem → why.
+    """
+    found = responses(*sorted({*statuses, 422, 503}))
+    found[422]["x-rules"] = dict(rules or {})
+    return found
+
+
+_MEANINGS = {
+    400: "Not a request for this service",
+    401: "No usable key",
+    403: "Not allowed",
+    404: "There is none",
+    409: "Not possible in its present state",
+    413: "The body is too long",
+    415: "The body is of another type than JSON in UTF-8",
+    422: "A field, parameter or header cannot be used; `field` and `accepted` tell which and why",
+    429: "Too many requests, or a quota is used up",
+    503: "The database is unavailable; try again later",
+}
+_SECONDS = {"description": "seconds until then", "schema": {"type": "integer", "minimum": 0}}
+#: Statuses of every route that reads a body.
+OF_BODIES = (413, 415, 422)
 
 
 def _invalid(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, InvalidInput)
     return problem(
         422, "invalid-input", "Invalid input", str(error),
-        field=error.field, value=error.value, accepted=error.accepted,
+        field=echo(error.field), value=error.value, accepted=error.accepted,
     )  # fmt: skip
 
 
@@ -146,11 +190,24 @@ def unavailable(request: Request, error: Exception) -> JSONResponse:
     )
 
 
-def _http(_request: Request, error: Exception) -> JSONResponse:
+def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    response = problem(error.status_code, "http", str(error.detail), str(error.detail))
+    title = HTTPStatus(error.status_code).phrase
+    response = problem(error.status_code, "http", title, str(error.detail))
     response.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(_methods(request))
+        response.headers["Allow"] = allowed or response.headers["Allow"]
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """The documented methods of a path: the framework names those of one route of it only."""
+    paths = request.app.openapi()["paths"]
+    at = [path for path in paths if compile_path(path)[0].match(request.url.path)]
+    # a fixed path stands before one with parameters that it would match too
+    found = min(at, key=lambda path: path.count("{"), default=None)
+    return [method.upper() for method in paths.get(found, ())]
 
 
 def unexpected(request: Request, error: Exception) -> JSONResponse:

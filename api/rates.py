@@ -14,9 +14,9 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
-#: request: any | submit: one that changes something | failure: one that was refused for its key |
-#: told: a refusal that the audit log tells of | told_in_all: of anyone.
-What = Literal["request", "submit", "failure", "told", "told_in_all"]
+#: request: any | submit: one that changes something | told: a refusal that the audit log tells of |
+#: told_in_all: of anyone.
+What = Literal["request", "submit", "told", "told_in_all"]
 #: Refusals that the audit log tells of one by one; of more it tells the number.
 _TOLD, _TOLD_IN_ALL = "120/minute", "1200/minute"
 #: Bits of an IPv6 address that one customer of a network has as a rule.
@@ -36,7 +36,6 @@ class Rates:
         self._limits: dict[What, RateLimitItem] = {
             "request": _rate("rate_limit", settings.rate_limit),
             "submit": _rate("submit_limit", settings.submit_limit),
-            "failure": _rate("failure_limit", settings.failure_limit),
             "told": parse(_TOLD),
             "told_in_all": parse(_TOLD_IN_ALL),
         }
@@ -46,11 +45,6 @@ class Rates:
         """Count one; None if that is within the limit, else the seconds until it may be again."""
         limit = self._limits[what]
         return None if self._limiter.hit(limit, what, who) else self._wait(limit, what, who)
-
-    def exhausted(self, what: What, who: str) -> int | None:
-        """What `spend` would say, without counting."""
-        limit = self._limits[what]
-        return None if self._limiter.test(limit, what, who) else self._wait(limit, what, who)
 
     def _wait(self, limit: RateLimitItem, what: What, who: str) -> int:
         over = self._limiter.get_window_stats(limit, what, who).reset_time - time.time()

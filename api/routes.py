@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from typing import Annotated, Any, get_args
@@ -11,16 +10,40 @@ from anyio import CapacityLimiter, to_thread
 from asgi_correlation_id import correlation_id
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
 from pydantic_core import to_json
 
 from api.auth import Caller
+from api.bodies import MAX_BODY as MAX_BODY
+from api.bodies import REAL, WHOLE, Absent, read_json, read_strictly
 from api.cache import AnswerCache, Kept
-from api.problems import responses
-from api.schemas import SearchOut, SearchPage, TrialDetail, TrialPage, trial_fields
+from api.problems import OF_BODIES, refusals
+from api.reference import (
+    BEST_RULES,
+    CONFIRM_BODY,
+    CONFIRM_RULES,
+    FRONTIER_RULES,
+    MADE,
+    SEARCH_BODY,
+    SEARCH_FOUND,
+    SEARCH_RULES,
+    STRUCTURE_RULES,
+    TRIALS_FOUND,
+)
+from api.schemas import (
+    Preview,
+    SearchOut,
+    SearchPage,
+    StructureOut,
+    TaskList,
+    TrialDetail,
+    TrialPage,
+    trial_fields,
+)
 from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.data_folder import data_inside
-from nas.design import inspect_design, parse_design
+from nas.design import DESIGN_FORMS, inspect_design, parse_design
 from nas.errors import InvalidInput
 from nas.recipe import Recipe
 from nas.request import SearchRequest
@@ -31,45 +54,37 @@ from nas.store.records import SearchFailure, SearchState
 from nas.structure import MAX_DIMENSION, Sizing
 from nas.tasks import load_data
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
 
 MAX_PAGE = 500
-#: Largest request body, bytes.
-MAX_BODY = 64 * 1024
 #: Largest number that a database's 64-bit column takes.
 _MAX_ID = 2**63 - 1
-Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+Limit = Annotated[int, Field(ge=1, le=MAX_PAGE), WHOLE, Query()]
 #: Text that a database takes: no NUL.
 _TEXT = r"^[^\x00]*$"
-Cursor = Annotated[int, Query(ge=-1, le=_MAX_ID)]
-SearchId = Annotated[str, Path(pattern=_TEXT, max_length=64)]
-Text = Annotated[str | None, Query(pattern=_TEXT, max_length=200)]
-IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+Cursor = Annotated[int, Field(ge=-1, le=_MAX_ID), WHOLE]
+SearchId = Annotated[str, Path(pattern=_TEXT, min_length=1, max_length=64)]
+Text = Annotated[
+    Annotated[str, Field(pattern=_TEXT, min_length=1, max_length=200)] | Absent, Query()
+]
+IdempotencyKey = Annotated[
+    Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | Absent,
+    Header(description="visible ASCII; the same key, the same search"),
+]
 Tenant = Annotated[
-    str | None,
+    Annotated[str, Field(pattern=TENANT)] | Absent,
     Header(
         alias="X-Tenant",
-        pattern=TENANT,
         description="Whose searches are made and asked about, where no key says so.",
     ),
 ]
-State = Annotated[str | None, Query(description=" | ".join(get_args(SearchState)))]
-Failure = Annotated[str | None, Query(description=" | ".join(get_args(SearchFailure)))]
-Axis = Annotated[str, Query(max_length=64, description=" | ".join(AXES))]
-_SEARCH_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": SearchRequest.model_json_schema()}},
-    }
-}
-
-
-_CONFIRM_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": ConfirmRequest.model_json_schema()}},
-    }
-}
+State = Annotated[SearchState | Absent, Query(description=" | ".join(get_args(SearchState)))]
+Failure = Annotated[SearchFailure | Absent, Query(description=" | ".join(get_args(SearchFailure)))]
+Axis = Annotated[str, Query(description=" | ".join(AXES), json_schema_extra={"enum": list(AXES)})]
+Budget = Annotated[float, Field(gt=0, allow_inf_nan=False), REAL] | Absent
+#: Side of a layer.
+Dimension = Annotated[int, Field(ge=1, le=MAX_DIMENSION), WHOLE, Query()]
+_PAGE = Query(description="the `next` of an earlier page")
 
 
 async def get_store(request: Request, tenant: Tenant = None) -> Store:
@@ -98,20 +113,11 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 async def read_search_request(request: Request) -> SearchRequest:
     """The body as a `SearchRequest`; `InvalidInput` if it is none."""
-    values = parsed(await request.body())
+    values = await read_json(request)
     if isinstance(values, dict) and values.get("confirm") is not None:
         accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
         raise InvalidInput("confirm", values["confirm"], accepted)
     return SearchRequest.checked(values)
-
-
-def parsed(body: bytes) -> Any:
-    """A request's body as plain values; `InvalidInput` if it is no JSON."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        shown = body[:100].decode("utf-8", "replace")
-        raise InvalidInput("body", shown, "a JSON object") from None
 
 
 RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
@@ -144,8 +150,8 @@ def describe(search: Search) -> SearchOut:
 @router.post(
     "/searches",
     status_code=201,
-    openapi_extra=_SEARCH_BODY,
-    responses={**responses(422), 200: {"description": "Made before with the same key"}},
+    openapi_extra=SEARCH_BODY,
+    responses={**refusals(*OF_BODIES, rules=SEARCH_RULES), **MADE},
     summary="Submit a search",
 )
 def create_search(
@@ -172,8 +178,9 @@ def made(search: Search, new: bool, response: Response) -> SearchOut:
 
 @router.post(
     "/searches/preview",
-    openapi_extra=_SEARCH_BODY,
-    responses=responses(422),
+    openapi_extra=SEARCH_BODY,
+    responses=refusals(*OF_BODIES, rules=SEARCH_RULES),
+    response_model=Preview,
     summary="What a search would run, without running it",
 )
 def preview_search(body: RequestDep, store: StoreDep, settings: SettingsDep) -> dict[str, Any]:
@@ -183,17 +190,17 @@ def preview_search(body: RequestDep, store: StoreDep, settings: SettingsDep) -> 
 
 @router.get(
     "/searches",
-    responses=responses(422),
+    responses=refusals(),
     response_model=SearchPage,
     summary="Searches, newest first",
 )
 async def list_searches(
     store: StoreDep,
     limit: Limit = 50,
-    cursor: Cursor | None = None,
+    cursor: Annotated[Cursor | Absent, _PAGE] = None,
     state: State = None,
     failure: Failure = None,
-    tenant: Annotated[str | None, Query(pattern=TENANT)] = None,
+    tenant: Annotated[Annotated[str, Field(pattern=TENANT)] | Absent, Query()] = None,
 ) -> Response:
     filters = catalogue.checked_filters(state=state, failure=failure, tenant=tenant)
 
@@ -208,19 +215,21 @@ async def list_searches(
     return await _paged(page)
 
 
-@router.get("/searches/{search_id}", responses=responses(404), summary="One search")
+@router.get(
+    "/searches/{search_id}", responses={**refusals(404), **SEARCH_FOUND}, summary="One search"
+)
 def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.search(search_id))
 
 
 @router.get(
     "/searches/{search_id}/trials",
-    responses=responses(404, 422),
+    responses={**refusals(404), **TRIALS_FOUND},
     response_model=TrialPage,
     summary="Trials of a search",
 )
 async def list_trials(
-    search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Cursor = -1
+    search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Annotated[Cursor, _PAGE] = -1
 ) -> Response:
     def page() -> dict[str, Any]:
         found = store.trials(search_id, after=cursor, limit=limit)
@@ -246,8 +255,8 @@ async def _paged(page: Callable[[], dict[str, Any]]) -> Response:
 @router.post(
     "/searches/{search_id}/confirm",
     status_code=201,
-    openapi_extra=_CONFIRM_BODY,
-    responses={**responses(404, 409, 422), 200: {"description": "Made before with the same key"}},
+    openapi_extra=CONFIRM_BODY,
+    responses={**refusals(404, 409, *OF_BODIES, rules=CONFIRM_RULES), **MADE},
     summary="Run the best of a search and of dense again with fresh seeds, as a search of its own",
 )
 async def confirm_search(
@@ -257,7 +266,7 @@ async def confirm_search(
     store: StoreDep,
     idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
-    wanted = ConfirmRequest.checked(parsed(await request.body()))
+    wanted = ConfirmRequest.checked(await read_json(request))
     search, new = await run_in_threadpool(
         create_confirmation, store, search_id, wanted,
         idempotency_key=idempotency_key, request_id=correlation_id.get(),
@@ -265,14 +274,16 @@ async def confirm_search(
     return made(search, new, response)
 
 
-@router.get("/trials/{trial_id}", responses=responses(404, 422), summary="A trial with its curve")
-def read_trial(trial_id: Annotated[int, Path(ge=0, le=_MAX_ID)], store: StoreDep) -> TrialDetail:
+@router.get("/trials/{trial_id}", responses=refusals(404), summary="A trial with its curve")
+def read_trial(
+    trial_id: Annotated[int, Field(ge=0, le=_MAX_ID), WHOLE, Path()], store: StoreDep
+) -> TrialDetail:
     return TrialDetail.with_curve(store.trial(trial_id), store.curve(trial_id))
 
 
 @router.get(
     "/frontier",
-    responses=responses(404, 422),
+    responses=refusals(404, rules=FRONTIER_RULES),
     response_model=FrontierAnswer,
     summary="Pareto fronts of a task or a search over completed runs: loss against an axis",
 )
@@ -297,7 +308,7 @@ async def read_frontier(
 
 @router.get(
     "/best",
-    responses=responses(404, 422),
+    responses=refusals(404, rules=BEST_RULES),
     response_model=Answer,
     summary="The best structure within one budget, against dense",
 )
@@ -305,11 +316,11 @@ async def read_best(
     request: Request,
     store: StoreDep,
     cache: CacheDep,
-    train_flops: float | None = None,
-    inference_flops: Annotated[float | None, Query(description="per token")] = None,
-    params: float | None = None,
-    step_seconds: float | None = None,
-    peak_memory: Annotated[float | None, Query(description="bytes")] = None,
+    train_flops: Annotated[Budget, Query()] = None,
+    inference_flops: Annotated[Budget, Query(description="per token")] = None,
+    params: Annotated[Budget, Query()] = None,
+    step_seconds: Annotated[Budget, Query()] = None,
+    peak_memory: Annotated[Budget, Query(description="bytes")] = None,
     task: Text = None,
     search: Text = None,
 ) -> Response:
@@ -348,18 +359,25 @@ def _json(body: bytes) -> Response:
 
 @router.get(
     "/structures",
-    responses=responses(422),
+    responses=refusals(rules=STRUCTURE_RULES),
+    response_model=StructureOut,
+    response_model_exclude_unset=True,
     summary="Exact sizes, FLOPs, parameters and rank of a structure for one layer",
 )
 def read_structure(
-    theta: str,
-    d_in: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
-    d_out: Annotated[int, Query(ge=1, le=MAX_DIMENSION)],
+    theta: Annotated[str, Query(pattern=_TEXT, description=DESIGN_FORMS, examples=["monarch"])],
+    d_in: Dimension,
+    d_out: Dimension,
     sizing: Sizing = "least-waste",
 ) -> dict[str, Any]:
     return inspect_design(parse_design(theta), d_in, d_out, sizing)
 
 
-@router.get("/tasks", summary="Tasks, their recipes and the data that searches have used")
+@router.get(
+    "/tasks",
+    responses=refusals(),
+    response_model=TaskList,
+    summary="Tasks, their recipes and the data that searches have used",
+)
 def list_tasks(store: StoreDep) -> dict[str, Any]:
     return {"items": catalogue.get_tasks(store)}

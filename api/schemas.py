@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nas.request import MAX_PRIORITY, SearchRequest
+from nas.request import MAX_PRIORITY, WHOLE, SearchRequest
 from nas.results import DESIGN, THETA
 from nas.store import StoredPoint, Trial
 
@@ -166,12 +166,144 @@ class TrialDetail(TrialOut):
         return cls(**trial_fields(trial), curve=[PointOut.of(p) for p in curve])
 
 
+class ReferenceOut(_Out):
+    """A dense run that a search would begin with."""
+
+    width: int
+    steps: int
+    train_flops: int
+    params: int
+    forward_flops_per_token: float
+
+
+class Preview(_Out):
+    """What a search would run."""
+
+    request: SearchRequest
+    recipe: dict[str, bool | int | float | str]
+    loss_unit: str
+    trials: int
+    references: list[ReferenceOut]
+    total_runs: int
+    total_train_flops_at_most: float
+    train_flops_unit: str
+    minimum_train_flops: float = Field(description="least budget that this request could have")
+    widths: dict[str, list[tuple[int, int]]]
+    widths_unit: str
+
+
+class FactorOut(_Out):
+    """One of the tensors that a structure is made of."""
+
+    name: str
+    fan_in: int
+    fan_out: int
+    init_std: float
+    adam_lr_multiplier: float
+    axes: list[str] = []
+    shape: list[int] = []
+
+
+class StructureOut(_Out):
+    """Everything exact about a structure for one layer; which fields there are depends on it.
+
+    FLOPs are forward FLOPs per token: 1 MAC = 2 FLOPs.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    macs: int
+    flops: int
+    params: int
+    dense_macs: int
+    fingerprint: str
+    theta: list[float] = []
+    canonical_theta: list[float] = []
+    text: str = ""
+    sizing: str = ""
+    family: str = ""
+    experts: int = 0
+    active: int = 0
+    n_factors: int = 0
+    sizes: dict[str, int] = {}
+    einsum: str = ""
+    contraction: list[str] = []
+    factors: list[FactorOut] = []
+    chain_macs: int = 0
+    macs_a_first: int = 0
+    macs_b_first: int = 0
+    gate_macs: int = 0
+    expert_macs: int = 0
+    experts_macs_all: int = 0
+    expert_dense: bool = False
+    rho: int = 0
+    rank: int | None = None
+    rank_is: str = ""
+    rank_bound: int = 0
+    omega: float = 0.0
+    psi: float = 0.0
+    nu: float = 0.0
+    omega_integer: float = 0.0
+    psi_integer: float = 0.0
+    nu_integer: float = 0.0
+    padded_in: int = 0
+    padded_out: int = 0
+    dropped_inputs: int = 0
+    constant_outputs: int = 0
+    waste: float = 0.0
+    degenerate: bool = False
+    convolution: str = ""
+    kernel: float = 0.0
+    length: int = 0
+    channels_in: int = 0
+    channels_out: int = 0
+    taps: int = 0
+
+
+class RecipeOut(_Out):
+    """A model family and its training settings."""
+
+    name: str
+    settings: dict[str, bool | int | float | str]
+    loss_unit: str
+    accepted_train_flops: str
+    minimum_train_flops: float
+
+
+class FingerprintOut(_Out):
+    """Data that searches here have used."""
+
+    fingerprint: str
+    searches: int
+    recipe: str
+    overrides: dict[str, bool | int | float | str] | None
+    data: str | None
+
+
+class TaskOut(_Out):
+    """What can be trained."""
+
+    name: str
+    loss_unit: str
+    recipes: list[RecipeOut]
+    minimum_references: int
+    default_fingerprint: str | None
+    fingerprints: list[FingerprintOut]
+
+
+class TaskList(_Out):
+    """Every task."""
+
+    items: list[TaskOut]
+
+
 class PriorityIn(BaseModel):
     """A search's place among others."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    priority: int = Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), WHOLE]
 
 
 class ProcessOut(_Out):

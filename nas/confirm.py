@@ -8,13 +8,13 @@ then rest on these runs alone, and tell how well the ranking held.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nas.cost import MAX_TRAIN_FLOPS
-from nas.errors import Conflict, IdempotencyConflict, InvalidInput
-from nas.request import MAX_CONFIRM_SEEDS, MAX_TRIALS, Confirm, ConfirmedRun, SearchRequest
+from nas.errors import Conflict, IdempotencyConflict, InvalidInput, echo
+from nas.request import MAX_CONFIRM_SEEDS, MAX_TRIALS, WHOLE, Confirm, ConfirmedRun, SearchRequest
 from nas.store import Search, Store, Trial
 
 MAX_LONGER = 100.0
@@ -25,11 +25,11 @@ class ConfirmRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    top: int = Field(
-        3, ge=1, le=MAX_TRIALS, description="Candidates that are run again; the best dense one too."
+    top: Annotated[int, Field(ge=1, le=MAX_TRIALS), WHOLE] = Field(
+        3, description="Candidates that are run again; the best dense one too."
     )
-    seeds: int = Field(
-        3, ge=1, le=MAX_CONFIRM_SEEDS, description="Fresh seeds that each is run with."
+    seeds: Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS), WHOLE] = Field(
+        3, description="Fresh seeds that each is run with."
     )
     longer: float = Field(
         1.0, ge=1, le=MAX_LONGER, description="Steps of a confirmation over those of its run."
@@ -49,7 +49,7 @@ class ConfirmRequest(BaseModel):
             return cls(**{str(k): v for k, v in values.items()})
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            field = str(first["loc"][0]) if first["loc"] else "body"
+            field = echo(str(first["loc"][0])) if first["loc"] else "body"
             raise InvalidInput(field, first["input"], _ACCEPTED.get(field, _ONLY)) from None
 
 

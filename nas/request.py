@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from pathlib import Path
+from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from nas.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
 from nas.design import Design, parse_design
-from nas.errors import InvalidInput
+from nas.errors import InvalidInput, echo
 from nas.mixture import Mixture
 from nas.recipe import RECIPES, TASKS, Recipe, recipe_of
 from nas.theta import DENSE, Theta
@@ -39,6 +39,15 @@ MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
 #: Longest limit of time, three years: an operating system's clock must be able to hold it.
 MAX_SECONDS = 1e8
+_EACH_ONCE: JsonDict = {"uniqueItems": True}
+
+
+def _as_whole(given: Any) -> Any:
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+#: JSON has one kind of number: 16.0 is the whole number 16.
+WHOLE = BeforeValidator(_as_whole)
 
 
 class ConfirmedRun(BaseModel):
@@ -79,16 +88,32 @@ class Space(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     families: tuple[Family, ...] = Field(
-        ("einsum",), min_length=1, max_length=len(FAMILIES), description=" | ".join(FAMILIES)
+        ("einsum",),
+        min_length=1,
+        max_length=len(FAMILIES),
+        description=" | ".join(FAMILIES),
+        json_schema_extra=_EACH_ONCE,
     )
-    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True)], ...] = Field(
-        (2,), min_length=1, max_length=MAX_FACTORS, description="Factors of family einsum."
+    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True), WHOLE], ...] = Field(
+        (2,),
+        min_length=1,
+        max_length=MAX_FACTORS,
+        description="Factors of family einsum.",
+        json_schema_extra=_EACH_ONCE,
     )
-    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True)], ...] = Field(
-        (8,), min_length=1, max_length=16, description="Experts of the mixtures."
+    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True), WHOLE], ...] = Field(
+        (8,),
+        min_length=1,
+        max_length=16,
+        description="Experts of the mixtures.",
+        json_schema_extra=_EACH_ONCE,
     )
-    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True)], ...] = Field(
-        (2,), min_length=1, max_length=16, description="Experts computed for each token."
+    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True), WHOLE], ...] = Field(
+        (2,),
+        min_length=1,
+        max_length=16,
+        description="Experts computed for each token.",
+        json_schema_extra=_EACH_ONCE,
     )
     heads: tuple[Heads, ...] = Field(
         ("free",),
@@ -96,6 +121,7 @@ class Space(BaseModel):
         max_length=2,
         description="Whether attention heads are blocks of the projections: free | aligned; for "
         "two factors, btt-moe and low-rank-moe, the others being free.",
+        json_schema_extra=_EACH_ONCE,
     )
 
     @property
@@ -156,35 +182,54 @@ class SearchRequest(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, str_max_length=4096
     )
 
-    task: str = Field("text", description=f"Task to train: {', '.join(TASKS)}.", examples=["text"])
+    task: str = Field(
+        "text",
+        description=f"Task to train: {', '.join(TASKS)}.",
+        examples=["text"],
+        json_schema_extra={"enum": list(TASKS)},
+    )
     data: str | None = Field(
         None,
+        min_length=1,
         description="File or folder to train on instead of the task's default; over REST a name "
         "inside the service's data folder.",
+        examples=["texts"],
     )
     recipe: str | None = Field(
         None,
         description="Named recipe of the task: model family and training settings; by "
         "default the task's first.",
         examples=["gpt-bpe-1"],
+        json_schema_extra={"enum": [*RECIPES, None]},
     )
     overrides: dict[str, bool | int | float | str] | None = Field(
-        None, description="Settings of the recipe set anew, by name.", examples=[{"depth": 6}]
+        None,
+        description="Settings of the recipe set anew, by name.",
+        examples=[{"depth": 6}],
+        json_schema_extra={"propertyNames": {"enum": [f.name for f in fields(Recipe)]}},
     )
     train_flops: float = Field(
+        gt=0,
+        le=MAX_TRAIN_FLOPS,
         description="Budget of each run in train FLOPs (1 MAC = 2 FLOPs, training = 3 × forward).",
         examples=[3e11],
     )
-    trials: int = Field(16, description="Candidates to run; dense references come on top.")
+    trials: Annotated[int, Field(ge=1, le=MAX_TRIALS), WHOLE] = Field(
+        16,
+        description="Candidates to run; dense references come on top.",
+    )
     objective: Objective = Field(
         "budget",
         description="budget: least validation loss at the budget. pareto: the run's own budget "
         "is proposed too, in [budget/32, budget], and loss and train FLOPs are minimised together.",
     )
     sampler: Sampler = Field("tpe", description="Optuna sampler that proposes candidates.")
-    seed: int = Field(0, description="Seed of proposals and of every run.")
-    references: int = Field(
-        5, description="Dense runs at distinct widths, on top of trials; fewer only if the "
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] = Field(
+        0, description="Seed of proposals and of every run."
+    )
+    references: Annotated[int, Field(ge=MIN_REFERENCES, le=MAX_REFERENCES), WHOLE] = Field(
+        5, 
+        description="Dense runs at distinct widths, on top of trials; fewer only if the "
         "budget admits fewer widths."
     )  # fmt: skip
 
@@ -200,8 +245,9 @@ class SearchRequest(BaseModel):
         description="What it may use at most; by default only the service's time limit of a trial.",
         examples=[{"trial_seconds": 600, "seconds": 86400, "total_train_flops": 1e14}],
     )
-    priority: int = Field(
-        0, description="Searches of greater priority are run first, of equal the oldest."
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), WHOLE] = Field(
+        0,
+        description="Searches of greater priority are run first, of equal the oldest.",
     )
     confirm: Confirm | None = Field(
         None,
@@ -281,14 +327,6 @@ class SearchRequest(BaseModel):
             raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
         self.check_budget(recipe)
         self._check_confirm(recipe)
-        for field, low, high in (
-            ("priority", -MAX_PRIORITY, MAX_PRIORITY),
-            ("trials", 1, MAX_TRIALS),
-            ("references", MIN_REFERENCES, MAX_REFERENCES),
-            ("seed", 0, MAX_SEED),
-        ):
-            if not low <= getattr(self, field) <= high:
-                raise InvalidInput(field, getattr(self, field), _ACCEPTED[field])
         self._check_limits()
 
     def _check_limits(self) -> None:
@@ -351,37 +389,20 @@ def _clean_text(text: str) -> bool:
 
 def _explain(error: ValidationError) -> InvalidInput:
     first = error.errors(include_url=False, include_context=False)[0]
-    field = str(first["loc"][0]) if first["loc"] else "body"
+    field = echo(str(first["loc"][0])) if first["loc"] else "body"
     if first["type"] == "missing":
         return InvalidInput(field, "nothing", _ACCEPTED[field])
     if field == "limits" and len(first["loc"]) > 1:
-        own = str(first["loc"][1])
+        own = echo(str(first["loc"][1]))
         names = ", ".join(Limits.model_fields)
         most = f", at most {MAX_SECONDS:g}" if own.endswith("seconds") else ""
         known = own in Limits.model_fields
         accepted = f"a number above 0{most}" if known else f"only the fields {names}"
         return InvalidInput(f"limits.{own}", first["input"], accepted)
     if field == "space" and len(first["loc"]) > 1:
-        own = str(first["loc"][1])
+        own = echo(str(first["loc"][1]))
         accepted = _ACCEPTED_OF_SPACE.get(own, f"only the fields {', '.join(_ACCEPTED_OF_SPACE)}")
         return InvalidInput(f"space.{own}", first["input"], accepted)
     if field not in _ACCEPTED:
         return InvalidInput(field, first["input"], f"only the fields {', '.join(_ACCEPTED)}")
     return InvalidInput(field, first["input"], _ACCEPTED[field])
-
-
-def data_inside(folder: Path | None, name: str) -> Path:
-    """The path of `name` inside the data folder, for names that came over the network.
-
-    Raises
-    ------
-    InvalidInput
-        No data folder is configured, or the name leads out of it.
-    """
-    if folder is None:
-        raise InvalidInput("data", name, "nothing: this service has no EINSUM_NAS_DATA_DIR")
-    root = Path(os.path.realpath(folder))
-    target = Path(os.path.realpath(root / name))
-    if not target.is_relative_to(root):
-        raise InvalidInput("data", name, "a file or folder name inside the service's data folder")
-    return target

@@ -55,8 +55,6 @@ class Settings(BaseSettings):
     rate_limit: str = "200/second"
     #: of these, requests that change something
     submit_limit: str = "50/second"
-    #: refusals for want of a usable key of one address, after which it is not listened to
-    failure_limit: str = "30/minute"
     #: server-sent event streams that are open at once
     event_streams: int = Field(1000, ge=1, le=100_000)
     #: hours until a browser has to sign in again

@@ -41,7 +41,7 @@ def run(language: str, code: str, service: Service) -> str:
 
 
 def test_the_readme_has_its_examples() -> None:
-    languages = ["bash"] * 4 + ["python"] * 5 + ["bash"] + ["python"] * 2 + ["bash"]
+    languages = ["bash"] * 4 + ["python"] * 5 + ["bash"] + ["python"] * 2 + ["bash"] * 2
     assert [language for language, _ in BLOCKS] == languages
 
 
@@ -63,6 +63,7 @@ def test_an_example_runs(index: int, service: Service, finished_search: RemoteSe
         ["btt-moe", "gate", "Pareto front"],
         ["'dropped': 0"],
         ["gemm=", "1024x1024:32.1.32.1.32.32.1 tokens=512"],
+        ["enas_", "ci", "expires 2", "0 of 20", "key created"],
         ["before-upgrade.db: ", "Pareto front", "would delete"],
     ][index]
     for text in expected:

@@ -135,7 +135,8 @@ def test_bad_fields_get_one_clear_error_and_store_nothing(
      b"\xff\xfe", b'{"train_flops": ' + b"9" * 5000 + b"}", b'{"a": "' + b"x" * 60_000 + b'"}'],
 )  # fmt: skip
 def test_bodies_that_are_no_request_are_refused(client: TestClient, body: bytes) -> None:
-    answer = client.post("/v1/searches", content=body)
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/v1/searches", content=body, headers=headers)
     assert answer.status_code == 422, answer.text
     assert len(answer.content) < 4096
     assert answer.json()["field"] in ("body", "train_flops", "task", "a", "data")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
@@ -35,7 +34,7 @@ _addresses = (f"10.{a}.{b}.7" for a, b in itertools.product(range(256), repeat=2
 class House:
     """A service with access control, the secrets of its keys, and another tenant's things."""
 
-    app: FastAPI
+    running: TestClient
     store: Store
     #: name → secret
     keys: dict[str, str]
@@ -43,14 +42,20 @@ class House:
     #: of another tenant
     theirs: dict[str, str]
 
+    def client(self, address: str | None = None) -> TestClient:
+        """A client at an address, by default one not used before."""
+        whence = (address or next(_addresses), 50000)
+        app = self.running.app
+        found = TestClient(app, "http://127.0.0.1", client=whence, follow_redirects=False)
+        found.portal = self.running.portal  # all in the loop that the service runs in
+        return found
+
     def ask(
         self, method: str, path: str, key: str | None = None, **options: Any
     ) -> tuple[Any, Entry | None]:
         """The response, and what the audit log says of it; from an address not used before."""
         address = next(_addresses)
-        client = TestClient(
-            self.app, "http://127.0.0.1", client=(address, 50000), follow_redirects=False
-        )
+        client = self.client(address)
         headers = dict(options.pop("headers", {}))
         if key is not None:
             headers["Authorization"] = f"Bearer {self.keys.get(key, key)}"
@@ -88,7 +93,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         yield House(
-            app, store, made, {"search_id": NOWHERE, "trial_id": "999999"},
+            client, store, made, {"search_id": NOWHERE, "trial_id": "999999"},
             {"search_id": theirs.search_id, "trial_id": str(trial)},
         )  # fmt: skip
     store.close()
@@ -271,7 +276,7 @@ def test_the_audit_log_is_for_operators_and_has_no_secrets(house: House) -> None
 
 
 def test_a_flood_of_refusals_does_not_fill_the_log(house: House) -> None:
-    client = TestClient(house.app, "http://127.0.0.1", client=(next(_addresses), 50000))
+    client = house.client()
     before = Audit(house.store).entries(limit=1)[0].id
     statuses = [client.get("/v1/searches").status_code for _ in range(600)]
     assert set(statuses) <= {401, 429}
@@ -285,8 +290,7 @@ def test_a_flood_of_refusals_does_not_fill_the_log(house: House) -> None:
 
 
 def signed_in(house: House, key: str = "all", next_: str = "/") -> tuple[TestClient, Any]:
-    client = TestClient(house.app, "http://127.0.0.1", client=(next(_addresses), 50000),
-                        follow_redirects=False)  # fmt: skip
+    client = house.client()
     return client, client.post("/login", data={"key": house.keys[key], "next": next_})
 
 

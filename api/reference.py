@@ -1,0 +1,143 @@
+"""What the OpenAPI document says beyond the signatures of the routes: bodies, links, headers."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from pydantic import BaseModel
+
+from api.schemas import PriorityIn, SearchOut
+from nas.confirm import ConfirmRequest
+from nas.recipe import Recipe
+from nas.request import SearchRequest
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a model with its definitions in their places."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def placed(node: Any) -> Any:
+        if isinstance(node, list):
+            return [placed(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        found = definitions.get(str(node.get("$ref", "")).rpartition("/")[2])
+        if found is not None:
+            return placed({**found, **{k: v for k, v in node.items() if k != "$ref"}})
+        return {name: placed(item) for name, item in node.items()}
+
+    result: dict[str, Any] = placed(schema)
+    return result
+
+
+def _body(schema: dict[str, Any], *, required: bool = True, **examples: Any) -> dict[str, Any]:
+    named = {name: {"value": value} for name, value in examples.items()}
+    content = {"application/json": {"schema": schema, "examples": named}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+_SEARCH = _schema(SearchRequest)
+#: Confirmations have a route of their own; null is what other searches show.
+_SEARCH["properties"]["confirm"] = {"type": "null"}
+_CHANGES = {k: v for k, v in _SEARCH.items() if k not in ("required", "description")}
+_SMALL = {"task": "text", "train_flops": 2e11, "trials": 2, "seed": 1}
+
+SEARCH_BODY = _body(
+    _SEARCH,
+    text=_SMALL,
+    settings={"task": "regression", "train_flops": 2e11, "overrides": {"depth": 6}},
+    space={**_SMALL, "space": {"families": ["einsum", "btt-moe"], "factors": [2, 3]}},
+    limits={**_SMALL, "limits": {"seconds": 3600, "total_train_flops": 2e12}, "priority": 5},
+)
+CONFIRM_BODY = _body(_schema(ConfirmRequest), top={"top": 1, "seeds": 2})
+CLONE_BODY = _body(
+    _CHANGES, required=False, same={}, longer={"trials": 32}, again={"seed": 2, "priority": -1}
+)
+PRIORITY_BODY = _body(_schema(PriorityIn), first={"priority": 10})
+
+#: Of requests that the schema takes; a schema cannot say what depends on several fields at once.
+_KEY = {"Idempotency-Key": "used before with another request"}
+SEARCH_RULES = {
+    **_KEY,
+    "train_flops": "from what the recipe's least runs need, and as many references: GET /v1/tasks",
+    "data": "a file or folder inside the service's data folder that the task can read",
+    "recipe": "one of the task's",
+    "overrides": "settings that the recipe has, each with a value that it can have",
+    **{
+        f.name: "with the recipe's other settings, a value that it can have" for f in fields(Recipe)
+    },
+    "min_width, max_width": "multiples of head_dim",
+    "context, vocabulary, side, channels, patch, classes, input_dim": "those of the model",
+    "active": "at most `experts`",
+    "space.heads": "aligned only where the model attends",
+    "limits.total_train_flops": "at least what the references and one candidate take",
+}
+CLONE_RULES = {**SEARCH_RULES, "changes": "of a confirmation only limits and priority"}
+CONFIRM_RULES = {
+    **_KEY,
+    "top": "at most the distinct candidates that have completed",
+    "longer": "no run past the greatest budget",
+}
+FRONTIER_RULES = {
+    "task, search": "exactly one of the two",
+    "task": "the name of a task, or name@fingerprint",
+}
+BEST_RULES = {
+    **FRONTIER_RULES,
+    "budget": "exactly one",
+    "train_flops": "not far past everything measured",
+}
+STRUCTURE_RULES = {
+    "theta": "text that names a structure",
+    "mixture": "text that names a mixture",
+    "convolution": "text that names a convolution",
+    "experts": "as many as the structure can have",
+    "active": "at most `experts`",
+    "heads": "of two factors and mixtures of them",
+    "sizing": "least-waste, but for two factors",
+}
+
+_ACTS = ("cancel", "pause", "resume", "retry", "priority", "clone", "confirm")
+
+
+def _link(method: str, path: str, **parameters: str) -> dict[str, Any]:
+    escaped = path.replace("~", "~0").replace("/", "~1")
+    return {"operationRef": f"#/paths/{escaped}/{method}", "parameters": parameters}
+
+
+def _links(search: str) -> dict[str, Any]:
+    """Links from an answer to everything that takes a search's id, found there at `search`."""
+    one = "/v1/searches/{search_id}"
+    budget = "$response.body#/request/train_flops"
+    return {
+        **{act: _link("post", f"{one}/{act}", search_id=search) for act in _ACTS},
+        "read": _link("get", one, search_id=search),
+        "trials": _link("get", f"{one}/trials", search_id=search),
+        "events": _link("get", f"{one}/events", search_id=search),
+        "best": _link("get", "/v1/best", search=search, train_flops=budget),
+        "frontier": _link("get", "/v1/frontier", search=search),
+    }
+
+
+_LOCATION = {"Location": {"description": "the search", "required": True, "schema": {
+    "type": "string", "pattern": "^/v1/searches/[0-9a-f]{32}$",
+}}}  # fmt: skip
+_MADE: dict[str, Any] = {"headers": _LOCATION, "links": _links("$response.body#/id")}
+#: `responses=` of routes that make a search.
+MADE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Made before with the same key", "model": SearchOut, **_MADE},
+    201: {"description": "Queued", **_MADE},
+}
+SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The search", "links": _links("$response.body#/id")}
+}
+TRIALS_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A page of trials",
+        "links": {
+            "trial": _link("get", "/v1/trials/{trial_id}", trial_id="$response.body#/items/0/id")
+        },
+    }
+}
