@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
+from pydantic import Field
 
-from api.problems import responses
+from api.bodies import Absent
+from api.problems import refusals
 from api.routes import Cursor, Limit
 from api.schemas import AuditPage, WorkerList
 from nas.settings import TENANT
@@ -17,19 +19,19 @@ from nas.store.processes import LIVE_SECONDS, Processes
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/workers", summary="Workers and services that were seen lately")
+@router.get("/workers", responses=refusals(), summary="Workers and services that were seen lately")
 def list_workers(request: Request) -> WorkerList:
     store: Store = request.app.state.store
     found = Processes(store).alive(LIVE_SECONDS)
     return WorkerList.model_validate({"items": found}, from_attributes=True)
 
 
-@router.get("/audit", responses=responses(422), summary="The audit log, newest first")
+@router.get("/audit", responses=refusals(), summary="The audit log, newest first")
 def list_audit(
     request: Request,
     limit: Limit = 50,
-    cursor: Cursor | None = None,
-    tenant: Annotated[str | None, Query(pattern=TENANT)] = None,
+    cursor: Cursor | Absent = None,
+    tenant: Annotated[Annotated[str, Field(pattern=TENANT)] | Absent, Query()] = None,
 ) -> AuditPage:
     store: Store = request.app.state.store
     found = Audit(store).entries(before=cursor, limit=limit, tenant=tenant)

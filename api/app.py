@@ -6,15 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from api import (
     access,
     admin,
     auth,
+    bodies,
     dashboard,
     events,
+    headers,
     health,
     hosts,
     lifecycle,
@@ -71,23 +73,26 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         version=version("einsum-nas"),
         description=DESCRIPTION,
         lifespan=lifespan,
-        max_body_size=routes.MAX_BODY,
+        max_body_size=bodies.MAX_BODY,
+        redirect_slashes=False,
         docs_url=None,  # its page loads scripts from elsewhere; /openapi.json is the reference
         redoc_url=None,
     )
     problems.install(app)
     app.state.access_control = access_control
     auth.install(app, used, access_control=access_control)
+    app.add_middleware(bodies.BodyLimit)
     app.add_middleware(health.Gate)
     hosts.install(app, used, address)
     metrics.install(app)
     access.install(app)
+    headers.install(app)
     app.include_router(health.health)
     app.include_router(metrics.router)
     app.include_router(routes.router)
     app.include_router(lifecycle.router)
-    app.include_router(events.router)
-    app.include_router(admin.router)
+    app.include_router(events.router, dependencies=[Depends(bodies.read_strictly)])
+    app.include_router(admin.router, dependencies=[Depends(bodies.read_strictly)])
     app.include_router(dashboard.router)
     app.include_router(signin.router)
     auth.document(app, access_control=access_control)

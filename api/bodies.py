@@ -20,6 +20,7 @@ from fastapi.params import Query
 from fastapi.routing import APIRoute
 from pydantic import BeforeValidator
 from pydantic.json_schema import SkipJsonSchema
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.problems import problem
@@ -42,11 +43,12 @@ TOO_LARGE = f"a body of at most {MAX_BODY} bytes is accepted"
 class BodyLimit:
     """413 for a body that says that it is too long, whatever it is sent to.
 
-    One that does not say how long it is fails where it is read: see `FastAPI(max_body_size=)`.
+    One that does not say how long it is fails where it is read further than the limit.  It is not
+    left to `FastAPI(max_body_size=)`, which answers outside of every middleware, as plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app = RequestBodyLimitMiddleware(app, MAX_BODY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

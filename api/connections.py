@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from api.problems import PROBLEM_JSON, RETRY_AFTER_SECONDS
 from api.rates import network_of
+from api.turns import GONE
 
 _log = logging.getLogger(__name__)
 #: Seconds between lines of the log about connections that were refused or cut off.
@@ -230,7 +231,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._expect("body")
         self._unread = None  # what is asked next shows that answers are read
         super().on_headers_complete()
-        self._open.append(self.cycle)
+        cycle = self.cycle
+        self._open.append(cycle)
+        scope: Any = cycle.scope  # the application gets it later, in a task of its own
+        scope["extensions"] = {GONE: lambda: cycle.disconnected}
 
     def on_message_complete(self) -> None:
         self._phase = None

@@ -11,11 +11,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
+from api.bodies import WHOLE, Absent
 from api.following import AWAY_SECONDS, Followed, Follower, TooManyStreams
-from api.problems import RETRY_AFTER_SECONDS, problem, responses
+from api.problems import RETRY_AFTER_SECONDS, problem, refusals
 from api.routes import SearchId, StoreDep
 from nas.errors import StoreUnavailable
 
@@ -110,7 +112,7 @@ FollowerDep = Annotated[Follower, Depends(get_follower)]
 @router.get(
     "/searches/{search_id}/events",
     response_class=EventSourceResponse,
-    responses=responses(404, 422, 503),
+    responses=refusals(404),
     summary="What happens to a search, live (server-sent events)",
 )
 async def search_events(
@@ -118,7 +120,9 @@ async def search_events(
     search_id: SearchId,
     store: StoreDep,
     follower: FollowerDep,
-    last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
+    last_event_id: Annotated[
+        Annotated[int, Field(ge=0, le=2**62), WHOLE] | Absent, Header()
+    ] = None,
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)
     welcome: Welcome | None = getattr(request.state, "still_welcome", None)

@@ -31,8 +31,17 @@ _NOT_NEEDED = (
 
 
 def install(app: FastAPI) -> None:
-    """Put it around everything else, so that no answer goes without; call it last."""
-    app.add_middleware(SecurityHeaders)
+    """Put it around everything, so that no answer goes without.
+
+    Middleware that is added would be inside of the framework's own, which answers too: to bodies
+    that are too large, and to errors that nothing else has caught.
+    """
+    build = app.build_middleware_stack
+
+    def build_inside() -> ASGIApp:
+        return SecurityHeaders(build())
+
+    app.build_middleware_stack = build_inside  # type: ignore[method-assign]
 
 
 def _nothing() -> ContentSecurityPolicy:

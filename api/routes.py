@@ -14,7 +14,6 @@ from pydantic import Field
 from pydantic_core import to_json
 
 from api.auth import Caller
-from api.bodies import MAX_BODY as MAX_BODY
 from api.bodies import REAL, WHOLE, Absent, read_json, read_strictly
 from api.cache import AnswerCache, Kept
 from api.problems import OF_BODIES, refusals

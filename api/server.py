@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api.connections import Gate, Limits, guarded
-from api.rates import network_of
+from api.turns import Turns
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
@@ -30,10 +28,6 @@ _OTHER_FILES = 300
 _PLAIN = 1000
 #: Share of all connections that one address may have.
 _SHARE = 0.75
-#: Refusals for asking too often that one address is told in a second; more of them wait.
-_REFUSALS_PER_SECOND = 100.0
-#: Seconds that such a refusal waits at most.
-_LONGEST_WAIT = 5.0
 
 
 def raise_file_limit() -> int:
@@ -88,37 +82,6 @@ def checked_proxies(given: Iterable[str]) -> list[str]:
     return proxies
 
 
-class Unhurried:
-    """Lets refusals for asking too often wait, where an address is given too many of them.
-
-    Each costs a little; clients that ask again at once would take all of the process with them.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        #: network → time.monotonic() of its last refusal, told or to be told
-        self._last: dict[str, float] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, refusals in their turn."""
-
-        async def in_turn(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 429:
-                await asyncio.sleep(self._wait(network_of(str((scope["client"] or ("",))[0]))))
-            await send(message)
-
-        await self._app(scope, receive, in_turn if scope["type"] == "http" else send)
-
-    def _wait(self, network: str) -> float:
-        now = time.monotonic()
-        if len(self._last) > 10_000:
-            self._last = {name: at for name, at in self._last.items() if at > now}
-        at = max(now, self._last.get(network, 0.0) + 1 / _REFUSALS_PER_SECOND)
-        at = min(at, now + _LONGEST_WAIT)
-        self._last[network] = at
-        return at - now
-
-
 def serve(
     app: ASGIApp, settings: Settings, host: str, port: int, *, limits: Limits | None = None
 ) -> None:
@@ -137,7 +100,7 @@ def serve(
     proxies = checked_proxies(settings.trusted_proxies)
     files = raise_file_limit()
     used = limits or limits_for(settings, files)
-    believed = ProxyHeadersMiddleware(Unhurried(app), proxies)  # type: ignore[arg-type]
+    believed = ProxyHeadersMiddleware(Turns(app), proxies)  # type: ignore[arg-type]
     gate = Gate(used, trusted=believed.trusted_hosts.__contains__)
     uvicorn.run(
         believed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 import schemathesis
 from schemathesis import Case, CheckContext, Response
@@ -21,7 +22,7 @@ class BadProblem(Failure):
 
 
 @schemathesis.check
-def refusals_follow_a_rule(ctx: CheckContext, response: Response, case: Case) -> None:
+def refusals_follow_a_rule(ctx: CheckContext, response: Response, case: Case[Any]) -> None:
     """422 for a request that the schema takes names a field with a rule in the document."""
     positive = case.meta is not None and case.meta.generation.mode.is_positive
     if response.status_code != HTTPStatus.UNPROCESSABLE_ENTITY or not positive:
@@ -40,7 +41,7 @@ def refusals_follow_a_rule(ctx: CheckContext, response: Response, case: Case) ->
 
 
 @schemathesis.check
-def errors_are_small_problems(ctx: CheckContext, response: Response, case: Case) -> None:
+def errors_are_small_problems(ctx: CheckContext, response: Response, case: Case[Any]) -> None:
     """Every error is application/problem+json of less than 4 KB without a traceback."""
     if response.status_code < HTTPStatus.BAD_REQUEST:
         return

@@ -511,11 +511,10 @@ def api(host: Host = None, port: Port = None) -> None:
 
 
 def _run_api(host: str | None, port: int | None) -> None:
-    import uvicorn
-
     from api.app import create_app
     from api.auth import refuse_keyless
     from api.health import refuse_unusable
+    from api.server import serve as serve_http
     from nas.logs import configure
     from nas.settings import settings
 
@@ -527,15 +526,7 @@ def _run_api(host: str | None, port: int | None) -> None:
         raise InvalidInput("port", used_port, "a whole number from 0 to 65535")
     refuse_unusable(used)
     refuse_keyless(used, address)
-    uvicorn.run(
-        create_app(used, address=address),
-        host=address,
-        port=used_port,
-        log_level="warning",
-        log_config=None,  # through our own, like everything else
-        access_log=False,
-        timeout_graceful_shutdown=2,
-    )
+    serve_http(create_app(used, address=address), used, address, used_port)
 
 
 @app.command()

@@ -172,6 +172,8 @@ def test_a_key_does_what_its_scopes_say_and_no_more(house: House, method: str, p
         assert (line.status, line.tenant) == (403, "mine")
 
 
+#: Bodies that are read after the search has been found; other operations read none.
+BODIES = {"/priority": {"priority": 1}, "/confirm": {"top": 1, "seeds": 1}, "/clone": {}}
 #: Operations that name a search or a trial.
 OF_IDS = [o for o in CLOSED if "{" in o[1] and o[0] in ("GET", "POST")]
 
@@ -180,9 +182,7 @@ OF_IDS = [o for o in CLOSED if "{" in o[1] and o[0] in ("GET", "POST")]
 def test_what_is_another_tenants_is_as_if_it_were_not_there(
     house: House, method: str, path: str
 ) -> None:
-    body = {"priority": 1} if path.endswith("priority") else {"top": 1, "seeds": 1}
-    if not path.endswith(("priority", "confirm")):
-        body = {}
+    body = next((b for end, b in BODIES.items() if path.endswith(end)), None)
     before = house.store.search(house.theirs["search_id"])
     theirs, line = house.ask(method, filled(path, house.theirs), "all", json=body)
     nobodys, _ = house.ask(method, filled(path, house.ids), "all", json=body)

@@ -107,12 +107,12 @@ def test_a_request_is_one_line_that_names_its_route(client: TestClient, lines: i
     client.get("/healthz")
     one, two, none, probe = logged(lines, "api.access")
     assert (one["method"], one["route"], one["status"]) == (
-        "GET", "/v1/searches/{search_id}", 404,
+        "GET", "/v1/searches/{search_id}", 422,
     )  # fmt: skip
     assert (one["path"], one["query"]) == ("/v1/searches/none", "x=1")
     assert one["milliseconds"] > 0
     assert one["request_id"] == "mine"
-    assert two["status"] == 200
+    assert two["status"] == 422
     assert len(two["query"]) < 200
     assert none["route"] == "none"
     assert [r["level"] for r in (one, two, none, probe)] == ["info", "info", "info", "debug"]
