@@ -16,6 +16,7 @@ from api import (
     bodies,
     dashboard,
     events,
+    exports,
     headers,
     health,
     hosts,
@@ -92,6 +93,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     app.include_router(routes.router)
     app.include_router(lifecycle.router)
     app.include_router(events.router, dependencies=[Depends(bodies.read_strictly)])
+    app.include_router(exports.router)
     app.include_router(admin.router, dependencies=[Depends(bodies.read_strictly)])
     app.include_router(dashboard.router)
     app.include_router(signin.router)

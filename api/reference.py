@@ -107,10 +107,11 @@ def _link(method: str, path: str, **parameters: str) -> dict[str, Any]:
     return {"operationRef": f"#/paths/{escaped}/{method}", "parameters": parameters}
 
 
-def _links(search: str) -> dict[str, Any]:
-    """Links from an answer to everything that takes a search's id, found there at `search`."""
+def _links(found: str = "") -> dict[str, Any]:
+    """Links from an answer to everything that takes a search's id, the search being at `found`."""
     one = "/v1/searches/{search_id}"
-    budget = "$response.body#/request/train_flops"
+    search = f"$response.body#{found}/id"
+    budget = f"$response.body#{found}/request/train_flops"
     return {
         **{act: _link("post", f"{one}/{act}", search_id=search) for act in _ACTS},
         "read": _link("get", one, search_id=search),
@@ -124,14 +125,18 @@ def _links(search: str) -> dict[str, Any]:
 _LOCATION = {"Location": {"description": "the search", "required": True, "schema": {
     "type": "string", "pattern": "^/v1/searches/[0-9a-f]{32}$",
 }}}  # fmt: skip
-_MADE: dict[str, Any] = {"headers": _LOCATION, "links": _links("$response.body#/id")}
+_MADE: dict[str, Any] = {"headers": _LOCATION, "links": _links()}
 #: `responses=` of routes that make a search.
 MADE: dict[int | str, dict[str, Any]] = {
     200: {"description": "Made before with the same key", "model": SearchOut, **_MADE},
     201: {"description": "Queued", **_MADE},
 }
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The search", "links": _links("$response.body#/id")}
+    200: {"description": "The search", "links": _links()}
+}
+#: Of the newest.
+SEARCHES_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {"description": "A page of searches", "links": _links("/items/0")}
 }
 TRIALS_FOUND: dict[int | str, dict[str, Any]] = {
     200: {

@@ -26,6 +26,7 @@ from api.reference import (
     SEARCH_BODY,
     SEARCH_FOUND,
     SEARCH_RULES,
+    SEARCHES_FOUND,
     STRUCTURE_RULES,
     TRIALS_FOUND,
 )
@@ -189,7 +190,7 @@ def preview_search(body: RequestDep, store: StoreDep, settings: SettingsDep) -> 
 
 @router.get(
     "/searches",
-    responses=refusals(),
+    responses={**refusals(), **SEARCHES_FOUND},
     response_model=SearchPage,
     summary="Searches, newest first",
 )

@@ -28,6 +28,9 @@ _OTHER_FILES = 300
 _PLAIN = 1000
 #: Share of all connections that one address may have.
 _SHARE = 0.75
+#: Seconds after which a thread that computes lets another go on.  An answer goes through several
+#: threads, and would wait for this long at each of them beside requests that compute.
+_SWITCH_SECONDS = 0.0005
 
 
 def raise_file_limit() -> int:
@@ -102,6 +105,7 @@ def serve(
     used = limits or limits_for(settings, files)
     believed = ProxyHeadersMiddleware(Turns(app), proxies)  # type: ignore[arg-type]
     gate = Gate(used, trusted=believed.trusted_hosts.__contains__)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     uvicorn.run(
         believed,
         host=host,

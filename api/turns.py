@@ -18,7 +18,7 @@ from api.rates import network_of
 #: Key of a scope's extensions: whether the client is gone, as far as its connection knows.
 GONE = "einsum_nas.gone"
 #: Requests of one address that are worked on at once, and that wait.
-_AT_ONCE, _WAITING = 8, 2000
+_AT_ONCE, _WAITING = 4, 2000
 #: Addresses of which lines are kept, unless more are at work.
 _LINES = 10_000
 #: Refusals for asking too often that one address is told in a second; more of them wait.
@@ -26,7 +26,7 @@ _REFUSALS_PER_SECOND = 100.0
 #: Seconds that such a refusal waits at most.
 _LONGEST_WAIT = 5.0
 #: Asked by what looks after the service, which has to be answered whatever others do.
-_PROBES = ("/healthz", "/readyz")
+_PROBES = ("/healthz", "/readyz", "/metrics")
 
 
 @dataclass(slots=True)

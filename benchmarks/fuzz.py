@@ -44,8 +44,8 @@ from nas.store.keys import Keys
 _PATIENCE, _ANSWER_SECONDS = 60.0, 20.0
 #: An event stream ends for the client after so many events or seconds.
 _STREAM_EVENTS, _STREAM_SECONDS = 2, 2.0
-#: Sequences along links for each random case of an operation.
-_SCENARIOS = 4
+#: Cases along links; one run of that phase ends where it meets a search that has changed since.
+_STATEFUL_CASES, _MOST_RUNS = 3000, 40
 _FINGERPRINT = "0011223344556677"
 _BUDGET = 2e11
 _OWNER, _OTHER = "owner", "other"
@@ -166,15 +166,16 @@ values = [{quoted(_OWNER)}]
 [dictionaries.data]
 values = ["texts"]
 
+[dictionaries.budgets]
+values = [{_BUDGET}, {5 * _BUDGET}]
+
 [parameters]
+"body.train_flops" = {{dictionary = "budgets", probability = 0.5}}
 "header.X-Tenant" = {{dictionary = "tenants", probability = 0.9}}
 "body.data" = {{dictionary = "data", probability = 0.5}}
 
 [generation]
 max-examples = {examples}
-
-[phases.stateful]
-generation.max-examples = {_SCENARIOS * examples}
 
 [phases.coverage]
 generate-duplicate-query-parameters = true
@@ -192,15 +193,17 @@ request-timeout = {_STREAM_SECONDS}
     return file
 
 
-def run(service: Service, folder: Path, *, examples: int, seed: int) -> tuple[dict[str, Any], str]:
+def run(
+    service: Service, folder: Path, *, examples: int, seed: int, phases: str
+) -> tuple[dict[str, Any], str]:
     """What schemathesis reports, with the cases of each phase counted, and what it printed."""
     told, events = folder / "report.json", folder / "events.ndjson"
     command = [
         sys.executable, "-m", "schemathesis.cli", "--config-file",
         str(_configuration(folder, service.keys, examples)), "run", f"{service.url}/openapi.json",
-        "--seed", str(seed), "--no-color", "--generation-database", "none",
-        "--report", "json,ndjson",
-        "--report-json-path", str(told), "--report-ndjson-path", str(events),
+        "--phases", phases, "--seed", str(seed), "--no-color", "--generation-database", "none",
+        "--report", "json,ndjson", "--report-json-path", str(told),
+        "--report-ndjson-path", str(events),
     ]  # fmt: skip
     ended = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
@@ -237,47 +240,69 @@ def _counts(events: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _accepted(rates: dict[str, Any]) -> dict[str, int]:
+def _accepted(rates: dict[str, Any]) -> Counter[str]:
     """Of requests that the schemas take, over all operations and phases."""
     total: Counter[str] = Counter()
     for phases in rates.values():
         for counted in phases.values():
             total.update(counted)
-    return dict(total)
+    return total
 
 
-def measure(home: Path, *, examples: int, seed: int, cases: int) -> tuple[dict[str, Any], str]:
-    """Figures with what was broken, and what schemathesis printed."""
+def _run_all(
+    service: Service, home: Path, *, examples: int, seed: int, stateful: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures of all runs together, and what those printed that found something."""
+    sums: dict[str, Counter[str]] = {
+        name: Counter() for name in ("cases_of_phases", "modes", "checks", "valid_requests")
+    }
+    figures: dict[str, Any] = {"cases": 0, "runs": 0, "along_links": 0, "seconds": 0.0}
+    broken, printed = [], []
+    while figures["runs"] == 0 or (
+        sums["cases_of_phases"]["stateful"] < stateful and figures["runs"] <= _MOST_RUNS
+    ):
+        phases = "stateful" if figures["runs"] else "examples,coverage,fuzzing,stateful"
+        at = seed + figures["runs"]
+        report, output = run(service, home, examples=examples, seed=at, phases=phases)
+        for name in ("cases_of_phases", "modes", "checks"):
+            sums[name].update(report[name])
+        sums["valid_requests"].update(_accepted(report["valid_rates"]))
+        figures["cases"] += report["test_cases"]["generated"]
+        figures["along_links"] += report["along_links"]
+        figures["seconds"] += round(report["running_time"], 1)
+        figures["operations"] = max(figures.get("operations", 0), report["operations"]["tested"])
+        figures["schemathesis"] = report["schemathesis_version"]
+        figures["runs"] += 1
+        found = [f"{f['code']} {f['title']}: {f['operations']}" for f in report["failures"]]
+        found += [f"error: {e['title']}: {e['count']}" for e in report["errors"]]
+        broken += [f"seed {at}: {what}" for what in found]
+        printed += [output] if found else []
+    return {**figures, **{k: dict(sorted(v.items())) for k, v in sums.items()},
+            "broken": broken}, printed  # fmt: skip
+
+
+def measure(
+    home: Path, *, examples: int, seed: int, cases: int, stateful: int = _STATEFUL_CASES
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures with what was broken, and what schemathesis printed of it."""
     with serving(home) as service:
         before = service.process.memory_info().rss
-        report, printed = run(service, home, examples=examples, seed=seed)
+        figures, printed = _run_all(service, home, examples=examples, seed=seed, stateful=stateful)
         after = service.process.memory_info().rss
         with closing(Store(Settings(home=home).resolved_database_url)) as store:
             searches = len(store.view(_OWNER).searches(limit=1_000_000))
         log = service.log.read_text()
-    generated = report["test_cases"]["generated"]
-    broken = [f"{f['code']} {f['title']}: {f['operations']}" for f in report["failures"]]
-    broken += [f"error: {e['title']}: {e['count']}" for e in report["errors"]]
-    if generated < cases:
-        broken.append(f"{generated} cases, fewer than {cases}")
+    broken = figures["broken"]
+    if figures["cases"] < cases:
+        broken.append(f"{figures['cases']} cases, fewer than {cases}")
+    if (made := figures["cases_of_phases"].get("stateful", 0)) < stateful:
+        broken.append(f"{made} cases along links, fewer than {stateful}")
     if "Traceback" in log or " ERROR " in log:
         broken.append(f"the service's log: {log[-2000:]}")
     return {
-        "seed": seed,
-        "cases": generated,
-        "cases_of_phases": report["cases_of_phases"],
-        "modes": report["modes"],
-        "along_links": report["along_links"],
-        "operations": report["operations"]["tested"],
-        "checks": report["checks"],
-        "failures": len(report["failures"]) + len(report["errors"]),
-        "valid_requests": _accepted(report["valid_rates"]),
-        "searches_made": searches,
-        "seconds": round(report["running_time"], 1),
+        "seed": seed, **figures, "failures": len(broken), "searches_made": searches,
         "memory_megabytes": [round(before / 2**20, 1), round(after / 2**20, 1)],
-        "schemathesis": report["schemathesis_version"],
-        "broken": broken,
-    }, printed
+    }, printed  # fmt: skip
 
 
 def main() -> int:
@@ -292,14 +317,14 @@ def main() -> int:
         )
     print(json.dumps(figures, indent=2))
     table = Table("what", "value", title="generated requests")
-    for name in ("cases", "operations", "failures", "searches_made", "seconds"):
+    for name in ("cases", "runs", "operations", "failures", "searches_made", "seconds"):
         table.add_row(name, str(figures[name]))
     for title in ("cases_of_phases", "modes", "valid_requests", "checks"):
         for name, count in figures[title].items():
             table.add_row(f"{title}: {name}", str(count))
     Console().print(table)
-    if figures["broken"]:
-        print(printed)
+    for output in printed:
+        print(output)
     for what in figures["broken"]:
         print(f"broken: {what}")
     return 1 if figures["broken"] else 0

@@ -13,7 +13,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from nas.errors import InvalidInput, NotFound, StoreUnavailable
+from nas.errors import InvalidInput, StoreUnavailable
 from nas.store import rows
 from nas.store.engine import reading
 from nas.store.records import CurvePoint, StoredPoint, Trial
@@ -66,7 +66,7 @@ def iterate_runs(
     fingerprint: str | None = None,
     batch: int = 500,
 ) -> Iterator[StoredRun]:
-    """Every trial of a search, or of a task's data, in the order of their ids.
+    """Every trial of a search, or of the tenant's on a task's data, in the order of their ids.
 
     Trials are read in pages of `batch`, each in a transaction of its own with the curves of all
     of them in one query, so that memory does not grow with the store and a slow reader holds no
@@ -78,6 +78,8 @@ def iterate_runs(
         No such search.
     """
     repeats, where = _scope(search_id, task, fingerprint)
+    if search_id is None:
+        where.append(SearchRow.tenant == store.tenant)
     query = (
         select(TrialRow, SearchRow.task, SearchRow.task_fingerprint, repeats.label("repeats"))
         .join(SearchRow, TrialRow.search_id == SearchRow.id)
@@ -88,8 +90,8 @@ def iterate_runs(
     after: int | None = None
     while True:
         with reading(store.engine) as session:
-            if after is None and search_id is not None and not session.get(SearchRow, search_id):
-                raise NotFound(f"no search {search_id!r}")
+            if after is None and search_id is not None:
+                store.row(session, search_id)
             page = session.execute(
                 query if after is None else query.where(TrialRow.id > after)
             ).all()

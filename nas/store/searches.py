@@ -186,9 +186,10 @@ class Store:
     def search(self, search_id: str) -> Search:
         """One search; `NotFound` if there is none with this id."""
         with reading(self.engine) as session:
-            return rows.to_search(self._row(session, search_id))
+            return rows.to_search(self.row(session, search_id))
 
-    def _row(self, session: Session, search_id: str, *, lock: bool = False) -> SearchRow:
+    def row(self, session: Session, search_id: str, *, lock: bool = False) -> SearchRow:
+        """The row of a search that this view shows; `NotFound` if there is none."""
         row = session.get(SearchRow, search_id, with_for_update=lock)
         if row is None or not self._shows(row):
             raise NotFound(f"no search {search_id!r}")
@@ -235,7 +236,7 @@ class Store:
         with reading(self.engine) as session:
             found = [rows.to_trial(r) for r in session.execute(query.limit(limit))]
             if not found or self.confined:
-                self._row(session, search_id)
+                self.row(session, search_id)
             return found
 
     def trial(self, trial_id: int) -> Trial:
@@ -268,7 +269,7 @@ class Store:
         )
         with reading(self.engine) as session:
             if self.confined:
-                self._row(session, search_id)
+                self.row(session, search_id)
             return [rows.to_event(r) for r in session.scalars(query)]
 
     def cancel(self, search_id: str) -> Search:
@@ -327,7 +328,7 @@ class Store:
 
     def _changed(self, search_id: str, change: Callable[[Session, SearchRow], None]) -> Search:
         with writing(self.engine) as session:
-            row = self._row(session, search_id, lock=True)
+            row = self.row(session, search_id, lock=True)
             change(session, row)
             session.flush()
             return rows.to_search(row)
@@ -372,7 +373,7 @@ class Store:
         )  # fmt: skip
         with reading(self.engine) as session:
             if search_id is not None:
-                self._row(session, search_id)
+                self.row(session, search_id)
             return [
                 rows.to_curve_point(r, complete=bool(r.complete)) for r in session.execute(query)
             ]

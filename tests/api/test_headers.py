@@ -89,7 +89,8 @@ def test_every_route_and_every_method(app: FastAPI, client: TestClient) -> None:
     known = client.post("/v1/searches", json=SEARCH).json()["id"]
     paths = [*client.get("/openapi.json").json()["paths"], "/", "/searches/{search_id}", "/login",
              "/searches/{search_id}/live", "/logout", "/metrics", "/openapi.json", "/nowhere",
-             "/static/search.js", "/static/plotly.min.js", "/static/none", "/broken", "/other"]  # fmt: skip
+             "/static/search.js", "/static/plotly.min.js", "/static/none", "/broken",
+             "/other"]  # fmt: skip
     statuses = set()
     for path in paths:
         for search in (known, "unknown"):

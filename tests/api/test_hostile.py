@@ -139,8 +139,9 @@ def test_what_is_no_json_object_of_one_meaning_is_refused(
 @pytest.mark.parametrize(
     "kind",
     [None, b"", b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data",
-     b"application/json; charset=utf-16", b"application/json; charset=latin-1", 
-     b"application/jsonp", b"text/json", b"application/problem+json", b"application/xml", b"application", b"*/*", b"\xff",
+     b"application/json; charset=utf-16", b"application/json; charset=latin-1",
+     b"application/jsonp", b"text/json", b"application/problem+json", b"application/xml",
+     b"application", b"*/*", b"\xff",
      b"application/json, text/plain", b"application/json\x00", b"x" * 5000, b"application/pickle"],
 )  # fmt: skip
 def test_bodies_of_other_types_are_refused(service: Service, kind: bytes | None) -> None:
