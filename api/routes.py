@@ -183,9 +183,13 @@ def made(search: Search, new: bool, response: Response) -> SearchOut:
     response_model=Preview,
     summary="What a search would run, without running it",
 )
-def preview_search(body: RequestDep, store: StoreDep, settings: SettingsDep) -> dict[str, Any]:
-    _, recipe = usable_data(body, settings, store)
-    return catalogue.get_preview(body, recipe)
+async def preview_search(
+    body: RequestDep, store: StoreDep, settings: SettingsDep
+) -> dict[str, Any]:
+    def preview() -> dict[str, Any]:
+        return catalogue.get_preview(body, usable_data(body, settings, store)[1])
+
+    return await to_thread.run_sync(preview, limiter=_PREVIEWS)
 
 
 @router.get(
@@ -245,6 +249,10 @@ async def list_trials(
 #: Pages are made by few threads at a time: they share one interpreter, and many that wait for it
 #: make each other, and the loop that sends the answers, wait longer.
 _PAGE_MAKERS = CapacityLimiter(2)
+
+
+#: A preview of many families takes a core for a second.
+_PREVIEWS = CapacityLimiter(1)
 
 
 async def _paged(page: Callable[[], dict[str, Any]]) -> Response:

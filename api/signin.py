@@ -60,6 +60,8 @@ async def login(request: Request) -> Response:
     # a session opens no further one
     if found is None or found.key is None or found.refusal is not None or found.key.parent:
         return _page(request, target, _NO_KEY, 403)
+    if "read" not in found.key.scopes:
+        return _page(request, target, "This key has no scope `read`: there is nothing to see.", 403)
     seconds = _SECONDS_PER_HOUR * settings.session_hours
     session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
     response = RedirectResponse(inside(target), 303)

@@ -83,8 +83,8 @@ class Settings(BaseSettings):
     backoff_seconds: float = Field(5.0, ge=0.0, le=3600.0)
     #: searches of one tenant that run at once; by default as many as there are workers
     tenant_concurrency: int | None = Field(None, ge=1)
-    #: searches of one tenant that have not ended; by default any number
-    tenant_searches: int | None = Field(None, ge=0)
+    #: searches of one tenant that have not ended
+    tenant_searches: int = Field(1000, ge=0)
     #: train FLOPs of one tenant's searches of the last `quota_days`; by default any number
     tenant_train_flops: float | None = Field(None, ge=0.0)
     quota_days: float = Field(30.0, gt=0.0, le=36_500.0)
@@ -115,7 +115,8 @@ class Settings(BaseSettings):
         if self.database_url:
             return self.database_url
         try:
-            self.resolved_home.mkdir(parents=True, exist_ok=True)
+            # what others on this machine have no business with: results, digests of keys
+            self.resolved_home.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             accepted = f"a folder that can be written ({error.strerror})"
             raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None

@@ -39,6 +39,8 @@ _NAME = re.compile(r"[\w][\w .@:+-]{0,63}")
 #: Seconds between two notes that a key is used.
 _USED_SECONDS = 3600.0
 _MOST_SECONDS = 3.2e9
+#: Of one key.
+_SESSIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +220,26 @@ class Keys:
         return found
 
     def sign_in(self, key: Key, seconds: float) -> tuple[Key, str]:
-        """Open a session with a key, with its scopes but for admin; (session, its secret)."""
+        """Open a session with a key, with its scopes but for admin; (session, its secret).
+
+        Of the sessions of a key only the newest hundred are kept.
+
+        Raises
+        ------
+        InvalidInput
+            A key without the scope read: there is nothing for it to see.
+        """
+        if "read" not in key.scopes:
+            raise InvalidInput("key", ", ".join(key.scopes), "a key with scope read")
         scopes = tuple(s for s in key.scopes if s != "admin")
         with writing(self._engine) as session:
             at = rows.now(session)
-            over = (
-                KeyRow.parent.is_not(None),
-                or_(KeyRow.expires_at <= at, KeyRow.revoked_at.is_not(None)),
-            )
-            session.execute(delete(KeyRow).where(*over))
+            over = or_(KeyRow.expires_at <= at, KeyRow.revoked_at.is_not(None))
+            session.execute(delete(KeyRow).where(KeyRow.parent.is_not(None), over))
+            own = KeyRow.parent == key.id
+            newest = select(KeyRow.id).where(own).order_by(KeyRow.created_at.desc(), KeyRow.id)
+            kept = list(session.scalars(newest.limit(_SESSIONS - 1)))
+            session.execute(delete(KeyRow).where(own, KeyRow.id.not_in(kept)))
             made, secret = _add(
                 session, tenant=key.tenant, name=key.name, scopes=scopes, seconds=seconds,
                 parent=key.id,

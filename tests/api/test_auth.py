@@ -349,6 +349,12 @@ def test_a_key_that_opens_nothing_signs_nobody_in(house: House, key: str) -> Non
     assert house.keys[key] not in response.text
 
 
+def test_an_operators_key_has_nothing_to_see(house: House) -> None:
+    _, response = signed_in(house, "admin")
+    assert response.status_code == 403
+    assert "no scope" in response.text
+
+
 def test_a_browser_without_a_session_is_sent_to_sign_in(house: House) -> None:
     page = {"Accept": "text/html"}
     response, line = house.ask("GET", "/searches/abc", headers=page)

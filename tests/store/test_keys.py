@@ -152,6 +152,22 @@ def test_sessions_that_have_ended_are_forgotten(store: Store, keys: Keys) -> Non
     assert ids == {third.id, last.id}
 
 
+def test_a_key_opens_a_hundred_sessions_and_the_newest_stay(store: Store, keys: Keys) -> None:
+    key, _ = made(keys)
+    secrets = [keys.sign_in(key, 3600)[1] for _ in range(102)]
+    with reading(store.engine) as session:
+        ids = set(session.scalars(select(KeyRow.id).where(KeyRow.parent.is_not(None))))
+    assert len(ids) == 100
+    assert [found(keys, s).refusal for s in secrets[:2]] == ["unknown", "unknown"]
+    assert found(keys, secrets[-1]).refusal is None
+
+
+def test_a_key_that_sees_nothing_opens_no_session(keys: Keys) -> None:
+    key, _ = made(keys, scopes=["admin"])
+    with pytest.raises(InvalidInput, match="scope read"):
+        keys.sign_in(key, 3600)
+
+
 def test_use_is_noted_to_the_hour(store: Store, keys: Keys) -> None:
     key, secret = made(keys)
     assert keys.list()[0].used_at is None

@@ -60,6 +60,7 @@ def asked(
             headers = [
                 (":method", "POST"), (":scheme", "http"), (":authority", f"{host}:{port}"),
                 (":path", method), ("content-type", "application/grpc"), ("te", "trailers"),
+                ("node_id", "0" * 56),  # without which StartSync ends Ray before it looks at tokens
             ]  # fmt: skip
             if token:
                 headers.append(("authorization", f"Bearer {token}"))
@@ -89,7 +90,7 @@ def services(host: str, port: int) -> list[str]:
     """Services that a gRPC server names where it is asked what it has."""
     answers = asked(host, port, None, [_REFLECTION], b"\x3a\x00")  # which asks for the list
     named = re.findall(rb"[a-z][\w.]*\.[A-Z]\w+", b"".join(body for _, body in answers.values()))
-    return sorted(set(found.decode() for found in named) - {"alpha.ServerReflection"})
+    return sorted({found.decode() for found in named} - {"alpha.ServerReflection"})
 
 
 def spoken(host: str, port: int, token: str | None, wanted: list[str]) -> dict[str, Any]:
