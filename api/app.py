@@ -74,7 +74,6 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         version=version("einsum-nas"),
         description=DESCRIPTION,
         lifespan=lifespan,
-        max_body_size=bodies.MAX_BODY,
         redirect_slashes=False,
         docs_url=None,  # its page loads scripts from elsewhere; /openapi.json is the reference
         redoc_url=None,

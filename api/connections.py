@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal, cast
@@ -43,6 +45,9 @@ class Limits:
     #: seconds in which a client has to read `stall_bytes` of what waits for it
     stall_seconds: float = 20.0
     stall_bytes: int = 16 * 1024
+    #: bytes that the system buffers for a client that reads slowly: what it has read is seen only
+    #: when a third of this is free, and each connection may keep as much
+    send_bytes: int = 128 * 1024
     #: seconds that a connection may take to close
     closing_seconds: float = 2.0
     #: seconds between looks at the deadlines of a connection
@@ -179,6 +184,9 @@ class GuardedProtocol(HttpToolsProtocol):
             transport.close()
         else:
             self._entered = True
+            with suppress(OSError):  # it may be gone already
+                plain = transport.get_extra_info("socket")
+                plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_bytes)
         self._timer = self.loop.call_later(self.limits.look_seconds, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:

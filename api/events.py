@@ -15,9 +15,10 @@ from pydantic import Field
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from api.bodies import WHOLE, Absent
+from api.bodies import Absent
 from api.following import AWAY_SECONDS, Followed, Follower, TooManyStreams
 from api.problems import RETRY_AFTER_SECONDS, problem, refusals
+from api.reference import EVENTS_FOUND
 from api.routes import SearchId, StoreDep
 from nas.errors import StoreUnavailable
 
@@ -112,7 +113,7 @@ FollowerDep = Annotated[Follower, Depends(get_follower)]
 @router.get(
     "/searches/{search_id}/events",
     response_class=EventSourceResponse,
-    responses=refusals(404),
+    responses={**EVENTS_FOUND, **refusals(404)},
     summary="What happens to a search, live (server-sent events)",
 )
 async def search_events(
@@ -121,9 +122,10 @@ async def search_events(
     store: StoreDep,
     follower: FollowerDep,
     last_event_id: Annotated[
-        Annotated[int, Field(ge=0, le=2**62), WHOLE] | Absent, Header()
+        Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")] | Absent,
+        Header(description="the id of the last event that has come"),
     ] = None,
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)
     welcome: Welcome | None = getattr(request.state, "still_welcome", None)
-    return EventStream(follower, search_id, last_event_id or 0, welcome)
+    return EventStream(follower, search_id, int(last_event_id or 0), welcome)

@@ -76,6 +76,11 @@ class Followed:
         self._news = asyncio.Event()
 
     @property
+    def kept(self) -> int:
+        """Events that are kept encoded."""
+        return len(self._kept)
+
+    @property
     def news(self) -> asyncio.Event:
         """Set once there is more to tell than there is now."""
         return self._news
@@ -161,6 +166,16 @@ class Follower:
         """Streams that are open."""
         return self._open
 
+    @property
+    def kept(self) -> int:
+        """Events that are kept encoded."""
+        return sum(followed.kept for followed in self._followed.values())
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether the store is looked at from time to time."""
+        return self._looking is not None and not self._looking.done()
+
     @contextmanager
     def following(self, search_id: str) -> Iterator[Followed]:
         """Keep a stream's place among the open ones, and its search followed.
@@ -179,7 +194,7 @@ class Follower:
             self._hurry.set()
         self._open += 1
         followed.streams += 1
-        if self._looking is None or self._looking.done():
+        if not self.is_looking:
             self._looking = asyncio.create_task(self._look_on())
         try:
             yield followed

@@ -66,9 +66,9 @@ _PARAMETER_ACCEPTS = {
     "state": " | ".join(get_args(SearchState)),
     "failure": " | ".join(get_args(SearchFailure)),
     "tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
-    "X-Tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
-    "Idempotency-Key": "1 to 255 visible ASCII characters, without spaces",
-    "Last-Event-ID": "the id of an event",
+    "x-tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
+    "idempotency-key": "1 to 255 visible ASCII characters, without spaces",
+    "last-event-id": "the id of an event",
     "limit": "a whole number from 1 to 500",
     "cursor": "the `next` of an earlier page",
     "trial_id": "a whole number",
@@ -149,9 +149,10 @@ def _invalid(_request: Request, error: Exception) -> JSONResponse:
 def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = str(first["loc"][-1]) if first["loc"] else "request"
+    # (where, name, …): what follows the name are kinds of values that were tried
+    field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
     given = "nothing" if first["type"] == "missing" else echo(first.get("input"))
-    accepted = _PARAMETER_ACCEPTS.get(field, str(first["msg"]))
+    accepted = _PARAMETER_ACCEPTS.get(field.lower(), str(first["msg"]))
     return _invalid(request, InvalidInput(field, given, accepted))
 
 

@@ -117,6 +117,7 @@ def _links(found: str = "") -> dict[str, Any]:
         "read": _link("get", one, search_id=search),
         "trials": _link("get", f"{one}/trials", search_id=search),
         "events": _link("get", f"{one}/events", search_id=search),
+        "export": _link("get", f"{one}/export", search_id=search),
         "best": _link("get", "/v1/best", search=search, train_flops=budget),
         "frontier": _link("get", "/v1/frontier", search=search),
     }
@@ -133,6 +134,13 @@ MADE: dict[int | str, dict[str, Any]] = {
 }
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "The search", "links": _links()}
+}
+EVENTS_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events as they come, until the search has ended: `id`, `event` (its kind) "
+        "and `data` (JSON)",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
 }
 #: Of the newest.
 SEARCHES_FOUND: dict[int | str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ service is `einsum-nas api` on a home of its own with access control on, a data 
 finished search; requests are made with a key of one tenant, and a second tenant's key tries what
 the first one made.
 
-    python -m benchmarks.fuzz [--cases 10000] [--examples 250] [--seed 1]
+    python -m benchmarks.fuzz [--cases 10000] [--examples 300] [--seed 1]
 
 Prints JSON and a table; exit status 1 on any failure, fewer cases, or an error in the log.
 """
@@ -171,6 +171,7 @@ values = [{_BUDGET}, {5 * _BUDGET}]
 
 [parameters]
 "body.train_flops" = {{dictionary = "budgets", probability = 0.5}}
+"query.tenant" = {{dictionary = "tenants", probability = 0.9}}
 "header.X-Tenant" = {{dictionary = "tenants", probability = 0.9}}
 "body.data" = {{dictionary = "data", probability = 0.5}}
 
@@ -194,14 +195,24 @@ request-timeout = {_STREAM_SECONDS}
 
 
 def run(
-    service: Service, folder: Path, *, examples: int, seed: int, phases: str
+    service: Service,
+    folder: Path,
+    *,
+    examples: int,
+    seed: int,
+    phases: str,
+    document: Path | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """What schemathesis reports, with the cases of each phase counted, and what it printed."""
+    """What schemathesis reports, with the cases of each phase counted, and what it printed.
+
+    `document` stands for the service's own.
+    """
     told, events = folder / "report.json", folder / "events.ndjson"
     command = [
         sys.executable, "-m", "schemathesis.cli", "--config-file",
-        str(_configuration(folder, service.keys, examples)), "run", f"{service.url}/openapi.json",
-        "--phases", phases, "--seed", str(seed), "--no-color", "--generation-database", "none",
+        str(_configuration(folder, service.keys, examples)), "run",
+        str(document or f"{service.url}/openapi.json"), "--url", service.url, "--phases", phases,
+        "--seed", str(seed), "--no-color", "--generation-database", "none",
         "--report", "json,ndjson", "--report-json-path", str(told),
         "--report-ndjson-path", str(events),
     ]  # fmt: skip
@@ -308,7 +319,7 @@ def measure(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--examples", type=int, default=250, help="random cases of each operation")
+    parser.add_argument("--examples", type=int, default=300, help="random cases of each operation")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

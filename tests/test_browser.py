@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from nas.client import RemoteSearch
+from tests.browsing import chromium, needs_chromium
 from tests.conftest import Service
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
-)
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -70,12 +61,10 @@ def test_a_search_is_followed_live(page: Any, service: Service, finished_search:
     search = finished_search.client.search(train_flops=6e10, trials=2, references=3, seed=4)
     page.goto(service.url)
     page.click(f"a[href='/searches/{search.id}']")
-    page.wait_for_function("document.querySelectorAll('#trials tr').length >= 3", timeout=60_000)
+    page.locator("#trials tr").nth(2).wait_for(timeout=60_000)
     first = page.inner_text("#progress")
     # no reload: events alone bring the page to the end
-    page.wait_for_function(
-        "document.getElementById('state').textContent === 'succeeded'", timeout=180_000
-    )
+    page.wait_for_selector("#state:text-is('succeeded')", timeout=180_000)
     assert page.inner_text("#progress") != first
     assert "5 of 5 runs finished" in page.inner_text("#progress")
     assert page.locator("#cancel").is_hidden()
@@ -86,13 +75,11 @@ def test_pausing_resuming_and_cancelling_from_the_page(
 ) -> None:
     search = finished_search.client.search(train_flops=1e13, trials=50, seed=12)
     page.goto(f"{service.url}/searches/{search.id}")
-    page.wait_for_function("document.querySelectorAll('#trials tr').length >= 1", timeout=60_000)
+    page.locator("#trials tr").first.wait_for(timeout=60_000)
 
     def click(action: str, state: str) -> None:
         page.click(f"button[data-act={action}]")
-        page.wait_for_function(
-            f"document.getElementById('state').textContent === '{state}'", timeout=90_000
-        )
+        page.wait_for_selector(f"#state:text-is('{state}')", timeout=90_000)
 
     click("pause", "paused")
     assert "running" not in search.refresh().data["trial_counts"]

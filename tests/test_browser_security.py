@@ -58,8 +58,9 @@ PAYLOADS["all at once"] = "".join(PAYLOADS.values())
 MARKUP = r"""() => [...document.querySelectorAll('*')].filter((e) =>
     e.matches('.evil, iframe, object, embed, base, meta[http-equiv], style, svg a, form form')
     || (e.matches('script') && !new URL(e.src || 'x:y').pathname.startsWith('/static/'))
-    || [...e.attributes].some((a) => a.name.startsWith('on')
-      || (!['title', 'class', 'value'].includes(a.name) && /^\s*(javascript|data):/i.test(a.value)))
+    || [...e.attributes].some((a) => a.name.startsWith('on'))
+    || ['href', 'src', 'action', 'formaction', 'xlink:href', 'data'].some(
+      (name) => /^\s*(javascript|data):/i.test(e.getAttribute(name) || ''))
   ).map((e) => e.outerHTML.slice(0, 200))"""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -159,12 +160,15 @@ def _read_npz(file: IO[bytes], name: str) -> tuple[NDArray[np.float64], NDArray[
 
 def _read_csv(file: BinaryIO, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     try:
-        with io.TextIOWrapper(file, encoding="utf-8") as text:
+        with io.TextIOWrapper(file, encoding="utf-8") as text, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of a table without rows
             skipped = 0 if _is_numbers(next(_lines(text), "")) else 1
             text.seek(0)
             table = np.loadtxt(
                 _lines(text), delimiter=",", skiprows=skipped, ndmin=2, dtype=np.float64
             )
+    except UserWarning:
+        raise InvalidInput("data", name, f"{_ACCEPTED}; this has no rows") from None
     except (ValueError, OverflowError) as error:
         raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
     if table.shape[1] < 2:

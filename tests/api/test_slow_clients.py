@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from api.server import checked_proxies, limits_for
 from nas.errors import InvalidInput
 from nas.request import SearchRequest
 from nas.settings import Settings
+from nas.store.keys import Keys
 from tests.api.serving import PATIENCE, QUICK, Serving, serving, wait_for
 
 _OF_EACH = 10
@@ -237,7 +239,7 @@ def test_a_kept_connection_serves_one_request_after_another(service: Serving) ->
     with httpx.Client(base_url=service.url) as client:
         for _ in range(50):
             assert client.get("/healthz").status_code == 200
-            assert client.post("/v1/searches", content=b"{").status_code == 422
+            assert client.post("/v1/searches", json={}).status_code == 422
         assert len(service.held()) == 1
 
 
@@ -274,6 +276,43 @@ def test_a_client_that_went_away_leaves_nothing_behind(tmp_path: Path) -> None:
                     return all(answer.status_code == 200 for answer in two)
 
             wait_for(is_free, "room for streams")
+
+
+def test_a_flood_of_one_key_leaves_room_for_another(tmp_path: Path) -> None:
+    """Requests sent ahead on many connections, for as long as the other client asks."""
+    options = {"access_control": "true", "rate_limit": "50/second"}
+    with serving(tmp_path, **options) as service, ExitStack() as stack:
+        search = service.store.create_search(_REQUEST)[0].id
+        keys = Keys(service.store)
+        greedy, modest = (keys.create("default", name, ["read"])[1] for name in ("a", "b"))
+        request = f"GET /v1/searches?limit=1 HTTP/1.1\r\nAuthorization: Bearer {greedy}\r\n"
+        ahead = (request.encode() + b"Host: 127.0.0.1\r\n\r\n") * 16
+        done = threading.Event()
+        statuses: Counter[bytes] = Counter()
+
+        def flood() -> None:
+            with service.connect() as connection:
+                while not done.is_set():
+                    connection.sendall(ahead)
+                    left = 16
+                    while left and not done.is_set() and (came := connection.recv(65536)):
+                        starts = came.split(b"HTTP/1.1 ")[1:]
+                        left -= len(starts)
+                        statuses.update(part[:3] for part in starts)
+
+        flooding = [threading.Thread(target=flood) for _ in range(20)]
+        for one in flooding:
+            one.start()
+        stack.callback(done.set)
+        wait_for(lambda: statuses[b"429"] > 20, "refusals of the flood")
+        with httpx.Client(base_url=service.url, timeout=PATIENCE) as client:
+            client.headers["Authorization"] = f"Bearer {modest}"
+            for _ in range(50):
+                assert client.get(f"/v1/searches/{search}").status_code == 200
+        done.set()
+        for one in flooding:
+            one.join(PATIENCE)
+        assert set(statuses) == {b"200", b"429"}
 
 
 def test_one_address_leaves_room_for_others(tmp_path: Path) -> None:

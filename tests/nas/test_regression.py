@@ -135,6 +135,7 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
         write("pickle.csv", pickle.dumps(Evil())): "never unpickled",
         write("pickle.PT", pickle.dumps(Evil(), protocol=0)): "never unpickled",
         write("one.csv", b"1\n2\n3\n"): "1 columns",
+        write("header.csv", b"a,b,target\n"): "no rows",
         write("ragged.csv", b"1,2\n3\n"): "accepted",
         tmp_path / "objects.npz": "accepted",
         tmp_path / "shapes.npz": r"inputs \(5, 2\) and targets \(4,\)",
