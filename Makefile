@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-layers bench-training bench-answers bench-faults serve clean browser
+.PHONY: demo test lint audit bench bench-layers bench-training bench-answers bench-faults serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev  ## formatting, style, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+audit: $(VENV)/.dev  ## known vulnerabilities of the pinned packages; AUDIT_OFFLINE_OK=1: none to ask is fine
+	$(BIN)/python .ci/audit
 
 bench: bench-layers  ## ratios measured in one run, as JSON and as tables
 	$(BIN)/python -m benchmarks.sizing

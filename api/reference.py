@@ -135,11 +135,28 @@ MADE: dict[int | str, dict[str, Any]] = {
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "The search", "links": _links()}
 }
+#: Of one event, as programs read it from the stream.
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "event": {"type": "string", "description": "what happened"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "type": "object",
+                "required": ["created_at"],
+                "properties": {"created_at": {"type": "number"}},
+            },
+        },
+    },
+}
 EVENTS_FOUND: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Events as they come, until the search has ended: `id`, `event` (its kind) "
-        "and `data` (JSON)",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "Events as they come, until the search has ended",
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 }
 #: Of the newest.

@@ -11,6 +11,8 @@ from schemathesis.core.failures import Failure
 
 LONGEST_PROBLEM_BYTES = 4096
 _PROBLEM = "application/problem+json"
+#: A problem repeats what was sent, which may well be the first word alone.
+_TRACEBACK = b"Traceback (most recent"
 
 
 class UndocumentedRefusal(Failure):
@@ -48,9 +50,7 @@ def errors_are_small_problems(ctx: CheckContext, response: Response, case: Case[
     kind = (response.headers.get("content-type") or [""])[0]
     body = response.content or b""
     empty = response.request.method == "HEAD"
-    if not empty and (
-        kind != _PROBLEM or len(body) >= LONGEST_PROBLEM_BYTES or b"Traceback" in body
-    ):
+    if not empty and (kind != _PROBLEM or len(body) >= LONGEST_PROBLEM_BYTES or _TRACEBACK in body):
         raise BadProblem(
             operation=case.operation.label,
             title="No small problem document",

@@ -46,6 +46,8 @@ _UNLESS = {
     "torch.load": ("weights_only", True), "np.load": ("allow_pickle", False),
     "numpy.load": ("allow_pickle", False), "np.lib.format.read_array": ("allow_pickle", False),
 }  # fmt: skip
+#: Where one of them gets nothing that a user gave.
+_ALLOWED = {("nas/study/runs.py", "multiprocessing")}  # our own values, to our own processes
 _SHELLS = {"run", "Popen", "call", "check_call", "check_output", "getoutput"}
 
 
@@ -87,8 +89,8 @@ def _modules() -> list[Path]:
 def test_no_module_runs_what_it_reads() -> None:
     modules = _modules()
     assert len(modules) > 100
-    found = {str(p.relative_to(ROOT)): o for p in modules if (o := offences(p.read_text()))}
-    assert found == {}
+    found = {(str(p.relative_to(ROOT)), o) for p in modules for o in offences(p.read_text())}
+    assert found == _ALLOWED
 
 
 @pytest.mark.parametrize(
@@ -211,11 +213,12 @@ def _read(recipe: Recipe, data: str | Path, root: Path | None = None) -> None:
         load_data(recipe, data, root=root)
 
 
-def _read_dataset(recipe: Recipe, path: Path) -> None:
+@contextlib.contextmanager
+def _open_files_forgiven() -> Iterator[None]:
+    """The library of datasets leaves files open where it fails."""
     with warnings.catch_warnings():
-        # the library leaves files open where it fails
         warnings.simplefilter("ignore", ResourceWarning)
-        _read(recipe, f"hf:{path}")
+        yield
         gc.collect()
 
 
@@ -249,21 +252,24 @@ def test_no_reader_of_datasets_unpickles(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     content = payloads(evil)[payload]
-    for number, suffix in enumerate((".parquet", ".arrow", ".json", ".csv", ".txt", ".pkl", ".py")):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / f"train{suffix}").write_bytes(content)
-        for recipe in (RECIPES[0], RECIPES[3]):
-            _read_dataset(recipe, folder / f"train{suffix}")
-            _read_dataset(recipe, folder)
-            (folder / "README.md").write_text(
-                "---\nbuilder_name: pandas\nconfigs:\n- config_name: default\n"
-                f"  data_files: train{suffix}\n  x: !!python/object/apply:pathlib.Path.touch\n"
-                f"    ['{evil.marker}']\n---\n"
-            )
-            _read_dataset(recipe, folder)
-            (folder / "README.md").unlink()
-        assert not evil.marker.exists(), suffix
+    with _open_files_forgiven():
+        for number, suffix in enumerate(
+            (".parquet", ".arrow", ".json", ".csv", ".txt", ".pkl", ".py")
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / f"train{suffix}").write_bytes(content)
+            for recipe in (RECIPES[0], RECIPES[3]):
+                _read(recipe, f"hf:{folder / f'train{suffix}'}")
+                _read(recipe, f"hf:{folder}")
+                (folder / "README.md").write_text(
+                    "---\nbuilder_name: pandas\nconfigs:\n- config_name: default\n"
+                    f"  data_files: train{suffix}\n  x: !!python/object/apply:pathlib.Path.touch\n"
+                    f"    ['{evil.marker}']\n---\n"
+                )
+                _read(recipe, f"hf:{folder}")
+                (folder / "README.md").unlink()
+            assert not evil.marker.exists(), suffix
 
 
 @pytest.mark.parametrize("payload", _PAYLOADS)
