@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -11,8 +12,9 @@ from schemathesis.core.failures import Failure
 
 LONGEST_PROBLEM_BYTES = 4096
 _PROBLEM = "application/problem+json"
-#: A problem repeats what was sent, which may well be the first word alone.
-_TRACEBACK = b"Traceback (most recent"
+#: No text that it matches stands here: problems repeat what was sent, and schemathesis sends the
+#: texts that it finds in this file too.
+_TRACEBACK = re.compile(rb'File "[^"]+", line \d+')
 
 
 class UndocumentedRefusal(Failure):
@@ -50,7 +52,9 @@ def errors_are_small_problems(ctx: CheckContext, response: Response, case: Case[
     kind = (response.headers.get("content-type") or [""])[0]
     body = response.content or b""
     empty = response.request.method == "HEAD"
-    if not empty and (kind != _PROBLEM or len(body) >= LONGEST_PROBLEM_BYTES or _TRACEBACK in body):
+    if not empty and (
+        kind != _PROBLEM or len(body) >= LONGEST_PROBLEM_BYTES or _TRACEBACK.search(body)
+    ):
         raise BadProblem(
             operation=case.operation.label,
             title="No small problem document",

@@ -54,9 +54,9 @@ class Answer:
     body: bytes
 
     def check(self, sent: object) -> None:
-        """No error of the service, and every refusal a small problem document."""
+        """An answer, no error of the service, and every refusal a small problem document."""
         shown = (sent, self.status, self.headers, self.body[:500])
-        assert self.status < 500, shown
+        assert 0 < self.status < 500, shown
         assert b"Traceback (most recent" not in self.body, shown
         if self.status >= 400:
             assert self.headers["content-type"] == "application/problem+json", shown

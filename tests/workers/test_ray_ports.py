@@ -267,6 +267,32 @@ def test_without_a_token_a_cluster_lets_anyone_in(namespaces: Namespaces) -> Non
     assert namespaces.health(namespaces.environment(None), namespaces.outside).returncode == 0
 
 
+def test_the_own_token_goes_with_the_own_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever joins another one later has the token that their environment or home gives."""
+    from ray._private import ray_constants
+
+    from workers import cluster
+
+    expected = ray_constants.ENABLE_RAY_CLUSTER
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", expected)
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    for name in (*names, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        cluster._expect_others(False)
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        assert not ray_constants.ENABLE_RAY_CLUSTER
+        cluster._expect_others(True)
+        assert ray_constants.ENABLE_RAY_CLUSTER
+        assert not set(names) & os.environ.keys()
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+        for others in (False, True):
+            cluster._expect_others(others)
+            assert os.environ["RAY_AUTH_TOKEN"] == "given"
+    finally:
+        cluster._expect_others(True)
+
+
 def test_every_deployed_node_asks_for_the_token() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     nodes = [s for n, s in compose.items() if n.startswith("ray-") or n == "worker"]
