@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint audit bench bench-layers bench-training bench-answers bench-faults serve clean browser
+.PHONY: demo test lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -58,6 +58,10 @@ bench-faults: $(VENV)/.dev  ## kills, outages, races, lost nodes, backups under 
 	$(BIN)/python -m benchmarks.cluster
 	$(BIN)/python -m benchmarks.backup
 	$(BIN)/python -m benchmarks.soak
+
+bench-edge: $(VENV)/.dev  ## hostile clients beside others, and ten thousand fuzzed requests: half an hour
+	$(BIN)/python -m benchmarks.edge
+	$(BIN)/python -m benchmarks.fuzz
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:
