@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import sys
@@ -106,6 +107,8 @@ def serve(
     believed = ProxyHeadersMiddleware(Turns(app), proxies)  # type: ignore[arg-type]
     gate = Gate(used, trusted=believed.trusted_hosts.__contains__)
     sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # to look through all modules for garbage again would stop every answer for 0.1 s
     uvicorn.run(
         believed,
         host=host,

@@ -17,8 +17,9 @@ from api.rates import network_of
 
 #: Key of a scope's extensions: whether the client is gone, as far as its connection knows.
 GONE = "einsum_nas.gone"
-#: Requests of one address that are worked on at once, and that wait.
-_AT_ONCE, _WAITING = 4, 2000
+#: Requests of one address that are worked on at once, and that wait.  Two keep a core busy: one
+#: waits for the database while the other computes; each more is in the way of other addresses.
+_AT_ONCE, _WAITING = 2, 2000
 #: Addresses of which lines are kept, unless more are at work.
 _LINES = 10_000
 #: Refusals for asking too often that one address is told in a second; more of them wait.

@@ -35,7 +35,7 @@ Refusal = Literal["unknown", "expired", "revoked"]
 PREFIX = "enas_"
 _SECRET_BYTES = 32
 _SECRET = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
-_NAME = re.compile(r"[\w][\w .@:+-]{0,63}")
+_NAME = re.compile(r"\w[\w .,@:+/()'-]{0,63}")
 #: Seconds between two notes that a key is used.
 _USED_SECONDS = 3600.0
 _MOST_SECONDS = 3.2e9
@@ -113,7 +113,8 @@ class Keys:
         if re.fullmatch(TENANT, tenant) is None:
             raise InvalidInput("tenant", tenant, "1 to 64 letters, digits and . _ -")
         if _NAME.fullmatch(name) is None:
-            raise InvalidInput("name", name, "1 to 64 letters, digits, spaces and . _ @ : + -")
+            accepted = "1 to 64 letters, digits, spaces and . , _ @ : + / ( ) ' -"
+            raise InvalidInput("name", name, accepted)
         chosen = checked_scopes(scopes)
         with writing(self._engine) as session:
             made, secret = _add(
