@@ -67,7 +67,9 @@ class AccessLog:
 
 
 def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
-    level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
+    # a flood is told of by the audit log, and must not fill the disk with this one
+    quiet = scope["path"] in _PROBES or status == 429
+    level = logging.DEBUG if quiet else logging.INFO
     if not _log.isEnabledFor(level):
         return
     route = route_of(scope)

@@ -27,6 +27,7 @@ from api import (
     signin,
 )
 from api.cache import AnswerCache
+from api.following import Follower
 from nas.settings import Settings, settings
 from nas.store import Standings, Store
 from nas.store.quotas import Quotas
@@ -61,11 +62,13 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         app.state.cache = AnswerCache(Standings(store))
         app.state.settings = used
         app.state.store_reader = metrics.StoreReader(store)
+        follower = app.state.follower = Follower(store, used.event_streams)
         readiness = app.state.readiness = health.Readiness(store, used)
         try:
             await readiness.start()
             yield
         finally:
+            await follower.stop()
             await readiness.stop()
             store.close()
 

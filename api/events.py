@@ -100,10 +100,7 @@ class EventStream(EventSourceResponse):
 
 
 async def get_follower(request: Request) -> Follower:
-    state = request.app.state
-    follower: Follower | None = getattr(state, "follower", None)
-    if follower is None or follower.store is not state.store:
-        follower = state.follower = Follower(state.store, state.settings.event_streams)
+    follower: Follower = request.app.state.follower
     return follower
 
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, get_args
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import Scope
 
@@ -211,6 +212,11 @@ def _methods(request: Request) -> list[str]:
     return [method.upper() for method in paths.get(found, ())]
 
 
+def _gone(_request: Request, _error: Exception) -> Response:
+    """For nobody: the client went away, or was sent away, before its request was whole."""
+    return Response(status_code=400)
+
+
 def unexpected(request: Request, error: Exception) -> JSONResponse:
     """500 for an error of this service, which its log tells in full."""
     _log.error("%s %s failed", echo(request.method), route_of(request.scope), exc_info=error)
@@ -227,4 +233,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(QuotaExceeded, _quota)
     app.add_exception_handler(StoreUnavailable, unavailable)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, unexpected)

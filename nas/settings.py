@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     #: addresses of reverse proxies whose X-Forwarded-For and -Proto are believed; none by default
     trusted_proxies: Names = ()
     #: requests of one key, or of one address without a key
-    rate_limit: str = "200/second"
+    rate_limit: str = "100/second"
     #: of these, requests that change something
     submit_limit: str = "50/second"
     #: server-sent event streams that are open at once

@@ -30,6 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+# tests ask faster than people and programs do; those of rates set their own
+os.environ["EINSUM_NAS_RATE_LIMIT"] = os.environ["EINSUM_NAS_SUBMIT_LIMIT"] = "100000/second"
+
 # elsewhere each run of the tests tries new examples; continuous integration repeats its own
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("searching", deadline=None)

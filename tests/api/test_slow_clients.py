@@ -155,7 +155,8 @@ def test_all_kinds_at_once_leave_a_stream_alone(service: Serving) -> None:
     events: list[str] = []
 
     def follow() -> None:
-        with httpx.stream("GET", f"{service.url}/v1/searches/{search}/events") as answer:
+        url = f"{service.url}/v1/searches/{search}/events"
+        with httpx.stream("GET", url, timeout=PATIENCE) as answer:
             events.extend(line[7:] for line in answer.iter_lines() if line.startswith("event: "))
 
     following = threading.Thread(target=follow)
