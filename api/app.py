@@ -28,6 +28,7 @@ from api import (
 )
 from api.cache import AnswerCache
 from api.following import Follower
+from nas.errors import InvalidInput
 from nas.settings import Settings, settings
 from nas.store import Standings, Store
 from nas.store.quotas import Quotas
@@ -54,6 +55,11 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     """
     used = configured or settings()
     access_control = used.access_control or not auth.is_loopback(address)
+    if used.allowed_origins and not access_control:
+        raise InvalidInput(
+            "EINSUM_NAS_ALLOWED_ORIGINS", ", ".join(used.allowed_origins),
+            "none without EINSUM_NAS_ACCESS_CONTROL=true: their pages need keys",
+        )  # fmt: skip
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,20 +89,21 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     )
     problems.install(app)
     app.state.access_control = access_control
-    auth.install(app, used, access_control=access_control)
     app.add_middleware(bodies.BodyLimit)
+    auth.install(app, used, access_control=access_control)
     app.add_middleware(health.Gate)
     hosts.install(app, used, address)
     metrics.install(app)
     access.install(app)
     headers.install(app)
     app.include_router(health.health)
-    app.include_router(metrics.router)
+    app.include_router(metrics.router, dependencies=[Depends(auth.for_operators)])
     app.include_router(routes.router)
     app.include_router(lifecycle.router)
     app.include_router(events.router, dependencies=[Depends(bodies.read_strictly)])
     app.include_router(exports.router)
-    app.include_router(admin.router, dependencies=[Depends(bodies.read_strictly)])
+    strict = Depends(bodies.read_strictly)
+    app.include_router(admin.router, dependencies=[Depends(auth.for_operators), strict])
     app.include_router(dashboard.router)
     app.include_router(signin.router)
     auth.document(app, access_control=access_control)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import FastAPI, Request
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse, Response
@@ -22,7 +26,7 @@ from api.rates import Rates, network_of
 from nas.errors import InvalidInput, StoreUnavailable
 from nas.settings import Settings
 from nas.store import Store
-from nas.store.keys import SCOPES, Found, Keys, digest_of
+from nas.store.keys import SCOPES, Found, Key, Keys, digest_of
 
 _log = logging.getLogger(__name__)
 COOKIE = "einsum_nas_session"
@@ -35,6 +39,8 @@ ADMIN = frozenset(("/metrics", "/v1/workers", "/v1/audit"))
 _READING_POSTS = frozenset(("/v1/searches/preview",))
 _READING = frozenset(("GET", "HEAD", "OPTIONS"))
 _REMEMBERED = 4096
+#: Seconds between two notes that a key is used, and notes under way.
+_USED_SECONDS, _MOST_NOTING = 3600.0, 64
 _HOW = (
     "send it as Authorization: Bearer; `einsum-nas keys create` on the service's machine makes one"
 )
@@ -43,6 +49,7 @@ _FOREIGN = "requests from pages of other sites are refused"
 _KINDS = {
     401: ("key-needed", "No usable key"),
     403: ("not-allowed", "Not allowed"),
+    404: ("not-found", "Not found"),
     429: ("too-many-requests", "Too many requests"),
 }
 
@@ -83,6 +90,13 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+async def for_operators(request: Request) -> None:
+    """A dependency: once more, by the route that was met, what was decided by the path before."""
+    caller: Caller = request.state.caller
+    if "admin" not in caller.scopes:
+        raise HTTPException(403, "this needs a key with scope admin")
+
+
 def refuse_keyless(settings: Settings, address: str) -> None:
     """Raise for an address that others can reach where no key would let anyone in.
 
@@ -113,7 +127,8 @@ def refuse_keyless(settings: Settings, address: str) -> None:
 
 def install(app: FastAPI, settings: Settings, *, access_control: bool) -> None:
     """Let nobody past without a key, or, without access control, nobody but this machine."""
-    app.add_middleware(Access, settings=settings, access_control=access_control)
+    app.state.rates = rates = Rates(settings)
+    app.add_middleware(Access, settings=settings, rates=rates, access_control=access_control)
 
 
 def document(app: FastAPI, *, access_control: bool) -> None:
@@ -151,14 +166,20 @@ def _document(operation: dict[str, Any], needed: str | None, access_control: boo
 class Access:
     """Rates, keys, scopes and origins, and the audit log of what came of it."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, access_control: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: Settings, rates: Rates, access_control: bool
+    ) -> None:
         self._app, self._on = app, access_control
         self._origins = frozenset(settings.allowed_origins)
-        self._rates = Rates(settings)
+        self._rates = rates
         #: digest → key that it was found to be, for counting only
         self._known: OrderedDict[str, str] = OrderedDict()
         self._keys: Looks[Found] | None = None
         self._trail: Trail | None = None
+        #: key → when its use was written down, by this process's clock
+        self._noted: dict[str, float] = {}
+        self._noting: set[asyncio.Task[None]] = set()
+        self._noter = CapacityLimiter(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -181,6 +202,9 @@ class Access:
         if wait is not None:
             return await self._refused(asked, scope, 429, f"too many requests; in {wait} s again",
                                        {"Retry-After": str(wait)})  # fmt: skip
+        if not asked.path.isprintable():
+            # a router may take it for the route without what cannot be seen, and we would not
+            return await self._refused(asked, scope, 404, "no route has such a path")
         if not self._on and not is_loopback(asked.server):
             return await self._refused(asked, scope, 403, _ELSEWHERE)
         if asked.changes and self._is_foreign(asked):
@@ -254,9 +278,27 @@ class Access:
             self._known.move_to_end(digest)
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
+            self._note_use(scope["app"].state.store, found.key)
         else:
             self._known.pop(digest, None)
         return found
+
+    def _note_use(self, store: Store, key: Key) -> None:
+        """Write down that a key is used, now and then, and while the request goes on."""
+        last = max(key.used_at or 0.0, self._noted.get(key.id, 0.0))
+        if time.time() - last < _USED_SECONDS or len(self._noting) >= _MOST_NOTING:
+            return
+        if len(self._noted) >= _REMEMBERED:
+            self._noted.clear()
+        self._noted[key.id] = time.time()
+
+        async def note() -> None:
+            with suppress(StoreUnavailable):
+                await to_thread.run_sync(Keys(store).note_use, key, limiter=self._noter)
+
+        task = asyncio.create_task(note())
+        self._noting.add(task)
+        task.add_done_callback(self._noting.discard)
 
     def _watch(self, scope: Scope, digest: str) -> None:
         """Let an answer that goes on for long ask again whether it may."""
@@ -297,11 +339,17 @@ class Access:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
                 hidden = "not there, or another tenant's" if status == 404 else None
-                if asked.changes or hidden:
+                signed_in = asked.path == "/login" and status < 400  # which is told by itself
+                if hidden or (asked.changes and not signed_in):
                     await self._note(asked, scope, status, hidden)
             await send(message)
 
-        await self._app(scope, receive, noting)
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            if asked.changes:  # answered outside of here
+                await self._note(asked, scope, 500, "an error of this service")
+            raise
 
 
 @dataclass(slots=True)

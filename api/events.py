@@ -43,21 +43,29 @@ class EventStream(EventSourceResponse):
         Id of the last event that the client has.
     welcome
         Whether the client may still follow the search; where it may not, the stream ends.
+    tenant
+        Whose key asks, where keys are asked for.
     """
 
     def __init__(
-        self, follower: Follower, search_id: str, after: int, welcome: Welcome | None
+        self,
+        follower: Follower,
+        search_id: str,
+        after: int,
+        welcome: Welcome | None,
+        tenant: str | None = None,
     ) -> None:
         super().__init__(self._chunks(), ping=_PING_SECONDS)
         self._follower, self._search_id, self._after = follower, search_id, after
         self._welcome, self._asked = welcome, time.monotonic()
+        self._tenant = tenant
         self._followed: Followed | None = None
         self._began = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 503 where no more streams can be open."""
         try:
-            with self._follower.following(self._search_id) as self._followed:
+            with self._follower.following(self._search_id, self._tenant) as self._followed:
                 self._began = self._follower.looks
                 await super().__call__(scope, receive, send)
         except TooManyStreams as error:
@@ -125,4 +133,5 @@ async def search_events(
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)
     welcome: Welcome | None = getattr(request.state, "still_welcome", None)
-    return EventStream(follower, search_id, int(last_event_id or 0), welcome)
+    tenant = store.tenant if store.confined else None
+    return EventStream(follower, search_id, int(last_event_id or 0), welcome, tenant)

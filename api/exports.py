@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, BinaryIO, Literal
+from weakref import WeakSet
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, HTTPException, Query
 from fastapi.responses import StreamingResponse
 
 from api.bodies import read_strictly
-from api.problems import refusals
+from api.problems import RETRY_AFTER_SECONDS, refusals
 from api.routes import SearchId, StoreDep
 from nas.export import export
 from nas.store import Store
@@ -34,6 +35,9 @@ _CONTENT: dict[str, Any] = {
 #: Files are made one at a time: of a large search one takes a core for seconds.
 _MAKERS = CapacityLimiter(1)
 _PART = 256 * 1024
+#: Files that are being sent: each takes its place on the disk until its reader is done.
+_MOST_OPEN = 16
+_open: WeakSet[BinaryIO] = WeakSet()
 
 
 @router.get(
@@ -48,9 +52,13 @@ async def export_search(
     file_format: Annotated[FileFormat, Query(alias="format")] = "csv",
     rows: Annotated[Rows, Query(description="points: one row an evaluation")] = "trials",
 ) -> StreamingResponse:
+    if len(_open) >= _MOST_OPEN:
+        later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        raise HTTPException(503, f"{_MOST_OPEN} files are being sent; try again later", later)
     file = await to_thread.run_sync(
         _made, store, search_id, file_format, rows, limiter=_MAKERS
     )  # fmt: skip
+    _open.add(file)
     name = f"{rows}-{search_id[:8]}.{file_format}"
     headers = {
         "Content-Disposition": f'attachment; filename="{name}"',

@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ class Follower:
         #: looks begun
         self.looks = 0
         self._open = 0
+        self._open_of: Counter[str] = Counter()
         self._followed: dict[str, Followed] = {}
         self._looking: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -177,8 +179,13 @@ class Follower:
         return self._looking is not None and not self._looking.done()
 
     @contextmanager
-    def following(self, search_id: str) -> Iterator[Followed]:
+    def following(self, search_id: str, tenant: str | None = None) -> Iterator[Followed]:
         """Keep a stream's place among the open ones, and its search followed.
+
+        Parameters
+        ----------
+        tenant
+            Whose key asks: one tenant has half of all streams at most.
 
         Raises
         ------
@@ -187,12 +194,17 @@ class Follower:
         """
         if self._open >= self.streams:
             raise TooManyStreams(f"{self.streams} event streams are open, as many as may be")
+        most = max(1, self.streams // 2)
+        if tenant is not None and self._open_of[tenant] >= most:
+            raise TooManyStreams(f"{most} event streams of tenant {tenant} are open, its most")
         followed = self._followed.get(search_id)
         if followed is None or followed.gone:
             followed = self._followed[search_id] = Followed(search_id)
         if followed.head is None or followed.head.ended:
             self._hurry.set()
         self._open += 1
+        if tenant is not None:
+            self._open_of[tenant] += 1
         followed.streams += 1
         if not self.is_looking:
             self._looking = asyncio.create_task(self._look_on())
@@ -200,6 +212,8 @@ class Follower:
             yield followed
         finally:
             self._open -= 1
+            if tenant is not None:
+                self._open_of -= Counter([tenant])
             followed.streams -= 1
             if not followed.streams and self._followed.get(search_id) is followed:
                 del self._followed[search_id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from anyio import from_thread
 from asgi_correlation_id import correlation_id
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -22,7 +23,7 @@ from api.routes import (
 from api.schemas import PriorityIn, SearchOut
 from nas.clone import create_clone
 from nas.errors import InvalidInput
-from nas.request import MAX_PRIORITY
+from nas.request import MAX_PRIORITY, SearchRequest
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
 
@@ -95,9 +96,13 @@ async def clone_search(
     if changes.get("confirm") is not None:
         accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
         raise InvalidInput("confirm", changes["confirm"], accepted)
+
+    def place(wanted: SearchRequest) -> tuple[str | None, str | None]:
+        """Called in a thread, for what waits in the loop."""
+        return from_thread.run(usable_data, request, wanted, settings, store)[0]
+
     search, new = await run_in_threadpool(
-        create_clone, store, search_id, changes,
-        lambda wanted: usable_data(wanted, settings, store)[0],
+        create_clone, store, search_id, changes, place,
         idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
     return made(search, new, response)

@@ -7,17 +7,18 @@ import math
 import time
 from typing import Literal
 
-from limits import RateLimitItem, parse
+from limits import RateLimitItem, parse_many
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
-#: request: any | submit: one that changes something | told: a refusal that the audit log tells of |
-#: told_in_all: of anyone.
-What = Literal["request", "submit", "told", "told_in_all"]
+#: request: any | submit: one that changes something | sign_in: a session that a key opens |
+#: told: a refusal that the audit log tells of | told_in_all: of anyone.
+What = Literal["request", "submit", "sign_in", "told", "told_in_all"]
 #: Refusals that the audit log tells of one by one; of more it tells the number.
+_SIGN_INS = "30/minute"
 _TOLD, _TOLD_IN_ALL = "120/minute", "1200/minute"
 #: Bits of an IPv6 address that one customer of a network has as a rule.
 _IPV6_PREFIX = 64
@@ -33,29 +34,29 @@ class Rates:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._limits: dict[What, RateLimitItem] = {
-            "request": _rate("rate_limit", settings.rate_limit),
-            "submit": _rate("submit_limit", settings.submit_limit),
-            "told": parse(_TOLD),
-            "told_in_all": parse(_TOLD_IN_ALL),
+        self._limits: dict[What, list[RateLimitItem]] = {
+            "request": _rates("rate_limit", settings.rate_limit),
+            "submit": _rates("submit_limit", settings.submit_limit),
+            "sign_in": parse_many(_SIGN_INS),
+            "told": parse_many(_TOLD),
+            "told_in_all": parse_many(_TOLD_IN_ALL),
         }
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def spend(self, what: What, who: str) -> int | None:
-        """Count one; None if that is within the limit, else the seconds until it may be again."""
-        limit = self._limits[what]
-        return None if self._limiter.hit(limit, what, who) else self._wait(limit, what, who)
+        """Count one; None if that is within the limits, else the seconds until it may be again."""
+        for limit in self._limits[what]:
+            if not self._limiter.hit(limit, what, who):
+                over = self._limiter.get_window_stats(limit, what, who).reset_time - time.time()
+                return max(1, math.ceil(over))
+        return None
 
-    def _wait(self, limit: RateLimitItem, what: What, who: str) -> int:
-        over = self._limiter.get_window_stats(limit, what, who).reset_time - time.time()
-        return max(1, math.ceil(over))
 
-
-def _rate(name: str, text: str) -> RateLimitItem:
+def _rates(name: str, text: str) -> list[RateLimitItem]:
     try:
-        return parse(text)
+        return parse_many(text)
     except ValueError:
-        accepted = "a number and its time, such as 100/second or 2000/minute"
+        accepted = "numbers and their times, such as 100/second or 50/second;2000/minute"
         raise InvalidInput(f"EINSUM_NAS_{name.upper()}", text, accepted) from None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, get_args
 
 from anyio import CapacityLimiter, to_thread
 from asgi_correlation_id import correlation_id
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from pydantic_core import to_json
@@ -16,7 +17,7 @@ from pydantic_core import to_json
 from api.auth import Caller
 from api.bodies import REAL, WHOLE, Absent, read_json, read_strictly
 from api.cache import AnswerCache, Kept
-from api.problems import OF_BODIES, refusals
+from api.problems import OF_BODIES, RETRY_AFTER_SECONDS, refusals
 from api.reference import (
     BEST_RULES,
     CONFIRM_BODY,
@@ -40,6 +41,7 @@ from api.schemas import (
     TrialPage,
     trial_fields,
 )
+from api.turns import give_back
 from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.data_folder import data_inside
@@ -52,7 +54,7 @@ from nas.settings import DEFAULT_TENANT, TENANT, Settings
 from nas.store import AXES, Search, Store, of_tenant
 from nas.store.records import SearchFailure, SearchState
 from nas.structure import MAX_DIMENSION, Sizing
-from nas.tasks import load_data
+from nas.tasks import check_data
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
 
@@ -123,23 +125,44 @@ async def read_search_request(request: Request) -> SearchRequest:
 RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
 
 
-#: Data is read by one request at a time: it may fill the memory of the service.
-_reading = threading.Lock()
+#: Data is read by one request at a time: it may fill the memory of the service, and take a while.
+_READER = CapacityLimiter(1)
+#: Requests that may wait for that, in all and of one tenant.
+_MOST_WAITING, _MOST_OF_ONE = 16, 4
+_waiting: Counter[str] = Counter()
 
 
-def usable_data(
-    request: SearchRequest, settings: Settings, store: Store
+async def usable_data(
+    request: Request, wanted: SearchRequest, settings: Settings, store: Store
 ) -> tuple[tuple[str | None, str | None], Recipe]:
-    """Where usable data lies and the folder that it was admitted from, and the recipe it makes."""
-    if request.data is None:
-        return (None, None), request.settings
+    """Where usable data lies and the folder that it was admitted from, and the recipe it makes.
+
+    Raises
+    ------
+    HTTPException
+        503 where too many wait for data to be read.
+    InvalidInput
+        Data that cannot be used.
+    """
+    if wanted.data is None:
+        return (None, None), wanted.settings
     tenant = store.tenant if store.confined else None
-    place = data_inside(settings.data_dir, request.data, tenant)
-    with _reading:
+    place = data_inside(settings.data_dir, wanted.data, tenant)
+    if _waiting.total() >= _MOST_WAITING or _waiting[store.tenant] >= _MOST_OF_ONE:
+        later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        raise HTTPException(503, "data of other requests is being read; try again later", later)
+    give_back(request.scope)
+    _waiting[store.tenant] += 1
+    try:
         # errors repeat the name that was sent, not where it lies on this host
-        data = load_data(request.settings, place.path, shown=request.data, root=place.root)
-    request.check_budget(data.recipe)
-    return (str(place.path), str(place.root)), data.recipe
+        check = partial(
+            check_data, wanted.settings, place.path, shown=wanted.data, root=place.root
+        )  # fmt: skip
+        recipe = await to_thread.run_sync(check, limiter=_READER)
+    finally:
+        _waiting[store.tenant] -= 1
+    wanted.check_budget(recipe)
+    return (str(place.path), str(place.root)), recipe
 
 
 def describe(search: Search) -> SearchOut:
@@ -154,17 +177,18 @@ def describe(search: Search) -> SearchOut:
     responses={**refusals(*OF_BODIES, rules=SEARCH_RULES), **MADE},
     summary="Submit a search",
 )
-def create_search(
+async def create_search(
     body: RequestDep,
+    request: Request,
     response: Response,
     store: StoreDep,
     settings: SettingsDep,
     idempotency_key: IdempotencyKey = None,
 ) -> SearchOut:
-    (data_path, data_root), _ = usable_data(body, settings, store)
-    search, new = store.create_search(
-        body, data_path=data_path, data_root=data_root, idempotency_key=idempotency_key,
-        request_id=correlation_id.get(),
+    (data_path, data_root), _ = await usable_data(request, body, settings, store)
+    search, new = await run_in_threadpool(
+        store.create_search, body, data_path=data_path, data_root=data_root,
+        idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
     return made(search, new, response)
 
@@ -184,12 +208,10 @@ def made(search: Search, new: bool, response: Response) -> SearchOut:
     summary="What a search would run, without running it",
 )
 async def preview_search(
-    body: RequestDep, store: StoreDep, settings: SettingsDep
+    body: RequestDep, request: Request, store: StoreDep, settings: SettingsDep
 ) -> dict[str, Any]:
-    def preview() -> dict[str, Any]:
-        return catalogue.get_preview(body, usable_data(body, settings, store)[1])
-
-    return await to_thread.run_sync(preview, limiter=_PREVIEWS)
+    _, recipe = await usable_data(request, body, settings, store)
+    return await to_thread.run_sync(catalogue.get_preview, body, recipe, limiter=_PREVIEWS)
 
 
 @router.get(

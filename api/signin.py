@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.templating import Jinja2Templates
 
 from api.auth import COOKIE, Caller
+from api.rates import Rates
 from nas.settings import Settings
 from nas.store import Store
 from nas.store.keys import Key, Keys, digest_of
@@ -26,7 +27,10 @@ _NO_KEY = "This is no key of this service, or one that is revoked or expired."
 
 def inside(target: str) -> str:
     """Where to go after signing in: a page of this service, whatever was asked for."""
-    parts = urlsplit(target)
+    try:
+        parts = urlsplit(target)
+    except ValueError:
+        return "/"
     plain = target.startswith("/") and not target.startswith(("//", "/\\")) and target.isprintable()
     return target if plain and not parts.scheme and not parts.netloc else "/"
 
@@ -60,6 +64,9 @@ async def login(request: Request) -> Response:
     # a session opens no further one
     if found is None or found.key is None or found.refusal is not None or found.key.parent:
         return _page(request, target, _NO_KEY, 403)
+    rates: Rates = request.app.state.rates
+    if rates.spend("sign_in", found.key.id) is not None:
+        return _page(request, target, "This key has signed in too often; try again later.", 429)
     if "read" not in found.key.scopes:
         return _page(request, target, "This key has no scope `read`: there is nothing to see.", 403)
     seconds = _SECONDS_PER_HOUR * settings.session_hours

@@ -17,6 +17,7 @@ from api.rates import network_of
 
 #: Key of a scope's extensions: whether the client is gone, as far as its connection knows.
 GONE = "einsum_nas.gone"
+_TURN = "einsum_nas.turn"
 #: Requests of one address that are worked on at once, and that wait.  Two keep a core busy: one
 #: waits for the database while the other computes; each more is in the way of other addresses.
 _AT_ONCE, _WAITING = 2, 2000
@@ -28,6 +29,13 @@ _REFUSALS_PER_SECOND = 100.0
 _LONGEST_WAIT = 5.0
 #: Asked by what looks after the service, which has to be answered whatever others do.
 _PROBES = ("/healthz", "/readyz", "/metrics")
+
+
+def give_back(scope: Scope) -> None:
+    """Let others of the same address have the turn of a request that waits for something else."""
+    found: Callable[[], None] | None = scope.get("extensions", {}).get(_TURN)
+    if found is not None:
+        found()
 
 
 @dataclass(slots=True)
@@ -159,6 +167,7 @@ class Turns:
         headers = Headers(scope=scope)
         turn = Turn(line, headers.get("authorization") or headers.get("cookie") or "")
         gone: Callable[[], bool] = scope.get("extensions", {}).get(GONE, lambda: False)
+        scope.setdefault("extensions", {})[_TURN] = turn.give_back
         await turn.take()
         try:
             if not gone():

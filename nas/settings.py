@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     #: requests of one key, or of one address without a key
     rate_limit: str = "100/second"
     #: of these, requests that change something
-    submit_limit: str = "50/second"
+    submit_limit: str = "50/second;600/minute"
     #: server-sent event streams that are open at once
     event_streams: int = Field(1000, ge=1, le=100_000)
     #: hours until a browser has to sign in again

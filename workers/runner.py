@@ -340,7 +340,8 @@ def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
         "plan": plan.as_dict(),
         "recipe": session.recipe.as_dict(),
         "seed": trial.seed,
-        "key": trial.key,
+        # what one tenant has computed is not another's to go on from
+        "key": f"{session.search.tenant}/{trial.key}",
     }
     return {"run": json.dumps(run)}  # one text: Tune would spell nested values out in file names
 

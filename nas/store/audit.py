@@ -8,6 +8,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from nas.errors import InvalidInput, echo
+from nas.logs import masked
 from nas.store import rows
 from nas.store.engine import reading, writing
 from nas.store.schema import AuditRow
@@ -57,14 +58,14 @@ def add_audit(
     session.add(
         AuditRow(
             created_at=rows.now(session), tenant=tenant, key_id=key_id, status=status,
-            action=echo(action)[:128], target=_cut(target, 128), reason=_cut(reason, 255),
+            action=_cut(action, 128) or "", target=_cut(target, 128), reason=_cut(reason, 255),
             address=_cut(address, 64), request_id=_cut(request_id, 128),
         )
     )  # fmt: skip
 
 
 def _cut(text: str | None, length: int) -> str | None:
-    return None if text is None else echo(text)[:length]
+    return None if text is None else masked(echo(text))[:length]
 
 
 class Audit:

@@ -5,7 +5,6 @@ A digest of so many random bits needs no salt and no slow hash: there is nothing
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import re
@@ -17,7 +16,7 @@ from typing import Literal, get_args
 from sqlalchemy import delete, inspect, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from nas.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
+from nas.errors import Conflict, InvalidInput, NotFound
 from nas.settings import TENANT
 from nas.store import rows
 from nas.store.audit import add_audit
@@ -36,8 +35,6 @@ PREFIX = "enas_"
 _SECRET_BYTES = 32
 _SECRET = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
 _NAME = re.compile(r"\w[\w .,@:+/()'-]{0,63}")
-#: Seconds between two notes that a key is used.
-_USED_SECONDS = 3600.0
 _MOST_SECONDS = 3.2e9
 #: Of one key.
 _SESSIONS = 100
@@ -203,22 +200,22 @@ class Keys:
             .where(KeyRow.digest.in_(digests))
         )
         found = dict.fromkeys(digests, Found(None, "unknown"))
-        stale: list[str] = []
         with reading(self._engine) as session:
             at = rows.now(session)
             for row, opener in session.execute(query):
                 key = _to_key(row)
                 refusal = key.refusal(at)
-                if opener is not None and refusal is None:
-                    refusal = _to_key(opener).refusal(at)
+                if row.parent is not None and refusal is None:
+                    refusal = "revoked" if opener is None else _to_key(opener).refusal(at)
                 found[row.digest] = Found(key, refusal)
-                if refusal is None and (row.used_at or 0.0) < at - _USED_SECONDS:
-                    stale += [row.id] if opener is None else [row.id, opener.id]
-        if stale:
-            with contextlib.suppress(StoreUnavailable), writing(self._engine) as session:
-                used = {"used_at": rows.now(session)}
-                session.execute(update(KeyRow).where(KeyRow.id.in_(stale)).values(**used))
         return found
+
+    def note_use(self, key: Key) -> None:
+        """Note that a key is used now, and of a session the key that opened it."""
+        with writing(self._engine) as session:
+            ids = [key.id] if key.parent is None else [key.id, key.parent]
+            used = {"used_at": rows.now(session)}
+            session.execute(update(KeyRow).where(KeyRow.id.in_(ids)).values(**used))
 
     def sign_in(self, key: Key, seconds: float) -> tuple[Key, str]:
         """Open a session with a key, with its scopes but for admin; (session, its secret).

@@ -74,8 +74,9 @@ class Leases:
     ) -> tuple[Lease, Search] | None:
         """Take the first search that waits or whose lease has run out; None if there is none.
 
-        The first is that of the greatest priority, and of these the oldest.  Searches of tenants
-        that run as many as they may are passed over.
+        The first is that of the greatest priority, and of these the oldest, of the tenant whose
+        turn it is: of which least runs, and that has waited longest.  Tenants that run as many as
+        they may are passed over.
 
         Parameters
         ----------
@@ -100,16 +101,21 @@ class Leases:
             at = rows.now(session)
             expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
             waiting = (SearchRow.state == "queued") & (SearchRow.not_before <= at)
-            query = (
-                select(SearchRow)
-                .where(or_(waiting, expired), *self._within_limits(session, at))
-                .order_by(SearchRow.priority.desc(), SearchRow.sequence)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-            )
+            claimable = [or_(waiting, expired), *self._within_limits(session, at)]
             if search_id is not None:
-                query = query.where(SearchRow.id == search_id)
-            row = session.scalars(query).one_or_none()
+                claimable.append(SearchRow.id == search_id)
+            row = None
+            for tenant in self._turns(session, claimable, at):
+                query = (
+                    select(SearchRow)
+                    .where(SearchRow.tenant == tenant, *claimable)
+                    .order_by(SearchRow.priority.desc(), SearchRow.sequence)
+                    .limit(1)
+                    .with_for_update(skip_locked=True)
+                )
+                row = session.scalars(query).one_or_none()
+                if row is not None:
+                    break
             if row is None:
                 return False, None
             if row.state == "running":
@@ -126,6 +132,27 @@ class Leases:
             session.flush()
             lease = Lease(row.id, row.epoch, worker, lease_seconds)
             return True, (lease, rows.to_search(row))
+
+    def _turns(
+        self, session: Session, claimable: list[ColumnElement[bool]], at: float
+    ) -> list[str]:
+        """Tenants that have something to claim: first those that run least, and waited longest."""
+        tenants = list(session.scalars(select(SearchRow.tenant).where(*claimable).distinct()))
+        if len(tenants) < 2:
+            return tenants
+        runs = (SearchRow.state == "running") & (SearchRow.lease_until >= at)
+        had = (
+            select(
+                SearchRow.tenant,
+                func.count().filter(runs),
+                func.coalesce(func.max(SearchRow.started_at), 0.0),
+                func.min(SearchRow.sequence).filter(*claimable),
+            )
+            .where(SearchRow.tenant.in_(tenants))
+            .group_by(SearchRow.tenant)
+        )
+        rank = {tenant: tuple(of_one) for tenant, *of_one in session.execute(had)}
+        return sorted(tenants, key=rank.__getitem__)
 
     def _within_limits(self, session: Session, at: float) -> list[ColumnElement[bool]]:
         """Leaves out the tenants that run as many searches as they may."""
@@ -255,6 +282,8 @@ class Leases:
             rows.count(search, **{row.state: -1})
             rows.count(search, running=1)
             row.state, row.epoch = "running", lease.epoch
+            if row.attempts:  # the first is charged since the search was submitted
+                search.charged_flops += row.train_flops
             row.attempts += 1
             row.started_at = rows.now(session)
             rows.add_event(

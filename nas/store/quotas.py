@@ -1,8 +1,9 @@
 """What a tenant may use: searches that have not ended, train FLOPs, and searches run at once.
 
 A search is charged the most train FLOPs that it may use when it is submitted, and once it has ended
-what it has used: that of completed runs exactly, that of others up to their last evaluation, and
-nothing for runs whose result was there already.
+what its attempts at runs may have used: each counts as a whole run, wherever it ended and whether
+or not the next went on from a checkpoint, so that nobody wins a quota back by stopping and starting
+again.  Runs whose result was there already cost nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import rows
 from nas.store.records import TERMINAL
-from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
+from nas.store.schema import SearchRow, TenantRow, TrialRow
 
 _SECONDS_PER_DAY = 86_400.0
 #: First key of the lock under which a tenant's quotas are looked at; any constant does.
@@ -76,18 +77,16 @@ def most_flops(request: SearchRequest) -> float:
 
 
 def used_flops(session: Session, search_id: str) -> float:
-    """Train FLOPs that the runs of a search have used, reused results not counted."""
-    own = (TrialRow.search_id == search_id, TrialRow.reused_from.is_(None))
-    ended = select(func.sum(TrialRow.train_flops)).where(*own, TrialRow.state == "complete")
-    last = (
-        select(func.max(PointRow.train_flops).label("reached"))
-        .join(TrialRow, PointRow.trial_id == TrialRow.id)
-        .where(*own, TrialRow.state != "complete")
-        .group_by(TrialRow.id)
-        .subquery()
-    )
-    partly = select(func.sum(last.c.reached))
-    return float(session.scalar(ended) or 0.0) + float(session.scalar(partly) or 0.0)
+    """Train FLOPs of every attempt at the runs of a search; a result that was there had none."""
+    spent = func.sum(TrialRow.train_flops * TrialRow.attempts)
+    return float(session.scalar(select(spent).where(TrialRow.search_id == search_id)) or 0.0)
+
+
+def owed_flops(session: Session, search_id: str, most: float) -> float:
+    """Train FLOPs that an ended search may use on top if it is tried again, of `most` in all."""
+    ended = func.sum(TrialRow.train_flops)
+    own = (TrialRow.search_id == search_id, TrialRow.state == "complete")
+    return max(most - float(session.scalar(select(ended).where(*own)) or 0.0), 0.0)
 
 
 def check_quotas(

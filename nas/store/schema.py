@@ -248,10 +248,9 @@ class KeyRow(Base):
     name: Mapped[str] = mapped_column(String(64))
     #: read, submit, admin; apart by commas
     scopes: Mapped[str] = mapped_column(String(64))
-    #: of a session: the key that opened it, and without which it is nothing
-    parent: Mapped[str | None] = mapped_column(
-        ForeignKey("api_keys.id", name="fk_api_keys_parent", ondelete="CASCADE")
-    )
+    #: of a session: the key that opened it, and without which it is nothing; no foreign key, for
+    #: a copy of the table brings its rows in any order
+    parent: Mapped[str | None] = mapped_column(String(16))
     rotated_from: Mapped[str | None] = mapped_column(String(16))
     created_at: Mapped[float] = mapped_column(Float)
     expires_at: Mapped[float | None] = mapped_column(Float)

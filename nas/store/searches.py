@@ -17,7 +17,7 @@ from nas.request import SearchRequest
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
-from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops
+from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
 from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 
@@ -298,8 +298,15 @@ class Store:
         ------
         NotFound, Conflict
             No such search, or it is neither paused nor to be paused.
+        QuotaExceeded
+            Its tenant has used more than it may.
         """
-        return self._changed(search_id, lifecycle.resume)
+
+        def change(session: Session, row: SearchRow) -> None:
+            lifecycle.resume(session, row)
+            check_quotas(session, row.tenant, self.quotas, 0.0, further=0)
+
+        return self._changed(search_id, change)
 
     def retry(self, search_id: str) -> Search:
         """Queue a search that has ended again for the trials that it still owes.
@@ -314,9 +321,8 @@ class Store:
 
         def change(session: Session, row: SearchRow) -> None:
             lifecycle.retry(session, row)
-            charge = most_flops(SearchRequest(**row.request))
-            # its row counts already, at what it used before it ended
-            more = max(charge - row.charged_flops, 0.0)
+            # its row counts already, at what it used before it ended; what it owes is begun anew
+            more = owed_flops(session, row.id, most_flops(SearchRequest(**row.request)))
             check_quotas(session, row.tenant, self.quotas, more, further=0)
             row.charged_flops += more
 

@@ -34,9 +34,28 @@ def load_data(
         The data is missing, unusable, too little or too much; nothing is ever unpickled.
     """
     if recipe.task == "text":
-        from nas.tasks.corpus import load_text as load
-    elif recipe.task == "regression":
-        from nas.tasks.regression import load_regression as load
-    else:
-        from nas.tasks.images import load_images as load
-    return load(recipe, data, shown=shown, root=root)
+        from nas.tasks.corpus import load_text
+
+        return load_text(recipe, data, shown=shown, root=root)
+    if recipe.task == "regression":
+        from nas.tasks.regression import load_regression
+
+        return load_regression(recipe, data, shown=shown, root=root)
+    from nas.tasks.images import load_images
+
+    return load_images(recipe, data, shown=shown, root=root)
+
+
+def check_data(
+    recipe: Recipe, data: str | os.PathLike[str], *, shown: str, root: str | os.PathLike[str]
+) -> Recipe:
+    """The recipe as data that was named over the network completes it, once that is looked at.
+
+    What can be known without learning tokens is known then: whether these are enough is not.
+    Parameters and errors as of `load_data`.
+    """
+    if recipe.task == "text":
+        from nas.tasks.corpus import load_text
+
+        return load_text(recipe, data, shown=shown, root=root, learns=False).recipe
+    return load_data(recipe, data, shown=shown, root=root).recipe

@@ -71,6 +71,8 @@ class _Reading:
     name: str
     #: whether texts are UTF-8 or made of the 96 characters
     utf8: bool
+    #: whether tokens are learnt, or only looked for
+    learns: bool = True
 
     def error(self, what: str) -> InvalidInput:
         made_of = "printable ASCII and newline"
@@ -116,6 +118,7 @@ def load_text(
     *,
     shown: str | None = None,
     root: str | os.PathLike[str] | None = None,
+    learns: bool = True,
 ) -> TaskData:
     """Read a file, a folder, ``hf:…``, or by default the standard library's `.py` files.
 
@@ -133,6 +136,8 @@ def load_text(
         What errors call the data; by default its path.
     root
         See `load_data`.
+    learns
+        False to look only: where tokens would be learnt, which takes minutes, there are none then.
 
     Raises
     ------
@@ -141,7 +146,7 @@ def load_text(
         or too little of it is usable; or it does not have the recipe's vocabulary.
     """
     name = shown or ("the default corpus" if data is None else str(data))
-    reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None)
+    reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None, learns)
     if data is not None and root is None and str(data).startswith(HUB_PREFIX):
         from nas.tasks.hub import hub_texts
 
@@ -256,6 +261,8 @@ def _task_data(
     # a token is at least a byte: before tokens are learnt from a text that is too short
     if min(map(_size, splits)) >= recipe.least_tokens:
         bpe = recipe.tokenizer == "bpe"
+        if bpe and not reading.learns:
+            return TaskData(recipe, {}, {}, "", summary)
         train, validation = _encoded(recipe, splits) if bpe else map(_characters, splits)
         if bpe:
             count = len(train) + len(validation)

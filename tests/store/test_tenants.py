@@ -12,7 +12,7 @@ from nas.catalogue import get_tasks
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput, NotFound, QuotaExceeded
 from nas.request import SearchRequest
-from nas.store import Leases, Standings, Store, task_scope
+from nas.store import Leases, Standings, Store, StoredPoint, task_scope
 from nas.store.audit import Audit
 from nas.store.quotas import Quotas, most_flops
 from nas.store.tenants import all_use, set_quotas
@@ -51,7 +51,7 @@ def test_a_search_is_charged_what_it_may_use_and_then_what_it_has(store: Store) 
     half = Leases(store).add_trial(lease, draft(1))
     Leases(store).release(lease, "succeeded")
     assert store.trial(half.id).state == "stopped"
-    assert store.search(search.id).charged_flops == complete.train_flops
+    assert store.search(search.id).charged_flops == complete.train_flops  # the other never began
     few = SearchRequest.checked(
         {"train_flops": 2e11, "trials": 9, "limits": {"total_train_flops": 1.5e12}}
     )
@@ -89,6 +89,53 @@ def test_no_more_flops_than_the_quota(store: Store) -> None:
         tenant.retry(first.id)
     tenant.cancel(second.id)
     assert tenant.retry(first.id).charged_flops == MOST
+
+
+def test_a_quota_cannot_be_won_back_by_beginning_anew(store: Store) -> None:
+    """Each attempt counts, whether or not it came to an evaluation before it was stopped."""
+    tenant, leases = limited(store, train_flops=9 * MOST), Leases(store)
+    search, _ = tenant.create_search(REQUEST)
+    for attempt in range(4):
+        got = leases.claim("w", LONG)
+        assert got is not None
+        lease = got[0]
+        leases.set_fingerprint(lease, "f1")
+        trials = store.trials(search.id)
+        trial = trials[0] if trials else leases.add_trial(lease, draft(0))
+        leases.start_trial(lease, trial.id)
+        if attempt % 2:
+            leases.add_point(lease, trial.id, StoredPoint(1, 0.9 * trial.train_flops, 3, 0.1, 1))
+        tenant.cancel(search.id)
+        leases.release(lease, "cancelled")
+        used = (attempt + 1) * trial.train_flops
+        assert store.search(search.id).charged_flops == used
+        tenant.retry(search.id)
+        assert store.search(search.id).charged_flops == used + MOST
+    got = leases.claim("w", LONG)
+    assert got is not None
+    leases.start_trial(got[0], trial.id)
+    assert store.search(search.id).charged_flops == used + MOST + trial.train_flops
+    tenant.pause(search.id)
+    leases.hand_back(got[0])
+    poorer = limited(store, train_flops=used)
+    with pytest.raises(QuotaExceeded):
+        poorer.resume(search.id)
+    assert store.search(search.id).state == "paused"
+
+
+def test_a_result_of_another_run_does_not_win_back_what_was_begun(store: Store) -> None:
+    lease = begun(store.view("a"))
+    trial = Leases(store).add_trial(lease, draft(0, key="same"))
+    Leases(store).start_trial(lease, trial.id)
+    store.cancel(lease.search_id)
+    Leases(store).release(lease, "cancelled")
+    ended(store, "a", [2.0], key="same")
+    store.retry(lease.search_id)
+    again = Leases(store).claim("w", LONG)
+    assert again is not None
+    assert Leases(store).reuse_result(again[0], trial.id)
+    Leases(store).release(again[0], "succeeded")
+    assert store.search(lease.search_id).charged_flops == trial.train_flops
 
 
 def test_what_was_used_long_ago_counts_no_more(store: Store) -> None:
@@ -159,6 +206,34 @@ def test_a_tenants_own_concurrency_goes_before_the_settings(store: Store) -> Non
     while (found := Leases(store).claim("w", LONG)) is not None:  # no limit but their own
         got.append(found[1].tenant)
     assert sorted(got) == ["a", "a", "b", "b", "b"]
+
+
+def test_tenants_take_turns_whatever_their_priorities(store: Store) -> None:
+    greedy, modest = store.view("greedy"), store.view("modest")
+    for seed in range(4):
+        wanted = REQUEST.model_copy(update={"seed": seed, "priority": 1000})
+        greedy.create_search(wanted)
+    urgent = REQUEST.model_copy(update={"seed": 9, "priority": 5})
+    for request in (REQUEST, urgent):
+        modest.create_search(request)
+    served = []
+    for _ in range(6):  # one worker, one search at a time
+        got = Leases(store).claim("w", LONG)
+        assert got is not None
+        served.append((got[1].tenant, got[1].request.priority))
+        Leases(store).release(got[0], "cancelled")
+    assert served == [
+        ("greedy", 1000), ("modest", 5), ("greedy", 1000), ("modest", 0), ("greedy", 1000),
+        ("greedy", 1000),
+    ]  # fmt: skip
+
+
+def test_who_runs_least_is_next(store: Store) -> None:
+    for tenant, count in (("a", 3), ("b", 1)):
+        for seed in range(count):
+            store.view(tenant).create_search(REQUEST.model_copy(update={"seed": seed}))
+    got = [Leases(store).claim("w", LONG) for _ in range(4)]
+    assert [g[1].tenant for g in got if g is not None] == ["a", "b", "a", "a"]
 
 
 # --- never each other

@@ -26,9 +26,6 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.Float(), nullable=True),
         sa.Column("revoked_at", sa.Float(), nullable=True),
         sa.Column("used_at", sa.Float(), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["parent"], ["api_keys.id"], name="fk_api_keys_parent", ondelete="CASCADE"
-        ),
         sa.PrimaryKeyConstraint("id", name="pk_api_keys"),
         sa.UniqueConstraint("digest", name="uq_api_keys_digest"),
     )
