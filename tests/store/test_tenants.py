@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from nas import answers
 from nas.catalogue import get_tasks
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput, NotFound, QuotaExceeded
 from nas.request import SearchRequest
-from nas.store import Leases, Standings, Store, StoredPoint, task_scope
+from nas.store import Leases, Standings, Store, StoredPoint, task_scope, upgrade
 from nas.store.audit import Audit
+from nas.store.migrate import downgrade_within, migrating
 from nas.store.quotas import Quotas, most_flops
 from nas.store.tenants import all_use, set_quotas
 from tests.store.test_contract import LONG, REQUEST, draft, together
@@ -299,3 +301,25 @@ def test_a_result_is_reused_within_a_tenant_only(store: Store) -> None:
         lease = begun(store.view(tenant), seed=7)
         trial = Leases(store).add_trial(lease, draft(0, key="same"))
         assert Leases(store).reuse_result(lease, trial.id) is reused
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_an_upgrade_parts_what_tenants_had_in_common(database_url: str, others: bool) -> None:
+    """Before there was access control, answers about a task were made of everyone's searches."""
+    upgrade(database_url)
+    store = Store(database_url)
+    ended(store, "default", [3.0, 2.0])
+    if others:
+        ended(store, "a", [3.0, 2.5])
+    after = standing(store)
+    store.close()
+    with migrating(database_url) as connection:
+        downgrade_within(connection, "0004")
+        # as the program of that schema keeps them
+        connection.execute(text("UPDATE scopes SET revision = 1 WHERE scope = '*'"))
+        connection.execute(text("DELETE FROM standings"))
+    upgrade(database_url)
+    store = Store(database_url)
+    assert (standing(store) == after) is others  # only then are they built anew
+    assert [s.charged_flops for s in store.searches()] == [0.0] * (1 + others)
+    store.close()
