@@ -209,8 +209,8 @@ class SearchRequest(BaseModel):
         json_schema_extra={"propertyNames": {"enum": [f.name for f in fields(Recipe)]}},
     )
     train_flops: float = Field(
-        gt=0,
-        le=MAX_TRAIN_FLOPS,
+        # the recipe says what is accepted, and does so in the error; see check_budget
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": MAX_TRAIN_FLOPS},
         description="Budget of each run in train FLOPs (1 MAC = 2 FLOPs, training = 3 × forward).",
         examples=[3e11],
     )

@@ -82,7 +82,7 @@ def test_nor_with_keys_that_open_nothing(tmp_path: Path) -> None:
 
 def test_with_a_key_it_starts_and_asks_for_it(tmp_path: Path) -> None:
     secret = new_key(tmp_path)
-    limit = "5/minute"
+    limit = "5/day"
     with api(tmp_path, "--host", "0.0.0.0", log_level="debug", submit_limit=limit) as url:
         with Client(url) as stranger, pytest.raises(NotAllowed, match="a key is needed"):
             list(stranger.searches())

@@ -284,7 +284,7 @@ def test_a_client_that_went_away_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_flood_of_one_key_leaves_room_for_another(tmp_path: Path) -> None:
     """Requests sent ahead on many connections, for as long as the other client asks."""
-    options = {"access_control": "true", "rate_limit": "50/second"}
+    options = {"access_control": "true", "rate_limit": "200/minute"}
     with serving(tmp_path, **options) as service, ExitStack() as stack:
         search = service.store.create_search(_REQUEST)[0].id
         keys = Keys(service.store)
