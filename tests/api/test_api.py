@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from api import routes
 from api.app import create_app
 from api.figures import draw_scatter, scatter_data
 from api.schemas import SearchPage, TrialPage
@@ -20,6 +23,7 @@ from nas.recipe import RECIPES
 from nas.request import SearchRequest
 from nas.settings import Settings
 from nas.store import CurvePoint, Leases, Store, StoredPoint, TrialDraft
+from nas.tasks import corpus
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
 
@@ -515,6 +519,51 @@ def test_data_inside_the_folder_is_taken(client: TestClient) -> None:
     made = client.post("/v1/searches", json={**GOOD, "data": "texts"})
     assert made.status_code == 201
     assert made.json()["request"]["data"] == "texts"
+
+
+def test_who_waits_for_data_to_be_read_is_in_nobodys_way(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reads, three wait, more are refused; and nobody else notices."""
+    go_on = threading.Event()
+    read = routes.check_data
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        assert go_on.wait(60)
+        return read(*given, **more)
+
+    monkeypatch.setattr(routes, "check_data", slowly)
+    statuses: list[int] = []
+
+    def submit(seed: int) -> None:
+        body = {**GOOD, "data": "texts", "seed": seed}
+        statuses.append(client.post("/v1/searches", json=body).status_code)
+
+    threads = [threading.Thread(target=submit, args=(seed,)) for seed in range(50)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(statuses) < 46:
+        assert time.monotonic() < deadline, statuses
+        time.sleep(0.01)
+    assert set(statuses) == {503}
+    assert client.get("/v1/searches").status_code == 200
+    assert client.post("/v1/searches", json=GOOD).status_code == 201
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(statuses) == [201] * 4 + [503] * 46
+
+
+def test_tokens_are_learnt_by_the_worker(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "learn_tokens", None)
+    body = {**GOOD, "data": "texts", "recipe": "gpt-bpe-1", "train_flops": 2e11}
+    body["overrides"] = {"vocabulary": 300, "context": 32}
+    for path in ("/v1/searches/preview", "/v1/searches"):
+        made = client.post(path, json=body)
+        assert made.status_code in (200, 201), made.text
 
 
 def test_events_stream_to_their_end_and_resume(client: TestClient) -> None:
