@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from nas.cli import app
 from nas.client import RemoteSearch
 from nas.settings import settings
-from nas.store import Store
+from nas.store import Store, upgrade
 from tests.conftest import SMALL_SEARCH, Service, service_environment
 
 
@@ -64,8 +64,9 @@ def test_bad_input_is_one_clear_error_with_status_2(
     for text in expected:
         assert text in done.stderr
     assert "Traceback" not in done.stderr
-    if (tmp_path / "einsum-nas.db").exists() and (tmp_path / "einsum-nas.db").stat().st_size:
-        store = Store(f"sqlite:///{tmp_path / 'einsum-nas.db'}")
+    if (tmp_path / "einsum-nas.db").exists():
+        upgrade(url := f"sqlite:///{tmp_path / 'einsum-nas.db'}")
+        store = Store(url)
         assert store.searches() == []
         store.close()
 
