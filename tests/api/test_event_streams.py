@@ -109,6 +109,25 @@ def all_ids(store: Store, search_id: str) -> list[int]:
     return [event.id for event in found]
 
 
+def test_a_tenant_has_half_of_all_streams_at_most(store: Store) -> None:
+    search = new_search(store)
+
+    async def work(follower: Follower) -> None:
+        with ExitStack() as streams:
+            for _ in range(2):
+                streams.enter_context(follower.following(search, "a"))
+            with pytest.raises(TooManyStreams, match="2 event streams of tenant a"):
+                streams.enter_context(follower.following(search, "a"))
+            streams.enter_context(follower.following(search, "b"))
+            streams.enter_context(follower.following(search))
+            with pytest.raises(TooManyStreams, match="4 event streams are open"):
+                streams.enter_context(follower.following(search, "c"))
+        with follower.following(search, "a"):  # which has left meanwhile
+            assert follower.open == 1
+
+    following(store, work, streams=4)
+
+
 def test_heads_and_news_are_those_of_the_log(store: Store) -> None:
     first, second = new_search(store), new_search(store)
     write(store, first, 7)

@@ -31,8 +31,10 @@ from nas.store import AXES, Lease, Leases, MeasuredCost, Store, StoredPoint, upg
 from nas.store import standings as standings_module
 from nas.store.backup import Restored, _snapshot, backup, restore
 from nas.store.engine import open_engine, writing
+from nas.store.keys import Keys
 from nas.store.migrate import downgrade_within, known_revisions, migrating
 from nas.store.schema import Base, EventRow, PointRow, ProcessRow, SearchRow, TrialRow
+from nas.store.tenants import set_quotas
 from tests.store.test_contract import PLANS, REQUEST, draft
 from tests.store.test_standings import standing
 
@@ -112,6 +114,11 @@ def fill(store: Store) -> str:
     Leases(store).start_trial(lease, trial_id)
     Leases(store).add_point(lease, trial_id, StoredPoint(1, 1.0, 4.0, 0.1, 1.0, (4.0,)))
     Leases(store).add_trial(lease, draft(2))
+    keys = Keys(store)
+    key, _ = keys.create("a", "ada", ["read"])
+    keys.sign_in(key, 3600)
+    keys.note_use(key)  # PostgreSQL keeps the changed row behind that of its session
+    set_quotas(store, "a", searches=3)
     return lease.search_id
 
 

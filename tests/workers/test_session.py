@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,22 @@ def test_a_dead_workers_session_can_write_nothing(store: Store) -> None:
         finish(session, trial)
     with pytest.raises(LeaseLost):
         session.next_trial()
+
+
+def test_checkpoints_are_each_tenants_own(store: Store) -> None:
+    """Named by the key of the run, which is the same for equal runs of any tenant."""
+    from workers.runner import trial_config  # which brings Ray along
+
+    keys = set()
+    for tenant in ("default", "a"):
+        session, _, _ = begin(store.view(tenant))
+        session.prepare()
+        trial = session.next_trial()
+        assert trial is not None
+        keys.add((trial.key, json.loads(trial_config(session, trial)["run"])["key"]))
+    (one, named), (other, differently) = keys
+    assert one == other
+    assert named != differently
 
 
 def test_the_same_search_again_runs_nothing(store: Store) -> None:
