@@ -328,7 +328,7 @@ def test_a_flood_of_refusals_does_not_fill_the_log(house: House) -> None:
 def test_the_number_of_a_flood_is_told_with_its_callers_next(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rates, "_TOLD", "3/second")
+    monkeypatch.setattr(rates, "_TOLD", "3/day")
     trail = Trail(house.store, rates.Rates(Settings()))
     line = Line("GET", "/x", 401, "a key is needed", next(_addresses), "address flood", None, None)
     other = dataclasses.replace(line, who="address other", address=next(_addresses))
@@ -337,7 +337,7 @@ def test_the_number_of_a_flood_is_told_with_its_callers_next(
         for _ in range(10):
             await trail.note(line)
         await trail.note(other)
-        await asyncio.sleep(2.5)
+        trail._rates = rates.Rates(Settings())  # the day is over
         await trail.note(line)
 
     asyncio.run(flood())
