@@ -10,6 +10,7 @@ from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.health import PROBES
 from api.problems import route_of, unexpected
 from nas.errors import echo
 from nas.logs import bound
@@ -18,8 +19,6 @@ _log = logging.getLogger(__name__)
 #: Characters of a path and of a query that a line repeats.
 _LONGEST_QUERY = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-#: Asked for every few seconds by machines.
-_PROBES = ("/healthz", "/readyz", "/metrics")
 
 
 def usable_id(given: str) -> bool:
@@ -68,7 +67,7 @@ class AccessLog:
 
 def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
     # a flood is told of by the audit log, and must not fill the disk with this one
-    quiet = scope["path"] in _PROBES or status == 429
+    quiet = scope["path"] in PROBES or status == 429
     level = logging.DEBUG if quiet else logging.INFO
     if not _log.isEnabledFor(level):
         return

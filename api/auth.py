@@ -64,11 +64,6 @@ class Caller:
     key_name: str | None = None
     scopes: tuple[str, ...] = SCOPES
 
-    @property
-    def confined(self) -> bool:
-        """Whether only their own tenant's searches are there for them."""
-        return self.tenant is not None
-
 
 OWNER = Caller()
 

@@ -24,7 +24,7 @@ from nas.store.processes import LIVE_SECONDS, Processes
 router = APIRouter(include_in_schema=False)
 _HERE = Path(__file__).parent
 STATIC = _HERE / "static"
-_templates = Jinja2Templates(_HERE / "templates")
+templates = Jinja2Templates(_HERE / "templates")
 #: Trials that the page's table shows.
 _TABLE_ROWS = 500
 _CACHE = {"Cache-Control": "public, max-age=86400"}
@@ -33,7 +33,7 @@ _CACHE = {"Cache-Control": "public, max-age=86400"}
 @router.get("/", response_class=HTMLResponse)
 def index(request: Request, store: StoreDep) -> Response:
     found = [describe(s).model_dump() for s in store.searches(limit=100)]
-    return _templates.TemplateResponse(request, "index.html", {"searches": found})
+    return templates.TemplateResponse(request, "index.html", {"searches": found})
 
 
 @router.get("/searches/{search_id}", response_class=HTMLResponse)
@@ -44,7 +44,7 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
         "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name,
         "axes": AXES, "plotly_styles": plotly_styles(),
     }  # fmt: skip
-    return _templates.TemplateResponse(request, "search.html", shown)
+    return templates.TemplateResponse(request, "search.html", shown)
 
 
 @router.get("/searches/{search_id}/live")

@@ -43,8 +43,10 @@ _RETRY_SECONDS = 2.0
 #: Bytes of the write that shows, after one has failed, that there is space again: a row that is
 #: only renewed fits into a page that is there already.
 _SPARE_BYTES = 64 * 1024
-#: Answered whatever the database does.
-_ALWAYS = ("/healthz", "/readyz", "/metrics", "/static/")
+#: Asked every few seconds by whatever supervises the service.
+PROBES = ("/healthz", "/readyz", "/metrics")
+#: Answered whatever the state of the database.
+_ALWAYS = (*PROBES, "/static/")
 
 PartName = Literal["database", "schema", "writable"]
 

@@ -161,6 +161,8 @@ async def usable_data(
         recipe = await to_thread.run_sync(check, limiter=_READER)
     finally:
         _waiting[store.tenant] -= 1
+        if not _waiting[store.tenant]:
+            del _waiting[store.tenant]  # names come over the network: keep none
     wanted.check_budget(recipe)
     return (str(place.path), str(place.root)), recipe
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.templating import Jinja2Templates
 
 from api.auth import COOKIE, Caller
+from api.dashboard import templates
 from api.rates import Rates
 from nas.settings import Settings
 from nas.store import Store
 from nas.store.keys import Key, Keys, digest_of
 
 router = APIRouter(include_in_schema=False)
-_templates = Jinja2Templates(Path(__file__).parent / "templates")
 #: Bytes of the form.
 _LONGEST_FORM = 4096
 _SECONDS_PER_HOUR = 3600.0
@@ -46,7 +44,7 @@ def login_page(
 
 def _page(request: Request, target: str, error: str | None = None, status: int = 200) -> Response:
     shown = {"next": inside(target), "error": error}
-    return _templates.TemplateResponse(request, "login.html", shown, status_code=status)
+    return templates.TemplateResponse(request, "login.html", shown, status_code=status)
 
 
 @router.post("/login")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.health import PROBES
 from api.problems import RETRY_AFTER_SECONDS, problem
 from api.rates import network_of
 
@@ -27,8 +28,6 @@ _LINES = 10_000
 _REFUSALS_PER_SECOND = 100.0
 #: Seconds that such a refusal waits at most.
 _LONGEST_WAIT = 5.0
-#: Asked by what looks after the service, which has to be answered whatever others do.
-_PROBES = ("/healthz", "/readyz", "/metrics")
 
 
 def give_back(scope: Scope) -> None:
@@ -149,7 +148,8 @@ class Turns:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, requests in their turn."""
-        if scope["type"] != "http" or scope["path"] in _PROBES:
+        # probes are answered whatever other clients do
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
         network = network_of(str((scope["client"] or ("",))[0]))

@@ -107,8 +107,7 @@ class SearchRow(Base):
     claimed_at: Mapped[float | None] = mapped_column(Float)
     held_seconds: Mapped[float] = mapped_column(Float, server_default=text("0"))
     cloned_from: Mapped[str | None] = mapped_column(String(32))
-    #: train FLOPs that count against its tenant's quota: the most it may use, and once it has
-    #: ended what it has used
+    #: train FLOPs that count against its tenant's quota; see `nas.store.quotas`
     charged_flops: Mapped[float] = mapped_column(Float, server_default=text("0"))
     #: folder that its data may not lead out of, for data named over the network
     data_root: Mapped[str | None] = mapped_column(String(4096))

@@ -352,14 +352,12 @@ class Store:
         that ran is given.
         """
         where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
-        if search_id is None:
-            where.append(SearchRow.tenant == self.tenant)
         if search_id is not None:
             own = select(TrialRow.id).where(TrialRow.search_id == search_id)
             elsewhere = TrialRow.reused_from.not_in(own.scalar_subquery())
             where += [SearchRow.id == search_id, or_(TrialRow.reused_from.is_(None), elsewhere)]
         else:
-            where.append(TrialRow.reused_from.is_(None))
+            where += [SearchRow.tenant == self.tenant, TrialRow.reused_from.is_(None)]
         if task is not None:
             where.append(SearchRow.task == task)
         if fingerprint is not None:
