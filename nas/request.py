@@ -247,7 +247,7 @@ class SearchRequest(BaseModel):
     )
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), WHOLE] = Field(
         0,
-        description="Of a tenant's searches the greater priority runs first, of equal ones the oldest.",
+        description="Within a tenant the greatest priority runs first, of equal ones the oldest.",
     )
     confirm: Confirm | None = Field(
         None,
