@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from sqlalchemy import func, select
 
 from benchmarks.interleaved import report
-from benchmarks.planting import PlantedRun, open_store, plant, stand
 from benchmarks.size import databases
 from nas.answers import get_best, get_frontier
 from nas.cost import references
@@ -40,6 +39,7 @@ from nas.store.engine import reading, writing
 from nas.store.schema import ScopeRow, SearchRow, TrialRow
 from nas.store.standings import rebuild
 from nas.taxonomy import parse_theta
+from tests.support.planting import PlantedRun, open_store, plant, stand
 
 FINGERPRINT = "planted"
 TASK = f"text@{FINGERPRINT}"

@@ -45,12 +45,12 @@ import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.planting import PlantedRun, open_store, plant, stand
 from nas.processes import free_port
 from nas.request import SearchRequest
 from nas.store import Store
 from nas.store.keys import Keys
 from nas.taxonomy import parse_theta
+from tests.support.planting import PlantedRun, open_store, plant, stand
 
 _TARGET_MILLISECONDS = 100.0
 _FINGERPRINT, _BUDGET = "0011223344556677", 1e12

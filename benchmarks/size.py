@@ -27,11 +27,11 @@ from typing import Any
 from sqlalchemy import text
 
 from benchmarks.interleaved import report
-from benchmarks.planting import open_store, stand
 from nas.cost import references
 from nas.processes import free_port
 from nas.request import SearchRequest
 from nas.store import Leases, Standings, Store, StoredPoint, TrialDraft
+from tests.support.planting import open_store, stand
 
 SEARCH_TRIALS, POINTS, CLIENTS = 5000, 20, 8
 SEEDS, SAMPLES = 4, 32

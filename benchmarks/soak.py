@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import linregress, t
 
-from benchmarks.cluster.nodes import free_port
-from benchmarks.faults.databases import Database, PostgresqlServer, new_sqlite
 from nas.client import Client, ServiceError
 from nas.store import Store
+from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
+from tests.support.services import free_port
 
 _SAMPLE_SECONDS = 5.0
 #: Share of the time that is warming up.

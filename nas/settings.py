@@ -33,76 +33,83 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 class Settings(BaseSettings):
     """One value per setting, validated when the process starts."""
 
-    model_config = SettingsConfigDict(env_prefix="EINSUM_NAS_", extra="ignore", allow_inf_nan=False)
+    model_config = SettingsConfigDict(
+        env_prefix="EINSUM_NAS_", extra="ignore", allow_inf_nan=False,
+        use_attribute_docstrings=True,  # the reference of settings is made of them
+    )  # fmt: skip
 
-    #: folder of everything the embedded default writes
     home: Path = Path("~/.einsum-nas")
-    #: SQLAlchemy URL; the default is a SQLite file in `home`
+    """Folder of the embedded database and of checkpoints, which go after a week without use."""
     database_url: str | None = None
-    #: folder whose files and folders a search over REST may name as data; none by default
+    """`postgresql://user:password@host/database`; the default is a SQLite file in `home`."""
     data_dir: Path | None = None
+    """Folder whose contents REST may name as data; with access control, the tenant's folder in it."""
     host: str = "127.0.0.1"
+    """Address that the service and a worker's metrics listen on."""
     port: int = Field(8000, ge=0, le=65535)
-    #: ask for API keys on loopback too; on any other address keys are asked for whatever this says
+    """Port of the service."""
     access_control: bool = False
-    #: names, besides this machine's own, by which the service may be addressed (Host)
+    """Require API keys on loopback too; on any other address they are always required."""
     allowed_hosts: Names = ()
-    #: origins (https://host) whose pages may read and, with a key, change; none by default
+    """Host names that the service answers to, besides this machine's own; separated by commas."""
     allowed_origins: Names = ()
-    #: addresses of reverse proxies whose X-Forwarded-For and -Proto are believed; none by default
+    """Origins (`https://host`) whose pages may send requests, with a key; separated by commas."""
     trusted_proxies: Names = ()
-    #: requests of one key, or of one address without a key
+    """Addresses of proxies whose `X-Forwarded-*` headers are trusted; separated by commas."""
     rate_limit: str = "100/second"
-    #: of these, requests that change something
+    """Requests of one key, or of one address without a key; several limits separated by `;`."""
     submit_limit: str = "50/second;600/minute"
-    #: server-sent event streams that are open at once
+    """The same for requests that change something."""
     event_streams: int = Field(1000, ge=1, le=100_000)
-    #: hours until a browser has to sign in again
+    """Greatest number of event streams open at once."""
     session_hours: float = Field(12.0, gt=0.0, le=8760.0)
-    #: days that the audit log is kept
+    """Hours after which a browser has to sign in again."""
     audit_days: float = Field(400.0, ge=90.0)
-    #: length of a worker's lease on a search; it renews at a third and gives up at two thirds
+    """Days for which the audit log is kept; 90 at least."""
     lease_seconds: float = Field(30.0, ge=1.0, le=3600.0)
-    #: seconds between looks for a search to claim
+    """Length of a worker's lease on a search; after it another worker may take the search over."""
     poll_seconds: float = Field(0.5, gt=0.0, le=60.0)
-    #: trials that run at once; the default fills the cluster
+    """Seconds between a worker's attempts to claim a search."""
     concurrency: int | None = Field(None, ge=1, le=4096)
-    #: CPU cores of one trial, which is also its number of threads
+    """Trials that run at once; by default as many as the cluster has room for."""
     cpus_per_trial: int = Field(1, ge=1, le=256)
-    #: GPUs of one trial where the cluster has any; fractions share one
+    """CPU cores of one trial, which is also its number of threads."""
     gpus_per_trial: float = Field(1.0, gt=0.0, le=64.0)
-    #: what else one trial needs of a Ray node: the names and amounts of custom resources
+    """GPUs of one trial where the cluster has any; a fraction shares one."""
     resources_per_trial: dict[str, Annotated[float, Field(gt=0.0)]] = {}
-    #: memory that one trial may take on top of its process, bytes; GPU memory is not counted
+    """Ray custom resources that one trial needs, as JSON: `{"name": amount}`."""
     memory_per_trial: ByteSize | None = Field(None, ge=2**20)
-    #: seconds after which an attempt at a trial is ended, whatever it does
+    """Host memory that one trial may add to its process, such as `4GiB`."""
     trial_timeout_seconds: float = Field(86_400.0, gt=0.0, le=1e8)
-    #: lost leases and infrastructure errors after which a search is given up
+    """Seconds after which an attempt at a trial is ended."""
     max_attempts: int = Field(5, ge=1, le=100)
-    #: seconds before a search is tried again; doubles with each attempt
+    """Attempts (lost leases, infrastructure errors) after which a search fails."""
     backoff_seconds: float = Field(5.0, ge=0.0, le=3600.0)
-    #: searches of one tenant that run at once; by default as many as there are workers
+    """Seconds before the first new attempt; doubles with each."""
     tenant_concurrency: int | None = Field(None, ge=1)
-    #: searches of one tenant that have not ended
+    """Quota: searches of one tenant that run at once; by default any number."""
     tenant_searches: int = Field(1000, ge=0)
-    #: train FLOPs of one tenant's searches of the last `quota_days`; by default any number
+    """Quota: searches of one tenant that have not ended."""
     tenant_train_flops: float | None = Field(None, ge=0.0)
+    """Quota: train FLOPs of one tenant within `quota_days`; by default any number."""
     quota_days: float = Field(30.0, gt=0.0, le=36_500.0)
-    #: whose searches the command line submits
+    """Days for which train FLOPs count against a tenant's quota."""
     tenant: str = Field(DEFAULT_TENANT, pattern=TENANT)
-    #: key that the command line and `Client` show to a service
+    """Tenant of what the command line submits and reads."""
     api_key: SecretStr | None = None
-    #: days after its end that the log of a search is kept but for its turning points
+    """API key that the command line and `Client` send to a service."""
     event_days: float | None = Field(30.0, gt=0.0)
-    #: days after their end that failed and cancelled searches without any result are kept
+    """Days after a search's end for which its detailed events are kept."""
     failed_days: float | None = Field(None, gt=0.0)
-    #: size of the folder of checkpoints above which the oldest are deleted
+    """Days for which failed and cancelled searches without results are kept; default: for ever."""
     checkpoint_bytes: ByteSize = Field(ByteSize(10 * 2**30), ge=0)
-    #: text, or json: one object a line
+    """Size of the checkpoint folder above which the oldest are deleted."""
     log_format: Literal["text", "json"] = "text"
+    """`text`, or `json`: one object a line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    #: port of a worker's Prometheus metrics on `host`; none by default
+    """Least severity that is logged: `debug`, `info`, `warning`, `error`."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Port of each worker's `/metrics` on `host`; none by default."""
 
     @property
     def resolved_home(self) -> Path:

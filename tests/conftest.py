@@ -1,46 +1,57 @@
-"""Fixtures shared by every test: databases, a small corpus, and one real service."""
+"""Fixtures shared by every test, which tests run where, and what a run has cost."""
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from nas.client import Client, RemoteSearch, ServiceError
+from nas.client import Client, RemoteSearch
+from tests.support.accounting import adopt_orphans, cpu_seconds
+from tests.support.services import Service, running
+from tests.support.small import SMALL_SEARCH
 
-_LONG = ("test_kill.py", "test_trial_faults.py", "test_cli.py", "test_deployment_scripts.py")
+#: Folders and files whose tests wait for processes; they begin first, so that none is left over
+#: when everything else has ended.
+_LONG = ("integration/workers", "acceptance", "integration/http", "integration/faults")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Account for processes that outlive their parents."""
+    if not hasattr(config, "workerinput"):
+        adopt_orphans()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a file's tests to one worker, and to one those that share the running service.
+    """Give a file's tests to one worker, and to one those that share the running service."""
 
-    Files that take minutes begin first, so that none is left over when everything else has ended.
-    """
-    items.sort(key=lambda item: item.path.name not in _LONG)
+    def order(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, folder in enumerate(_LONG) if folder in path), len(_LONG))
+
+    items.sort(key=order)
     for item in items:
         names = getattr(item, "fixturenames", ())
         group = "service" if "service" in names else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-# tests ask faster than people and programs do; those of rates set their own
-for _limit in ("EINSUM_NAS_RATE_LIMIT", "EINSUM_NAS_SUBMIT_LIMIT"):
-    os.environ.setdefault(_limit, "100000/second")
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what the run has cost."""
+    seconds, running = cpu_seconds()
+    left = " (some processes still run and are not in it)" if running else ""
+    terminalreporter.write_line(f"{seconds:.0f} CPU-seconds in all processes{left}")
 
-# elsewhere each run of the tests tries new examples; continuous integration repeats its own
+
+# Locally each run of the tests tries new examples; continuous integration repeats its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("searching", deadline=None)
 settings.load_profile("repeatable" if os.environ.get("CI") else "searching")
-
-#: The smallest search that still has everything: three references and four candidates.
-SMALL_SEARCH = {"train_flops": 5e10, "trials": 4, "references": 3, "seed": 1}
 
 
 @pytest.fixture(scope="session")
@@ -86,54 +97,12 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def service_environment(home: Path, **options: str) -> dict[str, str]:
-    """Environment of a process with settings of its own."""
-    own = {f"EINSUM_NAS_{k.upper()}": v for k, v in options.items()}
-    return {**os.environ, "EINSUM_NAS_HOME": str(home), **own}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Service:
-    """`einsum-nas serve` in a process of its own, on a home of its own."""
-
-    def __init__(self, home: Path, data_dir: Path) -> None:
-        self.home, self.port = home, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = service_environment(home, data_dir=str(data_dir))
-        with (home / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "nas.cli", "serve", "--port", str(self.port)],
-                env=self.environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def await_ready(self) -> None:
-        with Client(self.url) as client:
-            for _ in range(300):
-                assert self.process.poll() is None, (self.home / "log").read_text()
-                try:
-                    client.get("/readyz")
-                    return
-                except ServiceError:
-                    time.sleep(0.1)
-        raise AssertionError((self.home / "log").read_text())
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Iterator[Service]:
     """A running service whose data folder holds `texts`."""
-    running = Service(tmp_path_factory.mktemp("home"), text_folder.parent)
-    running.await_ready()
-    yield running
-    running.stop()
+    home = tmp_path_factory.mktemp("home")
+    with running(Service(home, "serve", data_dir=str(text_folder.parent))) as ready:
+        yield ready
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cluster.nodes import Cluster, SupervisedWorker
-from benchmarks.faults.databases import Database, PostgresqlServer, new_sqlite
 from nas.request import SearchRequest
 from nas.store import Store
+from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
 
 #: Seconds within which a search of these must end.
 _PATIENCE = 900.0

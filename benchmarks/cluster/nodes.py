@@ -16,15 +16,11 @@ from types import TracebackType
 
 import psutil  # type: ignore[import-untyped]
 
+from tests.support.services import free_port
+
 #: Seconds for a node to join, and for a process to end.
 _PATIENCE = 90.0
 _OBJECT_STORE_BYTES = 200_000_000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

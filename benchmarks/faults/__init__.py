@@ -1,1 +1,0 @@
-"""Faults on purpose, and what must hold after them; `python -m benchmarks.faults` runs them all."""

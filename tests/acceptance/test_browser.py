@@ -1,0 +1,100 @@
+"""The dashboard in a real browser, without any network beyond the service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nas.client import RemoteSearch
+from tests.support.browser import chromium, needs_chromium
+from tests.support.services import Service
+
+pytestmark = needs_chromium
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser: Any, service: Service) -> Iterator[Any]:
+    """A page that fails the test on any script error or request to somewhere else."""
+    opened = browser.new_page(viewport={"width": 1360, "height": 1400})
+    wrong: list[str] = []
+    opened.on("pageerror", lambda e: wrong.append(str(e)))
+    opened.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    opened.on("request", lambda r: None if r.url.startswith(service.url) else wrong.append(r.url))
+    yield opened
+    opened.close()
+    assert wrong == []
+
+
+def test_a_finished_search_is_all_there(
+    page: Any, service: Service, finished_search: RemoteSearch
+) -> None:
+    page.goto(f"{service.url}/searches/{finished_search.id}")
+    page.wait_for_selector("#search[data-ready=succeeded]")
+    assert page.inner_text("#state") == "succeeded"
+    assert page.locator("#trials tr").count() == 7
+    best = finished_search.best()
+    assert page.inner_text("#structured") == f"{best['best_structured']['loss']:.4f}"
+    assert page.inner_text("#dense") == f"{best['best_dense']['loss']:.4f}"
+    assert "7 of 7 runs finished" in page.inner_text("#progress")
+    drawn = page.evaluate(
+        "['scatter', 'curves'].map(n => document.getElementById(n).data"
+        ".map(t => [t.name, t.x.length]))"
+    )
+    front = finished_search.frontier()
+    assert dict(drawn[0])["structured front"] == len(front["structured"])
+    assert dict(drawn[0])["dense front (reference)"] == len(front["dense"])
+    assert len(drawn[1]) == 7
+    # lines are really painted, and nothing is wider than the page
+    assert page.locator("#curves .scatterlayer path.js-line").count() == 7
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_search_is_followed_live(page: Any, service: Service, finished_search: Any) -> None:
+    search = finished_search.client.search(train_flops=6e10, trials=2, references=3, seed=4)
+    page.goto(service.url)
+    page.click(f"a[href='/searches/{search.id}']")
+    page.locator("#trials tr").nth(2).wait_for(timeout=60_000)
+    first = page.inner_text("#progress")
+    # no reload: events alone bring the page to the end
+    page.wait_for_selector("#state:text-is('succeeded')", timeout=180_000)
+    assert page.inner_text("#progress") != first
+    assert "5 of 5 runs finished" in page.inner_text("#progress")
+    assert page.locator("#cancel").is_hidden()
+
+
+def test_pausing_resuming_and_cancelling_from_the_page(
+    page: Any, service: Service, finished_search: Any
+) -> None:
+    search = finished_search.client.search(train_flops=1e13, trials=50, seed=12)
+    page.goto(f"{service.url}/searches/{search.id}")
+    page.locator("#trials tr").first.wait_for(timeout=60_000)
+
+    def click(action: str, state: str) -> None:
+        page.click(f"button[data-act={action}]")
+        page.wait_for_selector(f"#state:text-is('{state}')", timeout=90_000)
+
+    click("pause", "paused")
+    assert "running" not in search.refresh().data["trial_counts"]
+    click("resume", "running")
+    click("cancel", "cancelled")
+    assert search.refresh().data["failures"] == 0
+    assert page.locator("button[data-act=retry]").is_visible()
+    assert page.locator("#cancel").is_hidden()
+
+
+def test_a_narrow_screen_scrolls_only_inside_tables(
+    browser: Any, service: Service, finished_search: RemoteSearch
+) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(f"{service.url}/searches/{finished_search.id}")
+    page.wait_for_selector("#search[data-ready=succeeded]")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.close()

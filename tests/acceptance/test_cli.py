@@ -1,0 +1,212 @@
+"""The command line as its users meet it: real processes, exit codes, output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nas.cli import app
+from nas.client import RemoteSearch
+from nas.settings import settings
+from nas.store import Store, upgrade
+from tests.support.services import Service, service_environment
+from tests.support.small import SMALL_SEARCH
+
+
+def cli(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nas.cli", *arguments],
+        env=service_environment(home), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
+    (["inspect", "1/2,0,1/4,0,1/2,1/2,0", "--d-in", "8", "--d-out", "8"],
+     ["alpha=0.5, beta=0, gamma=0.25 (sum 0.75)", "alpha + beta + gamma = 1"]),
+    (["inspect", "2,0,0,0,1,0,0", "--d-in", "8", "--d-out", "8"], ["theta.alpha", "2.0", "0 to 1"]),
+    (["inspect", "nope", "--d-in", "8", "--d-out", "8"], ["theta", "nope", "monarch"]),
+    (["inspect", "monarch", "--d-in", "0", "--d-out", "8"], ["d_in", "0", "from 1 to 16777216"]),
+    (["inspect", "monarch", "--d-in", "8", "--d-out", "8", "--sizing", "x"],
+     ["sizing", "x", "least-waste | paper"]),
+    (["search", "--train-flops", "1e6"], ["train_flops", "1000000.0", "train FLOPs from"]),
+    (["search", "--train-flops", "0"], ["train_flops", "0.0", "train FLOPs from"]),
+    (["search", "--train-flops", "-1e11"], ["train_flops", "-100000000000.0", "train FLOPs from"]),
+    (["search", "--train-flops", "nan"], ["train_flops", "nan", "a finite number"]),
+    (["search", "--train-flops", "1e30"], ["train_flops", "1e+30", "to 1e+20"]),
+    (["search", "--train-flops", "x"], ["--train-flops", "got x", "accepted: a number"]),
+    (["search", "--train-flops", "2e11", "--trials", "2.5"], ["--trials", "got 2.5", "whole"]),
+    (["search", "--train-flops", "2e11", "--task", "nope"], ["task", "nope", "text"]),
+    (["search", "--train-flops", "2e11", "--sampler", "cma"], ["sampler", "cma", "tpe | nsga2"]),
+    (["search", "--train-flops", "2e11", "--objective", "x"], ["objective", "budget | pareto"]),
+    (["search", "--train-flops", "2e11", "--trials", "0"], ["trials", "0", "from 1 to"]),
+    (["search", "--train-flops", "2e11", "--data", "/no/such/file"], ["data", "does not exist"]),
+    (["best", "--train-flops", "nan"], ["train_flops", "nan", "above 0"]),
+    (["best", "--train-flops", "1e12", "--task", "nope"], ["task", "nope", "text"]),
+    (["api", "--port", "70000"], ["port", "70000", "0 to 65535"]),
+    (["api", "--host", "0.0.0.0"], ["host", "0.0.0.0", "127.0.0.1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_COMMANDS, ids=lambda v: " ".join(v)[:40])
+def test_bad_input_is_one_clear_error_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
+) -> None:
+    monkeypatch.setenv("EINSUM_NAS_HOME", str(tmp_path))
+    settings.cache_clear()
+    done = CliRunner().invoke(app, arguments)
+    settings.cache_clear()
+    assert done.exit_code == 2, done.stderr
+    assert done.stdout == ""
+    for text in expected:
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    if (tmp_path / "einsum-nas.db").exists():
+        upgrade(url := f"sqlite:///{tmp_path / 'einsum-nas.db'}")
+        store = Store(url)
+        assert store.searches() == []
+        store.close()
+
+
+def test_a_process_ends_with_that_status_too(tmp_path: Path) -> None:
+    done = cli(tmp_path, "search", "--train-flops", "1e6")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: train_flops: got 1000000.0; accepted: train FLOPs from")
+
+
+def test_filtered_and_empty_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "accents.txt").write_text("\u00e9" * 5000, encoding="utf-8")
+    for name, message in (("empty.txt", "this file is empty"), ("accents.txt", "byte 0xc3")):
+        done = cli(tmp_path, "search", "--train-flops", "2e11", "--data", str(tmp_path / name))
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_inspect_gives_every_name_of_the_contract(tmp_path: Path) -> None:
+    theta = "1/2,0,1/2,0,1/2,1/2,0"
+    done = cli(tmp_path, "inspect", theta, "--d-in", "1024", "--d-out", "1024", "--json")
+    got = json.loads(done.stdout)
+    assert {
+        "theta", "canonical_theta", "sizes", "einsum", "contraction", "macs", "flops", "params",
+        "rank", "omega", "psi", "nu", "omega_integer", "psi_integer", "nu_integer", "sizing",
+        "waste", "dropped_inputs", "constant_outputs", "fingerprint",
+    } <= set(got)  # fmt: skip
+    assert list(got["sizes"]) == ["alpha", "beta", "gamma", "delta", "epsilon", "phi", "rho"]
+    assert (got["macs"], got["flops"], got["rank"]) == (65536, 131072, 1024)
+
+
+def test_inspect_shows_what_sizes_waste_and_what_paper_sizing_loses() -> None:
+    monarch = ["inspect", "monarch", "--d-in", "7", "--d-out", "7"]
+    assert "28.57%" in CliRunner().invoke(app, monarch).stdout
+    theta = "1/2,1/4,1/4,1/4,1/2,1/4,0"
+    trap = ["inspect", theta, "--d-in", "3072", "--d-out", "3072", "--sizing"]
+    assert "377 inputs are dropped" in CliRunner().invoke(app, [*trap, "paper"]).stdout
+    assert "dropped" not in CliRunner().invoke(app, [*trap, "least-waste"]).stdout
+
+
+def test_reading_an_empty_store_says_so(tmp_path: Path) -> None:
+    done = cli(tmp_path, "best", "--train-flops", "1e12")
+    assert done.returncode == 1
+    assert "no search on the default data and recipe of task 'text' has begun here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [("PORT", "abc", 2), ("DATABASE_URL", "sqlite:////no/such/folder/x.db", 1),
+     ("DATABASE_URL", "postgresql://u:p@127.0.0.1:1/x", 1), ("DATABASE_URL", "mysql://x", 2),
+     ("DATABASE_URL", "postgresql://h:port/x", 2), ("HOME", "/dev/null/x", 2)],
+)  # fmt: skip
+def test_bad_settings_are_one_line_too(tmp_path: Path, name: str, value: str, status: int) -> None:
+    environment = {**service_environment(tmp_path), f"EINSUM_NAS_{name}": value}
+    done = subprocess.run(
+        [sys.executable, "-m", "nas.cli", "best", "--train-flops", "1e12"],
+        env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert ":p@" not in done.stderr
+
+
+def test_a_search_is_queued_without_wait(tmp_path: Path) -> None:
+    done = cli(tmp_path, "search", "--train-flops", "2e11", "--json")
+    assert json.loads(done.stdout)["state"] == "queued"
+    assert "schema at revision 0005" in cli(tmp_path, "db", "upgrade").stdout
+
+
+def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSearch) -> None:
+    budget = str(SMALL_SEARCH["train_flops"])
+    local = cli(service.home, "best", "--train-flops", budget, "--json")
+    remote = cli(service.home, "best", "--train-flops", budget, "--json", "--server", service.url)
+    assert json.loads(local.stdout) == json.loads(remote.stdout)
+    best = json.loads(local.stdout)
+    assert {
+        "theta", "canonical_theta", "width", "train_flops", "expected_loss", "interval",
+        "multiplier_over_dense", "indistinguishable", "evidence", "kind",
+    } <= set(best)  # fmt: skip
+    # other searches of the service may have found better within the budget, never worse
+    command = ["frontier", "--search", finished_search.id, "--json", "--server", service.url]
+    front = json.loads(cli(service.home, *command).stdout)["frontier"]
+    assert best["expected_loss"] <= front[-1]["loss"]
+    assert best["train_flops"] <= float(budget)
+
+
+def test_search_and_confirm_with_wait_run_their_own_workers(
+    tmp_path: Path, text_folder: Path
+) -> None:
+    done = cli(
+        tmp_path, "search", "--train-flops", "1e10", "--trials", "1", "--references", "3",
+        "--set", "min_steps=20", "--set", "warmup_steps=5", "--set", "validation_samples=64",
+        "--data", str(text_folder), "--wait", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "12 files, 36,000 characters, 2 files left out" in done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["search"]["state"] == "succeeded"
+    assert answer["search"]["trial_counts"] == {"complete": 4}
+    assert answer["best"]["evidence"]["trials"] == 4
+    assert answer["best"]["interval"] is None
+    assert answer["best"]["best_dense"]["peak_memory"] > 4 * answer["best"]["best_dense"]["params"]
+    assert answer["best"]["best_dense"]["step_seconds"] > 0
+
+    # the newest search, by default
+    done = cli(tmp_path, "confirm", "--top", "1", "--seeds", "2", "--wait", "--json")
+    assert done.returncode == 0, done.stderr
+    confirmed = json.loads(done.stdout)
+    assert confirmed["search"]["trial_counts"] == {"complete": 4}
+    assert confirmed["search"]["request"]["confirm"]["search"] == answer["search"]["id"]
+    best = json.loads(
+        cli(tmp_path, "best", "--task", answer["best"]["task"], "--train-flops", "1e10", "--json")
+        .stdout
+    )  # fmt: skip
+    assert best["evidence"]["trials"] == 8
+    assert best["confirmed"]
+    assert best["evidence"]["seeds"] == 2
+    assert best["interval"][0] < best["expected_loss"] < best["interval"][1]
+    assert best["confirmation"]["candidates"] == 2
+    refused = cli(tmp_path, "confirm", "--top", "2")
+    assert (refused.returncode, "top: got 2" in refused.stderr) == (2, True)
+
+
+def test_nothing_to_confirm_says_so(tmp_path: Path) -> None:
+    done = cli(tmp_path, "confirm")
+    assert done.returncode == 1
+    assert "no search has succeeded yet" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--params", "2e4"], "trainable parameters"), (["--step-seconds", "100"], "seconds per step"),
+     (["--train-flops", "5e10", "--snippet"], "replace_linears(model, structure)")],
+)  # fmt: skip
+def test_best_within_other_budgets_and_as_code(
+    service: Service, finished_search: RemoteSearch, arguments: list[str], expected: str
+) -> None:
+    done = cli(service.home, "best", "--search", finished_search.id, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout

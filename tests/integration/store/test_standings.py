@@ -1,0 +1,229 @@
+"""The standings: the right points stay, whatever the order in which results land."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.errors import LeaseLost
+from nas.store import AXES, Leases, Standings, Store, StoredPoint, task_scope
+from nas.store import standings as module
+from nas.store.engine import open_engine, writing
+from nas.store.migrate import upgrade
+from nas.store.standings import Points, kept
+from tests.support.stored import begun, draft, run, standing
+
+SCOPES = (task_scope("text", "f1"), task_scope("text", "f2"))
+POINTS = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)),
+    max_size=40,
+    unique_by=lambda p: p[:2],
+)
+
+
+def of_runs(rows: list[tuple[int, int, int, int]]) -> Points:
+    """Points of models that were run once each."""
+    return Points.of([(row[0], *row) for row in rows])
+
+
+def keys(points: Points) -> set[tuple[int, int]]:
+    return {(trial, step) for _, trial, step, _, _ in points.rows()}
+
+
+def slowly_kept(rows: list[tuple[int, int, int, int]], runs: int) -> set[tuple[int, int]]:
+    """The definition: below the own run's earlier points, and beaten by few other runs."""
+    order = sorted(rows, key=lambda r: (r[2], r[3], r[0], r[1]))
+    found = set()
+    for i, (trial, step, _, loss) in enumerate(order):
+        if any(t == trial and y <= loss for t, _, _, y in order[:i]):
+            continue
+        if len({t for t, _, _, y in order[:i] if t != trial and y <= loss}) < runs:
+            found.add((trial, step))
+    return found
+
+
+@given(rows=POINTS, runs=st.integers(1, 4))
+def test_kept_points_are_those_that_few_runs_beat(
+    rows: list[tuple[int, int, int, int]], runs: int
+) -> None:
+    points = of_runs(rows)
+    chosen = points.select(kept(points, runs))
+    assert keys(chosen) == slowly_kept(rows, runs)
+
+
+@given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9))
+def test_nothing_that_was_left_out_is_missed_later(
+    rows: list[tuple[int, int, int, int]], runs: int, seed: int
+) -> None:
+    """Run by run in any order, what stays is what would stay if all came at once."""
+    by_run: dict[int, list[tuple[int, int, int, int]]] = {}
+    for row in rows:
+        by_run.setdefault(row[0], []).append(row)
+    order = np.random.default_rng(seed).permutation(list(by_run)).tolist()
+    held = of_runs([])
+    for trial in order:
+        both = Points.together([held, of_runs(by_run[trial])])
+        held = both.select(kept(both, runs))
+    assert keys(held) == slowly_kept(rows, runs)
+
+
+@given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9), edges=st.integers(1, 4))
+def test_bars_turn_away_only_what_is_beaten(
+    rows: list[tuple[int, int, int, int]], runs: int, seed: int, edges: int
+) -> None:
+    points = of_runs(rows)
+    half = np.random.default_rng(seed).random(len(points)) < 0.5
+    _, bars = module._sweep(points.select(half), runs)
+    thinned = np.array(bars[::-1][::edges][::-1], dtype="<f8").tobytes()
+    late = points.select(~half & ~np.isin(points.trial, points.trial[half]))
+    turned_away = late.select(module._is_beaten(late, thinned))
+    stays = slowly_kept(rows, runs)
+    assert not keys(turned_away) & stays
+
+
+def test_results_as_they_land_equal_those_built_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT_MODELS", 2)
+    monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 4)
+    monkeypatch.setattr(module, "_MOST_EDGES", 3)
+    rng = np.random.default_rng(5)
+    for search in range(3):
+        lease = begun(store, "f1" if search < 2 else "f2", seed=search)
+        for number in range(6):
+            losses = sorted(rng.uniform(1, 3, 4).round(2).tolist(), reverse=True)
+            run(store, lease, number, losses, key=f"{search}-{number}")
+        twin = Leases(store).add_trial(lease, draft(6, key=f"{search}-0"))
+        assert Leases(store).reuse_result(lease, twin.id)
+        Leases(store).release(lease, "succeeded")
+    fronts = [Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES]
+    before = standing(store)
+    assert len(before) > 30
+    with writing(store.engine) as session:
+        module.rebuild(session)
+    assert standing(store) == before
+    # what stood too long changed no front
+    assert fronts == [
+        Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES
+    ]
+
+
+def test_the_front_is_read_with_what_identifies_its_runs(store: Store) -> None:
+    lease = begun(store)
+    slow = run(store, lease, 0, [3.0, 2.0], flops=2e9)
+    quick = run(store, lease, 1, [3.5, 2.5])
+    reading = Standings(store)
+    for scope in (lease.search_id, task_scope("text", "f1")):
+        front = reading.front(scope, "train_flops", dense=True)
+        assert [(p.trial_id, p.train_flops, p.loss) for p in front] == [
+            (quick, 1e9, 3.5), (quick, 2e9, 2.5), (slow, 4e9, 2.0),
+        ]  # fmt: skip
+        assert reading.front(scope, "train_flops", dense=False) == []
+        by_memory = reading.front(scope, "peak_memory", dense=True)
+        assert [(p.trial_id, p.peak_memory_bytes) for p in by_memory] == [(slow, 1000)]
+    state = reading.state(task_scope("text", "f1"))
+    assert state is not None
+    assert (state.trials, state.points, state.searches) == (2, 4, 1)
+    assert (state.least_flops, state.greatest_flops) == (1e9, 4e9)
+    assert reading.state("text@nothing") is None
+
+
+def test_only_completed_runs_stand(store: Store) -> None:
+    lease, leases = begun(store), Leases(store)
+    for number, end in enumerate(("fail", "stop", "leave")):
+        trial = leases.add_trial(lease, draft(number))
+        leases.start_trial(lease, trial.id)
+        leases.add_point(lease, trial.id, StoredPoint(5, 1e9, 1.0, 0.1, 1.0, (1.0,)))
+        if end == "fail":
+            leases.fail_trial(lease, trial.id, "diverged")
+        elif end == "stop":
+            leases.stop_trial(lease, trial.id, "pruned")
+    assert Standings(store).front(lease.search_id, "train_flops", dense=True) == []
+    assert Standings(store).lowest(lease.search_id, "train_flops", 1e30, dense=True) == []
+    assert Standings(store).state(lease.search_id) is None
+
+
+def test_a_shared_result_counts_once_on_the_task(store: Store) -> None:
+    first = begun(store)
+    original = run(store, first, 0, [2.0], key="same")
+    Leases(store).release(first, "succeeded")
+    second = begun(store, seed=1)
+    twin = Leases(store).add_trial(second, draft(0, key="same"))
+    assert Leases(store).reuse_result(second, twin.id)
+    reading = Standings(store)
+    task = task_scope("text", "f1")
+    assert [r.trial_id for r in reading.runs(task, trials=[original, twin.id])] == [original]
+    assert [r.trial_id for r in reading.runs(second.search_id, trials=[twin.id])] == [twin.id]
+    state = reading.state(task)
+    assert state is not None
+    assert (state.trials, state.searches) == (1, 1)
+    stored = store.trial(twin.id)
+    assert (stored.seconds_per_step, stored.peak_memory_bytes) == (0.01, 1000)
+
+
+def test_runs_of_a_model_come_with_their_curves(store: Store) -> None:
+    lease = begun(store)
+    ids = [run(store, lease, i, [3.0, 2.0 - i / 10], seed=i, plan=draft(0).plan) for i in range(3)]
+    reading = Standings(store)
+    models = reading.models(ids[:1])
+    found = reading.runs(task_scope("text", "f1"), models=models)
+    assert [r.trial_id for r in found] == ids
+    assert {r.seed for r in found} == {0, 1, 2}
+    assert [[p.loss for p in r.points] for r in found] == [[3.0, 2.0 - i / 10] for i in range(3)]
+    assert {r.structure for r in found} == {"0,0,1,0,0,1,0"}
+
+
+def test_a_store_of_the_first_version_gets_its_standings(tmp_path: Path) -> None:
+    """Everything that the newer columns and tables hold is made from what was stored."""
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    upgrade(url)
+    store = Store(url)
+    lease = begun(store)
+    for number in range(4):
+        run(store, lease, number, [3.0, 2.5 - number / 10])
+    search = store.search(lease.search_id)
+    before, models = standing(store), [t.model for t in store.trials(search.id)]
+    store.close()
+    upgrade_down(url)
+    upgrade(url)
+    store = Store(url)
+    assert store.search(search.id) == replace(search, epoch=search.epoch + 1, charged_flops=0.0)
+    with pytest.raises(LeaseLost):  # a worker of that version would complete trials unseen
+        Leases(store).renew(lease)
+    assert [t.model for t in store.trials(search.id)] == models
+    measured = {"step_seconds", "peak_memory"}  # the first version did not store these
+    assert standing(store) == {row for row in before if row[1] not in measured}
+    store.close()
+
+
+def upgrade_down(url: str) -> None:
+    from alembic import command
+
+    from nas.store.migrate import _config
+
+    engine = open_engine(url, enforce_foreign_keys=False)
+    with engine.execution_options(writes=True).begin() as connection:
+        command.downgrade(_config(connection), "0001")
+    engine.dispose()
+
+
+def test_many_seeds_of_one_model_push_no_other_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT_MODELS", 2)
+    monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 1)
+    lease = begun(store)
+    favourite = [
+        run(store, lease, i, [2.0 + i / 100], seed=i, plan=draft(0).plan) for i in range(6)
+    ]
+    other = run(store, lease, 6, [2.5], plan=draft(1).plan)
+    reading = Standings(store)
+    near = reading.lowest(lease.search_id, "train_flops", 1e30, dense=True)
+    assert len(near) == 2
+    found = reading.runs(lease.search_id, models=reading.models(near))
+    assert {r.trial_id for r in found} == {*favourite, other}

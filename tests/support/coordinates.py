@@ -1,0 +1,82 @@
+"""How far a few steps of training move the features of a model, as it widens and deepens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nas.layers import EinsumLinear
+from nas.models import build_model, build_optimizer
+from nas.recipe import REGRESSION, Recipe
+from nas.tasks import load_data
+from nas.tasks.batches import sample_losses, training_batches, validation_set
+from nas.taxonomy import parse_theta
+
+#: Updates are compared once features are learned: at the first steps those of a layer of low rank
+#: are still small, for a random factor passes on only d^ρ of d directions.
+STEPS = 30
+
+
+RECIPE = replace(REGRESSION, pool=4096, batch=64, validation_samples=256, warmup_steps=0)
+
+
+def feature_updates(
+    recipe: Recipe, structure: str, width: int, *, aware: bool = True, seed: int = 0
+) -> tuple[float, ...]:
+    """RMS change, after `STEPS` steps, of the output of each structured layer of the last block.
+
+    Parameters
+    ----------
+    aware
+        Whether factors get the rates of `nas.layers.param_groups`; else every factor gets the rate
+        of a dense layer of the same dimensions, lr · d_in_base / d_in.
+    """
+    torch.manual_seed(seed)
+    model = build_model(recipe, parse_theta(structure), width)
+    optimizer = build_optimizer(model, recipe, width) if aware else _blind(model, recipe)
+    data = load_data(recipe)
+    draw = training_batches(recipe, data.train)
+    probe, _ = validation_set(recipe, data.train, data.validation)
+    batches = torch.Generator().manual_seed(seed)
+    before = _features(model, probe)
+    for _ in range(STEPS):
+        x, y = draw(batches)
+        optimizer.zero_grad()
+        sample_losses(recipe, model(x), y).mean().backward()
+        optimizer.step()
+    after = _features(model, probe)
+    return tuple((b - a).pow(2).mean().sqrt().item() for a, b in zip(before, after, strict=True))
+
+
+def _blind(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser of `build_optimizer` with the rates of dense layers for all factors."""
+    head = model.get_parameter("head.weight")
+    rates = {head: recipe.base_width / head.shape[1]}
+    for layer in model.modules():
+        if isinstance(layer, EinsumLinear):
+            rates |= dict.fromkeys(layer.factors().values(), layer.d_in_base / layer.in_features)
+    groups = [{"params": [p], "lr": recipe.lr * rates.get(p, 1.0)} for p in model.parameters()]
+    return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, x: Tensor) -> list[Tensor]:
+    kept: list[Tensor] = []
+    last = list(model.get_submodule("blocks").children())[-1]
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: kept.append(out.clone()))
+        for layer in last.modules()
+        if isinstance(layer, EinsumLinear)
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def spread(updates: Iterable[tuple[float, ...]]) -> float:
+    """Greatest over least update across models; of the layer where this is largest."""
+    return max(max(layer) / min(layer) for layer in zip(*updates, strict=True))

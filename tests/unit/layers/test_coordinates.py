@@ -1,0 +1,29 @@
+"""μP: feature updates keep their size as models widen, and need the structure to do so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.coordinates import RECIPE, feature_updates, spread
+
+WIDTHS = (64, 1024)
+
+
+@pytest.mark.parametrize(
+    "structure", ["monarch", "2/3,0,1/3,0,1/3,2/3,0", "1/2,0,1/2,1/4,1/2,1/4,0", "kronecker"]
+)
+def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
+    structure: str,
+) -> None:
+    aware = [feature_updates(RECIPE, structure, w) for w in WIDTHS]
+    blind = [feature_updates(RECIPE, structure, w, aware=False) for w in WIDTHS]
+    assert spread(aware) < 2
+    assert spread(blind) > 2.5
+
+
+def test_feature_updates_are_flat_over_depths() -> None:
+    for structure in ("dense", "monarch"):
+        found = [feature_updates(replace(RECIPE, depth=d), structure, 64) for d in (3, 12)]
+        assert spread(found) < 2
