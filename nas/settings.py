@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     database_url: str | None = None
     """`postgresql://user:password@host/database`; the default is a SQLite file in `home`."""
     data_dir: Path | None = None
-    """Folder whose contents REST may name as data; with access control, the tenant's folder in it."""
+    """Folder whose contents REST may name as data; with access control, a tenant's folder."""
     host: str = "127.0.0.1"
     """Address that the service and a worker's metrics listen on."""
     port: int = Field(8000, ge=0, le=65535)

@@ -1,29 +1,21 @@
-"""Fixtures shared by every test, which tests run where, and what a run has cost."""
+"""Fixtures shared by every test, and which tests run where."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from nas.client import Client, RemoteSearch
-from tests.support.accounting import adopt_orphans, cpu_seconds
 from tests.support.services import Service, running
 from tests.support.small import SMALL_SEARCH
 
 #: Folders and files whose tests wait for processes; they begin first, so that none is left over
 #: when everything else has ended.
 _LONG = ("integration/workers", "acceptance", "integration/http", "integration/faults")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Account for processes that outlive their parents."""
-    if not hasattr(config, "workerinput"):
-        adopt_orphans()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,14 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = getattr(item, "fixturenames", ())
         group = "service" if "service" in names else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell what the run has cost."""
-    seconds, running = cpu_seconds()
-    left = " (some processes still run and are not in it)" if running else ""
-    terminalreporter.write_line(f"{seconds:.0f} CPU-seconds in all processes{left}")
 
 
 # Locally each run of the tests tries new examples; continuous integration repeats its own.

@@ -1,45 +1,59 @@
-"""CPU time of a whole test run: of every process that it has started, at any depth."""
+"""Runs a command and tells what it has cost: CPU time of every process below it, at any depth.
+
+    python -m tests.support.accounting COMMAND [WORD ...]
+
+The system adds the CPU time of a process to its parent's account when the parent waits for it.
+Daemons such as Ray's and PostgreSQL's leave their parents; on Linux this program adopts them.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import resource
+import signal
+import subprocess
 import sys
 import time
 
 _PR_SET_CHILD_SUBREAPER = 36
-#: Seconds for processes that are ending to end.
+#: Seconds for daemons that are ending to end.
 _PATIENCE = 15.0
 
 
-def adopt_orphans() -> bool:
-    """Whether processes whose parent has ended now become children of this one, as on Linux.
+def main(command: list[str]) -> int:
+    """Exit status of the command; the cost is printed."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which then ends
+    began = time.monotonic()
+    child = subprocess.Popen(command)
+    status = None
+    while status is None:
+        pid, code = os.wait()
+        if pid == child.pid:
+            status = os.waitstatus_to_exitcode(code)
+    wall = time.monotonic() - began
+    left = _reap_daemons()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{wall:.0f} s of wall-clock time, {used.ru_utime + used.ru_stime:.0f} CPU-seconds in all "
+        f"processes{' but those that still run' if left else ''}"
+    )
+    return status if status >= 0 else 128 - status
 
-    The system adds a process's CPU time to its parent's account when the parent waits for it.
-    Ray's and PostgreSQL's daemons leave their parents: without this nobody would account for them.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    return ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
-
-def cpu_seconds() -> tuple[float, int]:
-    """CPU seconds of this process and of all ended ones below it, and how many still run."""
+def _reap_daemons() -> bool:
+    """Whether adopted processes still run after a while."""
     until = time.monotonic() + _PATIENCE
-    running = 1
-    while running and time.monotonic() < until:
-        running = _reap()
-        time.sleep(0.1)
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used), running
-
-
-def _reap() -> int:
-    """Wait for every child that has ended; 1 if some have not, else 0."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return 0
-    return 1
+        while time.monotonic() < until:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.1)
+    except ChildProcessError:  # there is none
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

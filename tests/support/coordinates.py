@@ -45,7 +45,7 @@ def feature_updates(
     for _ in range(STEPS):
         x, y = draw(batches)
         optimizer.zero_grad()
-        sample_losses(recipe, model(x), y).mean().backward()
+        torch.autograd.backward(sample_losses(recipe, model(x), y).mean())
         optimizer.step()
     after = _features(model, probe)
     return tuple((b - a).pow(2).mean().sqrt().item() for a, b in zip(before, after, strict=True))
@@ -79,4 +79,5 @@ def _features(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def spread(updates: Iterable[tuple[float, ...]]) -> float:
     """Greatest over least update across models; of the layer where this is largest."""
-    return max(max(layer) / min(layer) for layer in zip(*updates, strict=True))
+    widest: float = max(max(layer) / min(layer) for layer in zip(*updates, strict=True))
+    return widest

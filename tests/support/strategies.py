@@ -18,7 +18,7 @@ def simplex(draw: st.DrawFn) -> list[float]:
 @st.composite
 def thetas(draw: st.DrawFn) -> Theta:
     rho = draw(st.sampled_from([0.0, 0.25]) | st.floats(0, 1))
-    return Theta(*draw(simplex()), *draw(simplex()), rho)
+    return Theta.of([*draw(simplex()), *draw(simplex()), rho])
 
 
 @st.composite
@@ -29,4 +29,4 @@ def twelfths(draw: st.DrawFn) -> Theta:
         one = draw(st.integers(0, 12))
         two = draw(st.integers(0, 12 - one))
         groups += [one / 12, two / 12, (12 - one - two) / 12]
-    return Theta(*groups, draw(st.integers(0, 12)) / 12)
+    return Theta.of([*groups, draw(st.integers(0, 12)) / 12])

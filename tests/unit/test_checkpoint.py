@@ -7,48 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nas.checkpoint import Checkpoint, prune
-from nas.cost import plan_of_steps
-from nas.proxy import Point, train
-from nas.recipe import RECIPES, with_overrides
-from nas.tasks import load_data
-from nas.taxonomy import parse_theta
 from tests.support.paths import ROOT
-
-#: recipe → settings that make it quick
-SMALL = {
-    "mlp-regression-1": {"pool": 0, "validation_samples": 32},
-    "ar-digits-1": {"validation_samples": 32},
-}
-STEPS = 60
-#: Trains a run in a process of its own, which says how far it is.
-PROGRAM = """
-import sys
-from tests.nas.test_checkpoint import points
-from tests.support.paths import ROOT
-
-for p in points(sys.argv[1], sys.argv[2]):
-    print(p.step, flush=True)
-"""
-
-
-def points(name: str, path: str | Path | None) -> Iterator[Point]:
-    """A small run with a checkpoint after every step, if it has a path for it."""
-    torch.set_num_threads(1)
-    settings = {"depth": 2, "batch": 8, "warmup_steps": 5, "evaluations": 12, **SMALL[name]}
-    recipe = with_overrides(RECIPES[name], settings)
-    data = load_data(recipe)
-    plan = plan_of_steps(recipe, parse_theta("btt:rho=1/4"), 32, STEPS)
-    checkpoint = Checkpoint(Path(path), "key", every_seconds=0.0) if path is not None else None
-    for point in train(plan, recipe, data.train, data.validation, 3, checkpoint=checkpoint):
-        yield replace(point, seconds=0.0)
+from tests.support.runs import SMALL, STEPS, points
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -57,7 +23,7 @@ def test_a_killed_run_ends_with_the_curve_of_an_uninterrupted_one(
 ) -> None:
     path = tmp_path / "deep" / "run.pt"
     killed = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, recipe, str(path)],
+        [sys.executable, "-m", "tests.support.runs", recipe, str(path)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert killed.stdout is not None

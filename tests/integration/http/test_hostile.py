@@ -22,8 +22,8 @@ from tests.support.hostile import (
     bodies_with,
     operations,
     places,
-    running,
 )
+from tests.support.services import running
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("hostile")]
 _GOOD: dict[str, Any] = {"train_flops": 2e11, "trials": 2}

@@ -11,21 +11,19 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import nas.tasks.corpus
 from nas.errors import InvalidInput
-from nas.recipe import TEXT, TEXT_BPE
+from nas.recipe import TEXT
 from nas.tasks.corpus import ALPHABET, learn_tokens, load_text
-from nas.tasks.data import MAX_BYTES, TaskData
+from nas.tasks.data import MAX_BYTES, Arrays, TaskData
+from tests.support.corpora import SMALL, SMALL_BPE
 from tests.support.paths import ROOT
 
-SMALL = replace(TEXT, context=4, min_validation_samples=13)
-SMALL_BPE = replace(TEXT_BPE, context=4, min_validation_samples=13, vocabulary=300)
 assert SMALL.least_tokens == SMALL_BPE.least_tokens == 65
 
 
-def characters(part: dict[str, NDArray[np.generic]]) -> str:
+def characters(part: Arrays) -> str:
     return bytes(np.frombuffer(ALPHABET, dtype=np.uint8)[part["tokens"]]).decode()
 
 
@@ -260,7 +258,7 @@ def test_equal_text_gives_equal_tokens(tmp_path: Path) -> None:
     contents = {load_text(SMALL_BPE, tmp_path).content for _ in range(3)}
     code = (
         "import os, sys, time; from nas.tasks.corpus import load_text\n"
-        "from tests.nas.test_corpus import SMALL_BPE\n"
+        "from tests.support.corpora import SMALL_BPE\n"
         "threads = os.listdir('/proc/self/task')\n"
         "print(load_text(SMALL_BPE, sys.argv[1]).content, flush=True)\n"
         "until = time.monotonic() + 10\n"  # a thread that was joined still has to leave the list

@@ -1,0 +1,44 @@
+"""A small run with checkpoints, trained here or in a process of its own.
+
+python -m tests.support.runs RECIPE CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nas.checkpoint import Checkpoint
+from nas.cost import plan_of_steps
+from nas.proxy import Point, train
+from nas.recipe import RECIPES, with_overrides
+from nas.tasks import load_data
+from nas.taxonomy import parse_theta
+
+#: recipe → settings that make it quick
+SMALL = {
+    "mlp-regression-1": {"pool": 0, "validation_samples": 32},
+    "ar-digits-1": {"validation_samples": 32},
+}
+STEPS = 60
+
+
+def points(name: str, path: str | Path | None) -> Iterator[Point]:
+    """A small run with a checkpoint after every step, if it has a path for it."""
+    torch.set_num_threads(1)
+    settings = {"depth": 2, "batch": 8, "warmup_steps": 5, "evaluations": 12, **SMALL[name]}
+    recipe = with_overrides(RECIPES[name], settings)
+    data = load_data(recipe)
+    plan = plan_of_steps(recipe, parse_theta("btt:rho=1/4"), 32, STEPS)
+    checkpoint = Checkpoint(Path(path), "key", every_seconds=0.0) if path is not None else None
+    for point in train(plan, recipe, data.train, data.validation, 3, checkpoint=checkpoint):
+        yield replace(point, seconds=0.0)
+
+
+if __name__ == "__main__":
+    for point in points(sys.argv[1], sys.argv[2]):
+        print(point.step, flush=True)
