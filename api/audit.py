@@ -1,10 +1,11 @@
-"""What the audit log is told of requests: every change, and refusals up to a rate."""
+"""Records of requests in the audit log: every change, and refusals up to a rate."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from anyio import CapacityLimiter, to_thread
 from asgi_correlation_id import correlation_id
@@ -20,15 +21,15 @@ _COUNTED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """What came of one request."""
+class RequestRecord:
+    """One request and its outcome."""
 
     method: str
     path: str
     status: int
     reason: str | None
     address: str
-    #: the key or the address that it was counted under
+    #: the key or the address that its rate is counted by
     who: str
     tenant: str | None
     key_id: str | None
@@ -40,42 +41,43 @@ class Line:
         return "refused" if self.status in (401, 403, 404, 429) else "failed"
 
 
-class Trail:
-    """Writes lines of the audit log.
+class AuditTrail:
+    """Writes the records of requests to the audit log.
 
-    A flood of what was refused or has failed must not fill the disk: past a rate of each caller and
-    of all together they are counted, and the next line about the same caller tells how many.
+    A flood of refused or failed requests must not fill the disk.  Past a rate, per caller and in
+    total, such requests are only counted, and the caller's next record tells how many.
     """
 
     def __init__(self, store: Store, rates: Rates) -> None:
         self._audit, self._rates = Audit(store), rates
         self._limiter = CapacityLimiter(4)
-        #: caller → refusals that no line tells of yet
-        self._untold: Counter[str] = Counter()
+        #: caller → refusals that are counted, but in no record yet
+        self._counted: Counter[str] = Counter()
 
-    async def note(self, line: Line) -> None:
-        """Append a line; where the database is away the service's own log has it instead."""
-        reason = line.reason
-        if line.outcome != "done":
-            if self._is_too_much(line.who):
-                if line.who in self._untold or len(self._untold) < _COUNTED:
-                    self._untold[line.who] += 1
+    async def note(self, record: RequestRecord) -> None:
+        """Append a record; to the service's own log where the database cannot be reached."""
+        reason = record.reason
+        if record.outcome != "done":
+            if self._is_too_much(record.who):
+                if record.who in self._counted or len(self._counted) < _COUNTED:
+                    self._counted[record.who] += 1
                 return
-            if untold := self._untold.pop(line.who, 0):
-                more = f"(and {untold} more refused since the last line)"
+            if counted := self._counted.pop(record.who, 0):
+                more = f"(and {counted} more refused since the last record)"
                 reason = more if reason is None else f"{reason} {more}"
-        told: dict[str, str | int | None] = {
-            "tenant": line.tenant, "key_id": line.key_id, "target": line.path,
-            "status": line.status, "reason": reason, "address": line.address,
+        values: dict[str, str | int | None] = {
+            "tenant": record.tenant, "key_id": record.key_id, "target": record.path,
+            "status": record.status, "reason": reason, "address": record.address,
             "request_id": correlation_id.get(),
         }  # fmt: skip
-        action = f"{line.method} {line.outcome}"
+        action = f"{record.method} {record.outcome}"
+        add = partial(self._audit.add, action, **values)
         try:
-            await to_thread.run_sync(lambda: self._audit.add(action, **told), limiter=self._limiter)
+            await to_thread.run_sync(add, limiter=self._limiter)
         except StoreUnavailable as error:
-            _log.error("the audit log cannot be written (%s): %s %s", error, action, told)
+            _log.error("the audit log cannot be written (%s): %s %s", error, action, values)
 
     def _is_too_much(self, who: str) -> bool:
-        if self._rates.spend("told", who) is not None:
+        if self._rates.spend("audit", who) is not None:
             return True
-        return self._rates.spend("told_in_all", "anyone") is not None
+        return self._rates.spend("audit_total", "anyone") is not None

@@ -1,4 +1,4 @@
-"""Who asks, whether they may, and how often: before anything else of a request is looked at."""
+"""Authentication, authorization and rate limits, checked before anything else of a request."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.audit import Line, Trail
-from api.looks import Looks
+from api.audit import AuditTrail, RequestRecord
+from api.coalescing import Coalescer
 from api.problems import problem, responses, unavailable
 from api.rates import Rates, network_of
 from nas.errors import InvalidInput, StoreUnavailable
@@ -30,16 +30,16 @@ from nas.store.keys import SCOPES, Found, Key, Keys, digest_of
 
 _log = logging.getLogger(__name__)
 COOKIE = "einsum_nas_session"
-#: Open to anyone: what says nothing of anyone.
+#: Open to anyone: these paths reveal nothing about any tenant.
 OPEN = frozenset(("/healthz", "/readyz", "/openapi.json", "/login"))
 _OPEN_FOLDER = "/static/"
-#: Of the service and all its tenants.
+#: About the whole service and all its tenants.
 ADMIN = frozenset(("/metrics", "/v1/workers", "/v1/audit"))
 #: Posts that change nothing.
 _READING_POSTS = frozenset(("/v1/searches/preview",))
 _READING = frozenset(("GET", "HEAD", "OPTIONS"))
 _REMEMBERED = 4096
-#: Seconds between two notes that a key is used, and notes under way.
+#: Seconds between two updates of a key's time of last use, and such updates at once.
 _USED_SECONDS, _MOST_NOTING = 3600.0, 64
 _HOW = (
     "send it as Authorization: Bearer; `einsum-nas keys create` on the service's machine makes one"
@@ -56,9 +56,9 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a key, or whoever this machine belongs to."""
+    """Who sends a request: the holder of a key, or, without access control, the machine's user."""
 
-    #: None for whoever this machine belongs to, who names one or takes the default
+    #: None for the machine's user, who names a tenant or takes the default
     tenant: str | None = None
     key_id: str | None = None
     key_name: str | None = None
@@ -86,21 +86,21 @@ def is_loopback(address: str) -> bool:
 
 
 async def for_operators(request: Request) -> None:
-    """A dependency: once more, by the route that was met, what was decided by the path before."""
+    """A dependency that requires scope admin: a second check, by the route and not by the path."""
     caller: Caller = request.state.caller
     if "admin" not in caller.scopes:
         raise HTTPException(403, "this needs a key with scope admin")
 
 
 def refuse_keyless(settings: Settings, address: str) -> None:
-    """Raise for an address that others can reach where no key would let anyone in.
+    """Refuse to listen on an address that others can reach while no usable key exists.
 
-    A database that is away says nothing about keys: then the service starts, and stays shut.
+    Where the database cannot be reached, the service starts, and refuses requests until it can.
 
     Raises
     ------
     InvalidInput
-        Naming the address, and how a key is made.
+        There is no usable key.  The message names the address, and how a key is made.
     """
     if is_loopback(address):
         return
@@ -109,7 +109,7 @@ def refuse_keyless(settings: Settings, address: str) -> None:
         if Keys(store).any_usable():
             return
     except StoreUnavailable as error:
-        _log.warning("no key can be looked for yet: %s", error)
+        _log.warning("cannot check yet whether a key exists: %s", error)
         return
     finally:
         store.close()
@@ -121,13 +121,13 @@ def refuse_keyless(settings: Settings, address: str) -> None:
 
 
 def install(app: FastAPI, settings: Settings, *, access_control: bool) -> None:
-    """Let nobody past without a key, or, without access control, nobody but this machine."""
+    """Require a key for every request; without access control, serve this machine only."""
     app.state.rates = rates = Rates(settings)
     app.add_middleware(Access, settings=settings, rates=rates, access_control=access_control)
 
 
 def document(app: FastAPI, *, access_control: bool) -> None:
-    """Say in the OpenAPI document what key each operation needs, and how it is refused."""
+    """Add to the OpenAPI document which key each operation needs, and how it is refused."""
     described = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _document(operation: dict[str, Any], needed: str | None, access_control: boo
 
 
 class Access:
-    """Rates, keys, scopes and origins, and the audit log of what came of it."""
+    """Middleware that checks rates, keys, scopes and origins, and writes the audit log."""
 
     def __init__(
         self, app: ASGIApp, *, settings: Settings, rates: Rates, access_control: bool
@@ -167,23 +167,23 @@ class Access:
         self._app, self._on = app, access_control
         self._origins = frozenset(settings.allowed_origins)
         self._rates = rates
-        #: digest → key that it was found to be, for counting only
+        #: digest → id of its key, to count requests by key before the key is looked up
         self._known: OrderedDict[str, str] = OrderedDict()
-        self._keys: Looks[Found] | None = None
-        self._trail: Trail | None = None
-        #: key → when its use was written down, by this process's clock
+        self._keys: Coalescer[Found] | None = None
+        self._trail: AuditTrail | None = None
+        #: key → when this process last stored its time of last use
         self._noted: dict[str, float] = {}
         self._noting: set[asyncio.Task[None]] = set()
         self._noter = CapacityLimiter(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            asked = Asked.of(scope)
-            refusal = await self._refusal(asked, scope)
+            context = RequestContext.of(scope)
+            refusal = await self._refusal(context, scope)
             if refusal is not None:
                 await refusal(scope, receive, send)
-            elif self._on and (asked.caller is not None or asked.changes):
-                await self._traced(asked, scope, receive, send)
+            elif self._on and (context.caller is not None or context.changes):
+                await self._traced(context, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -191,82 +191,85 @@ class Access:
         else:
             await self._app(scope, receive, send)
 
-    async def _refusal(self, asked: Asked, scope: Scope) -> Response | None:
-        """Why the request goes no further; None if it does, and then it is known who asks."""
-        wait = self._over(asked)
+    async def _refusal(self, context: RequestContext, scope: Scope) -> Response | None:
+        """The response to a request that is refused; None for one that may go on.
+
+        Sets the caller of a request that may go on.
+        """
+        wait = self._over(context)
         if wait is not None:
-            return await self._refused(asked, scope, 429, f"too many requests; in {wait} s again",
-                                       {"Retry-After": str(wait)})  # fmt: skip
-        if not asked.path.isprintable():
-            # a router may take it for the route without what cannot be seen, and we would not
-            return await self._refused(asked, scope, 404, "no route has such a path")
-        if not self._on and not is_loopback(asked.server):
-            return await self._refused(asked, scope, 403, _ELSEWHERE)
-        if asked.changes and self._is_foreign(asked):
-            return await self._refused(asked, scope, 403, _FOREIGN)
+            why, headers = f"too many requests; try again in {wait} s", {"Retry-After": str(wait)}
+            return await self._refused(context, scope, 429, why, headers)
+        if not context.path.isprintable():
+            # a router may ignore characters that do not print, and then take another route
+            return await self._refused(context, scope, 404, "no route has this path")
+        if not self._on and not is_loopback(context.server):
+            return await self._refused(context, scope, 403, _ELSEWHERE)
+        if context.changes and self._is_foreign(context):
+            return await self._refused(context, scope, 403, _FOREIGN)
         if not self._on:
-            asked.caller = OWNER
-        elif not scope["app"].state.readiness.opened and scope_of(asked.method, asked.path):
+            context.caller = OWNER
+        elif not scope["app"].state.readiness.opened and scope_of(context.method, context.path):
             return unavailable(Request(scope), StoreUnavailable("its schema is not there yet"))
         else:
             try:
-                refusal = await self._unknown(asked, scope)
+                refusal = await self._unknown(context, scope)
             except StoreUnavailable as error:
                 return unavailable(Request(scope), error)
             if refusal is not None:
                 return refusal
-        scope.setdefault("state", {})["caller"] = asked.caller
+        scope.setdefault("state", {})["caller"] = context.caller
         return None
 
-    def _over(self, asked: Asked) -> int | None:
-        """Seconds until the request may be made, if it may not now."""
-        known = None if asked.digest is None else self._known.get(asked.digest)
-        who = f"address {asked.network}" if known is None else f"key {known}"
-        asked.counted_as = who
+    def _over(self, context: RequestContext) -> int | None:
+        """Seconds until the request is within its rate; None if it is now."""
+        known = None if context.digest is None else self._known.get(context.digest)
+        who = f"address {context.network}" if known is None else f"key {known}"
+        context.counted_as = who
         wait = self._rates.spend("request", who)
-        if wait is None and asked.method not in _READING:  # previews take their time, too
+        if wait is None and context.method not in _READING:  # previews count: they take long, too
             wait = self._rates.spend("submit", who)
         return wait
 
-    def _is_foreign(self, asked: Asked) -> bool:
-        """Whether a page of another site asks; programs send no Origin, and no cookie."""
-        if asked.origin is None:
-            return asked.by_cookie
-        if asked.origin in self._origins:
-            return asked.by_cookie
-        return asked.origin.partition("://")[2] != asked.host
+    def _is_foreign(self, context: RequestContext) -> bool:
+        """Whether a page of another site sent it; programs send neither an Origin nor a cookie."""
+        if context.origin is None:
+            return context.by_cookie
+        if context.origin in self._origins:
+            return context.by_cookie
+        return context.origin.partition("://")[2] != context.host
 
-    async def _unknown(self, asked: Asked, scope: Scope) -> Response | None:
-        """Why the caller may not ask this, after finding out who that is."""
-        needed = scope_of(asked.method, asked.path)
-        if needed is None and not asked.is_page:
+    async def _unknown(self, context: RequestContext, scope: Scope) -> Response | None:
+        """Find the caller; the response to one who is unknown or lacks the scope, else None."""
+        needed = scope_of(context.method, context.path)
+        if needed is None and not context.is_page:
             return None
-        if asked.digest is not None:
-            found = await self._find(scope, asked.digest)
+        if context.digest is not None:
+            found = await self._find(scope, context.digest)
             if found.key is not None and found.refusal is None:
                 key = found.key
-                asked.caller = Caller(key.tenant, key.parent or key.id, key.name, key.scopes)
-                self._watch(scope, asked.digest)
+                context.caller = Caller(key.tenant, key.parent or key.id, key.name, key.scopes)
+                self._watch(scope, context.digest)
             elif needed is not None:
-                asked.key_id = None if found.key is None else found.key.id
-                return await self._refused(asked, scope, 401, f"this key is {found.refusal}")
+                context.key_id = None if found.key is None else found.key.id
+                return await self._refused(context, scope, 401, f"this key is {found.refusal}")
         if needed is None:
             return None
-        if asked.caller is None:
-            why = "this is no key" if asked.credential else "a key is needed"
-            return await self._refused(asked, scope, 401, why, how=_HOW)
-        if asked.path != "/logout" and needed not in asked.caller.scopes:
-            has = ", ".join(asked.caller.scopes)
+        if context.caller is None:
+            why = "this is not a key" if context.credential else "a key is needed"
+            return await self._refused(context, scope, 401, why, how=_HOW)
+        if context.path != "/logout" and needed not in context.caller.scopes:
+            has = ", ".join(context.caller.scopes)
             why = f"this needs a key with scope {needed}; this one has {has}"
-            return await self._refused(asked, scope, 403, why)
-        if asked.tenant not in (None, asked.caller.tenant):
-            why = f"X-Tenant: this key is of tenant {asked.caller.tenant}; leave it out"
-            return await self._refused(asked, scope, 403, why)
+            return await self._refused(context, scope, 403, why)
+        if context.tenant not in (None, context.caller.tenant):
+            why = f"X-Tenant: this key is of tenant {context.caller.tenant}; leave it out"
+            return await self._refused(context, scope, 403, why)
         return None
 
     async def _find(self, scope: Scope, digest: str) -> Found:
         if self._keys is None:
-            self._keys = Looks(Keys(scope["app"].state.store).find)
+            self._keys = Coalescer(Keys(scope["app"].state.store).find)
         found = await self._keys.get(digest) or Found(None, "unknown")
         if found.key is not None and found.refusal is None:
             self._known[digest] = found.key.parent or found.key.id
@@ -279,7 +282,7 @@ class Access:
         return found
 
     def _note_use(self, store: Store, key: Key) -> None:
-        """Write down that a key is used, now and then, and while the request goes on."""
+        """Store a key's time of last use, at most once an hour, without delaying the request."""
         last = max(key.used_at or 0.0, self._noted.get(key.id, 0.0))
         if time.time() - last < _USED_SECONDS or len(self._noting) >= _MOST_NOTING:
             return
@@ -296,7 +299,7 @@ class Access:
         task.add_done_callback(self._noting.discard)
 
     def _watch(self, scope: Scope, digest: str) -> None:
-        """Let an answer that goes on for long ask again whether it may."""
+        """Give a long response a function that tells whether its key is still valid."""
 
         async def still_welcome() -> bool:
             return (await self._find(scope, digest)).refusal is None
@@ -304,76 +307,80 @@ class Access:
         scope.setdefault("state", {})["still_welcome"] = still_welcome
 
     async def _refused(
-        self, asked: Asked, scope: Scope, status: int, why: str,
+        self, context: RequestContext, scope: Scope, status: int, why: str,
         headers: dict[str, str] | None = None, how: str = "",
     ) -> Response:  # fmt: skip
         if self._on:
-            await self._note(asked, scope, status, why)
-        if status == 401 and asked.is_page:
-            return RedirectResponse(f"/login?next={quote(asked.path)}", 303)
+            await self._note(context, scope, status, why)
+        if status == 401 and context.is_page:
+            return RedirectResponse(f"/login?next={quote(context.path)}", 303)
         kind, title = _KINDS[status]
         given = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
         return problem(status, kind, title, f"{why}: {how}" if how else why, headers=given)
 
-    async def _note(self, asked: Asked, scope: Scope, status: int, why: str | None) -> None:
+    async def _note(
+        self, context: RequestContext, scope: Scope, status: int, why: str | None
+    ) -> None:
         if self._trail is None:
-            self._trail = Trail(scope["app"].state.store, self._rates)
-        caller = asked.caller
+            self._trail = AuditTrail(scope["app"].state.store, self._rates)
+        caller = context.caller
         await self._trail.note(
-            Line(
-                asked.method, asked.path, status, why, asked.address, asked.counted_as,
+            RequestRecord(
+                context.method, context.path, status, why, context.address, context.counted_as,
                 None if caller is None else caller.tenant,
-                asked.key_id if caller is None else caller.key_id,
+                context.key_id if caller is None else caller.key_id,
             )
         )  # fmt: skip
 
-    async def _traced(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
-        """The answer, of which the audit log has told before it begins."""
+    async def _traced(
+        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Pass the request on, and write its audit record before the response begins."""
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
                 hidden = "not there, or another tenant's" if status == 404 else None
-                signed_in = asked.path == "/login" and status < 400  # which is told by itself
-                if hidden or (asked.changes and not signed_in):
-                    await self._note(asked, scope, status, hidden)
+                signed_in = context.path == "/login" and status < 400  # which writes its own record
+                if hidden or (context.changes and not signed_in):
+                    await self._note(context, scope, status, hidden)
             await send(message)
 
         try:
             await self._app(scope, receive, noting)
         except Exception:
-            if asked.changes:  # answered outside of here
-                await self._note(asked, scope, 500, "an error of this service")
+            if context.changes:  # its response is made outside of this middleware
+                await self._note(context, scope, 500, "an error of this service")
             raise
 
 
 @dataclass(slots=True)
-class Asked:
-    """What of a request decides whether it may be."""
+class RequestContext:
+    """The parts of a request that access control decides by."""
 
     method: str
     path: str
-    #: whence it came, and what of that is counted as one
+    #: the client's, and the part of it that rates are counted by
     address: str
     network: str
-    #: where it arrived
+    #: address that the request arrived at
     server: str
     host: str
     origin: str | None
     tenant: str | None
-    #: what was shown as a key, whether or not it can be one
+    #: whether anything was sent as a key, valid or not
     credential: bool
     by_cookie: bool
     digest: str | None
-    #: whether a browser asks for a page
+    #: whether a browser requests a page
     is_page: bool
     caller: Caller | None = None
-    #: of a key that is known, but opens nothing
+    #: of a key that exists, but is expired or revoked
     key_id: str | None = None
     counted_as: str = ""
 
     @classmethod
-    def of(cls, scope: Scope) -> Asked:
+    def of(cls, scope: Scope) -> RequestContext:
         headers = Headers(scope=scope)
         shown = headers.get("authorization")
         cookie = None if shown is not None else _cookie(headers.get("cookie"))
@@ -392,7 +399,7 @@ class Asked:
 
     @property
     def changes(self) -> bool:
-        """Whether it may change anything."""
+        """Whether the request may change something."""
         return self.method not in _READING and self.path not in _READING_POSTS
 
 

@@ -1,8 +1,8 @@
-"""Answers as the bytes that are sent, kept until what they are made of changes.
+"""Cache of encoded answers, each valid until the runs that it is computed from change.
 
-Each is kept with the revision of its task or search, which every completed run raises; a look at
-that number, begun after the request came, tells whether the bytes still hold, so no answer is ever
-older than the store.
+An answer is cached with the revision of its task or search, a number that every completed run
+raises.  Each request reads that number again, and uses the cached answer only if it is unchanged,
+so no answer is ever older than the store.
 """
 
 from __future__ import annotations
@@ -16,77 +16,80 @@ from dataclasses import dataclass
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 
-from api.looks import Looks
+from api.coalescing import Coalescer
 from nas.store import Standings
 
 _CAPACITY = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """An answer as JSON, plain and as gzip."""
+class CachedAnswer:
+    """An answer as JSON, plain and compressed."""
 
     body: bytes
-    packed: bytes
+    gzipped: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _Entry:
     revision: int
-    answer: Kept
+    answer: CachedAnswer
 
 
 class AnswerCache:
-    """The answers given last, by what was asked; for one event loop."""
+    """Least-recently-used cache of answers, by question; belongs to one event loop."""
 
     def __init__(self, standings: Standings, capacity: int = _CAPACITY) -> None:
         self._capacity = capacity
-        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._making: dict[Hashable, asyncio.Lock] = {}
-        self._revisions = Looks(standings.revisions)
+        self._revisions = Coalescer(standings.revisions)
 
-    async def get(self, scope: str, asked: Hashable, make: Callable[[], BaseModel]) -> Kept:
-        """The answer to `asked`; made once for all who ask at the same time.
+    async def get(
+        self, scope: str, question: Hashable, make: Callable[[], BaseModel]
+    ) -> CachedAnswer:
+        """The answer to a question; computed once for requests that come at the same time.
 
         Parameters
         ----------
         scope
-            Of `nas.store.standings`, or a bare task's: the answer changes with it only.
+            As in `nas.store.standings`, or a task: the answer depends on its runs only.
         make
-            Called in a thread where nothing that is kept holds.
+            Computes the answer; called in a thread if no cached answer is valid.
         """
         revision = await self._revisions.get(scope)
-        if revision is None:  # nothing is measured: an error, and errors are not kept
+        if revision is None:  # no run is complete: `make` raises, and errors are not cached
             return await run_in_threadpool(_encoded, make)
-        found = self._find(asked, revision)
+        found = self._find(question, revision)
         if found is not None:
             return found
-        lock = self._making.setdefault(asked, asyncio.Lock())
+        lock = self._making.setdefault(question, asyncio.Lock())
         try:
             async with lock:
-                found = self._find(asked, revision)
+                found = self._find(question, revision)
                 if found is None:
-                    # the revision was read before: what lands meanwhile makes it stale, not wrong
+                    # `revision` was read before the runs, so it may be too low, never too high:
+                    # an answer with later runs is then computed once more, but is not wrong
                     found = await run_in_threadpool(_encoded, make)
-                    self._keep(asked, _Held(revision, found))
+                    self._keep(question, _Entry(revision, found))
                 return found
         finally:
-            self._making.pop(asked, None)
+            self._making.pop(question, None)
 
-    def _find(self, asked: Hashable, revision: int) -> Kept | None:
-        held = self._held.get(asked)
-        if held is None or held.revision < revision:
+    def _find(self, question: Hashable, revision: int) -> CachedAnswer | None:
+        entry = self._entries.get(question)
+        if entry is None or entry.revision < revision:
             return None
-        self._held.move_to_end(asked)
-        return held.answer
+        self._entries.move_to_end(question)
+        return entry.answer
 
-    def _keep(self, asked: Hashable, held: _Held) -> None:
-        self._held[asked] = held
-        self._held.move_to_end(asked)
-        while len(self._held) > self._capacity:
-            self._held.popitem(last=False)
+    def _keep(self, question: Hashable, entry: _Entry) -> None:
+        self._entries[question] = entry
+        self._entries.move_to_end(question)
+        while len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
 
 
-def _encoded(make: Callable[[], BaseModel]) -> Kept:
+def _encoded(make: Callable[[], BaseModel]) -> CachedAnswer:
     body = make().model_dump_json().encode()
-    return Kept(body, gzip.compress(body, compresslevel=5))
+    return CachedAnswer(body, gzip.compress(body, compresslevel=5))

@@ -22,9 +22,9 @@ from typing import Any, Literal, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from api.fair_queue import GONE
 from api.problems import PROBLEM_JSON, RETRY_AFTER_SECONDS
 from api.rates import network_of
-from api.turns import GONE
 
 _log = logging.getLogger(__name__)
 #: Seconds between lines of the log about connections that were refused or cut off.

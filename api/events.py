@@ -1,4 +1,4 @@
-"""Server-sent events: a search's append-only log as it grows."""
+"""Server-sent events: streams the event log of a search while it grows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from api.bodies import Absent
-from api.following import AWAY_SECONDS, Followed, Follower, TooManyStreams
+from api.following import AWAY_SECONDS, FollowedSearch, Follower, TooManyStreams
 from api.problems import RETRY_AFTER_SECONDS, problem, refusals
 from api.reference import EVENTS_FOUND
 from api.routes import SearchId, StoreDep
@@ -24,27 +24,27 @@ from nas.errors import StoreUnavailable
 
 router = APIRouter(prefix="/v1")
 _log = logging.getLogger(__name__)
-#: Seconds between comments on a stream that has nothing to tell.
+#: Seconds between comments that keep an idle stream's connection alive.
 _PING_SECONDS = 15
-#: Seconds between questions whether who opened a stream may still follow it.
+#: Seconds between checks that the key which opened a stream is still valid.
 _WELCOME_SECONDS = 5.0
 
 Welcome = Callable[[], Awaitable[bool]]
 
 
 class EventStream(EventSourceResponse):
-    """Every event of a search past an id, then those to come, until the search has ended.
+    """Sends every event of a search after an id, past and future, until the search has ended.
 
-    While the database is away the stream waits; what happened meanwhile comes afterwards.
+    While the database cannot be reached, the stream waits; it omits no event.
 
     Parameters
     ----------
     after
         Id of the last event that the client has.
     welcome
-        Whether the client may still follow the search; where it may not, the stream ends.
+        Tells whether the client may still follow the search; if not, the stream ends.
     tenant
-        Whose key asks, where keys are asked for.
+        Whose key opened the stream; None without access control.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class EventStream(EventSourceResponse):
         self._follower, self._search_id, self._after = follower, search_id, after
         self._welcome, self._asked = welcome, time.monotonic()
         self._tenant = tenant
-        self._followed: Followed | None = None
+        self._followed: FollowedSearch | None = None
         self._began = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 503 where no more streams can be open."""
+        """Answer 503 where no more streams may be opened."""
         try:
             with self._follower.following(self._search_id, self._tenant) as self._followed:
-                self._began = self._follower.looks
+                self._began = self._follower.polls
                 await super().__call__(scope, receive, send)
         except TooManyStreams as error:
             refused = problem(
@@ -80,7 +80,7 @@ class EventStream(EventSourceResponse):
         assert followed is not None
         came = self._began
         while True:
-            news = followed.news  # of before the page: what comes meanwhile is not missed
+            news = followed.news  # taken before the page, so that no later event is missed
             try:
                 if not await self._is_welcome():
                     return
@@ -90,8 +90,8 @@ class EventStream(EventSourceResponse):
                 await asyncio.sleep(AWAY_SECONDS)
                 continue
             if page:
-                yield b"".join(told.sent for told in page)
-                after, came = page[-1].id, follower.looks
+                yield b"".join(event.data for event in page)
+                after, came = page[-1].id, follower.polls
             elif followed.is_over(after, began=self._began, came=came):
                 return
             else:
@@ -119,7 +119,7 @@ FollowerDep = Annotated[Follower, Depends(get_follower)]
     "/searches/{search_id}/events",
     response_class=EventSourceResponse,
     responses={**EVENTS_FOUND, **refusals(404)},
-    summary="What happens to a search, live (server-sent events)",
+    summary="Stream the events of a search, past and future (server-sent events)",
 )
 async def search_events(
     request: Request,
@@ -128,7 +128,7 @@ async def search_events(
     follower: FollowerDep,
     last_event_id: Annotated[
         Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")] | Absent,
-        Header(description="the id of the last event that has come"),
+        Header(description="id of the last event that the client has received"),
     ] = None,
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)

@@ -1,9 +1,9 @@
-"""One look at the store for all who follow the logs of searches.
+"""Follows the event logs of searches for all open event streams, with one poll of the store.
 
-Streams pull: each keeps its own place in its search's log and asks for what follows it, so that one
-that is slow holds up nobody, and nothing is kept for it.  What is new in any search is found by one
-statement for all of them and read once; its encoded events are kept for a while, and streams that
-are further behind read from the store, page by page.
+Streams pull: each knows its position in its search's log and asks for the events after it, so a
+slow stream delays no other and needs no buffer.  One statement per poll finds the new events of all
+followed searches.  The newest events of each are cached in encoded form; a stream that is further
+behind reads from the store, page by page.
 """
 
 from __future__ import annotations
@@ -29,185 +29,188 @@ from nas.store.following import Head, read_heads, read_news
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-#: Seconds between looks at all logs.
-LOOK_SECONDS = 0.5
-#: Seconds between looks while searches come that nobody followed before.
+#: Seconds between polls of the store.
+POLL_SECONDS = 0.5
+#: Seconds between polls while streams of searches open that were not followed before.
 _HURRY_SECONDS = 0.05
-#: Seconds between attempts while the database is away.
+#: Seconds between attempts while the database cannot be reached.
 AWAY_SECONDS = 2.0
-#: Events that a stream is given at once.
+#: Events that a stream gets at once.
 _PAGE = 100
-#: Newest events of a search that are kept encoded.
-_KEPT = 500
+#: Newest events of a search that are cached in encoded form.
+_CACHED = 500
 
 
 class TooManyStreams(EinsumNasError):
-    """As many event streams are open as the service keeps open at once."""
+    """The service, or the tenant, has as many event streams open as it may have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """An event as it is sent."""
+class EncodedEvent:
+    """An event in the form in which a stream sends it."""
 
     id: int
-    sent: bytes
+    data: bytes
 
 
-def encoded(event: Event) -> Told:
-    """An event with its id, for Last-Event-ID."""
+def encoded(event: Event) -> EncodedEvent:
+    """Encode an event as a server-sent event; its id is what a client returns as Last-Event-ID."""
     body = json.dumps({"created_at": event.created_at, **event.data})
-    return Told(event.id, ServerSentEvent(body, event=event.kind, id=str(event.id)).encode())
+    data = ServerSentEvent(body, event=event.kind, id=str(event.id)).encode()
+    return EncodedEvent(event.id, data)
 
 
-class Followed:
-    """The end of one search's log, for every stream that follows it."""
+class FollowedSearch:
+    """The newest events of one search, for all streams that follow it."""
 
     def __init__(self, search_id: str) -> None:
         self.search_id = search_id
         self.streams = 0
-        #: None until it has been looked at
+        #: None until the first poll
         self.head: Head | None = None
-        #: number of the look that found the head
-        self.look = 0
-        #: nothing more will be told: the search is deleted, or looking at it failed
+        #: number of the poll that found the head
+        self.poll = 0
+        #: no more events will come: the search is deleted, or polling has failed
         self.gone = False
-        #: every event past `_floor`, up to the head, in order
-        self._kept: list[Told] = []
+        #: every event after `_floor`, up to the head, in order
+        self._cached: list[EncodedEvent] = []
         self._floor = 0
         self._news = asyncio.Event()
 
     @property
-    def kept(self) -> int:
-        """Events that are kept encoded."""
-        return len(self._kept)
+    def cached(self) -> int:
+        """Number of cached events."""
+        return len(self._cached)
 
     @property
     def news(self) -> asyncio.Event:
-        """Set once there is more to tell than there is now."""
+        """Set once there are more events than there are now."""
         return self._news
 
     def covers(self, after: int) -> bool:
-        """Whether all that follows the event id `after` is kept here."""
+        """Whether all events after the id `after` are cached."""
         return self.head is not None and after >= self._floor
 
-    def page(self, after: int) -> list[Told]:
-        """Kept events past `after`, oldest first."""
-        start = bisect_right(self._kept, after, key=attrgetter("id"))
-        return self._kept[start : start + _PAGE]
+    def page(self, after: int) -> list[EncodedEvent]:
+        """Cached events after the id `after`, oldest first."""
+        start = bisect_right(self._cached, after, key=attrgetter("id"))
+        return self._cached[start : start + _PAGE]
 
     def is_over(self, after: int, *, began: int, came: int) -> bool:
-        """Whether a stream has been told everything.
+        """Whether the search has ended and a stream has sent all its events.
 
         Parameters
         ----------
         after
-            Id of the last event that it was told.
+            Id of the last event that the stream has sent.
         began, came
-            Looks there had been when it began, and when it came to `after`: an older head may not
-            know that the search is being tried again, or of that event.
+            Number of polls when the stream began, and when it reached `after`.  A head found
+            earlier may miss that the search was retried, or that event.
         """
         if self.gone:
             return True
-        if self.head is None or not self.head.ended or self.look <= began:
+        if self.head is None or not self.head.ended or self.poll <= began:
             return False
-        return after == self.head.last or (after > self.head.last and self.look > came)
+        return after == self.head.last or (after > self.head.last and self.poll > came)
 
     def span(self, head: Head) -> tuple[int, int] | None:
-        """What has to be read for the new head; None where nothing has."""
+        """Ids (after, up to) of the events to read for a new head; None if there are none."""
         if self.head is None or head.last <= self.head.last:
             return None
         return self.head.last, head.last
 
-    def update(self, head: Head, look: int, news: list[Event]) -> None:
-        """Take in a new head, and the events that its span was found to hold."""
+    def update(self, head: Head, poll: int, news: list[Event]) -> None:
+        """Take over the head that a poll found, and the events of its span."""
         changed = head != self.head
-        if self.head is None or head.last < self.head.last or len(news) > _KEPT:
-            # too far from what is kept: streams read from the store until they have caught up
-            self._kept, self._floor = [], head.last
+        if self.head is None or head.last < self.head.last or len(news) > _CACHED:
+            # not continuous with the cache: streams read from the store until they have caught up
+            self._cached, self._floor = [], head.last
         else:
-            self._kept += map(encoded, news)
-            if len(self._kept) > _KEPT:
-                self._floor = self._kept[-_KEPT - 1].id
-                del self._kept[:-_KEPT]
-        self.head, self.look = head, look
+            self._cached += map(encoded, news)
+            if len(self._cached) > _CACHED:
+                self._floor = self._cached[-_CACHED - 1].id
+                del self._cached[:-_CACHED]
+        self.head, self.poll = head, poll
         if changed or head.ended:
             self.wake()
 
     def wake(self) -> None:
-        """Let every stream look again."""
+        """Make every stream that waits ask again."""
         waited, self._news = self._news, asyncio.Event()
         waited.set()
 
 
 class Follower:
-    """Follows the searches of all open streams; for one event loop.
+    """Follows the searches of all open streams; belongs to one event loop.
 
-    Looks at the store only while there are streams.
+    Polls the store only while streams are open.
 
     Parameters
     ----------
     streams
-        The most that are open at once.
+        The most that may be open at once.
     """
 
     def __init__(self, store: Store, streams: int) -> None:
         self.store, self.streams = store, streams
-        #: looks begun
-        self.looks = 0
+        #: number of polls begun
+        self.polls = 0
         self._open = 0
         self._open_of: Counter[str] = Counter()
-        self._followed: dict[str, Followed] = {}
-        self._looking: asyncio.Task[None] | None = None
+        self._followed: dict[str, FollowedSearch] = {}
+        self._polling: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
-        self._reading: dict[tuple[str, int], asyncio.Task[list[Told]]] = {}
-        # threads of their own: streams that catch up keep neither requests nor looks waiting
-        self._lookers, self._readers = CapacityLimiter(1), CapacityLimiter(2)
+        self._reading: dict[tuple[str, int], asyncio.Task[list[EncodedEvent]]] = {}
+        # threads of their own: streams that catch up must delay neither requests nor polls
+        self._pollers, self._readers = CapacityLimiter(1), CapacityLimiter(2)
 
     @property
     def open(self) -> int:
-        """Streams that are open."""
+        """Number of open streams."""
         return self._open
 
     @property
-    def kept(self) -> int:
-        """Events that are kept encoded."""
-        return sum(followed.kept for followed in self._followed.values())
+    def cached(self) -> int:
+        """Number of cached events of all searches."""
+        return sum(followed.cached for followed in self._followed.values())
 
     @property
-    def is_looking(self) -> bool:
-        """Whether the store is looked at from time to time."""
-        return self._looking is not None and not self._looking.done()
+    def is_polling(self) -> bool:
+        """Whether the store is being polled."""
+        return self._polling is not None and not self._polling.done()
 
     @contextmanager
-    def following(self, search_id: str, tenant: str | None = None) -> Iterator[Followed]:
-        """Keep a stream's place among the open ones, and its search followed.
+    def following(self, search_id: str, tenant: str | None = None) -> Iterator[FollowedSearch]:
+        """Count a stream as open, and follow its search, until the context ends.
 
         Parameters
         ----------
         tenant
-            Whose key asks: one tenant has half of all streams at most.
+            Whose key opened the stream; one tenant may have half of all streams.
 
         Raises
         ------
         TooManyStreams
-            There is none left.
+            No more streams may be opened.
         """
         if self._open >= self.streams:
-            raise TooManyStreams(f"{self.streams} event streams are open, as many as may be")
+            raise TooManyStreams(f"{self.streams} event streams are open, the most allowed")
         most = max(1, self.streams // 2)
         if tenant is not None and self._open_of[tenant] >= most:
-            raise TooManyStreams(f"{most} event streams of tenant {tenant} are open, its most")
+            raise TooManyStreams(
+                f"tenant {tenant} has {most} event streams open, the most allowed for one tenant"
+            )
         followed = self._followed.get(search_id)
         if followed is None or followed.gone:
-            followed = self._followed[search_id] = Followed(search_id)
+            followed = self._followed[search_id] = FollowedSearch(search_id)
         if followed.head is None or followed.head.ended:
             self._hurry.set()
         self._open += 1
         if tenant is not None:
             self._open_of[tenant] += 1
         followed.streams += 1
-        if not self.is_looking:
-            self._looking = asyncio.create_task(self._look_on())
+        if not self.is_polling:
+            self._polling = asyncio.create_task(self._keep_polling())
         try:
             yield followed
         finally:
@@ -219,68 +222,68 @@ class Follower:
                 del self._followed[search_id]
 
     async def stop(self) -> None:
-        """End every stream and look no more."""
-        self._give_up()
-        tasks = [*self._reading.values(), *([self._looking] if self._looking else [])]
+        """End every stream and stop polling."""
+        self._end_streams()
+        tasks = [*self._reading.values(), *([self._polling] if self._polling else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def page(self, followed: Followed, after: int) -> list[Told]:
-        """Some of what follows the event id `after`, oldest first; nothing if that is all.
+    async def page(self, followed: FollowedSearch, after: int) -> list[EncodedEvent]:
+        """The next events after the id `after`, oldest first; empty if there are none.
 
         Raises
         ------
         StoreUnavailable
-            It has to be read, and the database does not answer.
+            The events are not cached, and the database does not answer.
         """
         if followed.covers(after):
             return followed.page(after)
-        asked = followed.search_id, after
-        read = self._reading.get(asked)
-        if read is None:  # streams that were opened together read together
-            read = self._reading[asked] = asyncio.create_task(self._read(*asked))
-            read.add_done_callback(partial(self._forget, asked))
+        position = followed.search_id, after
+        read = self._reading.get(position)
+        if read is None:  # streams at the same position share one read
+            read = self._reading[position] = asyncio.create_task(self._read(*position))
+            read.add_done_callback(partial(self._forget, position))
         return await asyncio.shield(read)
 
-    async def _read(self, search_id: str, after: int) -> list[Told]:
+    async def _read(self, search_id: str, after: int) -> list[EncodedEvent]:
         read = partial(self.store.events, search_id, after=after, limit=_PAGE)
         return [encoded(event) for event in await self._thread(self._readers, read)]
 
-    def _forget(self, asked: tuple[str, int], read: asyncio.Task[list[Told]]) -> None:
-        self._reading.pop(asked, None)
+    def _forget(self, position: tuple[str, int], read: asyncio.Task[list[EncodedEvent]]) -> None:
+        self._reading.pop(position, None)
         if not read.cancelled():
-            read.exception()  # that nobody waited for it is no error of its own
+            read.exception()  # mark as seen: every waiter may have been cancelled
 
     async def _thread(self, limiter: CapacityLimiter, work: Callable[[], _T]) -> _T:
         return await to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
 
-    async def _look_on(self) -> None:
-        """Look again and again while anything is followed."""
+    async def _keep_polling(self) -> None:
+        """Poll the store while any search is followed."""
         try:
             while self._followed:
                 self._hurry.clear()
                 try:
-                    await self._look()
+                    await self._poll()
                 except StoreUnavailable as error:
                     _log.warning("events of %d searches wait: %s", len(self._followed), error)
                     await asyncio.sleep(AWAY_SECONDS)
                     continue
                 await asyncio.sleep(_HURRY_SECONDS)
                 try:
-                    async with asyncio.timeout(LOOK_SECONDS - _HURRY_SECONDS):
+                    async with asyncio.timeout(POLL_SECONDS - _HURRY_SECONDS):
                         await self._hurry.wait()
                 except TimeoutError:
                     pass
         except Exception:
-            _log.exception("events cannot be followed; their streams end")
-            self._give_up()
+            _log.exception("polling for events failed; all event streams end")
+            self._end_streams()
 
-    async def _look(self) -> None:
-        self.looks += 1
-        look = self.looks
+    async def _poll(self) -> None:
+        self.polls += 1
+        poll = self.polls
         followed = dict(self._followed)
-        heads = await self._thread(self._lookers, partial(read_heads, self.store, list(followed)))
+        heads = await self._thread(self._pollers, partial(read_heads, self.store, list(followed)))
         spans = {
             search_id: span
             for search_id, head in heads.items()
@@ -288,16 +291,16 @@ class Follower:
         }
         news: dict[str, list[Event]] = {}
         if spans:
-            read = partial(read_news, self.store, spans, limit=_KEPT + 1)
-            news = await self._thread(self._lookers, read)
+            read = partial(read_news, self.store, spans, limit=_CACHED + 1)
+            news = await self._thread(self._pollers, read)
         for search_id, one in followed.items():
             if search_id in heads:
-                one.update(heads[search_id], look, news.get(search_id, []))
+                one.update(heads[search_id], poll, news.get(search_id, []))
             else:
                 one.gone = True
                 one.wake()
 
-    def _give_up(self) -> None:
+    def _end_streams(self) -> None:
         for followed in self._followed.values():
             followed.gone = True
             followed.wake()

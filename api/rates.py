@@ -1,4 +1,4 @@
-"""How much one key or one address may ask, in this process."""
+"""Rate limits of one key or one address, counted in this process."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from nas.errors import InvalidInput
 from nas.settings import Settings
 
 #: request: any | submit: one that changes something | sign_in: a session that a key opens |
-#: told: a refusal that the audit log tells of | told_in_all: of anyone.
-What = Literal["request", "submit", "sign_in", "told", "told_in_all"]
-#: Refusals that the audit log tells of one by one; of more it tells the number.
+#: audit: a refusal with a record of its own in the audit log | audit_total: such ones of everyone.
+What = Literal["request", "submit", "sign_in", "audit", "audit_total"]
 _SIGN_INS = "30/minute"
-_TOLD, _TOLD_IN_ALL = "120/minute", "1200/minute"
-#: Bits of an IPv6 address that one customer of a network has as a rule.
+#: Refusals with a record of their own in the audit log; further ones are only counted there.
+_AUDIT, _AUDIT_TOTAL = "120/minute", "1200/minute"
+#: Length of the IPv6 prefix that a network usually assigns to one customer.
 _IPV6_PREFIX = 64
 
 
 class Rates:
-    """Counts what was asked, over a sliding window.
+    """Counts requests over a sliding window.
 
     Raises
     ------
     InvalidInput
-        A rate of the settings that is none.
+        A rate in the settings cannot be parsed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -38,13 +38,13 @@ class Rates:
             "request": _rates("rate_limit", settings.rate_limit),
             "submit": _rates("submit_limit", settings.submit_limit),
             "sign_in": parse_many(_SIGN_INS),
-            "told": parse_many(_TOLD),
-            "told_in_all": parse_many(_TOLD_IN_ALL),
+            "audit": parse_many(_AUDIT),
+            "audit_total": parse_many(_AUDIT_TOTAL),
         }
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def spend(self, what: What, who: str) -> int | None:
-        """Count one; None if that is within the limits, else the seconds until it may be again."""
+        """Count one; None if it is within the limits, else the seconds until the next may come."""
         for limit in self._limits[what]:
             if not self._limiter.hit(limit, what, who):
                 over = self._limiter.get_window_stats(limit, what, who).reset_time - time.time()
@@ -61,7 +61,7 @@ def _rates(name: str, text: str) -> list[RateLimitItem]:
 
 
 def network_of(address: str) -> str:
-    """What of an address is counted as one: all of IPv4, the first 64 bits of IPv6.
+    """The part of an address that is counted as one client: all of IPv4, 64 bits of IPv6.
 
     >>> network_of("192.0.2.7"), network_of("2001:db8:1:2:3:4:5:6"), network_of("::ffff:192.0.2.7")
     ('192.0.2.7', '2001:db8:1:2::', '192.0.2.7')

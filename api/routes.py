@@ -16,7 +16,8 @@ from pydantic_core import to_json
 
 from api.auth import Caller
 from api.bodies import REAL, WHOLE, Absent, read_json, read_strictly
-from api.cache import AnswerCache, Kept
+from api.cache import AnswerCache, CachedAnswer
+from api.fair_queue import release_slot
 from api.problems import OF_BODIES, RETRY_AFTER_SECONDS, refusals
 from api.reference import (
     BEST_RULES,
@@ -41,7 +42,6 @@ from api.schemas import (
     TrialPage,
     trial_fields,
 )
-from api.turns import give_back
 from nas import answers, catalogue
 from nas.confirm import ConfirmRequest, create_confirmation
 from nas.data_folder import data_inside
@@ -151,7 +151,7 @@ async def usable_data(
     if _waiting.total() >= _MOST_WAITING or _waiting[store.tenant] >= _MOST_OF_ONE:
         later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         raise HTTPException(503, "data of other requests is being read; try again later", later)
-    give_back(request.scope)
+    release_slot(request.scope)
     _waiting[store.tenant] += 1
     try:
         # errors repeat the name that was sent, not where it lies on this host
@@ -375,12 +375,12 @@ async def read_best(
     )
 
 
-def _answer(request: Request, kept: Kept) -> Response:
-    """A kept answer, in the encoding that the client takes."""
-    packed = "gzip" in request.headers.get("accept-encoding", "")
-    response = _json(kept.packed if packed else kept.body)
+def _answer(request: Request, cached: CachedAnswer) -> Response:
+    """A cached answer, compressed if the client accepts gzip."""
+    gzipped = "gzip" in request.headers.get("accept-encoding", "")
+    response = _json(cached.gzipped if gzipped else cached.body)
     response.headers["Vary"] = "Accept-Encoding"
-    if packed:
+    if gzipped:
         response.headers["Content-Encoding"] = "gzip"
     return response
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api.connections import Gate, Limits, guarded
-from api.turns import Turns
+from api.fair_queue import FairQueue
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
@@ -104,7 +104,7 @@ def serve(
     proxies = checked_proxies(settings.trusted_proxies)
     files = raise_file_limit()
     used = limits or limits_for(settings, files)
-    believed = ProxyHeadersMiddleware(Turns(app), proxies)  # type: ignore[arg-type]
+    believed = ProxyHeadersMiddleware(FairQueue(app), proxies)  # type: ignore[arg-type]
     gate = Gate(used, trusted=believed.trusted_hosts.__contains__)
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()

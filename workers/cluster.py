@@ -260,7 +260,7 @@ def trial_resources(settings: Settings) -> dict[str, float]:
     return needs
 
 
-def fitting(needs: dict[str, float]) -> int:
+def trial_capacity(needs: dict[str, float]) -> int:
     """How many trials the cluster holds at once, none of them spread over two nodes.
 
     Raises

@@ -119,7 +119,7 @@ def _joined(settings: Settings, wanted: str, stranger: subprocess.Popen[bytes]) 
     yield from answers
     try:
         needs = cluster.trial_resources(settings)
-        count = cluster.fitting(needs)
+        count = cluster.trial_capacity(needs)
         yield Check("trials", "ok", f"{count} at once, each with {_amounts(needs)}")
     except ClusterUnavailable as error:
         advice = "lower what a trial needs, or add a node that has it"

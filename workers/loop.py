@@ -290,7 +290,7 @@ def _join_cluster(settings: Settings) -> None:
         from workers import cluster  # ray takes seconds to import
 
         cluster.connect(settings)
-        cluster.fitting(cluster.trial_resources(settings))
+        cluster.trial_capacity(cluster.trial_resources(settings))
 
 
 def _ray_runner(session: SearchSession, data: TaskData, settings: Settings) -> None:

@@ -102,7 +102,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     limits = session.request.limits
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
     needs = cluster.trial_resources(settings)
-    fitting = cluster.fitting(needs)
+    capacity = cluster.trial_capacity(needs)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
     shared = cluster.Shared(data.train, data.validation)
@@ -131,7 +131,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
                 tune_config=tune.TuneConfig(
                     search_alg=_SessionSearcher(key),
                     num_samples=remaining,
-                    max_concurrent_trials=min(settings.concurrency or fitting, fitting),
+                    max_concurrent_trials=min(settings.concurrency or capacity, capacity),
                     reuse_actors=True,
                     trial_dirname_creator=_directory_name,
                 ),

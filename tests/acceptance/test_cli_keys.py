@@ -66,7 +66,7 @@ def test_with_a_key_it_starts_and_asks_for_it(tmp_path: Path) -> None:
                 client.get("/v1/workers")
             for seed in range(1, 6):  # the first was counted before it was known whose key it is
                 client.search(**BODY, seed=seed)
-            with pytest.raises(RateLimited, match="too many requests; in"):
+            with pytest.raises(RateLimited, match="too many requests; try again in"):
                 client.search(**BODY, seed=9)
         with Client(url, api_key=secret, tenant="other") as client:
             with pytest.raises(NotAllowed, match="this key is of tenant default"):

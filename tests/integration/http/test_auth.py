@@ -18,7 +18,7 @@ from sqlalchemy import update
 
 from api import rates
 from api.app import create_app
-from api.audit import Line, Trail
+from api.audit import AuditTrail, RequestRecord
 from api.auth import ADMIN, OPEN, Caller, for_operators, is_loopback, scope_of
 from nas.errors import InvalidInput
 from nas.settings import Settings
@@ -328,9 +328,11 @@ def test_a_flood_of_refusals_does_not_fill_the_log(house: House) -> None:
 def test_the_number_of_a_flood_is_told_with_its_callers_next(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rates, "_TOLD", "3/day")
-    trail = Trail(house.store, rates.Rates(Settings()))
-    line = Line("GET", "/x", 401, "a key is needed", next(_addresses), "address flood", None, None)
+    monkeypatch.setattr(rates, "_AUDIT", "3/day")
+    trail = AuditTrail(house.store, rates.Rates(Settings()))
+    line = RequestRecord(
+        "GET", "/x", 401, "a key is needed", next(_addresses), "address flood", None, None
+    )  # fmt: skip
     other = dataclasses.replace(line, who="address other", address=next(_addresses))
 
     async def flood() -> None:
@@ -345,7 +347,7 @@ def test_the_number_of_a_flood_is_told_with_its_callers_next(
     told = [e.reason for e in entries if e.address == line.address]
     assert (
         told
-        == ["a key is needed (and 7 more refused since the last line)"] + ["a key is needed"] * 3
+        == ["a key is needed (and 7 more refused since the last record)"] + ["a key is needed"] * 3
     )
     assert [e.reason for e in entries if e.address == other.address] == ["a key is needed"]
 

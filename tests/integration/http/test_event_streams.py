@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import delete
 
 from api.events import EventStream
-from api.following import LOOK_SECONDS, Follower, TooManyStreams
+from api.following import POLL_SECONDS, Follower, TooManyStreams
 from nas.request import SearchRequest
 from nas.store import Event, Leases, Store, upgrade
 from nas.store import rows as store_rows
@@ -117,7 +117,7 @@ def test_a_tenant_has_half_of_all_streams_at_most(store: Store) -> None:
         with ExitStack() as streams:
             for _ in range(2):
                 streams.enter_context(follower.following(search, "a"))
-            with pytest.raises(TooManyStreams, match="2 event streams of tenant a"):
+            with pytest.raises(TooManyStreams, match="tenant a has 2 event streams"):
                 streams.enter_context(follower.following(search, "a"))
             streams.enter_context(follower.following(search, "b"))
             streams.enter_context(follower.following(search))
@@ -230,7 +230,7 @@ def test_a_slow_stream_holds_up_nobody(store: Store) -> None:
                 await asyncio.to_thread(write, store, search_id, number)
                 newest = all_ids(store, search_id)[-1]
                 await until(lambda n=newest: quick.ids[-1] == n, "everything")  # type: ignore[misc]
-                assert follower.kept <= 500
+                assert follower.cached <= 500
         assert len(slow.ids) == 1
         slow.may_read.set()
         store.cancel(search_id)
@@ -261,8 +261,8 @@ def test_a_search_that_is_tried_again_is_followed_on(store: Store) -> None:
         behind = Reader(follower, search_id)
         behind.may_read.clear()
         tasks = [asyncio.create_task(behind.run())]
-        looks = follower.looks
-        await until(lambda: follower.looks > looks + 1, "a look at the end")
+        polls = follower.polls
+        await until(lambda: follower.polls > polls + 1, "a poll at the end")
         store.retry(search_id)
         again, on = Reader(follower, search_id), Reader(follower, search_id, ended.ids[-1])
         tasks += [asyncio.create_task(reader.run()) for reader in (again, on)]
@@ -305,16 +305,16 @@ def test_nothing_is_looked_at_for_nobody(store: Store) -> None:
         for _ in range(2):
             reader = Reader(follower, search_id)
             task = asyncio.create_task(reader.run())
-            begun = follower.looks
-            await until(lambda begun=begun: follower.looks > begun + 1, "looks")  # type: ignore[misc]
+            begun = follower.polls
+            await until(lambda begun=begun: follower.polls > begun + 1, "polls")  # type: ignore[misc]
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
             assert follower.open == 0
-            await until(lambda: not follower.is_looking, "an end")
-            looks = follower.looks
-            await asyncio.sleep(3 * LOOK_SECONDS)
-            assert follower.looks == looks
+            await until(lambda: not follower.is_polling, "an end")
+            polls = follower.polls
+            await asyncio.sleep(3 * POLL_SECONDS)
+            assert follower.polls == polls
 
     following(store, work)
 
@@ -370,7 +370,7 @@ def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
         file.rename(tmp_path / "away.db")
         late = Reader(follower, other)
         tasks.append(asyncio.create_task(late.run()))
-        await asyncio.sleep(3 * LOOK_SECONDS)
+        await asyncio.sleep(3 * POLL_SECONDS)
         assert late.ids == []
         (tmp_path / "away.db").rename(file)
         write(store, search_id, 3)

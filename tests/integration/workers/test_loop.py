@@ -253,13 +253,13 @@ def test_trials_fit_on_nodes_not_on_sums_of_nodes(
     count: int,
 ) -> None:
     monkeypatch.setattr(cluster, "alive_nodes", lambda: nodes(*held))
-    assert cluster.fitting(needs) == count
+    assert cluster.trial_capacity(needs) == count
 
 
 def test_what_fits_nowhere_is_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "alive_nodes", lambda: nodes({"CPU": 1}, {"CPU": 1}))
     with pytest.raises(ClusterUnavailable, match=r"one trial needs .*'CPU': 2.* add a node"):
-        cluster.fitting({"CPU": 2})
+        cluster.trial_capacity({"CPU": 2})
 
 
 def test_a_node_of_other_versions_is_named_with_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,27 +89,27 @@ def audit(
     found.points, found.events = len(tables["points"]), len(tables["events"])
     for search in tables["searches"]:
         own = trials.pop(search["id"], [])
-        told = _Told(tagged=expected.points is not None)
+        log = _ReplayedLog(tagged=expected.points is not None)
         for event in events.pop(search["id"], []):
-            told.tell(event)
+            log.replay(event)
         problems = [
-            *told.problems,
-            *_of_search(search, told, expected),
-            *_of_trials(search, own, told, expected),
+            *log.problems,
+            *_of_search(search, log, expected),
+            *_of_trials(search, own, log, expected),
             *(p for trial in own for p in _of_points(trial, points[trial["id"]], expected)),
         ]
         found.violations += [f"search {search['id']}: {problem}" for problem in problems]
-        found.stale_accepted += told.stale
-        found.stale_refused += told.kinds["stale_write"]
-        found.lease_lost += told.kinds["lease_lost"]
+        found.stale_accepted += log.stale
+        found.stale_refused += log.kinds["stale_write"]
+        found.lease_lost += log.kinds["lease_lost"]
     found.violations += [f"{name} of no search" for name in (*trials, *events)]
     found.violations += _unkept(tables["trials"], acknowledged)
     return found
 
 
 @dataclass
-class _Told:
-    """The log of one search, told event by event."""
+class _ReplayedLog:
+    """The state of one search as its log gives it, replayed event by event."""
 
     tagged: bool
     problems: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class _Told:
     #: number → tag of the last point
     last: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
-    def tell(self, event: Row) -> None:
+    def replay(self, event: Row) -> None:
         kind, data = event["kind"], event["data"]
         self.kinds[kind] += 1
         if kind == "claimed":
@@ -186,18 +186,20 @@ class _Told:
         self.last[number] = tag
 
 
-def _of_search(search: Row, told: _Told, expected: Expected) -> Iterator[str]:
+def _of_search(search: Row, log: _ReplayedLog, expected: Expected) -> Iterator[str]:
     if search["state"] not in expected.states:
         yield f"state {search['state']} ({search['error']}), expected {expected.states}"
-    if search["state"] in TERMINAL and told.ended != search["state"]:
-        yield f"state {search['state']}, its log says {told.ended}"
-    if search["epoch"] != told.epoch:
-        yield f"epoch {search['epoch']}, the last claimed is {told.epoch}"
-    if search.get("stale_writes", 0) != told.kinds["stale_write"]:
-        yield f"{search['stale_writes']} stale writes counted, {told.kinds['stale_write']} logged"
+    if search["state"] in TERMINAL and log.ended != search["state"]:
+        yield f"state {search['state']}, its log says {log.ended}"
+    if search["epoch"] != log.epoch:
+        yield f"epoch {search['epoch']}, the last claimed is {log.epoch}"
+    if search.get("stale_writes", 0) != log.kinds["stale_write"]:
+        yield f"{search['stale_writes']} stale writes counted, {log.kinds['stale_write']} logged"
 
 
-def _of_trials(search: Row, trials: list[Row], told: _Told, expected: Expected) -> Iterator[str]:
+def _of_trials(
+    search: Row, trials: list[Row], log: _ReplayedLog, expected: Expected
+) -> Iterator[str]:
     states = Counter(t["state"] for t in trials)
     tally = decoded(search["tally"])
     if states != {name: n for name, n in tally.items() if name != "references"}:
@@ -209,14 +211,14 @@ def _of_trials(search: Row, trials: list[Row], told: _Told, expected: Expected) 
         yield f"trials are numbered {numbers}"
     for trial in trials:
         number = trial["number"]
-        ends = told.completed[number]
-        if told.planned[number] != 1 or ends != (trial["state"] == "complete"):
+        ends = log.completed[number]
+        if log.planned[number] != 1 or ends != (trial["state"] == "complete"):
             yield (
-                f"trial {number}, {trial['state']}: planned {told.planned[number]} times, "
+                f"trial {number}, {trial['state']}: planned {log.planned[number]} times, "
                 f"completed {ends} times"
             )
-        if trial["attempts"] != told.attempts[number]:
-            yield f"trial {number}: {trial['attempts']} attempts, log {told.attempts[number]}"
+        if trial["attempts"] != log.attempts[number]:
+            yield f"trial {number}: {trial['attempts']} attempts, log {log.attempts[number]}"
     if expected.whole:
         wanted = decoded(search["request"])["trials"] + tally.get("references", 0)
         if states["complete"] != wanted:

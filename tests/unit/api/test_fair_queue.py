@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from api.turns import GONE, Turns
+from api.fair_queue import GONE, FairQueue
 
 _AT_ONCE = 2
 _PATIENCE = 30.0
@@ -44,7 +44,7 @@ class Work:
 
 
 def request(
-    turns: Turns, name: str, *, address: str = "192.0.2.1", shown: str = "key", path: str = "/",
+    queue: FairQueue, name: str, *, address: str = "192.0.2.1", shown: str = "key", path: str = "/",
     body: asyncio.Event | None = None, gone: bool = False,
     statuses: list[int] | None = None,
 ) -> asyncio.Task[None]:  # fmt: skip
@@ -64,13 +64,13 @@ def request(
         "headers": [(b"authorization", shown.encode())], "client": (address, 1),
         "extensions": {GONE: lambda: gone},
     }  # fmt: skip
-    return asyncio.create_task(turns(scope, receive, send))  # type: ignore[arg-type]
+    return asyncio.create_task(queue(scope, receive, send))
 
 
-def run(test: Callable[[Work, Turns], Coroutine[Any, Any, None]]) -> None:
+def run(test: Callable[[Work, FairQueue], Coroutine[Any, Any, None]]) -> None:
     async def running() -> None:
         work = Work()
-        await asyncio.wait_for(test(work, Turns(work)), _PATIENCE)
+        await asyncio.wait_for(test(work, FairQueue(work)), _PATIENCE)
 
     asyncio.run(running())
 
@@ -82,11 +82,11 @@ async def settle() -> None:
 
 
 def test_a_few_of_one_address_at_once() -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        tasks = [request(turns, f"greedy {i}", shown=str(i)) for i in range(50)]
+    async def test(work: Work, queue: FairQueue) -> None:
+        tasks = [request(queue, f"greedy {i}", shown=str(i)) for i in range(50)]
         await settle()
         assert work.working == _AT_ONCE
-        other = request(turns, "other", address="192.0.2.2")
+        other = request(queue, "other", address="192.0.2.2")
         await settle()
         assert work.begun[-1] == "other"
         for _ in range(51):
@@ -100,10 +100,10 @@ def test_a_few_of_one_address_at_once() -> None:
 
 
 def test_who_shows_another_key_waits_for_one_turn() -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        tasks = [request(turns, f"greedy {i}") for i in range(50)]
+    async def test(work: Work, queue: FairQueue) -> None:
+        tasks = [request(queue, f"greedy {i}") for i in range(50)]
         await settle()
-        tasks += [request(turns, f"modest {i}", shown="another") for i in range(2)]
+        tasks += [request(queue, f"modest {i}", shown="another") for i in range(2)]
         await settle()
         for _ in range(4):
             work.may_end.release()
@@ -119,8 +119,8 @@ def test_who_shows_another_key_waits_for_one_turn() -> None:
 
 
 def test_addresses_of_one_network_are_one() -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        tasks = [request(turns, "v6", address=f"2001:db8::{i:x}") for i in range(1, 20)]
+    async def test(work: Work, queue: FairQueue) -> None:
+        tasks = [request(queue, "v6", address=f"2001:db8::{i:x}") for i in range(1, 20)]
         await settle()
         assert work.working == _AT_ONCE
         for _ in tasks:
@@ -131,11 +131,11 @@ def test_addresses_of_one_network_are_one() -> None:
 
 
 def test_a_body_that_is_waited_for_holds_no_turn() -> None:
-    async def test(work: Work, turns: Turns) -> None:
+    async def test(work: Work, queue: FairQueue) -> None:
         body = asyncio.Event()
-        tasks = [request(turns, f"slow {i}", body=body) for i in range(20)]
+        tasks = [request(queue, f"slow {i}", body=body) for i in range(20)]
         await settle()
-        quick = request(turns, "quick")
+        quick = request(queue, "quick")
         await settle()
         assert work.begun == ["quick"]
         body.set()
@@ -151,13 +151,13 @@ def test_a_body_that_is_waited_for_holds_no_turn() -> None:
 
 
 def test_an_answer_that_goes_on_holds_no_turn() -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        streams = [request(turns, "stream", path="/stream") for _ in range(20)]
+    async def test(work: Work, queue: FairQueue) -> None:
+        streams = [request(queue, "stream", path="/stream") for _ in range(20)]
         for _ in streams:
             work.may_end.release()
         await settle()
         assert work.ended == ["stream"] * 20
-        quick = request(turns, "quick")
+        quick = request(queue, "quick")
         work.may_end.release()
         await quick
         for stream in streams:
@@ -169,10 +169,10 @@ def test_an_answer_that_goes_on_holds_no_turn() -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 def test_a_probe_waits_for_nobody(path: str) -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        tasks = [request(turns, "greedy") for _ in range(20)]
+    async def test(work: Work, queue: FairQueue) -> None:
+        tasks = [request(queue, "greedy") for _ in range(20)]
         await settle()
-        probe = request(turns, "probe", path=path)
+        probe = request(queue, "probe", path=path)
         await settle()
         assert work.begun[-1] == "probe"
         for _ in range(21):
@@ -183,8 +183,8 @@ def test_a_probe_waits_for_nobody(path: str) -> None:
 
 
 def test_a_turn_is_not_lost_with_who_waits_for_it() -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        tasks = [request(turns, f"request {i}") for i in range(30)]
+    async def test(work: Work, queue: FairQueue) -> None:
+        tasks = [request(queue, f"request {i}") for i in range(30)]
         await settle()
         for task in tasks[1:29:2]:
             task.cancel()
@@ -193,7 +193,7 @@ def test_a_turn_is_not_lost_with_who_waits_for_it() -> None:
         for _ in range(30):
             work.may_end.release()
         await asyncio.gather(*tasks, return_exceptions=True)
-        again = [request(turns, f"again {i}") for i in range(_AT_ONCE + 1)]
+        again = [request(queue, f"again {i}") for i in range(_AT_ONCE + 1)]
         work.may_end = asyncio.Semaphore(0)
         await settle()
         assert work.working == _AT_ONCE
@@ -205,20 +205,20 @@ def test_a_turn_is_not_lost_with_who_waits_for_it() -> None:
 
 
 def test_nothing_is_done_for_who_is_gone() -> None:
-    async def test(work: Work, turns: Turns) -> None:
-        await request(turns, "gone", gone=True)
+    async def test(work: Work, queue: FairQueue) -> None:
+        await request(queue, "gone", gone=True)
         assert work.begun == []
 
     run(test)
 
 
 def test_too_many_that_wait_are_refused() -> None:
-    async def test(work: Work, turns: Turns) -> None:
+    async def test(work: Work, queue: FairQueue) -> None:
         statuses: list[int] = []
-        tasks = [request(turns, "greedy") for _ in range(2000 + _AT_ONCE)]
+        tasks = [request(queue, "greedy") for _ in range(2000 + _AT_ONCE)]
         await asyncio.sleep(0)
-        await request(turns, "one more", statuses=statuses)
-        other = request(turns, "other", address="192.0.2.2", statuses=statuses)
+        await request(queue, "one more", statuses=statuses)
+        other = request(queue, "other", address="192.0.2.2", statuses=statuses)
         for _ in range(2001 + _AT_ONCE):
             work.may_end.release()
         await asyncio.gather(other, *tasks)
@@ -231,15 +231,15 @@ def test_too_many_that_wait_are_refused() -> None:
 def test_refusals_for_asking_too_often_come_one_after_another() -> None:
     """What is allowed meanwhile does not wait for them."""
 
-    async def test(work: Work, turns: Turns) -> None:
+    async def test(work: Work, queue: FairQueue) -> None:
         work.status = 429
         told: list[int] = []
         for _ in range(301):
             work.may_end.release()
-        tasks = [request(turns, "refused", statuses=told) for _ in range(100)]
+        tasks = [request(queue, "refused", statuses=told) for _ in range(100)]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         work.status = 200
-        await request(turns, "allowed")
+        await request(queue, "allowed")
         assert 0 < len(told) < 100
         await asyncio.gather(*tasks)
         assert told == [429] * 100
