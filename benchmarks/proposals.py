@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import optuna
+from optuna.distributions import BaseDistribution
 
 from benchmarks.interleaved import ratio, report
 from nas.request import SearchRequest
 from nas.search import PastTrial, propose
 from nas.search.propose import build_sampler
 from nas.search.space import distributions
+
+
+def _ask(kept: optuna.Study, space: dict[str, BaseDistribution]) -> None:
+    kept.tell(kept.ask(space), state=optuna.trial.TrialState.FAIL)
 
 
 def main() -> None:
@@ -33,8 +39,8 @@ def main() -> None:
                     )
                 )
             timed = ratio(
-                lambda r=request, p=past: propose(r, r.settings, len(p), p, lambda _: False),
-                lambda k=kept, s=space: k.tell(k.ask(s), state=optuna.trial.TrialState.FAIL),
+                partial(propose, request, request.settings, trials, past, lambda _: False),
+                partial(_ask, kept, space),
                 9,
             )
             rows.append(

@@ -60,7 +60,9 @@ def run_published(seeds: int, processes: int, folder: Path) -> dict[str, Any]:
     return _compare(golden, losses)
 
 
-def _compare(golden: list[dict[str, Any]], losses: dict[tuple[str, int], list[float]]) -> Any:
+def _compare(
+    golden: list[dict[str, Any]], losses: dict[tuple[str, int], list[float]]
+) -> dict[str, Any]:
     theirs = {(g["name"], g["width"]): g["curve"][-1]["test_mse"] for g in golden}
     own_base, their_base = losses["dense", 128], theirs["dense", 128]
     rows = []

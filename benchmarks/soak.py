@@ -30,7 +30,7 @@ from typing import Any
 
 import httpx2 as httpx
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import linregress, t

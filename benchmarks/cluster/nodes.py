@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from tests.support.services import free_port
 

@@ -17,6 +17,7 @@ from nas.errors import InvalidInput, NotFound
 from nas.layers import EinsumLinear
 from nas.store import Store
 from nas.store.engine import writing
+from nas.structure import Structure
 from tests.support.planting import PlantedRun, open_store, plant, stand
 from tests.support.truths import BUDGET, draw_runs, draw_truths, run_store
 
@@ -50,7 +51,7 @@ def test_the_best_of_a_planted_store_is_in_the_answer() -> None:
 def test_the_order_of_searches_and_rows_changes_no_answer(tmp_path: object) -> None:
     rng = np.random.default_rng(0)
     runs = draw_runs(draw_truths(rng)[:6], rng)
-    answers = []
+    answers: list[dict[str, Any]] = []
     for order in (runs, runs[::-1]):
         store = open_store(f"sqlite:///{tmp_path}/{len(answers)}.db")
         plant(store, order[:50], fingerprint="planted", budget=BUDGET)
@@ -177,7 +178,8 @@ def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str
     design = parse_design(text)
     assert parse_design(best.design) == design
     assert (best.evidence.seeds, tuple(best.theta)) == (2, exponents(design))
-    assert {r.design for r in [best.best_structured]} == {best.design}
+    assert best.best_structured is not None
+    assert best.best_structured.design == best.design
     structure = structure_of(design, 64, 96)
     assert best.layer(64, 96).structure == structure
     scope = {"model": torch.nn.Sequential(torch.nn.Linear(64, 96))}
@@ -208,7 +210,9 @@ def test_aligned_heads_are_a_structure_of_their_own(store: Store) -> None:
     best = get_best(store, task=TASK, train_flops=2e9)
     assert best.name == "monarch@heads"
     assert best.layer(64, 64).structure == structure_of(parse_design("monarch"), 64, 64)
-    assert best.layer(64, 64, heads=4).structure.sizes.phi == 4
+    structure = best.layer(64, 64, heads=4).structure
+    assert isinstance(structure, Structure)
+    assert structure.sizes.phi == 4
     scope: dict[str, Any] = {}
     exec(best.snippet, scope)
     assert scope["model"]["query"].structure.sizes.phi == scope["heads"]

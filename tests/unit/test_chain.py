@@ -59,15 +59,16 @@ def by_definition(layer: ChainLinear, x: Tensor) -> Tensor:
     padded = torch.zeros(len(x), s.padded_in, dtype=x.dtype)
     padded[:, : s.d_in] = x
     cube = padded.reshape(len(x), *(a.size for a in s.input_axes))
-    y = opt_einsum.contract(s.einsum, *layer.factors().values(), cube)
+    y: Tensor = opt_einsum.contract(s.einsum, *layer.factors().values(), cube)
     return y.reshape(len(x), s.padded_out)[:, : s.d_out]
 
 
 def _best(s: ChainStructure, tokens: int) -> tuple[Path, Any]:
     shapes = [*s.shapes, (tokens, *(a.size for a in s.input_axes))]
-    return opt_einsum.contract_path(
+    found: tuple[Path, Any] = opt_einsum.contract_path(
         s.einsum.replace("...", "Z"), *shapes, shapes=True, optimize="optimal"
     )
+    return found
 
 
 def opt_einsum_cost(s: ChainStructure, tokens: int) -> int:
@@ -148,7 +149,7 @@ def test_a_chain_without_a_name_is_called_by_its_numbers() -> None:
 
 def test_equal_axes_are_arranged_for_the_least_cost() -> None:
     """1024 is 8·8·16: with the 16 on an axis that all factors share it would cost 2.7 times it."""
-    s = ChainStructure.of(parse_chain("btt:cores=3,rho=1/8"), 1024, 1024)  # type: ignore[arg-type]
+    s = ChainStructure.of(parse_chain("btt:cores=3,rho=1/8"), 1024, 1024)
     assert {a.name: a.size for a in s.axes if a.size == 16} == {"in_1": 16, "out_3": 16}
     assert s.macs == 3 * 16 * 1024
     shared = list(s.sizes)
@@ -245,7 +246,7 @@ def test_axes_cover_their_dimension_with_little_waste(data: st.DataObject) -> No
 @pytest.mark.parametrize("power", [6, 8, 10, 12, 13])
 def test_powers_of_two_are_not_padded(factors: int, power: int) -> None:
     for family in ("tensor-train", "btt"):
-        s = ChainStructure.of(parse_chain(f"{family}:cores={factors}"), 2**power, 2**power)  # type: ignore[arg-type]
+        s = ChainStructure.of(parse_chain(f"{family}:cores={factors}"), 2**power, 2**power)
         assert (s.padded_in, s.padded_out, s.waste) == (2**power, 2**power, 0)
 
 
@@ -329,7 +330,7 @@ def every_path(operands: int) -> Iterator[Path]:
 def test_named_families_cost_what_opt_einsum_says_and_pass_x_through_the_chain(
     name: str, shape: tuple[int, int]
 ) -> None:
-    s = ChainStructure.of(parse_chain(name), *shape)  # type: ignore[arg-type]
+    s = ChainStructure.of(parse_chain(name), *shape)
     assert 2 * s.macs == s.flops == opt_einsum_cost(s, 1)
     assert s.path == s.chain_path
     assert s.macs == s.chain_macs == min(
@@ -339,7 +340,7 @@ def test_named_families_cost_what_opt_einsum_says_and_pass_x_through_the_chain(
 
 def test_worked_example() -> None:
     # BTT of three cores at 512: each is 64 blocks that map 8 (times bond) to 8 (times bond)
-    s = ChainStructure.of(parse_chain("btt:cores=3,rho=1/9"), 512, 512)  # type: ignore[arg-type]
+    s = ChainStructure.of(parse_chain("btt:cores=3,rho=1/9"), 512, 512)
     assert {a.name: a.size for a in s.axes if a.size > 1} == {
         "in_1": 8, "in_12": 8, "in_123": 8, "out_3": 8, "out_23": 8, "out_123": 8,
         "bond_1": 2, "bond_2": 2,
@@ -362,11 +363,11 @@ def test_rank_is_bounded_by_the_narrowest_cut(theta: ChainTheta, d_in: int, d_ou
 @pytest.mark.parametrize("shape", [(64, 64), (27, 125), (60, 90), (216, 64)])
 def test_rank_of_named_families_is_the_bound(rho: str, shape: tuple[int, int]) -> None:
     for family in ("btt", "tensor-train"):
-        s = ChainStructure.of(parse_chain(f"{family}:cores=3,rho={rho}"), *shape)  # type: ignore[arg-type]
+        s = ChainStructure.of(parse_chain(f"{family}:cores=3,rho={rho}"), *shape)
         assert s.numeric_rank() == s.numeric_rank(seed=1) == s.rank
     # a narrow middle bond
     narrow = "1,0,0,0,0,0,0,0,1,0,0,0,1/4,1/2"
-    s = ChainStructure.of(parse_chain(narrow), *shape)  # type: ignore[arg-type]
+    s = ChainStructure.of(parse_chain(narrow), *shape)
     assert s.numeric_rank() == s.rank == round(min(shape) ** 0.25)
 
 
@@ -383,7 +384,7 @@ def test_inspection_is_plain_and_complete() -> None:
     theta = parse_chain("btt:cores=3,rho=1/8")
     found = inspect_chain(theta, 100, 200)
     assert json.loads(json.dumps(found)) == found
-    s = ChainStructure.of(theta, 100, 200)  # type: ignore[arg-type]
+    s = ChainStructure.of(theta, 100, 200)
     assert found["rank"] == found["rank_bound"] == s.rank
     assert found["rank_is"] == "numeric"
     assert found["macs"] == s.macs
@@ -551,11 +552,12 @@ def test_second_derivatives_and_checkpointing() -> None:
 
 def test_function_transforms() -> None:
     layer = layer_of("btt:cores=3,rho=1/4", 8, 12, normalize=True)
-    parameters = dict(layer.named_parameters())
+    parameters: dict[str, Tensor] = dict(layer.named_parameters())
     x = torch.randn(5, 8, dtype=torch.float64)
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(layer, parameters, (x,)).square().sum()
+        total: Tensor = functional_call(layer, parameters, (x,)).square().sum()
+        return total
 
     each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for i in range(5):
@@ -671,7 +673,7 @@ def test_an_absorbed_chain_is_a_linear_layer() -> None:
     layer = layer_of("dense", 12, 20)
     linear = torch.nn.Linear(12, 20, dtype=torch.float64)
     with torch.no_grad():
-        linear.weight.copy_(layer.F1)
+        linear.weight.copy_(layer.get_parameter("F1"))
         linear.bias.copy_(layer.bias)  # type: ignore[arg-type]
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     torch.testing.assert_close(layer(x), linear(x))

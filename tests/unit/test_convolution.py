@@ -166,11 +166,12 @@ def test_gradients_against_finite_differences(shape: tuple[int, int], normalize:
 
 def test_function_transforms() -> None:
     layer = layer_of(0.5, 8, 12)
-    parameters = dict(layer.named_parameters())
+    parameters: dict[str, Tensor] = dict(layer.named_parameters())
     x = torch.randn(5, 8, dtype=torch.float64)
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(layer, parameters, (x,)).square().sum()
+        total: Tensor = functional_call(layer, parameters, (x,)).square().sum()
+        return total
 
     each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for i in range(5):

@@ -33,11 +33,19 @@ from nas.design import (
     with_heads,
 )
 from nas.errors import InvalidInput
-from nas.layers import auxiliary_loss, build_layer, layer_of, param_groups, replace_linears
+from nas.layers import (
+    EinsumLinear,
+    MixtureLinear,
+    auxiliary_loss,
+    build_layer,
+    layer_of,
+    param_groups,
+    replace_linears,
+)
 from nas.mixture import Mixture, MixtureStructure
 from nas.models import build_model, build_optimizer
-from nas.recipe import IMAGES_VIT, PIXELS, REGRESSION, TEXT
-from nas.structure import Structure
+from nas.recipe import IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
+from nas.structure import LinearStructure, Sizes, Structure
 from nas.taxonomy import parse_theta
 from nas.theta import DENSE, Theta
 
@@ -57,6 +65,13 @@ DESIGNS = (
     "convolution:kernel=1/2",
 )
 designs = pytest.mark.parametrize("text", DESIGNS)
+
+
+def sizes_of(structure: LinearStructure) -> Sizes:
+    """The axes of two factors; of a mixture, those of an expert."""
+    two = structure.expert if isinstance(structure, MixtureStructure) else structure
+    assert isinstance(two, Structure)
+    return two.sizes
 
 
 @designs
@@ -111,7 +126,7 @@ def test_two_factors_are_a_theta() -> None:
 
 @designs
 @pytest.mark.parametrize("recipe", [TEXT, REGRESSION, IMAGES_VIT, PIXELS], ids=lambda r: r.name)
-def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe) -> None:
+def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe: Recipe) -> None:
     """Parameters are counted by torch, forward FLOPs by torch's own counter."""
     width = 64
     recipe = replace(recipe, batch=2)
@@ -123,7 +138,7 @@ def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe
     model = build_model(recipe, design, width)
     # routing that computes exactly what is charged: one expert after another
     for layer in model.modules():
-        if isinstance(getattr(layer, "structure", None), MixtureStructure):
+        if isinstance(layer, MixtureLinear):
             layer.plan = "grouping=experts"
     assert sum(p.numel() for p in model.parameters()) == plan.params
     if recipe.is_token_model:
@@ -188,26 +203,31 @@ def test_a_block_of_weights_makes_one_head_alone(text: str, width: int) -> None:
     torch.manual_seed(0)
     model = build_model(TEXT, design, width)
     heads = width // TEXT.head_dim
-    layers = model.blocks[0].linears
+
+    def projection(name: str) -> EinsumLinear | MixtureLinear:
+        found = model.get_submodule(f"blocks.0.linears.{name}")
+        assert isinstance(found, EinsumLinear | MixtureLinear)
+        return found
+
     x = torch.randn(5, width)
     for name in ("query", "key", "value"):
-        layer = layers[name]
+        layer = projection(name)
         phi_of_a = layer.A.dim() - 3  # (…, φ, δ, α)
         phi_of_b = layer.B.dim() - 5  # (φ, γ, ρ, β, ε)
         assert layer.A.shape[phi_of_a] == layer.B.shape[phi_of_b] == heads
         before = layer(x).view(5, heads, TEXT.head_dim)
         for h in range(heads):
             with torch.no_grad():
-                saved = layer.A.clone(), layer.B.clone()
+                a, b = layer.A.clone(), layer.B.clone()
                 # a change of sign alone leaves the RMS, which normalisation caps, as it was
                 layer.A.select(phi_of_a, h).neg_()
                 layer.B.select(phi_of_b, h)[..., ::2].neg_()
                 changed = (layer(x).view(5, heads, TEXT.head_dim) - before).abs().amax((0, 2))
-                layer.A.copy_(saved[0])
-                layer.B.copy_(saved[1])
+                layer.A.copy_(a)
+                layer.B.copy_(b)
             assert changed[h] > 0
             assert changed.sum() == changed[h]
-    out = layers["attention_out"]
+    out = projection("attention_out")
     gamma_of_a, gamma_of_b = out.A.dim() - 5, out.B.dim() - 4
     with torch.no_grad():
         for factor in (out.A, out.B):
@@ -227,7 +247,7 @@ def test_a_block_of_weights_makes_one_head_alone(text: str, width: int) -> None:
 def test_without_alignment_a_block_is_spread_over_heads() -> None:
     """The opposite, so that the test above can fail: Monarch's own blocks are no heads."""
     structures = cost.structures_of(TEXT, parse_design("monarch"), 64)
-    sizes = structures[0].sizes
+    sizes = sizes_of(structures[0])
     assert (sizes.phi, sizes.epsilon * sizes.delta) != (64 // TEXT.head_dim, TEXT.head_dim)
 
 
@@ -302,6 +322,7 @@ def test_everything_exact_about_a_design_is_told(text: str) -> None:
     found = inspect_design(design, 64, 256)
     for key in ("name", "macs", "flops", "params", "dense_macs", "fingerprint"):
         assert key in found
+    assert isinstance(found["macs"], int)
     assert found["flops"] == 2 * found["macs"]
     if not isinstance(design, Theta | Aligned):
         with pytest.raises(InvalidInput, match="sizing"):
@@ -330,7 +351,7 @@ def test_a_mixture_that_fits_is_left_as_it_is(width: int) -> None:
 def test_projections_of_an_aligned_design_can_be_built_alone(text: str) -> None:
     made = layer_of(text, 64, 64, heads=4)
     read = layer_of(text, 64, 64, heads=4, side="in")
-    blocks = [getattr(s.structure, "expert", s.structure).sizes for s in (made, read)]
+    blocks = [sizes_of(s.structure) for s in (made, read)]
     assert (blocks[0].phi, blocks[1].gamma) == (4, 4)
     for heads, side, words in ((5, "out", "divisor"), (4, "up", "in | out")):
         with pytest.raises(InvalidInput, match="accepted") as caught:
@@ -357,11 +378,12 @@ def test_a_wide_bond_is_not_built_to_be_measured() -> None:
 @pytest.mark.parametrize("text", ["btt-moe:experts=4,active=2", "dense-moe:experts=4,active=1"])
 def test_gradients_of_single_samples(text: str) -> None:
     layer = layer_of(parse_design(text), 12, 10)
-    torch.nn.init.normal_(layer.gate)
-    params = dict(layer.named_parameters())
+    torch.nn.init.normal_(layer.get_parameter("gate"))
+    params: dict[str, torch.Tensor] = dict(layer.named_parameters())
 
     def loss(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, params, (x[None],)).square().sum()
+        total: torch.Tensor = torch.func.functional_call(layer, params, (x[None],)).square().sum()
+        return total
 
     x = torch.randn(5, 12)
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)

@@ -312,11 +312,12 @@ def test_bad_wishes_are_refused(
 
 def test_nothing_to_export_says_what_to_run(local: Filling, tmp_path: Path) -> None:
     out = str(tmp_path / "x")
-    for wish, said in (
+    wishes: tuple[tuple[dict[str, Any], str], ...] = (
         ({}, "einsum-nas search --task text --train-flops"),
         ({"task": "text@abc"}, "no trial of task text@abc; `einsum-nas search"),
         ({"search_id": "nope"}, "no search 'nope'"),
-    ):
+    )
+    for wish, said in wishes:
         with pytest.raises(NotFound, match=said):
             export(local.store, "csv", out, **wish)
     lease = local.begin()

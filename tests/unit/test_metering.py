@@ -20,7 +20,7 @@ def stepped(width: int, steps: int, *, seconds: float = 0.0, extra: int = 0) -> 
         with meter.step(optimizer):
             loss = layer(x).square().mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             passing = torch.empty(extra, dtype=torch.uint8)
             del passing
             optimizer.step()
@@ -64,7 +64,7 @@ def test_measuring_changes_no_result() -> None:
             def step(x: torch.Tensor = x) -> None:
                 loss = layer(x).square().mean()
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
 
             if measured:

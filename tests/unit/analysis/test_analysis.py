@@ -61,8 +61,9 @@ def test_fronts_are_told_apart_by_kind() -> None:
      (math.sqrt(3.0 * 1.5), 2.0, "exact")],
 )  # fmt: skip
 def test_flops_to_reach_a_loss(target: float, flops: float, kind: str) -> None:
-    got = flops_to_reach(np.array([1.0, 4.0]), np.array([3.0, 1.5]), target)
-    assert got == (pytest.approx(flops), kind)
+    found, found_kind = flops_to_reach(np.array([1.0, 4.0]), np.array([3.0, 1.5]), target)
+    assert found == pytest.approx(flops)
+    assert found_kind == kind
 
 
 def test_a_loss_of_zero_is_still_a_number() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,7 +124,7 @@ def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
 # --- seeds
 
 
-def replicated(base: int, losses: Sequence[float], **fields: Any) -> list[Run]:
+def replicated(base: int, losses: Iterable[float], **fields: Any) -> list[Run]:
     return [run(base + s, [(10.0, y)], seed=s, **fields) for s, y in enumerate(losses)]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from random import Random
 
@@ -261,7 +262,10 @@ def test_what_has_no_logarithm_is_named(bad: float, column: int) -> None:
     curves[1] = (curves[1][0].copy(), curves[1][1].copy())
     curves[1][column][5] = bad
     what = ("train FLOPs", "loss")[column]
-    for fit in (lambda: fit_scaling_law(curves, offset=False), lambda: choose_law(curves)):
+    fits: tuple[Callable[[], object], ...] = (
+        lambda: fit_scaling_law(curves, offset=False), lambda: choose_law(curves),
+    )  # fmt: skip
+    for fit in fits:
         with pytest.raises(ValueError, match=rf"run 1: {what} must be .*, not {bad}"):
             fit()
     if column == 0:

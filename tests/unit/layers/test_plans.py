@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ NAMES = ["monarch", "btt:rho=1/4", "low-rank:rho=1/2", "kronecker", "tensor-trai
 CPU = torch.device("cpu")
 LIBRARIES = ["blas", "onednn"] if onednn_available() else ["blas"]
 dimensions = st.integers(1, 40)
+Out = TypeVar("Out")
 
 
 def plans_of(structure: Structure, tile: int, libraries: list[str]) -> list[Plan]:
@@ -60,7 +63,7 @@ def by_matrix(layer: EinsumLinear, x: Tensor, dy: Tensor) -> list[Tensor]:
     """The same through W from its definition and automatic differentiation."""
     x = x.detach().requires_grad_()
     if layer.structure.is_dense:
-        w = layer.weight
+        w: Tensor = layer.weight
     else:
         w = torch.einsum("grfda,fgrbe->fedgba", layer.A, layer.B)
         w = w.reshape(layer.structure.padded_out, layer.structure.padded_in)
@@ -128,12 +131,12 @@ def test_only_wanted_gradients_are_computed(name: str, needed: tuple[bool, ...])
     layer = EinsumLinear(name, 12, 18, bias=False, dtype=torch.float64)
     x = torch.randn(5, 12, dtype=torch.float64)
     for plan in plans_of(layer.structure, 2, ["blas"]):
-        tensors = [t.detach().clone() for t in (x, layer.A, layer.B)]
+        tensors = rows, a, b = [t.detach().clone() for t in (x, layer.A, layer.B)]
         for tensor, need in zip(tensors, needed, strict=True):
             tensor.requires_grad_(need)
-        contract(*tensors, 18, plan).sum().backward()  # type: ignore[arg-type]
-        reference = [t.detach().clone().requires_grad_() for t in tensors]
-        plain(*reference, 18).sum().backward()  # type: ignore[arg-type]
+        torch.autograd.backward(contract(rows, a, b, 18, plan).sum())
+        reference = rows, a, b = [t.detach().clone().requires_grad_() for t in tensors]
+        torch.autograd.backward(plain(rows, a, b, 18).sum())
         for got, want, need in zip(tensors, reference, needed, strict=True):
             assert (got.grad is not None) == need
             if got.grad is not None:
@@ -163,7 +166,7 @@ def test_backward_costs_twice_the_forward_and_what_is_computed_again(name: str) 
     layer = EinsumLinear(name, 64, 256, bias=False)
     x = torch.randn(4, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        plain(x, layer.A, layer.B, 256).sum().backward()
+        torch.autograd.backward(plain(x, layer.A, layer.B, 256).sum())
     assert counter.get_total_flops() == 3 * 4 * layer.structure.flops
     s = layer.structure.sizes
     again = 2 * 4 * s.beta * s.gamma * s.delta * s.phi * s.rho * s.alpha  # the intermediate
@@ -210,11 +213,11 @@ def activation_bytes(layer: EinsumLinear, tokens: int) -> tuple[int, int]:
     dy = torch.randn(tokens, layer.out_features)
 
     def run() -> tuple[int, int]:
-        def allocated(call):  # type: ignore[no-untyped-def]
+        def allocated(call: Callable[[], Out]) -> tuple[Out, int, int]:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
                 out = call()
             level = peak = 0
-            for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+            for event in record.profiler.kineto_results.events():
                 if event.name() == "[memory]":
                     level += event.nbytes()
                     peak = max(peak, level)
@@ -300,11 +303,12 @@ def test_autocast_in_every_plan(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own
 def test_function_transforms() -> None:
     layer = EinsumLinear("btt:rho=1/4", 10, 14, normalize=True, gain=True, dtype=torch.float64)
-    params = dict(layer.named_parameters())
+    params: dict[str, Tensor] = dict(layer.named_parameters())
     x = torch.randn(5, 10, dtype=torch.float64)
 
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, params, (x,)).square().sum()
+        total: Tensor = torch.func.functional_call(layer, params, (x,)).square().sum()
+        return total
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
     for name, parameter in params.items():
@@ -475,11 +479,12 @@ def test_meta_tensors_and_strided_input() -> None:
 def test_compiled_function_transforms() -> None:
     torch._dynamo.reset()
     layer = EinsumLinear("btt:rho=1/4", 10, 14, normalize=True)
-    params = dict(layer.named_parameters())
+    params: dict[str, Tensor] = dict(layer.named_parameters())
     x = torch.randn(5, 10)
 
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, params, (x,)).square().sum()
+        total: Tensor = torch.func.functional_call(layer, params, (x,)).square().sum()
+        return total
 
     compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")(params, x)
     for name, gradient in torch.func.grad(loss)(params, x).items():
@@ -517,7 +522,8 @@ def test_forward_mode_derivatives(gain: bool) -> None:
     layer = EinsumLinear("btt:rho=1/4", 10, 14, normalize=True, gain=gain, dtype=torch.float64)
     x, v = torch.randn(2, 3, 10, dtype=torch.float64)
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))).tangent
+        dual = layer(forward_ad.make_dual(x, v))  # type: ignore[no-untyped-call]
+        tangent = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
     torch.testing.assert_close(tangent, v @ layer.to_matrix().T)
 
 
@@ -551,6 +557,7 @@ def test_paper_sizing_drops_inputs_and_leaves_outputs_constant(name: str) -> Non
     if structure.constant_outputs:
         assert torch.count_nonzero(w[structure.padded_out :]) == 0
     x = torch.randn(3, 3072)
+    assert layer.bias is not None
     for plan in plans_of(structure, 2, ["blas"]):
         layer.plan = plan
         torch.testing.assert_close(layer(x), x @ w.T + layer.bias, rtol=1e-3, atol=1e-3)

@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn.utils import parametrizations, prune
 from transformers import (
     GPT2Config,
@@ -24,8 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Surgery, param_groups, replace_linears
+from nas.structure import LinearStructure, Structure
+from nas.theta import Theta
 
 EXACT = "btt:rho=1/2"  # any square matrix whose side is a square
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +63,17 @@ def vit() -> Any:
     )  # fmt: skip
 
 
+def part(model: nn.Module, name: str, kind: type[Kind]) -> Kind:
+    found = model.get_submodule(name)
+    assert isinstance(found, kind)
+    return found
+
+
+def theta_of(structure: LinearStructure) -> Theta:
+    assert isinstance(structure, Structure)
+    return structure.theta
+
+
 def left_out(surgery: Surgery) -> dict[str, str]:
     return {name: layer.reason for layer in surgery.left_out for name in layer.names}
 
@@ -84,7 +99,8 @@ class Block(nn.Module):
         self.conv = Conv1D(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.linear(self.inner["deep"](x)))
+        y: Tensor = self.conv(self.linear(self.inner["deep"](x)))
+        return y
 
 
 def test_from_dense_computes_the_same_where_the_structure_can() -> None:
@@ -106,12 +122,14 @@ def test_from_dense_computes_the_same_where_the_structure_can() -> None:
 
 def test_conv1d_is_stored_transposed() -> None:
     model = nn.Sequential(Conv1D(24, 10)).double()
-    weight = model[0].weight.detach().T
+    weight = model.get_parameter("0.weight").detach().T
     (row,) = replace_linears(model, "low-rank:rho=1/2", from_dense=True).replaced
     assert (row.structure.d_in, row.structure.d_out) == (10, 24)
-    lost = (model[0].to_matrix() - weight).norm() / weight.norm()
+    layer = part(model, "0", EinsumLinear)
+    lost = (layer.to_matrix() - weight).norm() / weight.norm()
     assert row.relative_error == pytest.approx(lost.item(), abs=1e-9)
-    assert (model[0].nx, model[0].nf) == (10, 24)
+    assert layer.nx == 10
+    assert layer.nf == 24
 
 
 def test_the_same_module_in_several_places_stays_one() -> None:
@@ -132,7 +150,7 @@ def test_layers_that_share_a_weight_share_the_factors(from_dense: bool) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight
     surgery = replace_linears(model, EXACT, from_dense=from_dense)
-    first, second, third = model
+    first, second, third = (part(model, name, EinsumLinear) for name in "012")
     assert first.A is second.A
     assert first.B is second.B
     assert first.bias is not second.bias
@@ -150,7 +168,7 @@ def test_ties_that_cannot_be_kept_leave_layers_out() -> None:
         {name: nn.Linear(9, 9, bias=False) for name in ("head", "a", "b", "encode", "decode")}
         | {"embed": nn.Embedding(9, 9)}
     )
-    weights = {name: child.weight for name, child in model.items()}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in model}
     model["head"].weight = weights["embed"]
     model["b"].weight = weights["a"]
     model["decode"].weight = nn.Parameter(weights["encode"].T)
@@ -186,15 +204,17 @@ def test_a_zero_weight_becomes_the_zero_map_that_can_learn() -> None:
     for from_dense in (False, True):
         model = nn.Sequential(nn.Linear(16, 16), Conv1D(16, 16), nn.Linear(16, 16))
         with torch.no_grad():
-            for layer in model[:2]:
-                layer.weight.zero_()
-                layer.bias.fill_(2.0)
+            for name in "01":
+                model.get_parameter(f"{name}.weight").zero_()
+                model.get_parameter(f"{name}.bias").fill_(2.0)
         replace_linears(model, "monarch", from_dense=from_dense)
         x = torch.randn(3, 16)
-        for layer, zero in zip(model, (True, True, False), strict=True):
+        for name, zero in zip("012", (True, True, False), strict=True):
+            layer = part(model, name, EinsumLinear)
             assert layer.zero_init == zero
             assert torch.equal(layer(x), torch.full((3, 16), 2.0)) == zero
             layer(x).square().sum().backward()
+            assert layer.B.grad is not None
             assert layer.B.grad.abs().max() > 0
             layer.reset_parameters()
             assert (torch.count_nonzero(layer.to_matrix()) == 0) == zero
@@ -206,21 +226,24 @@ def test_what_is_kept(dtype: torch.dtype) -> None:
     model[0].weight.requires_grad_(False)
     model[2].bias.requires_grad_(False)
     model[2].eval()
-    model[2].marker = "mine"
+    marked: Any = model[2]  # which declares no such attribute
+    marked.marker = "mine"
     biases = [model[0].bias, model[2].bias]
     for from_dense in (False, True):
         other = copy.deepcopy(model)
-        values = [other[0].bias.clone(), other[2].bias.clone()]
+        values = [other.get_parameter(f"{i}.bias").clone() for i in (0, 2)]
         replace_linears(other, "monarch", from_dense=from_dense)
         assert {p.dtype for p in other.parameters()} == {dtype}
-        assert [p.requires_grad for p in other[0].factors().values()] == [False, False]
-        assert [p.requires_grad for p in other[2].factors().values()] == [True, True]
+        first, last = (part(other, name, EinsumLinear) for name in "02")
+        assert [p.requires_grad for p in first.factors().values()] == [False, False]
+        assert [p.requires_grad for p in last.factors().values()] == [True, True]
         assert other[0].bias.requires_grad
         assert not other[2].bias.requires_grad
         assert other[0].training
         assert not other[2].training
         assert other[2].marker == "mine"
-        assert [torch.equal(a, other[i].bias) for i, a in zip((0, 2), values, strict=True)]
+        biases_now = [other.get_parameter(f"{i}.bias") for i in (0, 2)]
+        assert [torch.equal(a, b) for a, b in zip(biases_now, values, strict=True)]
         assert other(torch.randn(3, 16, dtype=dtype)).dtype == dtype
     replace_linears(model, "monarch")
     assert model[0].bias is biases[0]
@@ -272,16 +295,21 @@ def test_hooks_are_carried_over_with_their_handles() -> None:
     assert len(seen) == 3
 
 
+class Body(nn.Sequential):
+    fc: nn.Linear
+
+
 class ReadsWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential()
+        self.body = Body()
         self.body.fc = nn.Linear(16, 16)
         self.free = nn.Linear(16, 16)
         nn.init.zeros_(self.free.weight)  # reading it here does not matter
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.free(self._helper(x))
+        y: Tensor = self.free(self._helper(x))
+        return y
 
     def _helper(self, x: Tensor) -> Tensor:
         return x @ self.body.fc.weight.to(x.dtype).T
@@ -294,20 +322,24 @@ class Adapter(nn.Module):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(16, 4)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora_A["default"](x).sum()
+        y: Tensor = self.base_layer(x) + self.lora_A["default"](x).sum()
+        return y
 
 
 def _special_layers() -> nn.ModuleDict:
     hooked, replaced_forward, stated = (nn.Linear(16, 16) for _ in range(3))
-    hooked.weight.register_hook(lambda grad: grad)
+    hooked.weight.register_hook(lambda grad: grad)  # type: ignore[no-untyped-call]
     plain = replaced_forward.forward
-    replaced_forward.forward = lambda x: plain(x)  # type: ignore[method-assign]
-    stated.register_load_state_dict_post_hook(lambda *_: None)
+    replaced_forward.forward = lambda x: plain(x)  # type: ignore[method-assign, assignment]
+    stated.register_load_state_dict_post_hook(lambda *_: None)  # type: ignore[no-untyped-call]
+    pruned = prune.random_unstructured(  # type: ignore[no-untyped-call]
+        nn.Linear(16, 16), "weight", amount=0.5
+    )
     return nn.ModuleDict(
         {
             "parametrized": parametrizations.weight_norm(nn.Linear(16, 16)),
             "spectral": nn.utils.spectral_norm(nn.Linear(16, 16)),
-            "pruned": prune.random_unstructured(nn.Linear(16, 16), "weight", amount=0.5),
+            "pruned": pruned,
             "hooked": hooked,
             "patched": replaced_forward,
             "stated": stated,
@@ -385,7 +417,7 @@ def test_select_by_pattern_function_and_mapping() -> None:
 
     model = nn.Sequential(mlp(), mlp())
     surgery = replace_linears(model, {"0.*": "kronecker", "*.0": "low-rank:rho=1/2"})
-    structures = {layer.names[0]: layer.structure.theta for layer in surgery.replaced}
+    structures = {layer.names[0]: theta_of(layer.structure) for layer in surgery.replaced}
     kronecker, low_rank = (
         EinsumLinear(t, 4, 4).structure.theta for t in ("kronecker", "low-rank:rho=1/2")
     )
@@ -418,7 +450,7 @@ def test_bad_input_changes_nothing(arguments: tuple[Any, ...], message: str) -> 
 def test_a_bad_weight_late_in_the_model_changes_nothing() -> None:
     model = mlp()
     with torch.no_grad():
-        model[2].weight[3, 3] = float("nan")
+        model.get_parameter("2.weight")[3, 3] = float("nan")
     unchanged(
         model,
         lambda: replace_linears(model, "monarch", from_dense=True),
@@ -441,7 +473,7 @@ def test_what_is_no_model_is_named() -> None:
 
 def test_a_wrapped_model_is_refused() -> None:
     group = torch.distributed
-    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    group.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         model = nn.Sequential(nn.parallel.DistributedDataParallel(mlp()))
         unchanged(
@@ -500,7 +532,7 @@ def _train_step_changes_everything(model: Any, step: Callable[[], Tensor]) -> No
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     first = step()
-    first.backward()
+    torch.autograd.backward(first)
     optimizer.step()
     for name, parameter in model.named_parameters():
         if name.rsplit(".", 1)[-1] in ("A", "B"):
@@ -596,31 +628,31 @@ def test_rates_of_a_model_wider_than_its_base() -> None:
     )  # fmt: skip
     model["tied"].weight = model["embed"].weight
     replace_linears(model, "monarch", ["block.*", "narrow"])
-    lr = rates(param_groups(model, 0.1, {model["head"].weight: 0.5}, base_width=16))
+    parameter = model.get_parameter
+    head = parameter("head.weight")
+    lr = rates(param_groups(model, 0.1, {head: 0.5}, base_width=16))
     for layer in model["block"]:  # type: ignore[attr-defined]
         for name, factor in layer.factors().items():
             fan_in = layer.structure.fans(name)[0]
             assert lr[factor] == pytest.approx(0.1 * (layer.in_features / 4) / (2 * fan_in))
         assert lr[layer.bias] == 0.1
-    narrow = model["narrow"]
+    narrow = part(model, "narrow", EinsumLinear)
     for name, factor in narrow.factors().items():  # its input does not grow with the width
         assert lr[factor] == pytest.approx(0.1 * 12 / (2 * narrow.structure.fans(name)[0]))
-    attention = model["attention"]
-    for weight in (
-        model["dense"].weight, model["conv"].weight,
-        attention.in_proj_weight, attention.out_proj.weight,
+    for name in (
+        "dense.weight", "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight",
     ):  # fmt: skip
-        assert lr[weight] == pytest.approx(0.1 / 4)
-    assert lr[model["head"].weight] == pytest.approx(0.05)
-    for parameter in (
-        model["pixels"].weight, model["embed"].weight, model["norm"].weight, model["dense"].bias,
-        model["conv"].bias, attention.in_proj_bias,
+        assert lr[parameter(name)] == pytest.approx(0.1 / 4)
+    assert lr[head] == pytest.approx(0.05)
+    for name in (
+        "pixels.weight", "embed.weight", "norm.weight", "dense.bias", "conv.bias",
+        "attention.in_proj_bias",
     ):  # fmt: skip
-        assert lr[parameter] == 0.1
+        assert lr[parameter(name)] == 0.1
     assert set(lr) == set(model.parameters())
     given = rates(param_groups(model, 0.1, base_width=16, width=64))
-    assert given.pop(model["head"].weight) == pytest.approx(0.1 / 4)
-    assert given == {p: v for p, v in lr.items() if p is not model["head"].weight}
+    assert given.pop(head) == pytest.approx(0.1 / 4)
+    assert given == {p: v for p, v in lr.items() if p is not head}
     # without a base width nothing but the structured layers differs from lr
     plain = rates(param_groups(model, 0.1))
     assert {p for p, v in plain.items() if v != 0.1} <= {
@@ -675,4 +707,4 @@ def test_bad_widths_and_multipliers_are_named() -> None:
     with pytest.raises(InvalidInput, match=r"extra: got a Parameter of shape \(2,\)"):
         param_groups(model, 1.0, {nn.Parameter(torch.zeros(2)): 1.0})
     with pytest.raises(InvalidInput, match="extra: got nan"):
-        param_groups(model, 1.0, {model[0].bias: float("nan")})
+        param_groups(model, 1.0, {model.get_parameter("0.bias"): float("nan")})

@@ -25,7 +25,9 @@ def request(**fields: Any) -> SearchRequest:
 
 def outcome(req: SearchRequest, p: Proposal) -> PastTrial:
     """A made-up result that depends on the structure, so that samplers have something to learn."""
-    loss = 2.0 + abs(math.log(p.plan.width / 64)) + (p.params["beta_share"] - 0.2) ** 2
+    share = p.params["beta_share"]
+    assert isinstance(share, float)
+    loss = 2.0 + abs(math.log(p.plan.width / 64)) + (share - 0.2) ** 2
     values = (loss,) if req.objective == "budget" else (loss, math.log(p.plan.train_flops))
     # through JSON, as the store keeps it
     state = json.loads(json.dumps(p.sampler_state))

@@ -19,8 +19,8 @@ from PIL import Image
 import nas.tasks.images
 from nas.errors import InvalidInput
 from nas.recipe import IMAGES, IMAGES_CIFAR, IMAGES_VIT, PIXELS, PIXELS_CIFAR, Recipe
-from nas.tasks.data import TaskData
-from nas.tasks.images import MAX_BYTES, load_images
+from nas.tasks.data import MAX_BYTES, TaskData
+from nas.tasks.images import load_images
 
 #: 50 images are enough for these: 10 for validation.
 CLASSES = replace(IMAGES, min_validation_samples=4, validation_samples=10)
@@ -92,7 +92,8 @@ def test_the_digits_with_labels(recipe: Recipe) -> None:
     assert sizes(data) == (1438, 359)
     assert data.recipe.classes == 10
     labels = data.train["labels"]
-    assert (labels.dtype, set(labels.tolist())) == (np.int64, set(range(10)))
+    assert labels.dtype == np.int64
+    assert set(labels.tolist()) == set(range(10))
     assert len(data.validation["labels"]) == 359
     assert set(np.unique(data.train["images"])) == {round(v * 255 / 16) for v in range(17)}
     assert data.summary == (

@@ -67,7 +67,7 @@ def exchanging(one: Path, other: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def race(tmp_path: Path) -> Iterator[Callable[[str], contextlib.AbstractContextManager[None]]]:
+def race(tmp_path: Path) -> Callable[[str], contextlib.AbstractContextManager[None]]:
     """A data folder, and what takes the place of a file in it or of a folder on the way."""
     data, outside = tmp_path / "data", tmp_path / "outside"
     for folder, content in ((data / "in", b"fine\n"), (outside, CANARY)):

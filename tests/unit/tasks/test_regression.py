@@ -4,17 +4,27 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
 from nas.recipe import REGRESSION
 from nas.tasks import load_data
 from nas.tasks.batches import training_batches
+from nas.tasks.data import Arrays
 
 SMALL = replace(REGRESSION, pool=2000, validation_samples=200)
+Floats = NDArray[np.floating[Any]]
+
+
+def floats(part: Arrays, name: str) -> Floats:
+    found = part[name]
+    assert np.issubdtype(found.dtype, np.floating)
+    return cast("Floats", found)
 
 
 def test_the_target_is_standardised_and_no_sample_is_in_both_splits() -> None:
@@ -25,7 +35,7 @@ def test_the_target_is_standardised_and_no_sample_is_in_both_splits() -> None:
     rows = {r.tobytes() for r in data.train["inputs"]}
     assert not any(r.tobytes() in rows for r in data.validation["inputs"])
     # not linear: what a linear fit leaves is most of the variance
-    x, y = data.train["inputs"], data.train["targets"]
+    x, y = floats(data.train, "inputs"), floats(data.train, "targets")
     left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
     assert left.var() > 0.2
 
@@ -34,17 +44,18 @@ def test_the_target_is_a_network_of_six_relu_layers() -> None:
     """Homogeneous without biases: doubling the input doubles the raw output."""
     recipe = replace(SMALL, pool=0)
     fresh = load_data(recipe)
-    weights = [fresh.train[f"w{i}"] for i in range(7)]
+    weights = [floats(fresh.train, f"w{i}") for i in range(7)]
     assert [w.shape for w in weights] == [(1024, 8), *[(1024, 1024)] * 5, (1, 1024)]
-    mean, std = fresh.train["moments"]
+    mean, std = floats(fresh.train, "moments")
 
-    def target(x: np.ndarray) -> np.ndarray:
+    def target(x: Floats) -> Floats:
         for w in weights[:-1]:
             x = np.sqrt(2) * np.maximum(x @ w.T, 0)
-        return ((x @ weights[-1].T)[:, 0] - mean) / std
+        y: Floats = ((x @ weights[-1].T)[:, 0] - mean) / std
+        return y
 
     held = fresh.validation
-    np.testing.assert_allclose(target(held["inputs"]), held["targets"], atol=2e-3)
+    np.testing.assert_allclose(target(floats(held, "inputs")), floats(held, "targets"), atol=2e-3)
     x, y = training_batches(replace(recipe, batch=64), fresh.train)(torch.Generator())
     np.testing.assert_allclose(target(x.numpy()), y.numpy(), atol=2e-3)
 
@@ -76,10 +87,10 @@ def test_a_users_table(kind: str, tmp_path: Path) -> None:
     data = load_data(REGRESSION, path)
     assert data.recipe.features == 3
     assert (len(data.train["inputs"]), len(data.validation["inputs"])) == (450, 50)
-    x = data.train["inputs"]
+    x = floats(data.train, "inputs")
     np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(x.std(axis=0), [1, 1, 0], atol=1e-5)  # the third is constant
-    np.testing.assert_allclose(data.train["targets"], x[:, 0], atol=1e-4)
+    np.testing.assert_allclose(floats(data.train, "targets"), x[:, 0], atol=1e-4)
     assert load_data(REGRESSION, path).fingerprint == data.fingerprint
 
 

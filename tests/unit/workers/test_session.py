@@ -300,7 +300,7 @@ def test_spread_takes_candidates_across_the_ranking(store: Store) -> None:
     source.finish()
     made, _ = create_confirmation(store, search.id, ConfirmRequest(top=3, seeds=1, spread=True))
     assert made.request.confirm is not None
-    models = {}
+    models: dict[str | None, int] = {}
     for t in sorted(store.trials(search.id), key=lambda t: (t.loss, t.number)):
         if not t.dense:
             models.setdefault(t.model, t.id)
