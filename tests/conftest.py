@@ -91,7 +91,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Iter
 
 @pytest.fixture(scope="session")
 def finished_search(service: Service) -> Iterator[RemoteSearch]:
-    """A real search on the default text, run by the service to its end."""
+    """A real search on a small text, run by the service to its end."""
     with Client(service.url) as client:
         ended = client.search(**SMALL_SEARCH).wait(timeout_seconds=400)
         assert ended.state == "succeeded", ended.data

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from nas.analysis.intervals import Interval, t_quantile
 from nas.store import ConfirmedPair
@@ -84,6 +83,9 @@ def kendall_tau(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Kendall's τ-b; None where it has no meaning."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
+    # takes half a second to import, which every command would pay
+    from scipy.stats import kendalltau
+
     tau = float(kendalltau(x, y).statistic)
     return round(tau, 12) if math.isfinite(tau) else None  # 1 - 2e-16 is 1
 

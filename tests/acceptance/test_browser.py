@@ -10,6 +10,7 @@ import pytest
 from nas.client import RemoteSearch
 from tests.support.browser import chromium, needs_chromium
 from tests.support.services import Service
+from tests.support.small import SMALL_SEARCH
 
 pytestmark = needs_chromium
 
@@ -58,7 +59,7 @@ def test_a_finished_search_is_all_there(
 
 
 def test_a_search_is_followed_live(page: Any, service: Service, finished_search: Any) -> None:
-    search = finished_search.client.search(train_flops=6e10, trials=2, references=3, seed=4)
+    search = finished_search.client.search(**{**SMALL_SEARCH, "trials": 2, "seed": 4})
     page.goto(service.url)
     page.click(f"a[href='/searches/{search.id}']")
     page.locator("#trials tr").nth(2).wait_for(timeout=60_000)
@@ -73,7 +74,7 @@ def test_a_search_is_followed_live(page: Any, service: Service, finished_search:
 def test_pausing_resuming_and_cancelling_from_the_page(
     page: Any, service: Service, finished_search: Any
 ) -> None:
-    search = finished_search.client.search(train_flops=1e13, trials=50, seed=12)
+    search = finished_search.client.search(train_flops=1e13, trials=50, seed=12, data="texts")
     page.goto(f"{service.url}/searches/{search.id}")
     page.locator("#trials tr").first.wait_for(timeout=60_000)
 

@@ -340,7 +340,7 @@ def test_what_is_no_key_is_told_and_repeated_nowhere(browser: Any, locked_servic
             page.get_by_label("API key").fill(given)
             page.get_by_role("button", name="Sign in").click()
             page.wait_for_selector("#key[aria-invalid=true]")
-            assert "no key of this service" in page.get_by_role("alert").text_content()
+            assert "not a valid key of this service" in page.get_by_role("alert").text_content()
             assert given not in page.content()
             assert page.input_value("#key") == ""
         assert context.cookies() == []

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from nas.client import Client, NotAllowed, RateLimited
-from tests.support.services import api, running, service_environment
+from tests.support.commands import Completed, invoke
+from tests.support.services import api, running
 
 BODY = {"train_flops": 2e11, "trials": 2}
 
 
-def command(
-    home: Path, *words: str, status: int = 0, **options: str
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "nas.cli", *words],
-        env=service_environment(home, **options), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def command(home: Path, *words: str, status: int = 0, **options: str) -> Completed:
+    done = invoke(home, *words, **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

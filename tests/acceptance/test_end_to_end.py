@@ -54,7 +54,7 @@ def test_the_client_raises_what_the_service_says(service: Service) -> None:
 
 def test_a_running_search_can_be_cancelled(service: Service, finished_search: RemoteSearch) -> None:
     with Client(service.url) as client:
-        search = client.search(train_flops=1e13, trials=50, seed=11)
+        search = client.search(train_flops=1e13, trials=50, seed=11, data="texts")
         for _ in range(600):
             search = search.refresh()
             if search.data["trial_counts"].get("running"):
@@ -84,7 +84,8 @@ def test_tasks_and_structures(service: Service, finished_search: RemoteSearch) -
     with Client(service.url) as client:
         task, *others = client.tasks()
         assert [t["name"] for t in others] == ["regression", "pixels", "images"]
-        assert task["default_fingerprint"] == finished_search.data["task_fingerprint"]
+        used = {f["fingerprint"] for f in task["fingerprints"]}
+        assert finished_search.data["task_fingerprint"] in used
         assert client.structure("dense", 64, 128)["macs"] == 8192
         assert client.preview(**SMALL_SEARCH)["total_runs"] == 7
         listed = [s["id"] for s in client.searches()]
@@ -102,9 +103,10 @@ def test_the_asynchronous_client_is_the_same(
             assert await search.best() == finished_search.best()
             assert await search.frontier("params") == finished_search.frontier("params")
             budget = finished_search.data["request"]["train_flops"]
-            best = await client.best(train_flops=budget)
-            assert best == finished_search.client.best(train_flops=budget)
-            assert await client.frontier() == finished_search.client.frontier()
+            task = f"text@{finished_search.data['task_fingerprint']}"
+            best = await client.best(task=task, train_flops=budget)
+            assert best == finished_search.client.best(task=task, train_flops=budget)
+            assert await client.frontier(task=task) == finished_search.client.frontier(task=task)
             assert await client.tasks() == finished_search.client.tasks()
             ids = [s["id"] async for s in client.searches()]
             assert ids == [s["id"] for s in finished_search.client.searches()]

@@ -15,11 +15,12 @@ from tests.support.services import PATIENCE, service_environment
 Completed = subprocess.CompletedProcess[str]
 
 
-def execute(home: Path, *words: str, **options: str) -> Completed:
-    """`einsum-nas WORDS` as a process with a home and settings of its own."""
+def execute(home: Path, *words: str, patches: Path | None = None, **options: str) -> Completed:
+    """`einsum-nas WORDS` as a process with an environment of its own: see `service_environment`."""
     return subprocess.run(
-        [sys.executable, "-m", "nas.cli", *words], env=service_environment(home, **options),
-        capture_output=True, text=True, check=False, timeout=3 * PATIENCE,
+        [sys.executable, "-m", "nas.cli", *words],
+        env=service_environment(home, patches=patches, **options),
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
 
 

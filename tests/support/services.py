@@ -16,8 +16,8 @@ import psutil
 
 from nas.processes import free_port as port_or_free
 
-#: Seconds within which whatever a test waits for has to come; generous, for slow machines.
-PATIENCE = 120.0
+#: Seconds within which whatever a test waits for has to come; many, for slow and busy machines.
+PATIENCE = 600.0
 #: Rates that leave a test's requests alone.
 UNLIMITED = dict.fromkeys(("rate_limit", "submit_limit"), "1000000/second")
 
@@ -27,9 +27,24 @@ def free_port() -> int:
     return port_or_free(0)
 
 
-def service_environment(home: Path, **options: str) -> dict[str, str]:
-    """The environment of a process with a home and settings (without their prefix) of its own."""
+def service_environment(
+    home: Path, *, patches: Path | None = None, **options: str
+) -> dict[str, str]:
+    """The environment of a process of its own.
+
+    Parameters
+    ----------
+    home
+        Its home.
+    patches
+        Folder that comes first on the path of modules, for a `sitecustomize` that breaks something.
+    options
+        Settings, without their prefix.
+    """
     own = {f"EINSUM_NAS_{k.upper()}": v for k, v in options.items()}
+    if patches is not None:
+        path = [str(patches), os.environ.get("PYTHONPATH", "")]
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     return {**os.environ, "EINSUM_NAS_HOME": str(home), **own}
 
 
@@ -50,10 +65,8 @@ class Service:
         Folder of the database and the log; made if it is not there.
     words
         Of the command line; `--port` is added.
-    patches
-        Folder that comes first on the path of modules, for a `sitecustomize` that breaks something.
-    options
-        Settings, without their prefix.
+    patches, options
+        See `service_environment`.
     """
 
     def __init__(
@@ -62,10 +75,7 @@ class Service:
         home.mkdir(exist_ok=True)
         self.home, self.port, self.log = home, free_port(), home / "log"
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = service_environment(home, **{**UNLIMITED, **options})
-        if patches is not None:
-            path = [str(patches), os.environ.get("PYTHONPATH", "")]
-            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        self.environment = service_environment(home, patches=patches, **{**UNLIMITED, **options})
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self.command(*words), env=self.environment, stdout=log, stderr=subprocess.STDOUT

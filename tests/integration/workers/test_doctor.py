@@ -105,7 +105,7 @@ def test_a_database_that_is_away_and_its_password(tmp_path: Path) -> None:
 def test_a_database_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "e.db").write_text("a letter\n" * 1000)
     settings = Settings(home=tmp_path, database_url=f"sqlite:///{tmp_path / 'e.db'}")
-    assert "no database" in found(examine(settings), "database").finding
+    assert "not a database" in found(examine(settings), "database").finding
     checks = examine(Settings(home=tmp_path, database_url="mysql://a/b"))
     assert "accepted: sqlite" in found(checks, "database").finding
 
@@ -121,7 +121,7 @@ def test_a_postgresql_that_takes_no_writes(tmp_path: Path, postgresql_server: st
         check = found(examine(Settings(home=tmp_path, database_url=url)), "writable")
         connection.execute("DROP DATABASE only_read WITH (FORCE)")
     assert check.status == "problem"
-    assert "does not take writes" in check.finding
+    assert "refuses writes" in check.finding
     assert check.advice
 
 

@@ -14,13 +14,13 @@ import pytest
 
 from nas.request import SearchRequest
 from nas.store import Store, Trial, upgrade
-from tests.support.services import service_environment
+from tests.support.services import PATIENCE, service_environment
+from tests.support.small import TINY
 
 #: Runs of seconds: what is lost and what is proposed does not depend on how long they train.
 REQUEST = SearchRequest.checked(
     {
-        "train_flops": 1e10, "trials": 4, "references": 3, "seed": 2,
-        "overrides": {"min_steps": 20, "warmup_steps": 5, "validation_samples": 64},
+        "train_flops": 1e10, "trials": 4, "references": 3, "seed": 2, "overrides": TINY,
     }
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ def open_store(home: Path) -> Store:
 
 
 def await_trials(store: Store, search_id: str, complete: int, running: int) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         counts = store.search(search_id).trial_counts
         if counts.get("complete", 0) >= complete and counts.get("running", 0) >= running:
@@ -54,10 +54,13 @@ def await_trials(store: Store, search_id: str, complete: int, running: int) -> N
     raise AssertionError(store.search(search_id))
 
 
-@pytest.mark.timeout(900)
-def test_kill_nine_loses_no_trial_and_changes_no_proposal(tmp_path: Path) -> None:
+def test_kill_nine_loses_no_trial_and_changes_no_proposal(
+    tmp_path: Path, text_folder: Path
+) -> None:
     whole, broken = (open_store(tmp_path / name) for name in ("whole", "broken"))
-    expected_id, search_id = (s.create_search(REQUEST)[0].id for s in (whole, broken))
+    expected_id, search_id = (
+        s.create_search(REQUEST, data_path=str(text_folder))[0].id for s in (whole, broken)
+    )
     undisturbed = start_worker(tmp_path / "whole")
 
     victim = start_worker(tmp_path / "broken")
@@ -71,8 +74,8 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(tmp_path: Path) -> Non
 
     time.sleep(LEASE_SECONDS + 1)  # an idle worker would end before the lease does
     heir = start_worker(tmp_path / "broken")
-    assert heir.wait(300) == 0, (tmp_path / "broken" / "log").read_text()
-    assert undisturbed.wait(300) == 0, (tmp_path / "whole" / "log").read_text()
+    assert heir.wait(PATIENCE) == 0, (tmp_path / "broken" / "log").read_text()
+    assert undisturbed.wait(PATIENCE) == 0, (tmp_path / "whole" / "log").read_text()
 
     ended = broken.search(search_id)
     assert (ended.state, ended.failures, ended.epoch) == ("succeeded", 1, 2)
@@ -120,17 +123,20 @@ def ancestors(status: str) -> list[int]:
     return found
 
 
-@pytest.mark.timeout(600)
-def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(tmp_path: Path) -> None:
+def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(
+    tmp_path: Path, text_folder: Path
+) -> None:
     store = open_store(tmp_path / "home")
-    search_id = store.create_search(REQUEST.model_copy(update={"trials": 1}))[0].id
+    search_id = store.create_search(
+        REQUEST.model_copy(update={"trials": 1}), data_path=str(text_folder)
+    )[0].id
     worker = start_worker(tmp_path / "home")
     await_trials(store, search_id, complete=1, running=1)
     victims = trial_processes(worker.pid)
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    assert worker.wait(300) == 0, (tmp_path / "home" / "log").read_text()
+    assert worker.wait(PATIENCE) == 0, (tmp_path / "home" / "log").read_text()
     ended = store.search(search_id)
     assert (ended.state, ended.failures, ended.epoch) == ("succeeded", 0, 1)
     assert "trial started anew" in (tmp_path / "home" / "log").read_text()
@@ -142,19 +148,21 @@ def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(tmp_path: Pa
     store.close()
 
 
-@pytest.mark.timeout(600)
-def test_a_worker_that_is_told_to_stop_hands_its_search_back_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_a_worker_that_is_told_to_stop_hands_its_search_back_at_any_moment(
+    tmp_path: Path, text_folder: Path
+) -> None:
     store = open_store(tmp_path / "home")
-    search_id = store.create_search(REQUEST)[0].id
+    search_id = store.create_search(REQUEST, data_path=str(text_folder))[0].id
 
     def stop_once(ready: Callable[[], bool]) -> None:
         worker = start_worker(tmp_path / "home")
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not ready():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         worker.terminate()
-        assert worker.wait(120) == 0, (tmp_path / "home" / "log").read_text()
+        assert worker.wait(PATIENCE) == 0, (tmp_path / "home" / "log").read_text()
         found = store.search(search_id)
         assert (found.state, found.failures) == ("queued", 0)
         assert store.events(search_id)[-1].kind == "handed_back"

@@ -3,73 +3,95 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nas.cost import references
 from nas.request import SearchRequest
-from nas.store import Store, upgrade
+from nas.store import Search, Store, Trial, upgrade
+from tests.support.commands import execute
 from tests.support.paths import ROOT
-from tests.support.services import service_environment
+from tests.support.small import SMALL_SEARCH, TINY
 
-TRIAL_SECONDS = 30
-REQUEST = SearchRequest.checked(
-    {
-        "train_flops": 3e10, "trials": 2, "references": 6, "seed": 2, "sampler": "random",
-        "overrides": {"min_steps": 16, "warmup_steps": 5, "validation_samples": 64},
-        "limits": {"trial_seconds": TRIAL_SECONDS},
-    }
-)  # fmt: skip
-#: Fault of the first references, in order; the last one runs undisturbed.
-FAULTS = ("killed", "killed once", "memory", "endless", "nan")
+TRIAL_SECONDS = 5
+#: What must become of a trial that each fault befalls: (state, failure, part of its error).
+FATES = {
+    "killed": ("failed", "process", "failed 4 times"),  # bounded
+    "killed once": ("complete", None, "None"),
+    "memory": ("failed", "memory", ""),
+    "nan": ("failed", "run", "loss is"),
+    "endless": ("failed", "timeout", f"ended after {TRIAL_SECONDS} s, its time limit"),
+}
 
 
-@pytest.mark.timeout(600)
-def test_what_befalls_a_trial_is_its_own_and_no_other_trials_end(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'einsum-nas.db'}"
+def search_with(
+    home: Path, texts: Path, faults: tuple[str, ...], **changes: Any
+) -> tuple[Store, Search, Mapping[str, Trial]]:
+    """A search whose first references meet the faults, run to its end; their trials by fault."""
+    url = f"sqlite:///{home / 'einsum-nas.db'}"
     upgrade(url)
     store = Store(url)
-    search = store.create_search(REQUEST)[0]
-    dense = references(REQUEST.settings, REQUEST.train_flops, REQUEST.references)
-    assert len(dense) > len(FAULTS)
-    faults = {str(p.width): f for p, f in zip(dense, FAULTS, strict=False)}
-    environment = service_environment(tmp_path, memory_per_trial="512MiB")
-    environment |= {
-        "PYTHONPATH": str(ROOT / "tests" / "support" / "faulty"),
-        "EINSUM_NAS_TEST_FAULTS": json.dumps(faults),
-        "EINSUM_NAS_TEST_FOLDER": str(tmp_path),
-    }
-    with (tmp_path / "log").open("w") as log:
-        status = subprocess.run(
-            [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
-            env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=500, check=False,
-        ).returncode  # fmt: skip
-    said = (tmp_path / "log").read_text()
-    assert status == 0, said
-
+    body = {**SMALL_SEARCH, "data": None, "trials": 1, "sampler": "random", **changes}
+    request = SearchRequest.checked(body)
+    search = store.create_search(request, data_path=str(texts))[0]
+    dense = references(request.settings, request.train_flops, request.references)
+    widths = {p.width: f for p, f in zip(dense, faults, strict=False)}
+    assert len(widths) == len(faults)
+    done = execute(
+        home, "worker", "--until-idle", memory_per_trial="512MiB",
+        test_faults=json.dumps({str(width): fault for width, fault in widths.items()}),
+        test_folder=str(home), patches=ROOT / "tests" / "support" / "faulty",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     ended = store.search(search.id)
-    assert (ended.state, ended.failures, ended.epoch) == ("succeeded", 0, 1), said
-    trials = {str(t.width): t for t in store.trials(search.id) if t.kind == "reference"}
-    of = {fault: trials[width] for width, fault in faults.items()}
-    assert (of["killed"].state, of["killed"].failure) == ("failed", "process")
-    assert "failed 4 times" in str(of["killed"].error)  # bounded
-    assert (of["killed once"].state, of["killed once"].failure) == ("complete", None)
-    assert (of["memory"].state, of["memory"].failure) == ("failed", "memory")
-    assert (of["endless"].state, of["endless"].failure) == ("failed", "timeout")
-    assert of["endless"].error == f"ended after {TRIAL_SECONDS} s, its time limit"
-    assert (of["nan"].state, of["nan"].failure) == ("failed", "run")
-    assert "loss is" in str(of["nan"].error)
-    for fault, trial in of.items():
-        assert (trial.loss is None) == (fault != "killed once")
-    others = [t for t in store.trials(search.id) if t.id not in {t.id for t in of.values()}]
-    assert len(others) == 3
-    assert {t.state for t in others} == {"complete"}, [t.error for t in others]
+    assert (ended.failures, ended.epoch) == (0, 1), done.stderr
+    trials = store.trials(search.id)
+    return store, ended, {f"{widths.get(t.width, '')}" if t.dense else "": t for t in trials}
 
+
+@pytest.mark.parametrize(
+    "faults",
+    [("killed once", "memory", "nan"),
+     pytest.param(("killed", "killed once", "memory", "nan"), marks=pytest.mark.full)],
+    ids=len,
+)  # fmt: skip
+def test_what_befalls_a_trial_is_its_own_and_no_other_trials_end(
+    tmp_path: Path, text_folder: Path, faults: tuple[str, ...]
+) -> None:
+    overrides = {**TINY, "min_steps": 16}  # room for so many widths
+    store, ended, of = search_with(
+        tmp_path, text_folder, faults, train_flops=3e10, references=len(faults) + 1,
+        overrides=overrides,
+    )  # fmt: skip
+    assert ended.state == "succeeded"
+    for fault in faults:
+        state, failure, error = FATES[fault]
+        trial = of[fault]
+        assert (trial.state, trial.failure) == (state, failure), trial.error
+        assert error in str(trial.error)
+        assert (trial.loss is None) == (state == "failed")
+    befallen = {of[fault].id for fault in faults}
+    others = [t for t in store.trials(ended.id) if t.id not in befallen]
+    assert len(others) == 2
+    assert {t.state for t in others} == {"complete"}, [t.error for t in others]
     # what a run failed of by itself would come out the same; the others may be tried again
-    owed = sorted(of[f].number for f in ("killed", "memory", "endless"))
-    assert store.retry(search.id).state == "queued"
-    assert store.events(search.id)[-1].data == {"trials": owed}
+    owed = sorted(of[f].number for f in ("killed", "memory") if f in of)
+    assert store.retry(ended.id).state == "queued"
+    assert store.events(ended.id)[-1].data == {"trials": owed}
+    store.close()
+
+
+@pytest.mark.full
+def test_trials_that_never_end_are_ended_at_their_limit(tmp_path: Path, text_folder: Path) -> None:
+    # every reference meets it: a healthy one might outlast so short a limit on a slow machine
+    faults = ("endless",) * 3
+    store, ended, of = search_with(
+        tmp_path, text_folder, faults, limits={"trial_seconds": TRIAL_SECONDS}
+    )
+    state, failure, error = FATES["endless"]
+    hit = [t for t in store.trials(ended.id) if t.kind == "reference"]
+    assert [(t.state, t.failure, t.error) for t in hit] == [(state, failure, error)] * 3
     store.close()
