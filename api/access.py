@@ -1,4 +1,4 @@
-"""A log line for each request, its id on everything that is logged for it, and a last resort."""
+"""Access log, request ids on all log records of a request, and a handler of unexpected errors."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nas.errors import echo
 from nas.logs import bound
 
 _log = logging.getLogger(__name__)
-#: Characters of a path and of a query that a line repeats.
+#: Most characters of a query that a log record repeats.
 _LONGEST_QUERY = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 def usable_id(given: str) -> bool:
-    """Whether a client's own request id is taken: short, of letters, digits and ``. _ : -``."""
+    """Whether a client's request id is accepted: at most 128 letters, digits and ``. _ : -``."""
     return _REQUEST_ID.fullmatch(given) is not None
 
 
 def install(app: FastAPI) -> None:
-    """Put both around everything else; call it after every other middleware has been added."""
+    """Add both middlewares; call this after all others have been added, so that these are outer."""
     app.add_middleware(AccessLog)
     app.add_middleware(
         CorrelationIdMiddleware, header_name="X-Request-ID", validator=usable_id
@@ -35,7 +35,7 @@ def install(app: FastAPI) -> None:
 
 
 class AccessLog:
-    """Logs requests, and answers where nothing inside could."""
+    """Logs requests, and answers 500 for errors that nothing else has handled."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -59,14 +59,14 @@ class AccessLog:
             except Exception as error:
                 if status is not None:
                     raise  # a stream broke off: the server closes the connection
-                # here and not in the framework's outermost layer, so that it has a request id
+                # here, not in the framework's outermost layer, so that the response has its id
                 await unexpected(Request(scope), error)(scope, receive, noting)
             finally:
                 _write(scope, status, 1e3 * (time.perf_counter() - started))
 
 
 def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
-    # a flood is told of by the audit log, and must not fill the disk with this one
+    # the audit log records floods, which must not fill the disk through this log
     quiet = scope["path"] in PROBES or status == 429
     level = logging.DEBUG if quiet else logging.INFO
     if not _log.isEnabledFor(level):

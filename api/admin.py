@@ -1,4 +1,4 @@
-"""What concerns the service and all its tenants: its processes and its audit log."""
+"""Routes for operators, about all tenants: the service's processes and its audit log."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from nas.store.processes import LIVE_SECONDS, Processes
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/workers", responses=refusals(), summary="Workers and services that were seen lately")
+@router.get("/workers", responses=refusals(), summary="List workers and services seen recently")
 def list_workers(request: Request) -> WorkerList:
     store: Store = request.app.state.store
     found = Processes(store).alive(LIVE_SECONDS)
     return WorkerList.model_validate({"items": found}, from_attributes=True)
 
 
-@router.get("/audit", responses=refusals(), summary="The audit log, newest first")
+@router.get("/audit", responses=refusals(), summary="List the audit log, newest first")
 def list_audit(
     request: Request,
     limit: Limit = 50,

@@ -43,22 +43,26 @@ matrix products counted. Losses are means over fixed validation samples, in the 
 
 
 def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1") -> FastAPI:
-    """The service on the database of `configured`, which is migrated when the service starts.
+    """The service on the database of `configured`, whose schema is upgraded when it starts.
 
-    A database that is away at the start is waited for: until it is there, every route but those of
-    `health` and `metrics` answers 503.
+    Until the database can be reached, every route but those of `health` and `metrics` answers 503.
 
     Parameters
     ----------
     address
-        Where it listens.  On any but loopback it asks for keys, whatever the settings say.
+        Where it listens.  Unless that is loopback, it requires keys, whatever the settings say.
+
+    Raises
+    ------
+    InvalidInput
+        Other origins are allowed without access control.
     """
     used = configured or settings()
     access_control = used.access_control or not auth.is_loopback(address)
     if used.allowed_origins and not access_control:
         raise InvalidInput(
             "EINSUM_NAS_ALLOWED_ORIGINS", ", ".join(used.allowed_origins),
-            "none without EINSUM_NAS_ACCESS_CONTROL=true: their pages need keys",
+            "none unless EINSUM_NAS_ACCESS_CONTROL=true: pages of other origins need keys",
         )  # fmt: skip
 
     @asynccontextmanager
@@ -84,7 +88,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
-        docs_url=None,  # its page loads scripts from elsewhere; /openapi.json is the reference
+        docs_url=None,  # that page loads scripts from another site; use /openapi.json
         redoc_url=None,
     )
     problems.install(app)

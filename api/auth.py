@@ -42,9 +42,10 @@ _REMEMBERED = 4096
 #: Seconds between two updates of a key's time of last use, and such updates at once.
 _USED_SECONDS, _MOST_NOTING = 3600.0, 64
 _HOW = (
-    "send it as Authorization: Bearer; `einsum-nas keys create` on the service's machine makes one"
+    "send it as Authorization: Bearer KEY; `einsum-nas keys create` on the service's machine "
+    "creates one"
 )
-_ELSEWHERE = "this service has no access control and answers on loopback only"
+_ELSEWHERE = "this service has no access control, so it answers requests to loopback only"
 _FOREIGN = "requests from pages of other sites are refused"
 _KINDS = {
     401: ("key-needed", "No usable key"),
@@ -115,8 +116,8 @@ def refuse_keyless(settings: Settings, address: str) -> None:
         store.close()
     raise InvalidInput(
         "host", address,
-        "a loopback address (127.0.0.1, ::1, localhost) as long as there is no API key; for any "
-        "other make one first: einsum-nas keys create --name NAME",
+        "a loopback address (127.0.0.1, ::1, localhost) as long as there is no API key; for "
+        "another address create a key first: einsum-nas keys create --name NAME",
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def document(app: FastAPI, *, access_control: bool) -> None:
                 schemes = found.setdefault("components", {}).setdefault("securitySchemes", {})
                 schemes["key"] = {
                     "type": "http", "scheme": "bearer",
-                    "description": "An API key: `einsum-nas keys create` makes one.",
+                    "description": "An API key, created by `einsum-nas keys create`.",
                 }  # fmt: skip
             for path, operations in found["paths"].items():
                 for method, operation in operations.items():
@@ -210,7 +211,7 @@ class Access:
         if not self._on:
             context.caller = OWNER
         elif not scope["app"].state.readiness.opened and scope_of(context.method, context.path):
-            return unavailable(Request(scope), StoreUnavailable("its schema is not there yet"))
+            return unavailable(Request(scope), StoreUnavailable("the schema is not there yet"))
         else:
             try:
                 refusal = await self._unknown(context, scope)
@@ -340,7 +341,7 @@ class Access:
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
-                hidden = "not there, or another tenant's" if status == 404 else None
+                hidden = "does not exist, or belongs to another tenant" if status == 404 else None
                 signed_in = context.path == "/login" and status < 400  # which writes its own record
                 if hidden or (context.changes and not signed_in):
                     await self._note(context, scope, status, hidden)

@@ -1,7 +1,7 @@
-"""How requests are read before a route sees them: JSON bodies, query strings, paths and headers.
+"""Strict parsing of requests: JSON bodies, query strings, paths and headers.
 
-Whatever is ambiguous is refused rather than guessed: two values of one field, a parameter that
-does not exist, text that is no text, a number that is no number.
+What is ambiguous is refused, not guessed: two values of one field, a parameter that does not exist,
+text that is not valid Unicode, NaN and infinities.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from nas.errors import InvalidInput, echo
 
 #: Largest request body, bytes.
 MAX_BODY = 64 * 1024
-#: Objects and lists that may lie within each other in a body.
+#: Deepest nesting of objects and lists in a body.
 MAX_DEPTH = 16
-#: Largest whole number that a body may hold as such; beyond, it is read as a float.
+#: Largest whole number that is read as an integer; larger ones are read as floats.
 _MAX_WHOLE = 2**63 - 1
 _JSON = "application/json"
-#: Neither a database nor a file system takes NUL, and UTF-8 has no lone surrogates.
+#: Databases and file systems do not accept NUL, and UTF-8 has no lone surrogates.
 _UNUSABLE = re.compile("[\x00\ud800-\udfff]")
-#: Headers that mean something here and must mean one thing.
+#: Headers that this service reads, each of which may be given once.
 _ONCE = ("Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Tenant", "Authorization")
 TOO_LARGE = f"a body of at most {MAX_BODY} bytes is accepted"
 
 
 class BodyLimit:
-    """413 for a body that says that it is too long, whatever it is sent to.
+    """Middleware that answers 413 for a body whose Content-Length is too large, on any route.
 
-    One that does not say how long it is fails where it is read further than the limit.  It is not
-    left to `FastAPI(max_body_size=)`, which answers outside of every middleware, as plain text.
+    Without a Content-Length, reading the body fails beyond the limit.  `FastAPI(max_body_size=)`
+    would answer outside of every middleware, and as plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -53,7 +53,7 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-            # the server has parsed the length already, so it is digits
+            # digits only: the server has parsed the length already
             if any(len(n) > 18 or int(n) > MAX_BODY for n in lengths):
                 answer = problem(413, "http", "Content Too Large", TOO_LARGE)
                 await answer(scope, receive, send)
@@ -67,9 +67,9 @@ async def read_json(request: Request) -> Any:
     Raises
     ------
     HTTPException
-        415 for another type than JSON in UTF-8, 413 for too long a body.
+        415 if it is not JSON in UTF-8, 413 if it is too long.
     InvalidInput
-        No JSON, or JSON that can be read in more than one way.
+        It is missing, not JSON, or ambiguous.
     """
     body = await request.body()
     if not body:
@@ -79,7 +79,7 @@ async def read_json(request: Request) -> Any:
 
 
 async def read_json_if_any(request: Request) -> Any:
-    """The body as plain values, an empty object where there is no body; raises as `read_json`."""
+    """The body as plain values, or an empty object if there is none; raises as `read_json`."""
     return await read_json(request) if await request.body() else {}
 
 
@@ -134,7 +134,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(text: str) -> int | float:
-    # other programs write 1e20 as a whole number, and budgets may be as large
+    # some programs write 1e20 as an integer, and budgets may be that large
     number = int(text) if len(text) <= 20 else _finite(text)
     return number if abs(number) <= _MAX_WHOLE else float(number)
 
@@ -151,12 +151,12 @@ def _no_number(text: str) -> InvalidInput:
 
 
 def _too_deep() -> InvalidInput:
-    accepted = f"at most {MAX_DEPTH} objects and lists within each other"
+    accepted = f"at most {MAX_DEPTH} levels of nested objects and lists"
     return InvalidInput("body", "JSON that is nested deeper", accepted)
 
 
 def _check(value: Any, field: str, depth: int) -> None:
-    """Raise `InvalidInput` for text that no database takes, and for too many levels."""
+    """Raise `InvalidInput` for text that no database accepts, and for too deep nesting."""
     if isinstance(value, str):
         if _UNUSABLE.search(value):
             raise InvalidInput(field, value, "text without NUL and lone surrogates")
@@ -170,7 +170,7 @@ def _check(value: Any, field: str, depth: int) -> None:
 
 
 async def read_strictly(request: Request) -> None:
-    """A dependency: refuses queries, paths, headers and bodies that the route does not know.
+    """A dependency that refuses query parameters, paths, headers and bodies unknown to the route.
 
     Raises
     ------
@@ -195,7 +195,7 @@ async def read_strictly(request: Request) -> None:
         if len(values := request.headers.getlist(name)) > 1:
             raise InvalidInput(name, f"{len(values)} values", "one value")
     if "requestBody" not in (route.openapi_extra or {}) and _has_body(request):
-        raise InvalidInput("body", "a body", f"none: {request.method} {route.path} reads none")
+        raise InvalidInput("body", "a body", f"none: {request.method} {route.path} takes no body")
 
 
 def _has_body(request: Request) -> bool:
@@ -215,7 +215,7 @@ def _check_text(field: str, quoted: bytes) -> None:
 
 
 def _in_digits(pattern: str, accepted: str) -> BeforeValidator:
-    """Only the plain way to write a number: others are read differently by different programs."""
+    """Accept one notation of numbers only: programs differ in how they read the others."""
     written = re.compile(pattern, re.ASCII)
 
     def check(given: Any) -> Any:

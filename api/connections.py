@@ -1,9 +1,9 @@
-"""Connections of clients that are slow, silent, or too many.
+"""Protection against clients that are slow or silent, or open too many connections.
 
-uvicorn parses requests and writes answers; it waits for ever for the rest of a head or of a body
-and for a client that does not read, and it limits neither heads nor connections.  Here every
-connection has deadlines for those, and what it may send and hold has bounds.  An answer that goes
-on, such as a stream of events, has no deadline while it is read.
+uvicorn parses requests and writes responses.  It waits without end for the rest of a head or body,
+and for a client that does not read, and it limits neither heads nor connections.  This module adds
+deadlines for all of these, and bounds on what a connection may send and hold.  A long response,
+such as an event stream, has no deadline while the client reads it.
 """
 
 from __future__ import annotations
@@ -27,51 +27,51 @@ from api.problems import PROBLEM_JSON, RETRY_AFTER_SECONDS
 from api.rates import network_of
 
 _log = logging.getLogger(__name__)
-#: Seconds between lines of the log about connections that were refused or cut off.
+#: Seconds between log records about connections that were refused or closed.
 _TELL_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one connection, one address and all of them may take of this process."""
+    """What one connection, one address and all of them may use of this process."""
 
-    #: open connections, in all and of one address; see `nas.settings` for those of streams
+    #: open connections, in total and of one address; `nas.settings` limits event streams
     connections: int
     connections_of_one: int
-    #: seconds for the head of a request, from the connection's begin or the head's first byte
+    #: seconds for the head of a request, from the opening of the connection or its first byte
     head_seconds: float = 10.0
     #: seconds for the body of a request, from the end of its head
     body_seconds: float = 20.0
-    #: seconds in which a client has to read `stall_bytes` of what waits for it
+    #: a client has to read `stall_bytes` of a waiting response in so many seconds
     stall_seconds: float = 20.0
     stall_bytes: int = 16 * 1024
-    #: bytes that the system buffers for a client that reads slowly: what it has read is seen only
-    #: when a third of this is free, and each connection may keep as much
+    #: size of a connection's send buffer in the system, bytes.  Progress of a slow client is seen
+    #: only once a third of it is free, and each connection may occupy all of it
     send_bytes: int = 128 * 1024
     #: seconds that a connection may take to close
     closing_seconds: float = 2.0
-    #: seconds between looks at the deadlines of a connection
+    #: seconds between checks of a connection's deadlines
     look_seconds: float = 1.0
     #: bytes of the target in the request line, and of the names and values of all headers
     target_bytes: int = 8 * 1024
     head_bytes: int = 32 * 1024
     headers: int = 100
-    #: bytes of a whole request as it is sent; a body that is refused is read up to here, so that
-    #: the client comes to read the refusal
+    #: bytes of a whole request; a refused body is still read up to here, because a client reads
+    #: the refusal only after it has sent the body
     request_bytes: int = 1024 * 1024
-    #: requests that wait on their connection for the answers to earlier ones
+    #: pipelined requests that wait for the responses to earlier ones of their connection
     waiting: int = 32
 
 
 class Refused(Exception):
-    """A request that is not taken, by its status and the reason told."""
+    """A request that is refused, with the status and the detail of the response."""
 
     def __init__(self, status: HTTPStatus, detail: str) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
 
     def answer(self) -> bytes:
-        """The whole answer, after which the connection closes."""
+        """The whole response, after which the connection closes."""
         told = {
             "type": "urn:einsum-nas:http", "title": self.status.phrase,
             "status": self.status.value, "detail": self.detail,
@@ -89,12 +89,12 @@ class Refused(Exception):
 
 
 class Gate:
-    """Counts open connections, and tells the log of those that were not kept.
+    """Counts open connections, and logs how many were refused or closed.
 
     Parameters
     ----------
     trusted
-        Whether an address is a proxy's, which brings the connections of many.
+        Tells whether an address is a proxy's, which forwards the connections of many clients.
     """
 
     def __init__(self, limits: Limits, trusted: Callable[[str], bool]) -> None:
@@ -105,12 +105,12 @@ class Gate:
         self._told_at = -_TELL_SECONDS
 
     def enter(self, address: str) -> str | None:
-        """Count a connection; as what, for `leave`.
+        """Count a connection; return the network that it is counted for, to be given to `leave`.
 
         Raises
         ------
         Refused
-            There are too many; it is not counted.
+            Too many are open; this one is not counted.
         """
         limits = self.limits
         if self._open >= limits.connections:
@@ -122,8 +122,8 @@ class Gate:
             if self._open_of[network] >= limits.connections_of_one:
                 raise Refused(
                     HTTPStatus.TOO_MANY_REQUESTS,
-                    f"{limits.connections_of_one} connections of this address are open, as many "
-                    "as may be",
+                    f"this address has {limits.connections_of_one} connections open, the most "
+                    "allowed",
                 )
             self._open_of[network] += 1
         self._open += 1
@@ -138,7 +138,7 @@ class Gate:
                 del self._open_of[network]
 
     def tell(self, what: str) -> None:
-        """Note that a connection was not kept: a line for many, as clients decide how many."""
+        """Count a refused or closed connection; one log record tells of many, to bound the log."""
         self._untold[what] += 1
         now = time.monotonic()
         if now - self._told_at >= _TELL_SECONDS:
@@ -149,7 +149,7 @@ class Gate:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with deadlines and bounds."""
+    """uvicorn's HTTP protocol with deadlines and bounds."""
 
     gate: Gate
 
@@ -159,16 +159,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._entered = False
         self._network: str | None = None
         self._timer: asyncio.TimerHandle | None = None
-        #: what is expected of the client: a request, the rest of one, or nothing; and since when
+        #: what the client has to send next (None: nothing), and since when
         self._phase: Literal["request", "head", "body"] | None = "request"
         self._since = self.loop.time()
         #: requests whose answer is not complete, in order
         self._open: deque[RequestResponseCycle] = deque()
-        #: bytes of the request that is being read, and of its names and values of headers
+        #: bytes of the request that is being read, and of its headers
         self._request_bytes = self._header_bytes = 0
-        #: what the parser is stopped for
+        #: the reason for which the parser was stopped
         self._refusal: Refused | None = None
-        #: since when, and how much: what waits to be written while nothing is added to it
+        #: (since when, bytes) of a response that waits to be read while nothing is added to it
         self._unread: tuple[float, int] | None = None
         self._closing_since: float | None = None
 
@@ -179,12 +179,12 @@ class GuardedProtocol(HttpToolsProtocol):
         except Refused as refusal:
             self.gate.tell("too many")
             self._closing_since = self.loop.time()
-            # at once: what is over the bound may take nothing, not even the time to close well
+            # close at once: a connection over the bound must not use even the time of a clean close
             transport.write(refusal.answer())
             transport.close()
         else:
             self._entered = True
-            with suppress(OSError):  # it may be gone already
+            with suppress(OSError):  # the client may have disconnected already
                 plain = transport.get_extra_info("socket")
                 plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_bytes)
         self._timer = self.loop.call_later(self.limits.look_seconds, self._look)
@@ -203,7 +203,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._closing_since is not None:
             return
         if self._phase is None and not self._unanswered:
-            self._expect("request")  # also by empty lines, which are no part of one
+            self._expect("request")  # empty lines count, too, although they belong to no request
         self._request_bytes += len(data)
         super().data_received(data)
         if self._phase in ("request", "head") and self._request_bytes > self.limits.head_bytes:
@@ -217,7 +217,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._expect("head")
         if len(self.pipeline) >= self.limits.waiting:
             raise self._stop(
-                Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many requests without an answer")
+                Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many requests wait for a response")
             )
 
     def on_url(self, url: bytes) -> None:
@@ -237,11 +237,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._expect("body")
-        self._unread = None  # what is asked next shows that answers are read
+        self._unread = None  # a new request shows that the client reads responses
         super().on_headers_complete()
         cycle = self.cycle
         self._open.append(cycle)
-        scope: Any = cycle.scope  # the application gets it later, in a task of its own
+        scope: Any = cycle.scope  # the application gets it later, in another task
         scope["extensions"] = {GONE: lambda: cycle.disconnected}
 
     def on_message_complete(self) -> None:
@@ -258,12 +258,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unread = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what the parser stopped for."""
+        """Answer with the reason for which the parser was stopped."""
         refusal = self._refusal
-        self._refuse(refusal or Refused(HTTPStatus.BAD_REQUEST, "this is no HTTP/1.1 request"))
+        self._refuse(refusal or Refused(HTTPStatus.BAD_REQUEST, "not a valid HTTP/1.1 request"))
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: whoever asks for another protocol is answered in this one."""
+        """Log nothing: a request to change the protocol is answered in HTTP/1.1."""
 
     def _expect(self, phase: Literal["request", "head", "body"]) -> None:
         self._phase, self._since = phase, self.loop.time()
@@ -277,19 +277,19 @@ class GuardedProtocol(HttpToolsProtocol):
         limits = self.limits
         return Refused(
             HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-            f"the head of a request has at most {limits.headers} headers and {limits.head_bytes} "
-            "bytes",
+            f"the head of a request may have at most {limits.headers} headers and "
+            f"{limits.head_bytes} bytes",
         )
 
     @property
     def _unanswered(self) -> deque[RequestResponseCycle]:
-        """Requests whose answer is not complete, in order."""
+        """Requests whose response is not complete, in order."""
         while self._open and self._open[0].response_complete:
             self._open.popleft()
         return self._open
 
     def _refuse(self, refusal: Refused) -> None:
-        """Answer, unless another answer comes first or has begun, and close."""
+        """Answer, unless another response has to come first or has begun, and close."""
         if self._closing_since is not None or self.transport.is_closing():
             return
         self.gate.tell(refusal.status.phrase.lower())
@@ -303,9 +303,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._close()
 
     def _close(self) -> None:
-        """Say that nothing more comes, and read on for a moment.
+        """Close for writing, and read on for a moment.
 
-        To close with input unread would be a reset, which may overtake the answer.
+        Closing with unread input would send a reset, which may overtake the response.
         """
         self._unset_keepalive_if_required()
         self._closing_since = self.loop.time()
@@ -317,7 +317,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _abandon(self) -> None:
-        """Tell every request on this connection, not the newest only, that its client is gone."""
+        """Tell every request of this connection, not only the newest, that its client is gone."""
         self.pipeline.clear()
         for cycle in self._unanswered:
             cycle.disconnected = True
@@ -326,7 +326,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.flow.resume_writing()
 
     def _look(self) -> None:
-        """Close what is over its time."""
+        """Close the connection if it has missed a deadline."""
         now = self.loop.time()
         limits = self.limits
         self._timer = self.loop.call_later(limits.look_seconds, self._look)
@@ -341,16 +341,16 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._expire("body", limits.body_seconds)
         elif self._phase is not None:
             if self._unanswered:
-                self._since = now  # whoever waits for an answer need not ask again
+                self._since = now  # a client that waits for a response need not send a request
             elif now - self._since > limits.head_seconds:
                 self._expire("head", limits.head_seconds)
 
     def _is_stalled(self, now: float) -> bool:
-        """Whether the client reads nothing, or next to nothing, of what waits for it."""
+        """Whether the client reads (almost) nothing of the response that waits for it."""
         size = self.transport.get_write_buffer_size()
         complete = not self._unanswered or self.transport.is_closing()
         if not size or not (complete or self.flow.write_paused):
-            self._unread = None  # all is read, or the answer still grows and has room to
+            self._unread = None  # all is read, or the buffer has room and the response still grows
             return False
         if self._unread is None:
             self._unread = now, size
@@ -365,7 +365,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.gate.tell("nothing asked")
             self._close()
         else:
-            why = f"the {part} of the request was not here after {seconds:g} s"
+            why = f"the {part} of the request was not complete after {seconds:g} s"
             self._refuse(Refused(HTTPStatus.REQUEST_TIMEOUT, why))
 
 

@@ -1,4 +1,4 @@
-"""The dashboard: pages from templates, figures as JSON, everything served from here (offline)."""
+"""The dashboard: pages from templates and figures as JSON; it loads nothing from other sites."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
 
 @router.get("/searches/{search_id}/live")
 def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -> Response:
-    """Everything the page of a search shows, as one JSON document."""
+    """Everything that the page of a search shows, as one JSON document."""
     answers.checked_axis(x)
     search = store.search(search_id)
     points = store.curve_points(search_id=search_id)
@@ -59,7 +59,7 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
         best: dict[str, Any] | None = found.model_dump(mode="json")
     except NotFound:
         best = None  # nothing has completed yet
-    from plotly.utils import PlotlyJSONEncoder  # plotly only once a page is open
+    from plotly.utils import PlotlyJSONEncoder  # on first use: importing plotly is slow
 
     body = {
         "search": describe(search).model_dump(),
@@ -89,9 +89,10 @@ def _plotly() -> Path:
 
 @lru_cache(maxsize=1)
 def plotly_styles() -> tuple[str, ...]:
-    """The ids of elements whose being there keeps plotly.js from adding inline styles for its maps.
+    """Ids of the <style> elements that plotly.js would add for its maps.
 
-    They are digests that change with its versions; the pages' policy would refuse those styles.
+    It adds none that is there already, and the pages' policy refuses inline styles, so the page has
+    empty elements with these ids.  The ids are digests that change with plotly's version.
     """
     script = _plotly().read_text(encoding="utf-8")
     return tuple(dict.fromkeys(re.findall(r'getElementById\("([0-9a-f]{64})"\)', script)))

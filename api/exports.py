@@ -1,4 +1,4 @@
-"""Results to take home: a file made for one answer, which browsers store and never open."""
+"""Export of results as a file, made for one response, which browsers save and do not open."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _CONTENT: dict[str, Any] = {
     "text/csv": {"schema": {"type": "string"}},
     "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
 }
-#: Files are made one at a time: of a large search one takes a core for seconds.
+#: Files are made one at a time: that of a large search occupies a core for seconds.
 _MAKERS = CapacityLimiter(1)
 _PART = 256 * 1024
-#: Files that are being sent: each takes its place on the disk until its reader is done.
+#: Most files sent at once: each takes space on the disk until its client has it.
 _MOST_OPEN = 16
 _open: WeakSet[BinaryIO] = WeakSet()
 
@@ -44,13 +44,15 @@ _open: WeakSet[BinaryIO] = WeakSet()
     "/searches/{search_id}/export",
     response_class=StreamingResponse,
     responses={200: {"description": "The file", "content": _CONTENT}, **refusals(404)},
-    summary="Every trial of a search, or every evaluation, as a file",
+    summary="Export every trial of a search, or every evaluation, as a file",
 )
 async def export_search(
     search_id: SearchId,
     store: StoreDep,
     file_format: Annotated[FileFormat, Query(alias="format")] = "csv",
-    rows: Annotated[Rows, Query(description="points: one row an evaluation")] = "trials",
+    rows: Annotated[
+        Rows, Query(description="one row for each: trials | points (evaluations)")
+    ] = "trials",
 ) -> StreamingResponse:
     if len(_open) >= _MOST_OPEN:
         later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
@@ -68,7 +70,7 @@ async def export_search(
 
 
 def _made(store: Store, search_id: str, file_format: FileFormat, rows: Rows) -> BinaryIO:
-    """The file, open, and gone with its last reader."""
+    """The file, open and already unlinked: it is deleted once it is closed."""
     store.search(search_id)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "export"

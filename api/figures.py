@@ -1,4 +1,4 @@
-"""The dashboard's figures: for each a data function, which is tested, and a drawing function.
+"""The dashboard's figures: each has a function for its data, which is tested, and one to draw it.
 
 plotly is imported on first use, so that the service starts without it.
 """
@@ -32,7 +32,7 @@ _SYMBOLS = {
 }  # fmt: skip
 #: Height of a row of the legend, pixels, and the entries that leave room for the title.
 _LEGEND_ROW, _SERIES_OF_ONE_KIND = 22, 4
-_SHOWN_CURVES = 200  # lines past this cannot be told apart, and slow the page
+_SHOWN_CURVES = 200  # more lines cannot be distinguished, and slow down the page
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What browsers are told of every answer: what it may load and do, and who may keep or frame it."""
+"""Security headers of responses: what a page may load and do, and who may cache or frame it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _Headers = tuple[tuple[bytes, bytes], ...]
 _STATIC = "/static/"
-#: Files keep their names over upgrades, so that none may be kept for long.
+#: Files keep their names over upgrades, so browsers must not cache them for long.
 _STATIC_SECONDS = 3600
 _WHOLE_OR_KNOWN = (200, 206, 304)
 _YEAR_SECONDS = 365 * 86400
-#: Nothing of what a browser lends to pages is needed.
+#: Browser features that pages may not use, because none needs them.
 _NOT_NEEDED = (
     "accelerometer", "camera", "display-capture", "geolocation", "gyroscope", "magnetometer",
     "microphone", "midi", "payment", "usb",
@@ -31,10 +31,10 @@ _NOT_NEEDED = (
 
 
 def install(app: FastAPI) -> None:
-    """Put it around everything, so that no answer goes without.
+    """Wrap the whole application, so that every response has the headers.
 
-    Middleware that is added would be inside of the framework's own, which answers too: to bodies
-    that are too large, and to errors that nothing else has caught.
+    `add_middleware` would put it inside of the framework's own middleware, which answers some
+    requests itself: bodies that are too large, and errors that nothing else has caught.
     """
     build = app.build_middleware_stack
 
@@ -45,12 +45,12 @@ def install(app: FastAPI) -> None:
 
 
 def _nothing() -> ContentSecurityPolicy:
-    """The policy of what is no page: even where it is taken for one, it may do nothing."""
+    """The policy of all but pages: a browser that shows one as a page lets it do nothing."""
     return ContentSecurityPolicy().default_src("'none'").frame_ancestors("'none'")
 
 
 def _page() -> ContentSecurityPolicy:
-    """The policy of pages: scripts and styles are files of this service, and nothing else is."""
+    """The policy of pages: they load scripts and styles from this service only."""
     return (
         ContentSecurityPolicy()
         .default_src("'none'")
@@ -87,18 +87,18 @@ def _value(header: CacheControl | StrictTransportSecurity) -> bytes:
     return header.header_value.encode()
 
 
-# of pages not `no_referrer`: under that, browsers send `Origin: null` with the forms of their own
+# pages do not have `no_referrer`: it makes browsers send `Origin: null` with the pages' own forms
 _OF_PAGES = _built(_page(), ReferrerPolicy().same_origin())
 _OF_OTHERS = _built(_nothing(), ReferrerPolicy().no_referrer())
 _HTTPS_ONLY = _value(StrictTransportSecurity().max_age(_YEAR_SECONDS))
 _NOT_KEPT = _value(CacheControl().no_store())
 _KEPT = _value(CacheControl().public().max_age(_STATIC_SECONDS))
-#: Given here alone, and never by what is inside.
+#: Headers that only this module sets; those of the application are dropped.
 _OWN = frozenset((b"server", b"strict-transport-security", *(name for name, _ in _OF_PAGES)))
 
 
 class SecurityHeaders:
-    """Adds the headers as a response begins, so that streams are not held up."""
+    """Adds the headers when a response begins, so that streams are not delayed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,7 +1,8 @@
-"""Whether this service can do its work: what probes are told, and why it cannot.
+"""Liveness and readiness probes.
 
-Ready means: the database answers, its schema is this program's, and it takes a committed write.
-A database that is away when the service starts is waited for in the background.
+Ready means: the database answers, its schema is the one that this program needs, and a write can be
+committed.  If the database cannot be reached when the service starts, the service waits for it in
+the background.
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ from nas.store.troubles import DatabaseTrouble
 
 _log = logging.getLogger(__name__)
 health = APIRouter()
-#: Seconds that an examination holds: probes share it, so that they do not hammer the database.
+#: Seconds for which a report is reused, so that many probes do not burden the database.
 KEPT_SECONDS = 2.0
-#: Seconds after which a database that says nothing counts as away.
+#: Seconds after which a database that does not answer counts as unavailable.
 PATIENCE_SECONDS = 5.0
-#: Seconds that the start waits for the first attempt at the schema before it listens all the same.
+#: Seconds that the start waits for the first attempt to upgrade the schema; then the service
+#: listens even if that goes on.
 _START_SECONDS = 30.0
-#: Seconds between attempts at a database that was away at the start.
+#: Seconds between attempts to upgrade the schema of a database that was unavailable at the start.
 _RETRY_SECONDS = 2.0
-#: Bytes of the write that shows, after one has failed, that there is space again: a row that is
-#: only renewed fits into a page that is there already.
+#: Bytes of a test write after a write has failed.  They must not fit into pages that the database
+#: has already, so that success shows that there is disk space again.
 _SPARE_BYTES = 64 * 1024
-#: Asked every few seconds by whatever supervises the service.
+#: Paths that whatever supervises the service requests every few seconds.
 PROBES = ("/healthz", "/readyz", "/metrics")
-#: Answered whatever the state of the database.
+#: Paths that are served whatever the state of the database.
 _ALWAYS = (*PROBES, "/static/")
 
 PartName = Literal["database", "schema", "writable"]
@@ -53,26 +55,26 @@ PartName = Literal["database", "schema", "writable"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of readiness; texts name neither hosts nor users nor files."""
+    """The result of one readiness check; its texts reveal no hosts, users or files."""
 
     status: Literal["ok", "failing", "unknown"]
     finding: str = ""
     advice: str = ""
 
 
-_UNKNOWN = Part("unknown", "not looked at: the database does not answer")
+_UNKNOWN = Part("unknown", "not checked: the database does not answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an examination found."""
+    """The results of all readiness checks."""
 
     database: Part
     schema: Part = _UNKNOWN
     writable: Part = _UNKNOWN
-    #: workers that were heard of lately; None where that could not be read
+    #: workers seen recently; None if that could not be read
     workers: int | None = None
-    #: seconds of one small query
+    #: seconds that a small query took
     round_trip_seconds: float | None = None
     revision: str | None = None
     #: time.monotonic()
@@ -80,12 +82,12 @@ class Report:
 
     @property
     def parts(self) -> dict[PartName, Part]:
-        """By name, the one that the others need first."""
+        """The checks by name; each one depends on those before it."""
         return {"database": self.database, "schema": self.schema, "writable": self.writable}
 
     @property
     def failing(self) -> PartName | None:
-        """The first part that is not well."""
+        """The first check that is not ok; None if all are."""
         return next((name for name, part in self.parts.items() if part.status != "ok"), None)
 
 
@@ -96,14 +98,16 @@ def _failing(error: StoreUnavailable) -> Part:
 
 
 def refuse_unusable(settings: Settings) -> None:
-    """Raise where waiting cannot help; a database that is only away is no error.
+    """Refuse to start with a database that waiting cannot make usable.
+
+    A database that only cannot be reached at the moment is not refused.
 
     Raises
     ------
     InvalidInput
-        A URL that names no database.
+        The URL is not one of a database.
     EinsumNasError
-        A file that is no database, or a schema newer than this program.
+        The file is not a database, or the schema is newer than this program.
     """
     store = Store(settings.resolved_database_url)
     try:
@@ -124,12 +128,12 @@ def refuse_unusable(settings: Settings) -> None:
 
 
 class Readiness:
-    """Brings the schema up to date when the service starts, and examines the database.
+    """Upgrades the schema when the service starts, and checks the database from then on.
 
     Parameters
     ----------
     store
-        Used from threads of its own, so that requests that hang do not keep it from its work.
+        Used in separate threads, so that requests that hang do not block the checks.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -140,17 +144,16 @@ class Readiness:
         self._last: Report | None = None
         self._looking: asyncio.Task[Report] | None = None
         self._failing_since: float | None = None
-        #: whether a request has just met a database that does not take or give what it should,
-        #: and how often that has been
+        #: whether a request has just found the database unavailable, and how often that happened
         self._doubted, self._doubts = False, 0
         self._doubted_at = -KEPT_SECONDS
         self._looking_since = 0
         self._background: list[asyncio.Task[None]] = []
-        #: whether requests can be let through: the schema has been seen to be this program's
+        #: whether requests can be served: the schema has been found to be the needed one
         self.opened = False
 
     async def start(self) -> None:
-        """Bring the schema up to date, at once or, where the database is away, once it is back.
+        """Upgrade the schema, at once or as soon as the database can be reached.
 
         Raises
         ------
@@ -169,7 +172,7 @@ class Readiness:
         self._background.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
-        """Leave the register of processes."""
+        """Stop checking, and remove this service from the table of processes."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -181,24 +184,24 @@ class Readiness:
                 await self._thread(self._processes.gone, self._name)
 
     def doubt(self) -> None:
-        """A request met a database that is unavailable: examine it anew, and more thoroughly."""
+        """Check again, with a larger test write: a request has found the database unavailable."""
         self._doubted, now = True, time.monotonic()
-        if now - self._doubted_at >= KEPT_SECONDS:  # many requests may meet it at once
+        if now - self._doubted_at >= KEPT_SECONDS:  # many requests may find that at once
             self._doubted_at, self._last = now, None
             self._doubts += 1
 
     async def report(self) -> Report:
-        """What was found at most `KEPT_SECONDS` ago, or is found now, within the patience."""
+        """A report at most `KEPT_SECONDS` old; failing if none comes within `PATIENCE_SECONDS`."""
         last = self._last
         if last is not None and time.monotonic() - last.found_at < KEPT_SECONDS:
             return last
-        # a look that began before the doubt does not remove it
+        # a check that began before the last doubt says nothing about it
         if self._looking is None or self._looking.done() or self._looking_since != self._doubts:
             self._looking_since = self._doubts
             self._looking = asyncio.create_task(self._look())
         try:
-            # one probe that goes away must not take the others' look along; and not wait_for,
-            # which in Python 3.11 forgets that it was cancelled where the look ends just then
+            # shielded: the cancellation of one probe must not cancel the check that others wait
+            # for.  Not wait_for, which in Python 3.11 loses a cancellation that comes at the end
             async with asyncio.timeout(PATIENCE_SECONDS):
                 return await asyncio.shield(self._looking)
         except TimeoutError:
@@ -206,8 +209,8 @@ class Readiness:
                 Report(
                     Part(
                         "failing",
-                        f"it has said nothing for {PATIENCE_SECONDS:.0f} s",
-                        "look at the load on it and at the network",
+                        f"it has not answered for {PATIENCE_SECONDS:.0f} s",
+                        "check its load and the network",
                     )
                 )
             )
@@ -217,8 +220,8 @@ class Readiness:
         try:
             found = await self._thread(self._examine)
         except Exception:
-            _log.exception("the database cannot be examined")
-            found = Report(Part("failing", "it cannot be examined", "see the log of this service"))
+            _log.exception("the database cannot be checked")
+            found = Report(Part("failing", "it cannot be checked", "see the log of this service"))
         report = self._noted(found)
         if doubts == self._doubts:
             self._last = report
@@ -230,7 +233,7 @@ class Readiness:
         )
 
     async def _open(self, tried: asyncio.Event) -> None:
-        limiter = CapacityLimiter(1)  # an upgrade takes its time, and probes go on meanwhile
+        limiter = CapacityLimiter(1)  # not `self._limiter`: probes must go on during an upgrade
         while not await to_thread.run_sync(self._upgraded, limiter=limiter, abandon_on_cancel=True):
             tried.set()
             await asyncio.sleep(_RETRY_SECONDS)
@@ -240,12 +243,12 @@ class Readiness:
         try:
             upgrade(self._settings.resolved_database_url)
         except Exception as error:
-            self.opened = self._current()  # a database that is full or read-only can be read
+            self.opened = self._current()  # a full or read-only database can still be read
             if isinstance(error, StoreUnavailable):
                 advice = f": {error.advice}" if isinstance(error, DatabaseTrouble) else ""
-                _log.error("the schema cannot be brought up to date yet: %s%s", error, advice)
+                _log.error("the schema cannot be upgraded yet: %s%s", error, advice)
             else:
-                _log.exception("the schema cannot be brought up to date")
+                _log.exception("the schema cannot be upgraded")
             return False
         self.opened = True
         return True
@@ -257,7 +260,7 @@ class Readiness:
             return False
 
     async def _watch(self) -> None:
-        """Say now and then that this service lives, and log when that no longer goes well."""
+        """Check regularly, which also records that this service is alive, and log failures."""
         while True:
             await self.report()
             await asyncio.sleep(WORD_SECONDS)
@@ -272,7 +275,7 @@ class Readiness:
         schema, writable, workers = Part("ok"), Part("ok"), None
         state = facts.schema
         if not self.opened and state.verdict in ("missing", "older"):
-            schema = Part("failing", "it is being brought up to date", "wait, and see the log")
+            schema = Part("failing", "it is being upgraded", "wait, and see the log")
         elif state.verdict != "current":
             finding = f"revision {state.found}, and this program needs {state.needed}"
             schema = Part("failing", finding, state.advice)
@@ -285,7 +288,7 @@ class Readiness:
             with contextlib.suppress(StoreUnavailable):
                 workers = len(self._processes.alive(LIVE_SECONDS, kind="worker"))
         else:
-            writable = Part("unknown", "not tried: the schema is not this program's")
+            writable = Part("unknown", "not checked: the schema is not the needed one")
         return Report(
             database, schema, writable, workers, facts.round_trip_seconds, state.found
         )  # fmt: skip
@@ -294,7 +297,7 @@ class Readiness:
         doubted, self._doubted = self._doubted, False
         try:
             if doubted:
-                spare = secrets.token_urlsafe(_SPARE_BYTES)  # it cannot be packed
+                spare = secrets.token_urlsafe(_SPARE_BYTES)  # random: it cannot be compressed
                 self._processes.seen(self._name, "api", "idle", about={"spare": spare})
             self._processes.seen(self._name, "api", "idle")
         except StoreUnavailable:
@@ -302,7 +305,7 @@ class Readiness:
             raise
 
     def _noted(self, report: Report) -> Report:
-        """Log what is wrong, and that it is over."""
+        """Log a failure, and its end."""
         name, now = report.failing, time.monotonic()
         if name is not None:
             part = report.parts[name]
@@ -315,7 +318,7 @@ class Readiness:
 
 
 class Gate:
-    """Answers 503 to everything but probes until the schema has been seen to be right."""
+    """Middleware that answers 503, except to probes, until the schema is the needed one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -342,7 +345,7 @@ def _not_ready(report: Report, name: PartName) -> JSONResponse:
     )  # fmt: skip
 
 
-@health.get("/healthz", summary="The process answers")
+@health.get("/healthz", summary="Check that the process answers")
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
@@ -350,7 +353,7 @@ async def healthz() -> dict[str, str]:
 @health.get(
     "/readyz",
     responses=responses(503),
-    summary="The database answers, its schema is this program's, and it takes writes",
+    summary="Check that the database answers, has the needed schema and accepts writes",
 )
 async def readyz(request: Request) -> Response:
     readiness: Readiness = request.app.state.readiness

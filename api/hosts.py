@@ -1,4 +1,7 @@
-"""By what names the service is addressed, and whose pages may read it: nobody else's by default."""
+"""Which Host names the service answers to, and which origins may read it; by default only its own.
+
+That protects against DNS rebinding: a page elsewhere that points its own name to this machine.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from nas.errors import InvalidInput, echo
 from nas.settings import Settings
 
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-#: Asked by machines that know an address only; they tell nothing.
 _MARK = "einsum_nas.host"
 _ANY = ("0.0.0.0", "::")
 _ACCEPTED = "accepted: this machine's own names, and those of EINSUM_NAS_ALLOWED_HOSTS"
+#: Requested by machines that know the address only; the responses reveal nothing.
 _PROBES = ("/healthz", "/readyz")
 _HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Tenant")
 
 
 def install(app: FastAPI, settings: Settings, address: str) -> None:
-    """Refuse other names, so that no page elsewhere gets in by pointing its own name here."""
+    """Refuse requests with other Host names; allow the origins of the settings by CORS."""
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=("GET", "POST"),
@@ -34,7 +37,7 @@ def install(app: FastAPI, settings: Settings, address: str) -> None:
 
 
 def names_of(address: str, more: tuple[str, ...]) -> list[str]:
-    """This machine's own names, the address that is listened on, and those of the settings.
+    """This machine's own names, the address that the service listens on, and those of the settings.
 
     Raises
     ------
@@ -43,7 +46,7 @@ def names_of(address: str, more: tuple[str, ...]) -> list[str]:
     """
     for name in more:
         if "*" in name[1:] or (name.startswith("*") and not name.startswith("*.") and name != "*"):
-            accepted = "names apart by commas; *.example.com for all below one, * for any"
+            accepted = "names separated by commas; *.example.com for its subdomains, * for any name"
             raise InvalidInput("EINSUM_NAS_ALLOWED_HOSTS", name, accepted)
     own = {*_LOOPBACK_NAMES, socket.gethostname(), socket.getfqdn()}
     if address not in _ANY:
@@ -52,7 +55,7 @@ def names_of(address: str, more: tuple[str, ...]) -> list[str]:
 
 
 class Hosts:
-    """Lets requests in that name one of the hosts, and probes."""
+    """Middleware that passes on probes and requests to an allowed Host, and answers 400 else."""
 
     def __init__(self, app: ASGIApp, *, allowed: list[str]) -> None:
         self._app = app
@@ -75,4 +78,4 @@ async def _mark(scope: Scope, _receive: Receive, _send: Send) -> None:
 
 
 async def _unsaid(_message: Message) -> None:
-    """The library's refusal, instead of which ours says what is accepted."""
+    """Drop the library's refusal; ours says what is accepted."""

@@ -1,4 +1,4 @@
-"""What becomes of a search that was submitted: pause, resume, cancel, retry, clone, priority."""
+"""Routes that change a submitted search: pause, resume, cancel, retry, clone, priority."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from nas.request import MAX_PRIORITY, SearchRequest
 router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
 
 
-@router.post("/searches/{search_id}/cancel", responses=refusals(404, 409), summary="Stop a search")
+@router.post(
+    "/searches/{search_id}/cancel", responses=refusals(404, 409), summary="Cancel a search"
+)
 def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.cancel(search_id))
 
@@ -36,7 +38,7 @@ def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 @router.post(
     "/searches/{search_id}/pause",
     responses=refusals(404, 409),
-    summary="Set a search aside; its running trials stop and go on from their checkpoints later",
+    summary="Pause a search; resuming it continues its running trials from their checkpoints",
 )
 def pause_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.pause(search_id))
@@ -54,7 +56,7 @@ def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 @router.post(
     "/searches/{search_id}/retry",
     responses=refusals(404, 409),
-    summary="Queue a search that has ended again, for the trials that it still owes",
+    summary="Queue an ended search again, to run the trials that are not complete",
 )
 def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.retry(search_id))
@@ -64,7 +66,7 @@ def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     "/searches/{search_id}/priority",
     openapi_extra=PRIORITY_BODY,
     responses=refusals(404, 409, *OF_BODIES),
-    summary="Run a search before or after others",
+    summary="Change the priority of a search; those of higher priority run first",
 )
 async def prioritise_search(search_id: SearchId, request: Request, store: StoreDep) -> SearchOut:
     try:
@@ -80,7 +82,7 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
     status_code=201,
     openapi_extra=CLONE_BODY,
     responses={**refusals(404, *OF_BODIES, rules=CLONE_RULES), **MADE},
-    summary="A search like this one, with the fields of the body changed",
+    summary="Submit a copy of a search, with the fields of the body changed",
 )
 async def clone_search(
     search_id: SearchId,
@@ -94,11 +96,11 @@ async def clone_search(
     if not isinstance(changes, dict):
         raise InvalidInput("body", changes, "a JSON object with the fields to change")
     if changes.get("confirm") is not None:
-        accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
+        accepted = "null; to confirm a search use POST /v1/searches/{id}/confirm"
         raise InvalidInput("confirm", changes["confirm"], accepted)
 
     def place(wanted: SearchRequest) -> tuple[str | None, str | None]:
-        """Called in a thread, for what waits in the loop."""
+        """Call `usable_data`, which needs the event loop, from the thread that clones."""
         return from_thread.run(usable_data, request, wanted, settings, store)[0]
 
     search, new = await run_in_threadpool(

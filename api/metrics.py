@@ -25,7 +25,7 @@ from nas.store.records import SearchState, TrialState
 
 _log = logging.getLogger(__name__)
 router = APIRouter(include_in_schema=False)
-#: Seconds after which a scrape is answered without the store.
+#: Seconds that a scrape waits for the store; then it is answered without the store's metrics.
 PATIENCE_SECONDS = 4.0
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -60,7 +60,7 @@ def install(app: FastAPI) -> None:
 def _bounded(
     count: Callable[[of_requests.Info], None],
 ) -> Callable[[of_requests.Info], None]:
-    """A client's own name of a method makes no series of its own."""
+    """Count unknown HTTP methods as one, so that clients cannot create new time series."""
 
     def record(info: of_requests.Info) -> None:
         if info.method not in _METHODS:
@@ -71,7 +71,7 @@ def _bounded(
 
 
 class StoreReader:
-    """Reads the store for scrapes: one at a time, and never longer than the patience."""
+    """Reads the store for scrapes, which share one read and wait `PATIENCE_SECONDS` at most."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -100,7 +100,7 @@ class StoreReader:
 
 
 class StoreCollector(Collector):
-    """The metrics of what was read; with nothing read, that the database is down."""
+    """The store's metrics; if it could not be read, only that the database is down."""
 
     def __init__(self, found: Gauges | None) -> None:
         self._found = found
@@ -120,7 +120,8 @@ class StoreCollector(Collector):
         if found is None:
             return
         schema = GaugeMetricFamily(
-            "einsum_nas_schema_info", "Revision of the database's schema, and the program's",
+            "einsum_nas_schema_info",
+            "Revision that the database's schema has, and the one that the program needs",
             labels=["revision", "needed"],
         )  # fmt: skip
         schema.add_metric([found.schema.found or "none", found.schema.needed], 1)
@@ -128,7 +129,7 @@ class StoreCollector(Collector):
         for name, text, states, counts in (
             ("searches", "Searches by state", get_args(SearchState), found.searches),
             ("trials", "Trials of all searches by state", get_args(TrialState), found.trials),
-            ("workers", "Workers heard of lately, by state", get_args(ProcessState), found.workers),
+            ("workers", "Workers seen recently, by state", get_args(ProcessState), found.workers),
         ):
             yield _by_state(f"einsum_nas_{name}", text, states, counts)
         for name, text, value in (
@@ -160,7 +161,7 @@ def _by_state(
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format; always 200, so that a database that is down can be seen."""
+    """All metrics in Prometheus' text format; status 200 even if the database is down."""
     reader: StoreReader = request.app.state.store_reader
     scraped = CollectorRegistry()
     scraped.register(StoreCollector(await reader.read()))

@@ -1,4 +1,4 @@
-"""Errors as application/problem+json (RFC 9457), small and the same for every route."""
+"""Errors as application/problem+json (RFC 9457), in one form for every route."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _log = logging.getLogger(__name__)
 PROBLEM_JSON = "application/problem+json"
 #: When a client may try again where the database is unavailable.
 RETRY_AFTER_SECONDS = 5
-#: Characters of one text of a problem; `InvalidInput` has shortened what a client gave.
+#: Most characters of one text of a problem; `InvalidInput` has shortened the client's value.
 _LONGEST = 1000
-#: For the OpenAPI document of every route.
+#: Schema of a problem, in the OpenAPI document of every route.
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
@@ -43,14 +43,14 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "title": {"type": "string"},
         "status": {"type": "integer", "minimum": 400, "maximum": 599},
         "detail": {"type": "string", "maxLength": _LONGEST},
-        "field": {"type": "string", "description": "what cannot be used: a field or a header"},
-        "value": {"type": "string", "description": "what was given, shortened"},
+        "field": {"type": "string", "description": "the field, parameter or header at fault"},
+        "value": {"type": "string", "description": "its value, shortened"},
         "accepted": {"type": "string", "description": "what is accepted"},
         "reason": {"type": "string", "description": "why the database is unavailable"},
-        "quota": {"type": "string", "description": "the quota that is used up"},
-        "tenant": {"type": "string", "description": "whose quota it is"},
-        "part": {"type": "string", "description": "the part of readiness that fails"},
-        "parts": {"type": "object", "description": "every part of readiness"},
+        "quota": {"type": "string", "description": "the quota that would be exceeded"},
+        "tenant": {"type": "string", "description": "the tenant whose quota it is"},
+        "part": {"type": "string", "description": "the readiness check that fails"},
+        "parts": {"type": "object", "description": "the result of every readiness check"},
     },
 }
 _PARAMETER_ACCEPTS = {
@@ -93,7 +93,7 @@ def problem(
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that a request met, such as ``/v1/searches/{search_id}``."""
+    """The template of the route that serves a request, such as ``/v1/searches/{search_id}``."""
     return str(getattr(scope.get("route"), "path", "none"))
 
 
@@ -115,7 +115,7 @@ def refusals(
     Parameters
     ----------
     rules
-        What may be refused though the route's schemas take it: `field` of the problem → why.
+        Values refused although they fit the route's schemas: `field` of the problem → the rule.
     """
     found = responses(*sorted({*statuses, 422, 503}))
     found[422]["x-rules"] = dict(rules or {})
@@ -126,15 +126,18 @@ _MEANINGS = {
     400: "Not a request for this service",
     401: "No usable key",
     403: "Not allowed",
-    404: "There is none",
-    409: "Not possible in its present state",
+    404: "Not found",
+    409: "Not possible in the search's present state",
     413: "The body is too long",
-    415: "The body is of another type than JSON in UTF-8",
-    422: "A field, parameter or header cannot be used; `field` and `accepted` tell which and why",
+    415: "The body is not JSON in UTF-8",
+    422: "A field, parameter or header is invalid; `field` names it, `accepted` says what is valid",
     429: "Too many requests, or a quota is used up",
     503: "The database is unavailable; try again later",
 }
-_SECONDS = {"description": "seconds until then", "schema": {"type": "integer", "minimum": 0}}
+_SECONDS = {
+    "description": "seconds until the client may try again",
+    "schema": {"type": "integer", "minimum": 0},
+}
 #: Statuses of every route that reads a body.
 OF_BODIES = (413, 415, 422)
 
@@ -150,7 +153,7 @@ def _invalid(_request: Request, error: Exception) -> JSONResponse:
 def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    # (where, name, …): what follows the name are kinds of values that were tried
+    # a location is (where, name, …); the rest names the types that were tried
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
     given = "nothing" if first["type"] == "missing" else echo(first.get("input"))
     accepted = _PARAMETER_ACCEPTS.get(field.lower(), str(first["msg"]))
@@ -204,23 +207,24 @@ def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> list[str]:
-    """The documented methods of a path: the framework names those of one route of it only."""
+    """The documented methods of a path; the framework's own list has one route's methods only."""
     paths = request.app.openapi()["paths"]
     at = [path for path in paths if compile_path(path)[0].match(request.url.path)]
-    # a fixed path stands before one with parameters that it would match too
+    # a fixed path takes precedence over a path with parameters that matches, too
     found = min(at, key=lambda path: path.count("{"), default=None)
     return [method.upper() for method in paths.get(found, ())]
 
 
 def _gone(_request: Request, _error: Exception) -> Response:
-    """For nobody: the client went away, or was sent away, before its request was whole."""
+    """A response that nobody reads: the connection ended before the request was complete."""
     return Response(status_code=400)
 
 
 def unexpected(request: Request, error: Exception) -> JSONResponse:
-    """500 for an error of this service, which its log tells in full."""
+    """500 for an unexpected error, which is logged in full."""
     _log.error("%s %s failed", echo(request.method), route_of(request.scope), exc_info=error)
-    return problem(500, "internal", "Internal error", "an error of this service; it is in its log")
+    detail = "an error of this service; its log has the details"
+    return problem(500, "internal", "Internal error", detail)
 
 
 def install(app: FastAPI) -> None:

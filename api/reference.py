@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond the signatures of the routes: bodies, links, headers."""
+"""Parts of the OpenAPI document that the routes' signatures do not give: bodies, links, headers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nas.request import SearchRequest
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of a model with its definitions in their places."""
+    """The JSON Schema of a model, with references replaced by their definitions."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -57,28 +57,26 @@ CLONE_BODY = _body(
 )
 PRIORITY_BODY = _body(_schema(PriorityIn), first={"priority": 10})
 
-#: Of requests that the schema takes; a schema cannot say what depends on several fields at once.
-_KEY = {"Idempotency-Key": "used before with another request"}
+#: Rules between several fields, which a schema cannot express.
+_KEY = {"Idempotency-Key": "not used before with another request"}
 SEARCH_RULES = {
     **_KEY,
-    "train_flops": "from what the recipe's least runs need, and as many references: GET /v1/tasks",
+    "train_flops": "enough for the recipe's smallest runs and the references; see GET /v1/tasks",
     "data": "a file or folder inside the service's data folder that the task can read",
-    "recipe": "one of the task's",
-    "overrides": "settings that the recipe has, each with a value that it can have",
-    **{
-        f.name: "with the recipe's other settings, a value that it can have" for f in fields(Recipe)
-    },
+    "recipe": "a recipe of the task",
+    "overrides": "settings of the recipe, with valid values",
+    **{f.name: "valid together with the recipe's other settings" for f in fields(Recipe)},
     "min_width, max_width": "multiples of head_dim",
-    "context, vocabulary, side, channels, patch, classes, input_dim": "those of the model",
+    "context, vocabulary, side, channels, patch, classes, input_dim": "settings of the model",
     "active": "at most `experts`",
-    "space.heads": "aligned only where the model attends",
-    "limits.total_train_flops": "at least what the references and one candidate take",
+    "space.heads": "aligned only for models with attention",
+    "limits.total_train_flops": "at least the train FLOPs of the references and one candidate",
 }
-CLONE_RULES = {**SEARCH_RULES, "changes": "of a confirmation only limits and priority"}
+CLONE_RULES = {**SEARCH_RULES, "changes": "only limits and priority for a confirmation"}
 CONFIRM_RULES = {
     **_KEY,
-    "top": "at most the distinct candidates that have completed",
-    "longer": "no run past the greatest budget",
+    "top": "at most the number of distinct completed candidates",
+    "longer": "no run may exceed the greatest accepted budget",
 }
 FRONTIER_RULES = {
     "task, search": "exactly one of the two",
@@ -86,17 +84,17 @@ FRONTIER_RULES = {
 }
 BEST_RULES = {
     **FRONTIER_RULES,
-    "budget": "exactly one",
-    "train_flops": "not far past everything measured",
+    "budget": "exactly one budget",
+    "train_flops": "not far beyond all measured budgets",
 }
 STRUCTURE_RULES = {
     "theta": "text that names a structure",
     "mixture": "text that names a mixture",
     "convolution": "text that names a convolution",
-    "experts": "as many as the structure can have",
+    "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
-    "heads": "of two factors and mixtures of them",
-    "sizing": "least-waste, but for two factors",
+    "heads": "only with two factors and mixtures of them",
+    "sizing": "paper only with two factors",
 }
 
 _ACTS = ("cancel", "pause", "resume", "retry", "priority", "clone", "confirm")
@@ -108,7 +106,7 @@ def _link(method: str, path: str, **parameters: str) -> dict[str, Any]:
 
 
 def _links(found: str = "") -> dict[str, Any]:
-    """Links from an answer to everything that takes a search's id, the search being at `found`."""
+    """Links from a response to all routes that take a search's id; `found` points to the search."""
     one = "/v1/searches/{search_id}"
     search = f"$response.body#{found}/id"
     budget = f"$response.body#{found}/request/train_flops"
@@ -129,13 +127,13 @@ _LOCATION = {"Location": {"description": "the search", "required": True, "schema
 _MADE: dict[str, Any] = {"headers": _LOCATION, "links": _links()}
 #: `responses=` of routes that make a search.
 MADE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Made before with the same key", "model": SearchOut, **_MADE},
+    200: {"description": "Created before with the same key", "model": SearchOut, **_MADE},
     201: {"description": "Queued", **_MADE},
 }
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "The search", "links": _links()}
 }
-#: Of one event, as programs read it from the stream.
+#: Schema of one event of the stream.
 _EVENT: dict[str, Any] = {
     "type": "object",
     "required": ["id", "event", "data"],
@@ -155,11 +153,11 @@ _EVENT: dict[str, Any] = {
 }
 EVENTS_FOUND: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Events as they come, until the search has ended",
+        "description": "All events, past and future, until the search has ended",
         "content": {"text/event-stream": {"itemSchema": _EVENT}},
     }
 }
-#: Of the newest.
+#: The links are those of the newest search.
 SEARCHES_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "A page of searches", "links": _links("/items/0")}
 }

@@ -62,7 +62,7 @@ MAX_PAGE = 500
 #: Largest number that a database's 64-bit column takes.
 _MAX_ID = 2**63 - 1
 Limit = Annotated[int, Field(ge=1, le=MAX_PAGE), WHOLE, Query()]
-#: Text that a database takes: no NUL.
+#: Text that a database accepts: no NUL.
 _TEXT = r"^[^\x00]*$"
 Cursor = Annotated[int, Field(ge=-1, le=_MAX_ID), WHOLE]
 SearchId = Annotated[str, Path(pattern=_TEXT, min_length=1, max_length=64)]
@@ -71,13 +71,17 @@ Text = Annotated[
 ]
 IdempotencyKey = Annotated[
     Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | Absent,
-    Header(description="visible ASCII; the same key, the same search"),
+    Header(
+        description="a name for this request, in visible ASCII: a repetition with the same key "
+        "returns the search that the first one created"
+    ),
 ]
 Tenant = Annotated[
     Annotated[str, Field(pattern=TENANT)] | Absent,
     Header(
         alias="X-Tenant",
-        description="Whose searches are made and asked about, where no key says so.",
+        description="tenant of the request, for services without access control; otherwise the "
+        "key decides",
     ),
 ]
 State = Annotated[SearchState | Absent, Query(description=" | ".join(get_args(SearchState)))]
@@ -90,7 +94,7 @@ _PAGE = Query(description="the `next` of an earlier page")
 
 
 async def get_store(request: Request, tenant: Tenant = None) -> Store:
-    """The store as the caller has it."""
+    """The store, confined to the caller's tenant."""
     store: Store = request.app.state.store
     caller: Caller = request.state.caller
     if caller.tenant is not None:
@@ -114,10 +118,10 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 
 async def read_search_request(request: Request) -> SearchRequest:
-    """The body as a `SearchRequest`; `InvalidInput` if it is none."""
+    """The body as a `SearchRequest`; raises `InvalidInput` if it is not a valid one."""
     values = await read_json(request)
     if isinstance(values, dict) and values.get("confirm") is not None:
-        accepted = "nothing here: POST /v1/searches/{id}/confirm makes a confirmation"
+        accepted = "null; to confirm a search use POST /v1/searches/{id}/confirm"
         raise InvalidInput("confirm", values["confirm"], accepted)
     return SearchRequest.checked(values)
 
@@ -125,9 +129,9 @@ async def read_search_request(request: Request) -> SearchRequest:
 RequestDep = Annotated[SearchRequest, Depends(read_search_request)]
 
 
-#: Data is read by one request at a time: it may fill the memory of the service, and take a while.
+#: One request at a time reads data, which may take much memory and time.
 _READER = CapacityLimiter(1)
-#: Requests that may wait for that, in all and of one tenant.
+#: Requests that may wait to read data: in total, and of one tenant.
 _MOST_WAITING, _MOST_OF_ONE = 16, 4
 _waiting: Counter[str] = Counter()
 
@@ -135,14 +139,14 @@ _waiting: Counter[str] = Counter()
 async def usable_data(
     request: Request, wanted: SearchRequest, settings: Settings, store: Store
 ) -> tuple[tuple[str | None, str | None], Recipe]:
-    """Where usable data lies and the folder that it was admitted from, and the recipe it makes.
+    """Check a request's data: ((its path, the folder that it must lie in), the completed recipe).
 
     Raises
     ------
     HTTPException
-        503 where too many wait for data to be read.
+        503 where too many requests wait to read data.
     InvalidInput
-        Data that cannot be used.
+        The data cannot be used.
     """
     if wanted.data is None:
         return (None, None), wanted.settings
@@ -154,7 +158,7 @@ async def usable_data(
     release_slot(request.scope)
     _waiting[store.tenant] += 1
     try:
-        # errors repeat the name that was sent, not where it lies on this host
+        # errors show the name that was sent, never the path on this host
         check = partial(
             check_data, wanted.settings, place.path, shown=wanted.data, root=place.root
         )  # fmt: skip
@@ -162,13 +166,13 @@ async def usable_data(
     finally:
         _waiting[store.tenant] -= 1
         if not _waiting[store.tenant]:
-            del _waiting[store.tenant]  # names come over the network: keep none
+            del _waiting[store.tenant]  # clients choose the names: they must not fill the memory
     wanted.check_budget(recipe)
     return (str(place.path), str(place.root)), recipe
 
 
 def describe(search: Search) -> SearchOut:
-    """A search as the service gives it out."""
+    """A search in the service's form."""
     return SearchOut.model_validate(catalogue.search_dict(search))
 
 
@@ -196,7 +200,7 @@ async def create_search(
 
 
 def made(search: Search, new: bool, response: Response) -> SearchOut:
-    """The answer to a request that makes a search, or made it before with the same key."""
+    """The response to a request that creates a search: 200 if its key had created it before."""
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/searches/{search.id}"
     return describe(search)
@@ -207,7 +211,7 @@ def made(search: Search, new: bool, response: Response) -> SearchOut:
     openapi_extra=SEARCH_BODY,
     responses=refusals(*OF_BODIES, rules=SEARCH_RULES),
     response_model=Preview,
-    summary="What a search would run, without running it",
+    summary="Show what a search would run, without running it",
 )
 async def preview_search(
     body: RequestDep, request: Request, store: StoreDep, settings: SettingsDep
@@ -220,7 +224,7 @@ async def preview_search(
     "/searches",
     responses={**refusals(), **SEARCHES_FOUND},
     response_model=SearchPage,
-    summary="Searches, newest first",
+    summary="List searches, newest first",
 )
 async def list_searches(
     store: StoreDep,
@@ -244,7 +248,7 @@ async def list_searches(
 
 
 @router.get(
-    "/searches/{search_id}", responses={**refusals(404), **SEARCH_FOUND}, summary="One search"
+    "/searches/{search_id}", responses={**refusals(404), **SEARCH_FOUND}, summary="Get a search"
 )
 def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.search(search_id))
@@ -254,7 +258,7 @@ def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     "/searches/{search_id}/trials",
     responses={**refusals(404), **TRIALS_FOUND},
     response_model=TrialPage,
-    summary="Trials of a search",
+    summary="List the trials of a search",
 )
 async def list_trials(
     search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Annotated[Cursor, _PAGE] = -1
@@ -270,17 +274,17 @@ async def list_trials(
     return await _paged(page)
 
 
-#: Pages are made by few threads at a time: they share one interpreter, and many that wait for it
-#: make each other, and the loop that sends the answers, wait longer.
+#: Few threads make pages at a time: all threads share one interpreter, so more of them would only
+#: delay each other and the event loop that sends the responses.
 _PAGE_MAKERS = CapacityLimiter(2)
 
 
-#: A preview of many families takes a core for a second.
+#: A preview of many families occupies a core for a second.
 _PREVIEWS = CapacityLimiter(1)
 
 
 async def _paged(page: Callable[[], dict[str, Any]]) -> Response:
-    """A page of the store's own values, made in a thread; tests hold it to its model."""
+    """A page, made in a thread and sent without validation; tests check it against its model."""
     return _json(await to_thread.run_sync(lambda: to_json(page()), limiter=_PAGE_MAKERS))
 
 
@@ -289,7 +293,7 @@ async def _paged(page: Callable[[], dict[str, Any]]) -> Response:
     status_code=201,
     openapi_extra=CONFIRM_BODY,
     responses={**refusals(404, 409, *OF_BODIES, rules=CONFIRM_RULES), **MADE},
-    summary="Run the best of a search and of dense again with fresh seeds, as a search of its own",
+    summary="Run the best candidates and the best dense run of a search again with new seeds",
 )
 async def confirm_search(
     search_id: SearchId,
@@ -306,7 +310,7 @@ async def confirm_search(
     return made(search, new, response)
 
 
-@router.get("/trials/{trial_id}", responses=refusals(404), summary="A trial with its curve")
+@router.get("/trials/{trial_id}", responses=refusals(404), summary="Get a trial with its curve")
 def read_trial(
     trial_id: Annotated[int, Field(ge=0, le=_MAX_ID), WHOLE, Path()], store: StoreDep
 ) -> TrialDetail:
@@ -317,7 +321,7 @@ def read_trial(
     "/frontier",
     responses=refusals(404, rules=FRONTIER_RULES),
     response_model=FrontierAnswer,
-    summary="Pareto fronts of a task or a search over completed runs: loss against an axis",
+    summary="Get the Pareto fronts of loss against an axis, over a task or a search",
 )
 async def read_frontier(
     request: Request,
@@ -342,7 +346,7 @@ async def read_frontier(
     "/best",
     responses=refusals(404, rules=BEST_RULES),
     response_model=Answer,
-    summary="The best structure within one budget, against dense",
+    summary="Get the best structure within one budget, compared with dense",
 )
 async def read_best(
     request: Request,
@@ -394,7 +398,7 @@ def _json(body: bytes) -> Response:
     responses=refusals(rules=STRUCTURE_RULES),
     response_model=StructureOut,
     response_model_exclude_unset=True,
-    summary="Exact sizes, FLOPs, parameters and rank of a structure for one layer",
+    summary="Get exact sizes, FLOPs, parameters and rank of a structure for one layer",
 )
 def read_structure(
     theta: Annotated[str, Query(pattern=_TEXT, description=DESIGN_FORMS, examples=["monarch"])],
@@ -409,7 +413,7 @@ def read_structure(
     "/tasks",
     responses=refusals(),
     response_model=TaskList,
-    summary="Tasks, their recipes and the data that searches have used",
+    summary="List tasks, their recipes and the data that searches have used",
 )
 def list_tasks(store: StoreDep) -> dict[str, Any]:
     return {"items": catalogue.get_tasks(store)}

@@ -1,4 +1,4 @@
-"""Shapes of what the REST service gives out. Times are seconds since 1970-01-01 UTC."""
+"""Response models of the REST service.  Times are seconds since 1970-01-01 UTC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Out(BaseModel):
 
 
 class SearchOut(_Out):
-    """A search and how far it is."""
+    """A search and its progress."""
 
     id: str
     state: str = Field(description="queued | running | paused | succeeded | failed | cancelled")
@@ -31,25 +31,27 @@ class SearchOut(_Out):
     cancel_requested: bool
     error: str | None
     worker: str | None
-    epoch: int = Field(description="times it was claimed by a worker")
-    trial_counts: dict[str, int] = Field(description="trial state → how many")
+    epoch: int = Field(description="number of times that a worker claimed it")
+    trial_counts: dict[str, int] = Field(description="trial state → number of trials")
     runs_total: int | None = Field(
-        description="runs of the whole search, references included; null until it is planned"
+        description="runs of the whole search, references included; null until they are planned"
     )
     tenant: str
-    priority: int = Field(description="searches of greater priority are run first")
+    priority: int = Field(description="searches of higher priority run first")
     pause_requested: bool
     failures: int = Field(description="lost leases and infrastructure errors since it was queued")
     failure: str | None = Field(
-        description="why it failed. attempts: given up after too many lost leases and "
-        "infrastructure errors, and may be retried | input: its data cannot be used | trials: no "
-        "candidate completed | limit: a limit was reached before one did"
+        description="why it failed. attempts: too many lost leases and infrastructure errors, may "
+        "be retried | input: its data cannot be used | trials: no candidate completed | limit: a "
+        "limit was reached before a candidate completed"
     )
     limit_reached: str | None = Field(
-        description="the limit of its request that ended it before its last trial"
+        description="the limit that ended the search before its last trial"
     )
     held_seconds: float = Field(description="seconds that workers held it in earlier claims")
-    stale_writes: int = Field(description="writes of workers that had lost it, refused")
+    stale_writes: int = Field(
+        description="refused writes of workers from which another worker had taken the search over"
+    )
     cloned_from: str | None
 
 
@@ -73,7 +75,7 @@ class TrialOut(_Out):
     design: str = Field(description=DESIGN)
     dense: bool
     structures: list[str] = Field(
-        description="integers of a block's layers; of two factors "
+        description="integer sizes of the layers of a block; with two factors "
         "d_in x d_out:alpha.beta.gamma.delta.epsilon.phi.rho"
     )
     width: int
@@ -84,24 +86,30 @@ class TrialOut(_Out):
     forward_flops_per_token: float
     params: int = Field(description="trainable parameters of the whole model")
     seed: int
-    loss: float | None = Field(description="validation loss at the last step, unit of the task")
+    loss: float | None = Field(description="validation loss at the last step, in the task's unit")
     error: str | None
     attempts: int
-    reused_from: int | None = Field(description="trial whose equal run gave this result")
-    unseen: list[int] = Field(description="candidates still running when this was proposed")
+    reused_from: int | None = Field(
+        description="trial with an equal run, from which this result was copied"
+    )
+    unseen: list[int] = Field(
+        description="candidates that were still running when this one was proposed, so that the "
+        "sampler did not know their results"
+    )
     sampler_params: dict[str, int | float | str] | None
     environment: dict[str, Any] | None
     created_at: float
     started_at: float | None
     finished_at: float | None
     failure: str | None = Field(
-        description="why it has no result. run: its own doing, such as a loss that is no number | "
-        "process: its process died | timeout | memory | search: stopped with its search"
+        description="why it has no result. run: an error of the run itself, such as a loss that is "
+        "not finite | process: its process died | timeout | memory | search: stopped with its "
+        "search"
     )
-    confirms: int | None = Field(description="trial that this one runs again with a fresh seed")
-    seconds_per_step: float | None = Field(description="measured; null where it is not known")
+    confirms: int | None = Field(description="trial that this one repeats with a new seed")
+    seconds_per_step: float | None = Field(description="measured; null if unknown")
     peak_memory_bytes: int | None = Field(
-        description="measured: parameters, optimiser state and the most that a step holds besides"
+        description="measured: parameters, optimiser state and the peak of what a step allocates"
     )
 
     @classmethod
@@ -110,7 +118,7 @@ class TrialOut(_Out):
 
 
 def trial_fields(trial: Trial) -> dict[str, Any]:
-    """What `TrialOut` shows of a trial, as plain values."""
+    """The fields of a `TrialOut`, as plain values."""
     same = (
         "id", "search_id", "number", "kind", "state", "name", "dense", "width", "depth", "steps",
         "train_flops", "train_flops_per_step", "forward_flops_per_token", "seed", "loss", "error",
@@ -141,9 +149,9 @@ class PointOut(_Out):
 
     step: int
     train_flops: float
-    loss: float = Field(description="validation loss, unit of the task")
+    loss: float = Field(description="validation loss, in the task's unit")
     loss_stderr: float = Field(description="standard error over the validation samples")
-    train_seconds: float = Field(description="seconds of training up to here")
+    train_seconds: float = Field(description="seconds of training up to this step")
 
     @classmethod
     def of(cls, point: StoredPoint) -> PointOut:
@@ -157,7 +165,7 @@ class PointOut(_Out):
 
 
 class TrialDetail(TrialOut):
-    """A trial with its curve."""
+    """A trial with its learning curve."""
 
     curve: list[PointOut]
 
@@ -167,7 +175,7 @@ class TrialDetail(TrialOut):
 
 
 class ReferenceOut(_Out):
-    """A dense run that a search would begin with."""
+    """A dense run with which a search would begin."""
 
     width: int
     steps: int
@@ -187,13 +195,13 @@ class Preview(_Out):
     total_runs: int
     total_train_flops_at_most: float
     train_flops_unit: str
-    minimum_train_flops: float = Field(description="least budget that this request could have")
+    minimum_train_flops: float = Field(description="smallest budget accepted for this request")
     widths: dict[str, list[tuple[int, int]]]
     widths_unit: str
 
 
 class FactorOut(_Out):
-    """One of the tensors that a structure is made of."""
+    """One of the parameter tensors of a structure."""
 
     name: str
     fan_in: int
@@ -205,7 +213,7 @@ class FactorOut(_Out):
 
 
 class StructureOut(_Out):
-    """Everything exact about a structure for one layer; which fields there are depends on it.
+    """Exact properties of a structure for one layer; the fields depend on its family.
 
     FLOPs are forward FLOPs per token: 1 MAC = 2 FLOPs.
     """
@@ -272,7 +280,7 @@ class RecipeOut(_Out):
 
 
 class FingerprintOut(_Out):
-    """Data that searches here have used."""
+    """One version of a task's data, and the searches that used it."""
 
     fingerprint: str
     searches: int
@@ -282,7 +290,7 @@ class FingerprintOut(_Out):
 
 
 class TaskOut(_Out):
-    """What can be trained."""
+    """A task and its recipes."""
 
     name: str
     loss_unit: str
@@ -299,7 +307,7 @@ class TaskList(_Out):
 
 
 class PriorityIn(BaseModel):
-    """A search's place among others."""
+    """A search's priority; searches of higher priority run first."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -307,45 +315,45 @@ class PriorityIn(BaseModel):
 
 
 class ProcessOut(_Out):
-    """A worker or a service, as it last said of itself."""
+    """A worker or a service, as it last reported itself."""
 
     name: str
     kind: str = Field(description="worker | api")
     state: str = Field(
-        description="idle | busy | waiting (for its Ray cluster) | draining (ending)"
+        description="idle | busy | waiting (for its Ray cluster) | draining (about to end)"
     )
-    search_id: str | None = Field(description="what it works on")
+    search_id: str | None = Field(description="search that it runs")
     host: str
     pid: int
-    version: str = Field(description="of einsum-nas")
+    version: str = Field(description="version of einsum-nas")
     started_at: float
     seen_at: float
-    about: dict[str, Any] = Field(description="whatever else it tells, such as what it waits for")
+    about: dict[str, Any] = Field(description="further details, such as what it waits for")
 
 
 class WorkerList(_Out):
-    """Processes that were heard of lately."""
+    """Workers and services that were seen recently."""
 
     items: list[ProcessOut]
 
 
 class AuditEntry(_Out):
-    """One line of the audit log."""
+    """One record of the audit log."""
 
     id: int
     created_at: float
     tenant: str | None
     key_id: str | None
     action: str = Field(description="method and outcome, or what was done to a key or a tenant")
-    target: str | None = Field(description="the path, or the name of the key")
-    status: int | None = Field(description="of the answer")
+    target: str | None = Field(description="path of the request, or name of the key")
+    status: int | None = Field(description="status of the response")
     reason: str | None
-    address: str | None = Field(description="whence the request came")
+    address: str | None = Field(description="address that the request came from")
     request_id: str | None
 
 
 class AuditPage(_Out):
-    """Lines of the audit log, newest first."""
+    """Records of the audit log, newest first."""
 
     items: list[AuditEntry]
     next: str | None = Field(description="cursor of the next page")

@@ -1,4 +1,4 @@
-"""The service as a process: uvicorn, with bounds on what clients may take of it."""
+"""Runs the service under uvicorn, with bounds on connections and open files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from nas.settings import Settings
 _log = logging.getLogger(__name__)
 #: Most open connections, where the system allows as many files.
 _CONNECTIONS = 10_000
-#: Files that a connection keeps open: itself, and one that it is sent.
+#: Files that one connection may need: its socket, and a file that is sent.
 _FILES_OF_ONE = 2
-#: Files that are no connection: the database, logs, pages, and connections about to be refused.
+#: Files for everything else: the database, logs, pages, and connections about to be refused.
 _OTHER_FILES = 300
 #: Connections of one address besides event streams.
 _PLAIN = 1000
 #: Share of all connections that one address may have.
 _SHARE = 0.75
-#: Seconds after which a thread that computes lets another go on.  An answer goes through several
-#: threads, and would wait for this long at each of them beside requests that compute.
+#: Interpreter's switch interval, seconds.  A response passes through several threads, and beside
+#: requests that compute it would wait for one interval at each of them.
 _SWITCH_SECONDS = 0.0005
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as it may, within reason; how many that are."""
+    """Raise this process's limit on open files, as far as needed and allowed; return the limit."""
     wanted = _FILES_OF_ONE * _CONNECTIONS + _OTHER_FILES
     if sys.platform == "win32":
         return wanted
@@ -46,7 +46,7 @@ def raise_file_limit() -> int:
         return wanted
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft < wanted:
-        # not every system takes what it says is the most
+        # some systems refuse even the maximum that they report
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
@@ -54,9 +54,9 @@ def raise_file_limit() -> int:
 
 
 def limits_for(settings: Settings, files: int) -> Limits:
-    """Bounds on connections for a process that may open so many files.
+    """Bounds on connections for a process that may open `files` files.
 
-    One address may hold every event stream and then some, but never all connections.
+    One address may have all event streams open and some more connections, but never all of them.
     """
     connections = max(8, min(_CONNECTIONS, (files - _OTHER_FILES) // _FILES_OF_ONE))
     of_one = min(settings.event_streams + _PLAIN, int(_SHARE * connections))
@@ -69,19 +69,19 @@ def limits_for(settings: Settings, files: int) -> Limits:
 
 
 def checked_proxies(given: Iterable[str]) -> list[str]:
-    """Addresses and networks of proxies.
+    """Validate addresses and networks of proxies.
 
     Raises
     ------
     InvalidInput
-        One that is neither.
+        One is neither an address nor a network.
     """
     proxies = list(given)
     for proxy in proxies:
         try:
             ipaddress.ip_network(proxy)
         except ValueError:
-            accepted = "addresses or networks, such as 10.0.0.2 or 10.0.0.0/8, apart by commas"
+            accepted = "addresses or networks separated by commas, such as 10.0.0.2,10.1.0.0/16"
             raise InvalidInput("EINSUM_NAS_TRUSTED_PROXIES", proxy, accepted) from None
     return proxies
 
@@ -94,12 +94,12 @@ def serve(
     Parameters
     ----------
     limits
-        By default what the system's limit on open files, which is raised, allows.
+        By default as many as the system's limit on open files, once raised, allows.
 
     Raises
     ------
     InvalidInput
-        A trusted proxy of the settings that is no address.
+        A trusted proxy of the settings is neither an address nor a network.
     """
     proxies = checked_proxies(settings.trusted_proxies)
     files = raise_file_limit()
@@ -108,7 +108,7 @@ def serve(
     gate = Gate(used, trusted=believed.trusted_hosts.__contains__)
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
-    gc.freeze()  # to look through all modules for garbage again would stop every answer for 0.1 s
+    gc.freeze()  # a full collection over all modules would delay every response by 0.1 s
     uvicorn.run(
         believed,
         host=host,
@@ -116,10 +116,10 @@ def serve(
         http=guarded(gate),
         ws="none",
         workers=1,
-        proxy_headers=False,  # as above
+        proxy_headers=False,  # done above
         server_header=False,
         log_level="warning",
-        log_config=None,  # through our own, like everything else
+        log_config=None,  # `nas.logs` configures logging
         access_log=False,
         timeout_graceful_shutdown=2,
     )

@@ -20,11 +20,11 @@ router = APIRouter(include_in_schema=False)
 #: Bytes of the form.
 _LONGEST_FORM = 4096
 _SECONDS_PER_HOUR = 3600.0
-_NO_KEY = "This is no key of this service, or one that is revoked or expired."
+_NO_KEY = "This is not a valid key of this service: it is unknown, revoked or expired."
 
 
 def inside(target: str) -> str:
-    """Where to go after signing in: a page of this service, whatever was asked for."""
+    """The page to go to after signing in; "/" for a target outside of this service."""
     try:
         parts = urlsplit(target)
     except ValueError:
@@ -59,14 +59,14 @@ async def login(request: Request) -> Response:
     found = None
     if digest is not None:
         found = (await run_in_threadpool(keys.find, [digest]))[digest]
-    # a session opens no further one
+    # the secret of a session must not open another session
     if found is None or found.key is None or found.refusal is not None or found.key.parent:
         return _page(request, target, _NO_KEY, 403)
     rates: Rates = request.app.state.rates
     if rates.spend("sign_in", found.key.id) is not None:
         return _page(request, target, "This key has signed in too often; try again later.", 429)
     if "read" not in found.key.scopes:
-        return _page(request, target, "This key has no scope `read`: there is nothing to see.", 403)
+        return _page(request, target, "The dashboard needs a key with scope `read`.", 403)
     seconds = _SECONDS_PER_HOUR * settings.session_hours
     session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
     response = RedirectResponse(inside(target), 303)
@@ -93,7 +93,7 @@ def _set(request: Request, response: Response, session: Key, secret: str) -> Non
 
 @router.post("/logout")
 async def logout(request: Request) -> Response:
-    """End the session of the cookie, here and for good."""
+    """Revoke the session and delete its cookie."""
     caller: Caller | None = getattr(request.state, "caller", None)
     digest = digest_of(request.cookies.get(COOKIE, ""))
     if caller is not None and caller.key_id is not None and digest is not None:

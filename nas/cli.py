@@ -55,7 +55,9 @@ _DEMO: dict[str, Any] = {
 
 
 Parent = Annotated[int | None, typer.Option(hidden=True, parser=whole, metavar="PID")]
-Task = Annotated[str, typer.Option(help="Task: a name, or name@fingerprint for certain data.")]
+Task = Annotated[
+    str, typer.Option(help="Task: a name, or name@fingerprint for one version of its data.")
+]
 
 
 @app.command()
@@ -72,11 +74,11 @@ def inspect(
     d_out: Annotated[int, typer.Option(parser=whole, metavar="N", help="Outputs of the layer.")],
     sizing: Annotated[
         str,
-        typer.Option(help="least-waste | paper: axes rounded one by one, as the papers' code does"),
+        typer.Option(help="least-waste | paper: round each axis on its own, as the papers' code"),
     ] = "least-waste",
     as_json: Json = False,
 ) -> None:
-    """Exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
+    """Show exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
     from nas.design import inspect_design, parse_design
 
     inspected = inspect_design(parse_design(theta), d_in, d_out, cast("Sizing", sizing))
@@ -100,30 +102,32 @@ def search(
         str | None, typer.Option(help="File or folder, or hf:NAME, instead of the default data.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe of the task; by default its first.")
+        str | None, typer.Option(help="Recipe of the task; by default its first one.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the recipe; repeatable."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe setting; repeatable."),
     ] = None,
     trials: Annotated[
         int,
-        typer.Option(parser=whole, metavar="N", help="Candidates; dense references come on top."),
+        typer.Option(parser=whole, metavar="N", help="Candidates, besides the dense references."),
     ] = 16,
     sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
-    objective: Annotated[str, typer.Option(help="budget | pareto")] = "budget",
+    objective: Annotated[
+        str, typer.Option(help="budget: lowest loss at the budget | pareto: loss and train FLOPs")
+    ] = "budget",
     seed: Annotated[
         int, typer.Option(parser=whole, metavar="N", help="Seed of proposals and runs.")
     ] = 0,
     references: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="Dense runs at distinct widths.")
+        int, typer.Option(parser=whole, metavar="N", help="Dense runs, each of another width.")
     ] = 5,
     families: Annotated[
         str | None,
         typer.Option(
             metavar="A,B",
-            help="What may be proposed: einsum, btt-moe, low-rank-moe, dense-moe, "
-            "ffn-moe, convolution; by default einsum.",
+            help="Families to search: einsum, btt-moe, low-rank-moe, dense-moe, ffn-moe, "
+            "convolution; by default einsum.",
         ),
     ] = None,
     factors: Annotated[
@@ -133,32 +137,36 @@ def search(
         str | None, typer.Option(metavar="N,M", help="Experts of a mixture; by default 8.")
     ] = None,
     active: Annotated[
-        str | None, typer.Option(metavar="N,M", help="Experts computed for a token; by default 2.")
+        str | None, typer.Option(metavar="N,M", help="Experts that process a token; by default 2.")
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="free, aligned or both: heads as blocks of projections."),
+        typer.Option(
+            metavar="A,B",
+            help="free | aligned: attention heads coincide with blocks of the projections; "
+            "by default free.",
+        ),
     ] = None,
     trial_seconds: Annotated[
         float | None,
-        typer.Option(parser=number, metavar="S", help="End an attempt at a trial after so long."),
+        typer.Option(parser=number, metavar="S", help="Most seconds of one attempt at a trial."),
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(parser=number, metavar="S", help="End the search after so long on workers."),
+        typer.Option(parser=number, metavar="S", help="Most seconds of the search on workers."),
     ] = None,
     total_train_flops: Annotated[
         float | None,
-        typer.Option(parser=number, metavar="FLOPS", help="Train FLOPs of all runs together."),
+        typer.Option(parser=number, metavar="FLOPS", help="Most train FLOPs of all runs together."),
     ] = None,
     priority: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="The greater is run first.")
+        int, typer.Option(parser=whole, metavar="N", help="Searches of higher priority run first.")
     ] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a search; with --wait, see it through and show the answer."""
+    """Submit a search; with --wait, run it to its end and show the answer."""
     from nas.request import SearchRequest
 
     fields = {
@@ -194,7 +202,7 @@ def _finish_here(store: Store, created: Search, wait: bool, as_json: bool) -> No
 
 
 def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
-    """NAME=VALUE pairs as a mapping; None for none."""
+    """NAME=VALUE pairs as a mapping; None if there are none."""
     for pair in pairs or []:
         if "=" not in pair:
             raise InvalidInput("set", pair, "NAME=VALUE, such as depth=6")
@@ -202,12 +210,12 @@ def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 def _given(**values: float | None) -> dict[str, float] | None:
-    """The options that were given; None for none."""
+    """The options that were given; None if none was."""
     return {name: value for name, value in values.items() if value is not None} or None
 
 
 def _space(**choices: str | None) -> dict[str, list[Any]] | None:
-    """Comma-separated choices as a `nas.request.Space`; None for none."""
+    """Comma-separated choices as fields of a `nas.request.Space`; None if there are none."""
     given = {name: text.split(",") for name, text in choices.items() if text is not None}
     numbers = ("factors", "experts", "active")
     found: dict[str, list[Any]] = {
@@ -218,7 +226,7 @@ def _space(**choices: str | None) -> dict[str, list[Any]] | None:
 
 
 def _checked_data(request: SearchRequest) -> str | None:
-    """Where the request's data lies, once it is known to be usable; None for the default."""
+    """Load the request's data to check it, and return its absolute path; None for the default."""
     if request.data is None:
         return None
     from nas.tasks import load_data
@@ -228,7 +236,7 @@ def _checked_data(request: SearchRequest) -> str | None:
     request.check_budget(data.recipe)
     print(f"data: {data.summary}, fingerprint {data.fingerprint}", file=sys.stderr)
     prefix = HUB_PREFIX if request.data.startswith(HUB_PREFIX) else ""
-    # a worker may run in another folder
+    # absolute, because a worker may run in another folder
     name, colon, split = request.data.removeprefix(prefix).partition(":" if prefix else "\0")
     return f"{prefix}{Path(name).resolve() if Path(name).exists() else name}{colon}{split}"
 
@@ -264,7 +272,7 @@ def _follow(remote: RemoteSearch, *, quiet: bool) -> RemoteSearch:
 
 
 def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
-    """Wait for a search on the local store, running a worker for it whenever none does."""
+    """Wait for a search in the local store, and keep a worker process running for it."""
     from contextlib import nullcontext
 
     from nas.catalogue import search_dict
@@ -281,10 +289,10 @@ def _see_through(store: Store, search_id: str, *, quiet: bool) -> None:
                 if current.finished_at is not None:
                     return
                 if child is not None and child.poll() == BAD_INPUT:
-                    raise EinsumNasError("the worker's settings cannot be used; it says why above")
+                    raise EinsumNasError("the worker's settings are invalid; see its error above")
                 if current.state == "paused" and not hinted:
                     hinted = True
-                    print(f"paused; `einsum-nas resume {search_id}` goes on", file=sys.stderr)
+                    print(f"paused; `einsum-nas resume {search_id}` continues", file=sys.stderr)
                 if child is None or child.poll() is not None:
                     child = spawn("worker", "--search", search_id, quiet=True)
                 time.sleep(0.5)
@@ -310,7 +318,7 @@ def _show_answer(store: Store, search_id: str, budget: float, as_json: bool) -> 
 
 def _tell_limit(reached: str | None) -> None:
     if reached is not None:
-        print(f"ended at its limit before its last trial: {reached}", file=sys.stderr)
+        print(f"a limit ended the search before its last trial: {reached}", file=sys.stderr)
 
 
 def _end_unless_succeeded(state: str, error: str | None) -> None:
@@ -324,7 +332,7 @@ def _end_unless_succeeded(state: str, error: str | None) -> None:
 def frontier(
     task: Task = "text",
     search_id: Annotated[
-        str | None, typer.Option("--search", help="Of this search alone instead of the task.")
+        str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
     ] = None,
     x: Annotated[
         str,
@@ -336,7 +344,7 @@ def frontier(
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Pareto front of loss against train FLOPs, or another axis."""
+    """Show the Pareto front of loss against train FLOPs or another axis."""
     from nas.answers import get_frontier
 
     if server is not None:
@@ -366,21 +374,21 @@ def _budget(help_text: str) -> Any:
 @reported
 def best(
     train_flops: Annotated[float | None, _budget("Budget in train FLOPs.")] = None,
-    inference_flops: Annotated[float | None, _budget("Or in forward FLOPs per token.")] = None,
-    params: Annotated[float | None, _budget("Or in parameters of the whole model.")] = None,
-    step_seconds: Annotated[float | None, _budget("Or in measured seconds per step.")] = None,
-    peak_memory: Annotated[float | None, _budget("Or in measured bytes at the peak.")] = None,
+    inference_flops: Annotated[float | None, _budget("Budget in forward FLOPs per token.")] = None,
+    params: Annotated[float | None, _budget("Budget in parameters of the model.")] = None,
+    step_seconds: Annotated[float | None, _budget("Budget in measured seconds per step.")] = None,
+    peak_memory: Annotated[float | None, _budget("Budget in measured peak memory, bytes.")] = None,
     task: Task = "text",
     search_id: Annotated[
-        str | None, typer.Option("--search", help="Of this search alone instead of the task.")
+        str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
     ] = None,
     snippet: Annotated[
-        bool, typer.Option("--snippet", help="Print Python that uses it, and nothing else.")
+        bool, typer.Option("--snippet", help="Print only Python code that uses the structure.")
     ] = False,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """The best structure within one budget, against dense, and how sure that is."""
+    """Show the best structure within one budget, compared with dense, with intervals."""
     from nas.answers import checked_budget, get_best
 
     axis, value = checked_budget(
@@ -419,20 +427,27 @@ def confirm(
         str | None, typer.Option("--search", help="The search; by default the newest that ended.")
     ] = None,
     top: Annotated[
-        int, typer.Option(parser=whole, metavar="K", help="Candidates; best dense on top.")
+        int,
+        typer.Option(
+            parser=whole, metavar="K", help="Candidates to run again, besides the best dense one."
+        ),
     ] = 3,
-    seeds: Annotated[int, typer.Option(parser=whole, metavar="N", help="Fresh seeds of each.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(parser=whole, metavar="N", help="New seeds for each candidate.")
+    ] = 3,
     longer: Annotated[
-        float, typer.Option(parser=number, metavar="C", help="Steps over those of the runs.")
+        float,
+        typer.Option(parser=number, metavar="C", help="Train C times as many steps as before."),
     ] = 1.0,
     spread: Annotated[
-        bool, typer.Option("--spread", help="Take them across the ranking, not from its top.")
+        bool,
+        typer.Option("--spread", help="Take candidates from the whole ranking, not from its top."),
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")] = False,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Run the best of a search again with fresh seeds, which no luck has chosen."""
+    """Run the best candidates of a search again with new seeds, to correct for lucky runs."""
     from nas.catalogue import search_dict
     from nas.confirm import ConfirmRequest, create_confirmation
 
@@ -463,10 +478,10 @@ def _newest_ended(searches: Iterable[dict[str, Any]]) -> str:
 @reported
 def worker(
     until_idle: Annotated[
-        bool, typer.Option("--until-idle", help="End when nothing can be claimed.")
+        bool, typer.Option("--until-idle", help="Exit when no search can be claimed.")
     ] = False,
     search_id: Annotated[
-        str | None, typer.Option("--search", help="Take this search only, and end with it.")
+        str | None, typer.Option("--search", help="Run only this search, then exit.")
     ] = None,
     parent: Parent = None,
 ) -> None:
@@ -484,7 +499,7 @@ def worker(
 @app.command()
 @reported
 def doctor(as_json: Json = False) -> None:
-    """Look at everything a service and its workers need; status 1 if anything is a problem."""
+    """Check everything that a service and its workers need; exit status 1 if there is a problem."""
     from nas.doctor import examine_here, show_checks, worst
     from workers.diagnosis import examine_cluster
 
@@ -506,7 +521,7 @@ Port = Annotated[int | None, typer.Option(parser=whole, metavar="N", help="Port 
 @app.command()
 @reported
 def api(host: Host = None, port: Port = None) -> None:
-    """The REST service and the dashboard."""
+    """Run the REST service and the dashboard."""
     _run_api(host, port)
 
 
@@ -536,8 +551,8 @@ def serve(
     port: Port = None,
     parent: Parent = None,
 ) -> None:
-    """REST service, dashboard and a worker, in one command."""
-    # uvicorn raises the signal that ended it once more; unhandled it would skip what follows
+    """Run the REST service, the dashboard and a worker in one command."""
+    # uvicorn raises the signal that ended it again; without a handler, `finally` would not run
     exit_on_signals()
     end_with(parent)
     ended = threading.Event()
@@ -600,10 +615,10 @@ def _await_ready(client: Any, service: subprocess.Popen[bytes]) -> None:
 def reproduce(
     scale: Annotated[str, typer.Option(help="cpu: under an hour on two cores | gpu")] = "cpu",
     out: Annotated[
-        Path, typer.Option(help="Folder of runs and report; runs found there are not run again.")
+        Path, typer.Option(help="Folder for runs and report; runs already in it are reused.")
     ] = Path("reproduction"),
     seeds: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="Runs of each structure and width.")
+        int, typer.Option(parser=whole, metavar="N", help="Runs for each structure and width.")
     ] = 3,
     processes: Annotated[
         int | None, typer.Option(parser=whole, metavar="N", help="Runs at once.")
@@ -635,13 +650,15 @@ def reproduce(
 def export(
     file_format: Annotated[str, typer.Option("--format", help="csv | parquet | json | optuna")],
     out: Annotated[
-        str, typer.Option(metavar="FILE|URL", help="File; with optuna, URL of its storage.")
+        str, typer.Option(metavar="FILE|URL", help="File to write; for optuna, its storage URL.")
     ],
     task: Task = "text",
     search_id: Annotated[
-        str | None, typer.Option("--search", help="Of this search alone instead of the task.")
+        str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
     ] = None,
-    rows: Annotated[str, typer.Option(help="trials | points: one row an evaluation")] = "trials",
+    rows: Annotated[
+        str, typer.Option(help="One row for each: trials | points (evaluations).")
+    ] = "trials",
     study: Annotated[
         str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
     ] = None,

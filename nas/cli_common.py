@@ -1,4 +1,4 @@
-"""What the commands of the command line have in common."""
+"""Options and helpers that the commands of the command line share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Server = Annotated[
     str | None,
-    typer.Option(help="Ask the service at this URL; by default the database is read directly."),
+    typer.Option(help="URL of a service to use; by default the database is used directly."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -42,7 +42,7 @@ def whole(text: str) -> int:
 
 @contextmanager
 def local_store() -> Iterator[Store]:
-    """The database that the settings name, at this version's schema, as their tenant has it."""
+    """Open the settings' database for the settings' tenant, and upgrade its schema."""
     from nas.settings import settings
     from nas.store import Store, upgrade
     from nas.store.quotas import Quotas
@@ -63,13 +63,13 @@ def remote(server: str) -> Client:
 
     used = settings()
     key = None if used.api_key is None else used.api_key.get_secret_value()
-    # a key is of one tenant, which need not be named
+    # a key belongs to one tenant, so the tenant need not be sent unless it is set
     named = used.tenant if "tenant" in used.model_fields_set else None
     return Client(server, tenant=named, api_key=key)
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Our own errors as one line on stderr; exit status 2 for bad input, 1 otherwise."""
+    """Report `EinsumNasError` as one line on stderr; exit with 2 for bad input, else with 1."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -83,5 +83,5 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_json(value: Any) -> None:
-    """A value as JSON on stdout."""
+    """Print a value as JSON on stdout."""
     print(json.dumps(value, indent=2, allow_nan=False))

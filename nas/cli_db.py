@@ -1,4 +1,4 @@
-"""`einsum-nas db`: the schema, backups, and what is let go with time."""
+"""`einsum-nas db`: schema upgrades, backups, and deletion of old data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.filesize import decimal
 
 from nas.cli_common import Json, local_store, number, print_json, reported
 
-app = typer.Typer(help="The database.", no_args_is_help=True)
+app = typer.Typer(help="Upgrade, back up, restore or prune the database.", no_args_is_help=True)
 
 _COUNTED = ("searches", "trials", "points", "events")
-BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The file of the backup.")]
+BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup file.")]
 
 
 @app.command()
 @reported
 def upgrade(as_json: Json = False) -> None:
-    """Bring the database's schema to this version."""
+    """Upgrade the database's schema to this version."""
     with local_store() as store:
         revision = store.schema_revision()
     if as_json:
@@ -39,9 +39,9 @@ def backup(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a consistent snapshot of the database to one SQLite file, while work goes on.
+    """Write a consistent snapshot of the database to one SQLite file; services may keep running.
 
-    The database is not upgraded: make a backup, then upgrade.
+    This does not upgrade the database, so you can make a backup before you upgrade.
     """
     from nas.settings import settings
     from nas.store.backup import backup as write
@@ -57,7 +57,7 @@ def backup(
 @app.command()
 @reported
 def restore(file: BackupFile, as_json: Json = False) -> None:
-    """Put a backup, or another SQLite database of einsum-nas, into the empty database."""
+    """Copy a backup, or another SQLite database of einsum-nas, into the empty database."""
     from nas.settings import settings
     from nas.store.backup import restore as read
 
@@ -68,7 +68,7 @@ def restore(file: BackupFile, as_json: Json = False) -> None:
     print(f"restored {file}: schema {done.file_revision}, now {done.revision}")
     print(_counts(done.rows))
     if done.released:
-        print(f"searches taken from the workers that ran them then: {len(done.released)}")
+        print(f"searches that were running at the time of the backup: {len(done.released)}")
 
 
 @app.command()
@@ -78,32 +78,32 @@ def prune(
         float | None,
         typer.Option(
             parser=number, metavar="N",
-            help="Days after its end that a search keeps more of its log than the turning "
-            "points; by default as EINSUM_NAS_EVENT_DAYS says.",
+            help="Days after the end of a search until its detailed events are deleted; "
+            "its milestones stay. By default EINSUM_NAS_EVENT_DAYS.",
         ),
     ] = None,
     failed_days: Annotated[
         float | None,
         typer.Option(
             parser=number, metavar="N",
-            help="Days that failed and cancelled searches without any result are kept; by "
-            "default as EINSUM_NAS_FAILED_DAYS says.",
+            help="Days until failed and cancelled searches without any result are deleted. "
+            "By default EINSUM_NAS_FAILED_DAYS.",
         ),
     ] = None,
     audit_days: Annotated[
         float | None,
         typer.Option(
             parser=number, metavar="N",
-            help="Days that the audit log is kept, 90 at least; by default as "
-            "EINSUM_NAS_AUDIT_DAYS says.",
+            help="Days until records of the audit log are deleted, at least 90. By default "
+            "EINSUM_NAS_AUDIT_DAYS.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count, and delete nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Delete old events, old lines of the audit log, and old searches without any result."""
+    """Delete old events, old audit records, and old searches without any result."""
     from nas.settings import settings
     from nas.store.retention import prune as delete
 
@@ -122,7 +122,7 @@ def prune(
     verb = "would delete" if dry_run else "deleted"
     print(
         f"{verb} {done.searches:,} searches with {done.trials:,} trials, {done.events:,} "
-        f"events of others, and {done.audit:,} lines of the audit log"
+        f"events of other searches, and {done.audit:,} records of the audit log"
     )
 
 

@@ -1,4 +1,4 @@
-"""Commands about who may do what: keys, tenants and their quotas, the audit log."""
+"""Commands of access control: keys, tenants and their quotas, the audit log."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="API keys: create, list, rotate, revoke.")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id of the key, no secret.")]
-Tenant = Annotated[str | None, typer.Option(help="Of this tenant alone.")]
+KeyId = Annotated[
+    str, typer.Argument(metavar="ID", help="The key's id (not secret), as `keys list` shows it.")
+]
+Tenant = Annotated[str | None, typer.Option(help="Only those of this tenant.")]
 
 
 def register(program: typer.Typer) -> None:
@@ -30,7 +32,7 @@ def register(program: typer.Typer) -> None:
 
 
 def duration(text: str) -> float:
-    """Seconds of a time such as 90d, 12h, 30m or 45s."""
+    """Convert a time such as 90d, 12h, 30m or 45s to seconds."""
     found = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if found is None:
         raise typer.BadParameter(f"got {text}; accepted: a time such as 90d, 12h, 30m or 45s")
@@ -40,23 +42,30 @@ def duration(text: str) -> float:
 @app.command()
 @reported
 def create(
-    name: Annotated[str, typer.Option(help="Whose it is, or what it is for.")],
+    name: Annotated[str, typer.Option(help="Who uses the key, or for what.")],
     scopes: Annotated[
         list[str] | None,
         typer.Option(
             "--scope",
-            help="read: look | submit: make and change searches | admin: the service's workers, "
-            "metrics and audit log, of all tenants; repeatable. By default read and submit.",
+            help="What the key may do, repeatable. read: see searches | submit: create and change "
+            "searches | admin: see workers, metrics and the audit log of all tenants. By default "
+            "read and submit.",
         ),
     ] = None,
-    tenant: Annotated[str, typer.Option(help="Whose searches it sees.")] = DEFAULT_TENANT,
+    tenant: Annotated[
+        str, typer.Option(help="Tenant whose searches the key gives access to.")
+    ] = DEFAULT_TENANT,
     expires: Annotated[
         float | None,
-        typer.Option(parser=duration, metavar="TIME", help="After 90d, 12h, …; by default never."),
+        typer.Option(
+            parser=duration,
+            metavar="TIME",
+            help="Time until the key expires, such as 90d or 12h; by default it never does.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it, this once."""
+    """Create a key and print it; it cannot be shown again."""
     from nas.store.keys import Keys
 
     with local_store() as store:
@@ -70,15 +79,15 @@ def _show_new(key: Key, secret: str, as_json: bool) -> None:
     if as_json:
         print_json({**_plain(key), "key": secret})
         return
-    told = f"key {key.id} of tenant {key.tenant}, {_ends(key)}; kept nowhere else, so keep it now:"
-    print(told, file=sys.stderr)
+    about = f"key {key.id} of tenant {key.tenant}, {_ends(key)}"
+    print(f"{about}; store it now, it cannot be shown again:", file=sys.stderr)
     print(secret)
 
 
 @app.command(name="list")
 @reported
 def list_keys(tenant: Tenant = None, as_json: Json = False) -> None:
-    """Keys, without their secrets, which nothing knows any more."""
+    """List keys, without their secrets, which are not stored."""
     from nas.store.keys import Keys
 
     with local_store() as store:
@@ -98,12 +107,14 @@ def rotate(
     grace: Annotated[
         float,
         typer.Option(
-            parser=duration, metavar="TIME", help="The old one goes on for 1h, 7d, …; or ends now."
+            parser=duration,
+            metavar="TIME",
+            help="Time for which the old key stays valid, such as 1h or 7d; by default none.",
         ),
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Make a key in the place of another one and print it, this once."""
+    """Replace a key by a new one and print it; it cannot be shown again."""
     from nas.store.keys import Keys
 
     with local_store() as store:
@@ -114,7 +125,7 @@ def rotate(
 @app.command()
 @reported
 def revoke(key_id: KeyId) -> None:
-    """End a key, and every session of a browser that it has opened, at once and for good."""
+    """Revoke a key and the browser sessions that it opened, at once; this cannot be undone."""
     from nas.store.keys import Keys
 
     with local_store() as store:
@@ -124,23 +135,27 @@ def revoke(key_id: KeyId) -> None:
 
 def tenants(
     set_tenant: Annotated[
-        str | None, typer.Option("--set", metavar="NAME", help="Give this one quotas of its own.")
+        str | None, typer.Option("--set", metavar="NAME", help="Tenant whose quotas to set.")
     ] = None,
     searches: Annotated[
-        int | None, typer.Option(parser=whole, metavar="N", help="Searches that have not ended.")
+        int | None,
+        typer.Option(parser=whole, metavar="N", help="Quota of searches that have not ended."),
     ] = None,
     train_flops: Annotated[
         float | None,
         typer.Option(
-            parser=number, metavar="FLOPS", help="Train FLOPs within EINSUM_NAS_QUOTA_DAYS."
+            parser=number,
+            metavar="FLOPS",
+            help="Quota of train FLOPs within EINSUM_NAS_QUOTA_DAYS days.",
         ),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(parser=whole, metavar="N", help="Searches run at once.")
+        int | None,
+        typer.Option(parser=whole, metavar="N", help="Quota of searches that run at once."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tenants, what they use and what they may; --set changes a quota."""
+    """Show tenants' quotas and their use; --set changes a tenant's quotas."""
     from nas.store.tenants import all_use, set_quotas
 
     quotas = {"searches": searches, "train_flops": train_flops, "concurrency": concurrency}
@@ -170,7 +185,7 @@ def audit(
     ] = 50,
     as_json: Json = False,
 ) -> None:
-    """The newest lines of the audit log: who did what, and who was refused."""
+    """Show the newest records of the audit log: who did what, and who was refused."""
     from dataclasses import asdict
 
     from nas.store.audit import Audit
@@ -195,7 +210,7 @@ def _plain(key: Key) -> dict[str, Any]:
 
 
 def _ends(key: Key) -> str:
-    """What is to be said of its end."""
+    """When the key expires, or why it is no longer valid."""
     refusal = key.refusal(time.time())
     if refusal is not None:
         return refusal

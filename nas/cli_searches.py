@@ -1,4 +1,4 @@
-"""Commands on searches that are there: list, pause, resume, cancel, retry, clone, priority."""
+"""Commands on existing searches: list, pause, resume, cancel, retry, clone, priority."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program's."""
     for command in (searches, pause, resume, cancel, retry, clone, workers):
         app.command()(reported(command))
-    # a number below 0 is no option
+    # so that a negative number is not taken for an option
     app.command(context_settings={"ignore_unknown_options": True})(reported(priority))
 
 
@@ -34,18 +34,20 @@ def searches(
     failure: Annotated[
         str | None,
         typer.Option(
-            help="Why they failed: attempts (given up; `einsum-nas retry` queues them again) | "
-            "input | trials | limit"
+            help="Only searches that failed for this reason: attempts (too many lost leases or "
+            "infrastructure errors; `einsum-nas retry` queues them again) | input | trials | limit"
         ),
     ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Whose; by default anyone's.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only searches of this tenant; by default of all.")
+    ] = None,
     limit: Annotated[
         int, typer.Option(parser=whole, metavar="N", help="How many, from 1 to 500.")
     ] = 20,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """The newest searches, and why those that failed did."""
+    """List the newest searches, with the reason of each failure."""
     if not 1 <= limit <= 500:
         raise InvalidInput("limit", limit, "a whole number from 1 to 500")
     wanted = {"state": state, "failure": failure, "tenant": tenant, "limit": limit}
@@ -67,7 +69,7 @@ def searches(
 
 
 def pause(search_id: SearchId, server: Server = None, as_json: Json = False) -> None:
-    """Set a search aside; what runs goes on from its checkpoint once it is resumed."""
+    """Pause a search; `resume` continues its runs from their checkpoints."""
     _change(search_id, server, as_json, lambda s: s.pause, lambda r: r.pause())
 
 
@@ -77,24 +79,25 @@ def resume(search_id: SearchId, server: Server = None, as_json: Json = False) ->
 
 
 def cancel(search_id: SearchId, server: Server = None, as_json: Json = False) -> None:
-    """Stop a search; what it has found stays."""
+    """Cancel a search; the results of its completed runs are kept."""
     _change(search_id, server, as_json, lambda s: s.cancel, lambda r: r.cancel())
 
 
 def retry(search_id: SearchId, server: Server = None, as_json: Json = False) -> None:
-    """Queue a search that failed or was cancelled again, for the trials that it still owes."""
+    """Queue a failed or cancelled search again, to run the trials that are not complete."""
     _change(search_id, server, as_json, lambda s: s.retry, lambda r: r.retry())
 
 
 def priority(
     search_id: SearchId,
     value: Annotated[
-        int, typer.Argument(parser=whole, metavar="N", help="The greater is run first.")
+        int,
+        typer.Argument(parser=whole, metavar="N", help="Searches of higher priority run first."),
     ],
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Run a search before or after others."""
+    """Change the priority of a search: those of higher priority run first."""
     from nas.request import MAX_PRIORITY
 
     if abs(value) > MAX_PRIORITY:
@@ -129,13 +132,13 @@ def clone(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--change", metavar="NAME=VALUE", help="A field of the search set anew; repeatable."
+            "--change", metavar="NAME=VALUE", help="Change a field of the search; repeatable."
         ),
     ] = None,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a search like this one; what it has run already is not run again."""
+    """Submit a copy of a search, with changes; equal runs are reused, not run again."""
     changed = _changes(changes or [])
     if server is not None:
         with remote(server) as client:
@@ -152,13 +155,13 @@ def clone(
 
 def _no_other_data(request: Any) -> tuple[None, None]:
     if request.data is not None:
-        accepted = "the data of the search; `einsum-nas search --data` takes other"
+        accepted = "the data of the cloned search; for other data use `einsum-nas search --data`"
         raise InvalidInput("data", request.data, accepted)
     return None, None
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, each value as JSON where it is some and as text where it is not."""
+    """NAME=VALUE pairs, each value parsed as JSON if it is valid JSON, else taken as text."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -175,16 +178,16 @@ def _say(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    wish = ""
+    pending = ""
     if found["state"] == "running" and found["cancel_requested"]:
-        wish = ", to be cancelled at its worker's next word"
+        pending = " (cancelling: waiting for the worker to stop its runs)"
     elif found["pause_requested"]:
-        wish = ", to be paused at its worker's next word"
-    print(f"search {found['id']} is {found['state']}{wish}; priority {found['priority']}")
+        pending = " (pausing: waiting for the worker to stop its runs)"
+    print(f"search {found['id']} is {found['state']}{pending}; priority {found['priority']}")
 
 
 def workers(server: Server = None, as_json: Json = False) -> None:
-    """Workers and services that were seen lately on this database."""
+    """List workers and services that this database has seen recently."""
     if server is not None:
         with remote(server) as client:
             found = client.get("/v1/workers")["items"]

@@ -1,4 +1,4 @@
-"""A worker's Prometheus metrics. The service's are its own; see `api.metrics`."""
+"""Prometheus metrics of a worker; `api.metrics` has those of the service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from nas.errors import InvalidInput
 
-#: Of this process alone; a process is one worker.
+#: Metrics of this process, which is one worker.
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
@@ -29,7 +29,7 @@ _BUILD.labels(version("einsum-nas")).set(1)
 
 #: outcome: claimed | nothing | unavailable
 CLAIMS = Counter(
-    "einsum_nas_worker_claims_total", "Looks for a search, by outcome", ["outcome"],
+    "einsum_nas_worker_claims_total", "Attempts to claim a search, by outcome", ["outcome"],
     registry=REGISTRY,
 )  # fmt: skip
 #: state: complete | stopped | failed
@@ -38,7 +38,7 @@ TRIALS = Counter(
     registry=REGISTRY,
 )  # fmt: skip
 TRIAL_SECONDS = Histogram(
-    "einsum_nas_worker_trial_seconds", "Wall-clock seconds from begin to end of a trial",
+    "einsum_nas_worker_trial_seconds", "Wall-clock seconds from start to end of a trial",
     buckets=(1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400), registry=REGISTRY,
 )  # fmt: skip
 STALE_WRITES = Counter(
@@ -51,7 +51,7 @@ RENEWALS = Counter(
     registry=REGISTRY,
 )  # fmt: skip
 RAY_RECONNECTS = Counter(
-    "einsum_nas_worker_ray_reconnects_total", "Times the Ray cluster was connected to anew",
+    "einsum_nas_worker_ray_reconnects_total", "Reconnections to the Ray cluster",
     registry=REGISTRY,
 )  # fmt: skip
 _SINCE_RENEWAL = Gauge(
@@ -63,7 +63,7 @@ _SINCE_RENEWAL.set_function(
     lambda: 0.0 if _renewed_at is None else time.monotonic() - _renewed_at
 )  # fmt: skip
 
-# every series is there from the start: a rate over one that appears late misses its first event
+# create every series at once: a rate over one that appears later would miss its first event
 for _outcome in ("claimed", "nothing", "unavailable"):
     CLAIMS.labels(_outcome)
 for _outcome in ("renewed", "lost", "unavailable"):
@@ -73,24 +73,24 @@ for _state in ("complete", "stopped", "failed"):
 
 
 def lease_renewed() -> None:
-    """A lease has just been taken or renewed."""
+    """Record that a lease has just been taken or renewed."""
     global _renewed_at
     _renewed_at = time.monotonic()
 
 
 def lease_ended() -> None:
-    """No lease is held any more."""
+    """Record that no lease is held any more."""
     global _renewed_at
     _renewed_at = None
 
 
 def serve(port: int, host: str) -> int:
-    """Answer `/metrics` in a thread of its own until the process ends; the port.
+    """Serve `/metrics` in a thread until the process ends; return the port.
 
     Raises
     ------
     InvalidInput
-        The port or the address cannot be listened on.
+        The process cannot listen on the address or the port.
     """
     try:
         server, _ = start_http_server(port, host, REGISTRY)

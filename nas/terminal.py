@@ -32,7 +32,7 @@ _PROGRESS_COLUMNS = (
 
 @contextmanager
 def study_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over the runs of a study: (finished, in all, what happens)."""
+    """A progress bar over the runs of a study; call it with (finished, total, current step)."""
     with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
         bar = progress.add_task("", total=None)
 
@@ -46,7 +46,7 @@ def study_progress() -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A progress bar over the runs of a search; call it with the search as REST gives it."""
+    """A progress bar over the runs of a search; call it with the search in REST's form."""
     with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
         bar = progress.add_task("waiting for a worker", total=None)
         seen = -1
@@ -65,7 +65,7 @@ def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def show_frontier(front: FrontierAnswer) -> None:
-    """The overall front, with what is dense marked as such."""
+    """Print the Pareto front over all structures, dense ones included."""
     unit = front.x_unit.partition(":")[0]
     measured = ", measured" if front.x_measured else ""
     table = Table(title=f"Pareto front: loss against {unit}{measured}", title_justify="left")
@@ -100,7 +100,7 @@ def show_frontier(front: FrontierAnswer) -> None:
 
 
 def show_best(best: Answer) -> None:
-    """The best structured and the best dense model side by side, and how sure that is."""
+    """Print the best structured and the best dense model side by side, with intervals."""
     unit = "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
     table = Table(title=f"Best within {best.budget:.4g} {unit}: {best.kind}", title_justify="left")
     table.add_column("")
@@ -139,8 +139,8 @@ def _best_lines(best: Answer) -> Iterator[str]:
         yield f"compute multiplier over dense: {sign}{multiplier.value:.2f} ({interval}{predicted})"
     if best.indistinguishable:
         count = best.evidence.compared
-        together = " (intervals hold together)" if best.kind == "measured" else ""
-        yield f"cannot be told apart from the best, of {count} compared{together}:"
+        together = " (simultaneous intervals)" if best.kind == "measured" else ""
+        yield f"not clearly different from the best, of {count} compared{together}:"
         for r in best.indistinguishable[:_SHOWN_RIVALS]:
             yield (
                 f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
@@ -150,11 +150,11 @@ def _best_lines(best: Answer) -> Iterator[str]:
         if more > 0:
             yield f"  and {more} more (--json)"
     else:
-        yield f"told apart from all of the {best.evidence.compared} next best"
+        yield f"clearly different from all of the {best.evidence.compared} next best"
     if best.extrapolation is not None:
         out = best.extrapolation
         yield (
-            f"PREDICTED, {out.beyond:.3g} times past the greatest budget measured "
+            f"PREDICTED, at {out.beyond:.3g} times the greatest budget measured "
             f"({out.measured[0]:.3g} to {out.measured[1]:.3g} train FLOPs): {out.law}, fitted to "
             f"{out.widths} width(s)"
         )
@@ -167,7 +167,7 @@ _SHOWN_RIVALS = 6
 def _tau_line(best: Answer) -> str:
     found = best.confirmation
     if found is None:
-        return "not confirmed with fresh seeds: `einsum-nas confirm` does that"
+        return "not confirmed with fresh seeds yet; run `einsum-nas confirm`"
     tau = "none" if found.tau is None else f"{found.tau:.2f}"
     return (
         f"confirmed: {found.candidates} runs with {found.seeds} fresh seed(s) each at "
@@ -193,9 +193,12 @@ def _small_print(best: Answer) -> Iterator[str]:
         yield f"comparisons: {best.comparisons_mean}"
     if best.validation_interval is not None:
         low, high = best.validation_interval
-        yield f"over the sampling of the validation data the loss is {low:.4f} to {high:.4f} (95%)"
+        yield (
+            f"95% interval of the loss over the sampling of the validation data: {low:.4f} to "
+            f"{high:.4f}"
+        )
     if not best.confirmed and best.kind == "measured":
-        yield "the loss is read from the runs that the best was chosen by, which biases it low"
+        yield "the loss comes from the runs that the best was selected by, so it is biased low"
 
 
 _BEST_ROWS: Sequence[tuple[str, Callable[[Candidate], str]]] = (
@@ -219,7 +222,7 @@ def _measured(value: float | None, scale: float, unit: str) -> str:
 
 
 def show_structure(inspected: Mapping[str, Any]) -> None:
-    """Everything exact about one structure, of whatever family."""
+    """Print the exact properties of one structure of any family."""
     table = Table(show_header=False)
     for key in _STRUCTURE_ROWS:
         value = inspected.get(key)
@@ -237,7 +240,7 @@ def show_structure(inspected: Mapping[str, Any]) -> None:
         orders = f"{inspected['macs_a_first']:,} A first, {inspected['macs_b_first']:,} B first"
         table.add_row("  by order", orders)
     if "gate_macs" in inspected:
-        table.add_row("  of them the gate's", f"{inspected['gate_macs']:,}")
+        table.add_row("  in the gate", f"{inspected['gate_macs']:,}")
     table.add_row("FLOPs per token", f"{inspected['flops']:,} forward")
     table.add_row("parameters", f"{inspected['params']:,}")
     if inspected.get("rank") is not None:
@@ -253,7 +256,7 @@ def show_structure(inspected: Mapping[str, Any]) -> None:
         table.add_row("axes multiply to", padded)
     if "waste" in inspected:
         table.add_row(
-            "waste", f"{inspected['waste']:.2%} more MACs, spent on padded inputs and cut outputs"
+            "waste", f"{inspected['waste']:.2%} more MACs, for padded inputs and dropped outputs"
         )
     if inspected.get("dropped_inputs") or inspected.get("constant_outputs"):
         table.add_row(
@@ -268,7 +271,7 @@ def show_structure(inspected: Mapping[str, Any]) -> None:
             f"Adam multiplier {f['adam_lr_multiplier']:.6g}",
         )
     if inspected.get("degenerate"):
-        table.add_row("note", "degenerate: costs more than dense, which can express the same")
+        table.add_row("note", "degenerate: it costs more than dense and expresses no more")
     console.print(table)
 
 
@@ -279,7 +282,7 @@ _STRUCTURE_ROWS = (
 
 
 def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
-    """Searches, newest first; ids in full, for other commands take them."""
+    """Print searches, newest first, with full ids, which other commands take."""
     table = Table("search", "state", "task", "budget", "runs", "priority", box=None, pad_edge=False)
     for s in found:
         runs = f"{s['trial_counts'].get('complete', 0)}"
@@ -291,13 +294,13 @@ def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
         why = s["limit_reached"] or failed
         if why:
             table.add_row(f"  {escape(why)}")
-    console.print(table if found else "no search is like that")
+    console.print(table if found else "no search matches these filters")
 
 
 def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
-    """A table of processes on the store."""
+    """Print a table of workers and services."""
     if not found:
-        console.print("no worker and no service was seen lately; `einsum-nas worker` starts one")
+        console.print("no worker or service was seen recently; `einsum-nas worker` starts one")
         return
     table = Table("process", "kind", "state", "search", "version", "about")
     for p in found:
@@ -309,9 +312,9 @@ def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
-    """A table of keys; `ends` tells how long one lives."""
+    """Print a table of keys; `ends` describes when a key expires."""
     if not found:
-        console.print("no key; `einsum-nas keys create --name NAME` makes one")
+        console.print("there is no key; `einsum-nas keys create --name NAME` creates one")
         return
     table = Table("key", "tenant", "name", "scopes", "ends", "last used", box=None, pad_edge=False)
     for key in found:
@@ -322,7 +325,7 @@ def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
 
 
 def show_tenants(found: Sequence[Use]) -> None:
-    """A table of what tenants use of their quotas."""
+    """Print a table of tenants' quotas and their use."""
     if not found:
         console.print("no tenant has a search or a quota")
         return
@@ -343,9 +346,9 @@ def _or_any(limit: float | None) -> str:
 
 
 def show_audit(found: Sequence[Entry]) -> None:
-    """Lines of the audit log, the newest first, each on a line of its own."""
+    """Print records of the audit log, newest first, one a line."""
     for line in found:
-        who = line.tenant or "nobody known"
+        who = line.tenant or "unknown caller"
         who += f" (key {line.key_id})" if line.key_id else ""
         whence = f"from {line.address}" if line.address else ""
         answer = "" if line.status is None else str(line.status)

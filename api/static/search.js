@@ -38,20 +38,20 @@ function showBest(best) {
     text("multiplier", `${sign}${m.value.toFixed(2)}×`);
     text("multiplier-note", {
       exact: `compute of dense over structured at the best dense loss; ${range(m.interval, (x) => x.toFixed(2))}`,
-      at_least: "structured curves begin below the best dense loss",
-      less_than: "structured runs do not reach the best dense loss within the budget",
+      at_least: "a lower bound: structured curves begin below the best dense loss",
+      less_than: "an upper bound: structured runs do not reach the best dense loss within the budget",
     }[m.kind]);
   }
   const tau = best.confirmation;
   const held = tau && tau.tau !== null
     ? ` Ranking against ${tau.candidates} confirmed runs: Kendall's τ ${fixed(tau.tau, 2)}${tau.interval ? ` (95%: ${fixed(tau.interval[0], 2)} to ${fixed(tau.interval[1], 2)})` : ""}.`
-    : " Not confirmed with fresh seeds yet.";
-  text("evidence", `${best.evidence.trials} completed runs; ${best.indistinguishable.length} of the ${best.evidence.compared} `
-    + `next best structures cannot be told apart from the best.${held}`);
+    : " The best has not been confirmed with fresh seeds yet.";
+  text("evidence", `${best.evidence.trials} completed runs; the loss of ${best.indistinguishable.length} of the `
+    + `${best.evidence.compared} next best structures does not clearly differ from that of the best.${held}`);
   text("means", `Comparisons: ${best.comparisons_mean}.`);
 }
 
-// the family, and what follows it: cores of a chain, experts of a mixture, heads
+// the family with its main options: cores of a chain, experts of a mixture, heads
 function shortName(name) {
   const experts = /experts=(\d+),active=(\d+)/.exec(name);
   const mixed = experts ? ` ${experts[2]} of ${experts[1]}` : "";
@@ -67,7 +67,7 @@ function cell(row, value, number = false) {
   return td;
 }
 
-// inputs · outputs · ranks; a chain of n factors has n(n+1)/2 of the first two and n-1 of the last
+// exponents of inputs · outputs · ranks; a chain of n factors has n(n+1)/2, n(n+1)/2 and n-1 of them
 function exponents(theta) {
   const th = theta.map((v) => v.toFixed(2));
   for (let n = 2, axes = 3; n < 6; n += 1, axes = (n * (n + 1)) / 2) {
@@ -104,7 +104,7 @@ function showTrials(trials, total, best) {
   }
   byId("trials").replaceWith(body);
   byId("more").hidden = trials.length === total;
-  text("more", `the first ${trials.length} of ${total} trials; all of them: /v1/searches/${id}/trials`);
+  text("more", `Only the first ${trials.length} of ${total} trials are shown; /v1/searches/${id}/trials lists all.`);
 }
 
 function showSearch(search, workers) {
@@ -122,9 +122,9 @@ function showSearch(search, workers) {
   byId("error").hidden = !search.error;
   byId("error").textContent = search.error || "";
   const notice = search.limit_reached ? `Ended at its limit: ${search.limit_reached}.`
-    : search.cancel_requested && !ended ? "To be cancelled at the worker's next word."
-    : search.pause_requested ? "To be paused at the worker's next word."
-    : search.failures && !ended ? `Tried again after ${search.failures} lost lease(s) or infrastructure error(s).` : "";
+    : search.cancel_requested && !ended ? "Cancelling: waiting for the worker to stop its runs."
+    : search.pause_requested ? "Pausing: waiting for the worker to stop its runs."
+    : search.failures && !ended ? `Restarted after ${search.failures} lost lease(s) or infrastructure error(s).` : "";
   byId("notice").hidden = !notice;
   text("notice", notice);
   const counts = search.trial_counts;
@@ -135,10 +135,10 @@ function showSearch(search, workers) {
   const until = search.finished_at || Date.now() / 1000;
   const took = search.started_at ? ` · ${Math.max(0, Math.round(until - search.started_at))} s` : "";
   text("progress", total ? `${done} of ${total} runs finished (${parts.join(", ")})${took}`
-    : search.state === "paused" ? "paused before it began" : workers === 0 ? "no worker is running: start one with `einsum-nas worker`" : "waiting for a worker");
+    : search.state === "paused" ? "paused before its first run" : workers === 0 ? "no worker is running: start one with `einsum-nas worker`" : "waiting for a worker");
 }
 
-// a session that has ended: sign in, and come back here
+// fetch; where the session has ended, go to the sign-in page, which leads back here
 async function ask(path, options) {
   const response = await fetch(path, options);
   if (response.status === 401) location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
@@ -152,7 +152,7 @@ async function refresh() {
   showSearch(live.search, live.workers);
   showBest(live.best);
   showTrials(live.trials, live.trials_total, live.best);
-  // its button to share a chart would send what is drawn to a site elsewhere
+  // without these settings Plotly shows a button that sends the chart to its own site
   const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
   for (const name of ["scatter", "curves"]) {
     await Plotly.react(name, live[name].data, { ...live[name].layout, template: {} }, config);
@@ -161,7 +161,7 @@ async function refresh() {
 }
 
 let waiting = false;
-function soon() { // many events may come at once: redraw at most once a second
+function soon() { // redraw in a second: many events may come at once
   if (waiting) return;
   waiting = true;
   setTimeout(() => { waiting = false; refresh(); }, 1000);
@@ -171,7 +171,7 @@ let events = null;
 function follow() {
   if (events) events.close();
   const own = events = new EventSource(`/v1/searches/${id}/events`);
-  // refused, such as for want of a session or of room for one more stream
+  // the stream was refused, for example because the session has ended or too many are open
   own.addEventListener("error", () => {
     if (own.readyState !== EventSource.CLOSED) return;
     soon();
@@ -181,7 +181,7 @@ function follow() {
     "trial_stopped", "lease_lost", "requeued", "handed_back", "cancel_requested", "pause_requested",
     "paused", "resumed", "retried", "priority", "restored"];
   for (const kind of kinds) own.addEventListener(kind, soon);
-  // the log is told from its beginning: an end may be one that a retry came after
+  // the stream starts with the oldest event: an end may be one that a retry followed
   for (const kind of TERMINAL) {
     own.addEventListener(kind, async () => {
       await refresh();

@@ -1,4 +1,4 @@
-"""The store: the only truth about searches. The only place that imports sqlalchemy."""
+"""The store: the one source of truth about searches.  Only this package imports sqlalchemy."""
 
 from nas.store.leases import Leases
 from nas.store.migrate import upgrade

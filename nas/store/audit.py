@@ -1,4 +1,4 @@
-"""The audit log: who did what, and who was refused. The database lets it grow only."""
+"""The audit log: who did what, and who was refused.  The database refuses changes to records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nas.store.schema import AuditRow
 from nas.store.searches import MAX_PAGE, Store
 
 _SECONDS_PER_DAY = 86_400.0
-#: For so long the database itself refuses to delete a line.
+#: Days for which the database itself refuses to delete a record.
 LEAST_DAYS = 90.0
 #: Rows of one delete.
 _AT_ONCE = 500
@@ -23,7 +23,7 @@ _AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the log."""
+    """One record of the log."""
 
     id: int
     #: seconds since 1970
@@ -37,7 +37,7 @@ class Entry:
     #: of the answer
     status: int | None
     reason: str | None
-    #: whence it came
+    #: address that the request came from
     address: str | None
     request_id: str | None
 
@@ -54,7 +54,7 @@ def add_audit(
     address: str | None = None,
     request_id: str | None = None,
 ) -> None:
-    """Append a line in the caller's transaction; texts are cut to what the columns hold."""
+    """Append a record in the caller's transaction; texts are cut to the columns' lengths."""
     session.add(
         AuditRow(
             created_at=rows.now(session), tenant=tenant, key_id=key_id, status=status,
@@ -75,14 +75,14 @@ class Audit:
         self._engine = store.engine
 
     def add(self, action: str, **values: str | int | None) -> None:
-        """Append a line; see `add_audit`."""
+        """Append a record; see `add_audit`."""
         with writing(self._engine) as session:
             add_audit(session, action, **values)  # type: ignore[arg-type]
 
     def entries(
         self, *, before: int | None = None, limit: int = 50, tenant: str | None = None
     ) -> list[Entry]:
-        """The newest lines, or those before the id `before`."""
+        """The newest records, or those before the id `before`."""
         columns = AuditRow.__table__.columns
         query = select(*columns).order_by(AuditRow.id.desc()).limit(min(limit, MAX_PAGE))
         if before is not None:
@@ -93,12 +93,12 @@ class Audit:
             return [Entry(**row._mapping) for row in session.execute(query)]
 
     def prune(self, days: float, *, dry_run: bool = False) -> int:
-        """Delete lines older than so many days; how many.
+        """Delete records older than so many days; return their number.
 
         Raises
         ------
         InvalidInput
-            Fewer days than the database keeps at least.
+            Fewer days than the database enforces.
         """
         if not days >= LEAST_DAYS:
             raise InvalidInput("audit_days", days, f"a number of days from {LEAST_DAYS:g}")

@@ -60,12 +60,12 @@ from nas.store.migrate import (
 )
 from nas.store.schema import Base, SearchRow, database_now
 
-#: Tables that newer revisions do not fill by themselves.
+#: Tables that upgrades of the schema do not fill.
 _RESULTS = ("searches", "trials", "points", "events")
-#: What SQLite puts beside a file that is open, or was not closed.
+#: Suffixes of the files that SQLite keeps beside an open or unclosed database.
 _SIDECARS = ("-wal", "-shm", "-journal")
 _SQLITE_HEADER = b"SQLite format 3\0"
-#: Tells of the file that it is in; a file in which it has no row is not complete.
+#: Describes the backup in its own file; without a row here the backup is incomplete.
 _MANIFEST = Table(
     "backup",
     MetaData(),
@@ -79,7 +79,7 @@ _MANIFEST = Table(
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a backup says of itself."""
+    """A backup's description of itself."""
 
     #: of the schema of the file and of its source
     revision: str
@@ -104,7 +104,7 @@ class Backup:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restore has put into a database."""
+    """What a restore has written to a database."""
 
     #: revisions of the schema: of the file, and of the database now
     file_revision: str
@@ -123,16 +123,16 @@ class Restored:
 def backup(url: str, path: Path, *, overwrite: bool = False) -> Backup:
     """Write a snapshot of the database at `url` to one file, which only its owner may read.
 
-    The database is not upgraded.  Writers are not held up; a schema change waits for the end.
+    The database is not upgraded.  Writers are not blocked; changes of the schema wait for the end.
 
     Raises
     ------
     InvalidInput
-        About `file`: it exists, another database left its log beside it, or its folder does not.
+        About `file`: it exists, its folder does not, or the log of another database lies beside it.
     NotFound
-        No database of this program is at `url`.
+        There is no database of this program at `url`.
     StoreUnavailable
-        The database, or the disk of the file.
+        The database, or the disk of the file, is unavailable.
     """
     path = path.absolute()
     engine = open_engine(url)
@@ -164,7 +164,7 @@ def _check_place(path: Path, engine: Engine, overwrite: bool) -> None:
     for name in _SIDECARS:
         if Path(f"{path}{name}").exists():
             # SQLite would take the log of the file that had the name for that of the new one
-            accepted = f"a name that no open database has: {path.name}{name} lies beside it"
+            accepted = f"a name without an open database's files: {path.name}{name} lies beside it"
             raise InvalidInput("file", str(path), accepted)
 
 
@@ -191,7 +191,7 @@ def _put_in_place(part: Path, path: Path) -> None:
 
 @contextmanager
 def _snapshot(engine: Engine) -> Iterator[Connection]:
-    """A transaction that sees one state of the database and holds no writer up."""
+    """A transaction that sees one state of the database and blocks no writer."""
     if engine.dialect.name == "sqlite":
         with engine.begin() as connection:
             yield connection
@@ -259,21 +259,21 @@ def _file_engine(path: Path, mode: str) -> Engine:
 
 
 def restore(path: Path, url: str) -> Restored:
-    """Put a backup, or a plain SQLite database of this program, into the empty database at `url`.
+    """Copy a backup, or a plain SQLite database of this program, into the empty database at `url`.
 
-    The database gets the newest schema, whatever that of the file.  Searches that a worker held at
-    the snapshot are queued again: that worker's writes are refused, and no failure is counted.
-    Where it fails, the database is as empty as it was.
+    The database gets the newest schema, whatever the file has.  Searches that a worker held at the
+    time of the backup are queued again; writes of that worker are refused, and no failure is
+    counted.  If the restore fails, the database stays empty.
 
     Raises
     ------
     InvalidInput
-        About `file`: no file of this program, damaged, incomplete, changed since, or newer than
-        this program.
+        About `file`: it is not of this program, or is damaged, incomplete, changed after the
+        backup, or newer than this program.
     Conflict
         The database is not empty.
     StoreUnavailable
-        The database.
+        The database is unavailable.
     """
     path = path.absolute()
     _check_header(path)
@@ -343,8 +343,9 @@ def _checked(source: Connection, path: Path) -> tuple[str, Manifest | None]:
         if counted != manifest.rows[name]:
             raise InvalidInput(
                 "file", str(path),
-                f"a backup as it was made: table {name} held {manifest.rows[name]} rows then, and "
-                f"{counted} now; drop its table {_MANIFEST.name} to restore what it holds now",
+                f"an unchanged backup: table {name} had {manifest.rows[name]} rows when it was "
+                f"made, and has {counted} now; drop its table {_MANIFEST.name} to restore it as "
+                "it is",
             )  # fmt: skip
     return revision, manifest
 
@@ -374,7 +375,7 @@ def _make_room(target: Connection) -> None:
 
 
 def _set_sequences(target: Connection) -> None:
-    """Let PostgreSQL number new rows after those that came with their numbers."""
+    """Set PostgreSQL's sequences past the ids of the copied rows."""
     if target.dialect.name != "postgresql":
         return
     for table in tables_of(target):
@@ -386,7 +387,7 @@ def _set_sequences(target: Connection) -> None:
 
 
 def _release(target: Connection) -> tuple[str, ...]:
-    """Take every running search from the worker that held it at the snapshot; their ids."""
+    """Take every running search from its worker at the time of the backup; return their ids."""
     released: list[str] = []
     running = select(SearchRow).where(SearchRow.state == "running").order_by(SearchRow.sequence)
     with Session(target) as session:

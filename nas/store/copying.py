@@ -61,7 +61,7 @@ def _postgresql_text_as_json(element: _as_json, compiler: Any, **kw: Any) -> str
 
 
 class _StoredJson(TypeDecorator[str]):
-    """JSON as the text that it is stored as, so that nothing of it is read and written anew."""
+    """JSON as its stored text, so that it is copied without being parsed and written again."""
 
     impl = Text
     cache_ok = True
@@ -96,7 +96,7 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
     EinsumNasError
         A table is not as its revision makes it, or a row does not fit.
     StoreUnavailable
-        The target, a full disk for one.
+        The target cannot be written, for example because its disk is full.
     """
     origins = {origin.name: origin for origin in tables_of(source)}
     copied: dict[str, int] = {}
@@ -104,8 +104,8 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
         origin = origins.get(into.name)
         if origin is None or set(origin.columns.keys()) != set(into.columns.keys()):
             raise EinsumNasError(
-                f"table {into.name} of {shown(source.engine)} is not as revision "
-                f"{revision_of(source)} of the schema makes it"
+                f"table {into.name} of {shown(source.engine)} differs from revision "
+                f"{revision_of(source)} of the schema"
             )
         query = select(*(origin.columns[column.name] for column in into.columns))
         read = 0
@@ -116,7 +116,7 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
                 read += len(part)
         copied[into.name] = count_rows(target, into.name)
         if copied[into.name] != read:
-            raise EinsumNasError(f"table {into.name}: {copied[into.name]} of {read} rows arrived")
+            raise EinsumNasError(f"table {into.name}: {copied[into.name]} of {read} rows copied")
     return copied
 
 
@@ -133,7 +133,7 @@ def _insert(target: Connection, into: Table, part: list[dict[str, Any]]) -> None
 
 
 def said(error: DBAPIError) -> str:
-    """What a driver says of an error, in one line."""
+    """A driver's error message, in one line."""
     return " ".join(str(error.orig).split())
 
 
@@ -143,7 +143,7 @@ def count_rows(connection: Connection, name: str) -> int:
 
 
 def revision_of(connection: Connection) -> str | None:
-    """The schema that a database stands at; None where it is none of ours."""
+    """The revision of a database's schema; None if it is not a database of this program."""
     if not {"alembic_version", "searches"} <= set(inspect(connection).get_table_names()):
         return None
     found = connection.scalar(text("SELECT version_num FROM alembic_version"))

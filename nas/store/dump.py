@@ -1,4 +1,4 @@
-"""Reading everything of a task or a search in bounded memory, and databases of other programs."""
+"""Reads all runs of a task or a search in bounded memory; opens databases of other programs."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def foreign_database(url: str, field: str) -> ForeignDatabase:
         raise InvalidInput(
             field,
             shown,
-            "a database that is empty or Optuna's: its tables are called as those here",
+            "an empty database or one of Optuna; this one has other tables of the same names",
         )
     return found
 

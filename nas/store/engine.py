@@ -21,10 +21,10 @@ from nas.store.troubles import DatabaseTrouble, is_busy, trouble_of
 _ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
 _BUSY_TIMEOUT_SECONDS = 30
 _STATEMENT_TIMEOUT_MS = 30_000
-#: Transactions take milliseconds. One whose client is cut off holds a search's row until this ends
-#: it, and no other worker can claim that search meanwhile.
+#: Limit of an idle transaction; transactions take milliseconds.  One whose client was disconnected
+#: locks its search's row until then, and no other worker can claim that search.
 _IDLE_TIMEOUT_MS = 8_000
-#: A connection whose other end is gone is given up after about half a minute, seconds.
+#: TCP keep-alive: a connection whose other end is gone is closed after about half a minute.
 _KEEPALIVE = {
     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
@@ -78,9 +78,10 @@ def open_engine(
 
 
 def _keep_to_file(engine: Engine, path: Path) -> None:
-    """Make a file that was removed or replaced an error or a new connection.
+    """Detect that the database's file was removed or replaced.
 
-    An open connection would go on writing to the removed file, and a new one make an empty file.
+    Otherwise an open connection would go on writing to the removed file, and a new connection would
+    create an empty one.
     """
     found: set[bool] = set()
 
@@ -115,7 +116,7 @@ def _keep_to_file(engine: Engine, path: Path) -> None:
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is not
+    connection.isolation_level = None  # the driver's own BEGIN takes the write lock too late
     cursor = connection.cursor()
     for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
@@ -124,10 +125,10 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _drop_unusable(context: ExceptionContext) -> None:
-    """Open SQLite's file anew after errors that stay with a connection for good.
+    """Close all connections to SQLite's file after errors from which a connection never recovers.
 
-    One that was opened while the file was read-only, for example, never writes again, nor does any
-    that is opened beside it: SQLite shares the log's index between the connections of a process.
+    For example, a connection that was opened while the file was read-only can never write, and nor
+    can any opened beside it: SQLite shares the log's index between a process's connections.
     """
     kind = trouble_of(context.original_exception)
     if kind in ("away", "read_only", "damaged", "failing"):
@@ -162,9 +163,9 @@ def _begin_sqlite(connection: Connection) -> None:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn a database that is away, locked, full or read-only into `StoreUnavailable`.
+    """Raise `StoreUnavailable` for a database that is unreachable, locked, full or read-only.
 
-    Errors of programs and of integrity stay what they are.
+    Programming and integrity errors are not translated.
     """
     try:
         yield

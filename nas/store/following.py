@@ -1,8 +1,9 @@
-"""How far the logs of many searches have come, and what is new in them.
+"""Finds new events in the logs of many searches.
 
-Ids of events grow over all searches, but on PostgreSQL a transaction that began earlier may commit
-later, so that an id appears behind a greater one.  Within a search that cannot be: whoever writes
-to its log holds the search's row.  Hence every search is followed by its own newest id.
+Event ids increase over all searches, but on PostgreSQL a transaction that began earlier may commit
+later, so that a smaller id may become visible after a greater one.  Within one search that cannot
+happen, because a writer to its log locks the search's row.  Each search is therefore followed by
+its own newest id.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from nas.store.records import TERMINAL, Event, SearchState
 from nas.store.schema import EventRow, SearchRow
 from nas.store.searches import Store
 
-#: Searches that one statement asks about: databases limit the parameters of a statement.
+#: Searches of one statement: databases limit the number of its parameters.
 _AT_ONCE = 1000
 _EVENT = (EventRow.id, EventRow.search_id, EventRow.created_at, EventRow.kind, EventRow.data)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How far the log of a search has come; state and log are of the same moment."""
+    """The end of a search's log, and the search's state at the same moment."""
 
     state: SearchState
     #: id of the newest event; 0 in an empty log
@@ -33,7 +34,7 @@ class Head:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing follows `last`, unless the search is tried again."""
+        """Whether no event will follow `last`, unless the search is retried."""
         return self.state in TERMINAL
 
 
@@ -64,12 +65,12 @@ def read_heads(store: Store, searches: Collection[str]) -> dict[str, Head]:
 def read_news(
     store: Store, spans: Mapping[str, tuple[int, int]], *, limit: int
 ) -> dict[str, list[Event]]:
-    """The events of each search past the first id of its span up to the last, oldest first.
+    """The events of each search after the first id of its span, up to the last, oldest first.
 
     Parameters
     ----------
     limit
-        Of the events of one search.
+        Most events of one search.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def read_news(
         news = {}
         for search_id, (after, last) in spans.items():
             query = (
-                # plain rows: objects that are tracked cost more
+                # plain rows: ORM objects are slower
                 select(*_EVENT)
                 .where(EventRow.search_id == search_id, EventRow.id > after, EventRow.id <= last)
                 .order_by(EventRow.id)

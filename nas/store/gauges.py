@@ -1,4 +1,4 @@
-"""What monitoring asks of the store: its schema, and a few numbers that are cheap to read."""
+"""What monitoring reads from the store: its schema, and a few numbers that are cheap to query."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SchemaState:
 
     @property
     def verdict(self) -> Literal["current", "missing", "older", "newer"]:
-        """How the database stands to the program."""
+        """How the database's schema compares with the one that the program needs."""
         if self.found == self.needed:
             return "current"
         if self.found is None:
@@ -38,7 +38,7 @@ class SchemaState:
 
     @property
     def advice(self) -> str:
-        """What to do; nothing where it is current."""
+        """What to do; empty if the schema is current."""
         return {
             "current": "",
             "missing": "run `einsum-nas db upgrade`, or see whether the database is the right one",
@@ -49,7 +49,7 @@ class SchemaState:
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """What a database tells of itself."""
+    """Facts about a database."""
 
     #: such as SQLite 3.40.1
     product: str
@@ -68,7 +68,7 @@ class Gauges:
     searches: Mapping[str, int]
     #: state → how many, over all searches
     trials: Mapping[str, int]
-    #: state → how many of which something was heard lately
+    #: state → number of workers that were seen recently
     workers: Mapping[str, int]
     #: seconds since the oldest queued search was submitted
     oldest_queued_seconds: float
@@ -97,7 +97,7 @@ def _schema(session: Session) -> SchemaState:
 
 
 def read_database(store: Store) -> Database:
-    """The answer of a database to a few small questions.
+    """Read facts about a database with a few small queries.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def read_database(store: Store) -> Database:
 
 
 def read_gauges(store: Store) -> Gauges:
-    """Every number, in a handful of queries that count neither trials nor points.
+    """Read all gauges, in a handful of queries that count neither trials nor points.
 
     Raises
     ------

@@ -24,19 +24,19 @@ from nas.store.engine import reading, writing
 from nas.store.schema import KeyRow
 from nas.store.searches import Store
 
-#: read: look at the tenant's searches | submit: make and change them | admin: the service's own
+#: read: see the tenant's searches | submit: create and change them | admin: see the service's own
 #: state, such as its workers, metrics and audit log, of all tenants.
 Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-#: Why a secret opens nothing.
+#: Why a secret is not valid.
 Refusal = Literal["unknown", "expired", "revoked"]
-#: What every secret begins with, so that people and scanners know one when they see it.
+#: Prefix of every secret, by which people and scanners recognise one.
 PREFIX = "enas_"
 _SECRET_BYTES = 32
 _SECRET = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
 _NAME = re.compile(r"\w[\w .,@:+/()'-]{0,63}")
 _MOST_SECONDS = 3.2e9
-#: Of one key.
+#: Most sessions of one key.
 _SESSIONS = 100
 
 
@@ -58,7 +58,7 @@ class Key:
     rotated_from: str | None
 
     def refusal(self, at: float) -> Refusal | None:
-        """Why it opens nothing at a time; None if it does."""
+        """Why the key is not valid at a time; None if it is."""
         if self.revoked_at is not None:
             return "revoked"
         return "expired" if self.expires_at is not None and self.expires_at <= at else None
@@ -66,14 +66,14 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a secret stands for: its key, and why that opens nothing if it does not."""
+    """The result of looking up a secret: its key, and why that is not valid, if so."""
 
     key: Key | None
     refusal: Refusal | None
 
 
 def digest_of(secret: str) -> str | None:
-    """Under what a secret is looked up; None for a text that cannot be one."""
+    """The digest by which a secret is looked up; None for a text that is not a secret's."""
     if _SECRET.fullmatch(secret) is None:
         return None
     return hashlib.sha256(secret.encode("ascii")).hexdigest()
@@ -93,19 +93,19 @@ class Keys:
         *,
         seconds: float | None = None,
     ) -> tuple[Key, str]:
-        """Make a key; (key, its secret, which nothing can show again).
+        """Create a key; return (key, its secret, which cannot be read again).
 
         Parameters
         ----------
         name
-            For people: whose it is or what it is for.
+            Who uses it, or for what; shown to people only.
         seconds
             Until it expires; None for never.
 
         Raises
         ------
         InvalidInput
-            A value that cannot be used.
+            A value is invalid.
         """
         if re.fullmatch(TENANT, tenant) is None:
             raise InvalidInput("tenant", tenant, "1 to 64 letters, digits and . _ -")
@@ -121,14 +121,15 @@ class Keys:
             return made, secret
 
     def rotate(self, key_id: str, *, grace_seconds: float = 0.0) -> tuple[Key, str]:
-        """Make a key like another one, which ends now or after a while; (new key, its secret).
+        """Replace a key; return (new key, its secret).
 
-        The new key lives as long as the old one was made to, from now.
+        The old key becomes invalid at once or after the grace period.  The new one expires after as
+        long a time as the old one did when it was created.
 
         Raises
         ------
         NotFound, Conflict
-            No such key, or one that opens nothing any more.
+            No such key, or it is expired or revoked.
         """
         grace = checked_seconds(grace_seconds, least=0.0) or 0.0
         with writing(self._engine) as session:
@@ -150,7 +151,7 @@ class Keys:
             return made, secret
 
     def revoke(self, key_id: str) -> Key:
-        """End a key and the sessions that it opened, for good; again it changes nothing.
+        """Revoke a key and the sessions that it opened; revoking it again changes nothing.
 
         Raises
         ------
@@ -167,7 +168,7 @@ class Keys:
             return _to_key(row)
 
     def list(self, tenant: str | None = None) -> list[Key]:
-        """Keys, the newest last, and no sessions."""
+        """Keys without sessions, the newest last."""
         query = select(KeyRow).where(KeyRow.parent.is_(None)).order_by(KeyRow.created_at, KeyRow.id)
         if tenant is not None:
             query = query.where(KeyRow.tenant == tenant)
@@ -175,7 +176,7 @@ class Keys:
             return [_to_key(r) for r in session.scalars(query)]
 
     def any_usable(self) -> bool:
-        """Whether any key opens anything at this moment; a database without a schema has none."""
+        """Whether any key is valid now; a database without a schema has none."""
         with reading(self._engine) as session:
             if not inspect(session.connection()).has_table(KeyRow.__tablename__):
                 return False
@@ -192,7 +193,7 @@ class Keys:
             return session.scalar(usable) is not None
 
     def find(self, digests: Collection[str]) -> Mapping[str, Found]:
-        """What each digest stands for, in one look; a session is no better than its key."""
+        """Look up all digests in one query; a session is valid only while its key is."""
         parent = aliased(KeyRow)
         query = (
             select(KeyRow, parent)
@@ -211,21 +212,21 @@ class Keys:
         return found
 
     def note_use(self, key: Key) -> None:
-        """Note that a key is used now, and of a session the key that opened it."""
+        """Store that a key is used now; for a session also the key that opened it."""
         with writing(self._engine) as session:
             ids = [key.id] if key.parent is None else [key.id, key.parent]
             used = {"used_at": rows.now(session)}
             session.execute(update(KeyRow).where(KeyRow.id.in_(ids)).values(**used))
 
     def sign_in(self, key: Key, seconds: float) -> tuple[Key, str]:
-        """Open a session with a key, with its scopes but for admin; (session, its secret).
+        """Open a session with the key's scopes, except admin; return (session, its secret).
 
-        Of the sessions of a key only the newest hundred are kept.
+        Only the newest hundred sessions of a key are kept.
 
         Raises
         ------
         InvalidInput
-            A key without the scope read: there is nothing for it to see.
+            The key lacks the scope read, which every page needs.
         """
         if "read" not in key.scopes:
             raise InvalidInput("key", ", ".join(key.scopes), "a key with scope read")
@@ -247,7 +248,7 @@ class Keys:
 
 
 def checked_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
-    """The scopes in their order; `InvalidInput` for none, or one that there is not."""
+    """The scopes in standard order; raises `InvalidInput` if there are none or unknown ones."""
     given = list(scopes)
     chosen = tuple(s for s in SCOPES if s in given)
     if not chosen or len(set(given)) != len(chosen):
@@ -256,7 +257,7 @@ def checked_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
 
 
 def checked_seconds(seconds: float | None, *, least: float = 1.0) -> float | None:
-    """A time that a key lives; `InvalidInput` for one that cannot be."""
+    """The lifetime of a key; raises `InvalidInput` if it is out of range."""
     if seconds is not None and not least <= seconds <= _MOST_SECONDS:
         raise InvalidInput("seconds", seconds, f"a number from {least:g} to {_MOST_SECONDS:g}")
     return seconds
@@ -287,7 +288,7 @@ def _add(
 def _row(session: Session, key_id: str) -> KeyRow:
     row = session.get(KeyRow, key_id, with_for_update=True)
     if row is None:
-        raise NotFound(f"no key {key_id!r}; `einsum-nas keys list` shows those there are")
+        raise NotFound(f"no key {key_id!r}; `einsum-nas keys list` shows all keys")
     return row
 
 

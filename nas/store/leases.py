@@ -1,8 +1,8 @@
-"""The writes of whoever holds a search: claim, renew, and everything fenced by the epoch.
+"""Leases: claiming a search, renewing the claim, and the writes that it permits.
 
-A claim raises the search's epoch.  Every later write names the epoch it was claimed with and is
-refused with `LeaseLost` once another claim has raised it, so a worker that was away (stopped,
-swapped out, cut off) can do no harm when it comes back.
+A claim raises the search's epoch, which is a fencing token.  Every later write names the epoch of
+its claim, and is refused with `LeaseLost` once another claim has raised it.  So a worker that was
+paused, swapped out or disconnected can do no harm when it continues.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nas.store.searches import Store
 MAX_ATTEMPTS = 5
 #: Seconds before a search is tried again after an infrastructure error; doubles each time.
 BACKOFF_SECONDS = 5.0
-#: Key of the lock under which claims are made where tenants have limits; any constant does.
+#: Key of the lock that serializes claims where tenants have limits; an arbitrary constant.
 _CLAIM_LOCK = 7305615
 
 
@@ -53,8 +53,8 @@ class Leases:
     backoff_seconds
         Before a search is tried again after one; doubles each time.
     tenant_concurrency
-        Searches of one tenant that may run at once, unless it has a number of its own; None for
-        any number.
+        Searches of one tenant that may run at once, unless it has a quota of its own; None for no
+        limit.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Leases:
     def claim(
         self, worker: str, lease_seconds: float, *, search_id: str | None = None
     ) -> tuple[Lease, Search] | None:
-        """Take the first search that waits or whose lease has run out; None if there is none.
+        """Claim the next search that is queued or whose lease has expired; None if there is none.
 
-        The first is that of the greatest priority, and of these the oldest, of the tenant whose
-        turn it is: of which least runs, and that has waited longest.  Tenants that run as many as
-        they may are passed over.
+        The next tenant is the one that runs the fewest searches, and of these the one that has
+        waited longest; tenants at their limit are skipped.  Of its searches the one of the highest
+        priority is next, and of these the oldest.
 
         Parameters
         ----------
@@ -96,7 +96,7 @@ class Leases:
     def _claim_first(
         self, worker: str, lease_seconds: float, search_id: str | None
     ) -> tuple[bool, tuple[Lease, Search] | None]:
-        """(whether there was a search to claim, the claim unless that search was set aside)."""
+        """(whether there was a search to claim, the claim unless it was given up or paused)."""
         with writing(self._engine) as session:
             at = rows.now(session)
             expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
@@ -136,7 +136,7 @@ class Leases:
     def _turns(
         self, session: Session, claimable: list[ColumnElement[bool]], at: float
     ) -> list[str]:
-        """Tenants that have something to claim: first those that run least, and waited longest."""
+        """Tenants with a search to claim, ordered by running searches, then by waiting time."""
         tenants = list(session.scalars(select(SearchRow.tenant).where(*claimable).distinct()))
         if len(tenants) < 2:
             return tenants
@@ -155,12 +155,12 @@ class Leases:
         return sorted(tenants, key=rank.__getitem__)
 
     def _within_limits(self, session: Session, at: float) -> list[ColumnElement[bool]]:
-        """Leaves out the tenants that run as many searches as they may."""
+        """Exclude the tenants that run as many searches as they may."""
         own = select(TenantRow.name).where(TenantRow.concurrency.is_not(None)).limit(1)
         if self._tenant_concurrency is None and session.scalar(own) is None:
             return []
         if session.get_bind().dialect.name == "postgresql":
-            # two claims at once would each count without the other; SQLite has one writer anyway
+            # two concurrent claims would not count each other; SQLite has one writer anyway
             session.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
         most = func.coalesce(TenantRow.concurrency, self._tenant_concurrency)
         full = (
@@ -168,13 +168,13 @@ class Leases:
             .outerjoin(TenantRow, TenantRow.name == SearchRow.tenant)
             .where(SearchRow.state == "running", SearchRow.lease_until >= at)
             .group_by(SearchRow.tenant, TenantRow.concurrency)
-            .having(func.count() >= most)  # of no limit at all this is NULL, and no tenant full
+            .having(func.count() >= most)  # without a limit this is NULL, and excludes no tenant
         )
         none = select(TenantRow.name).where(TenantRow.concurrency == 0)
         return [SearchRow.tenant.not_in(full), SearchRow.tenant.not_in(none)]
 
     def renew(self, lease: Lease) -> Renewal:
-        """Extend the lease by its length from now, and hear what is wanted of the search.
+        """Extend the lease by its length from now; return what is requested of the search.
 
         Raises
         ------
@@ -191,9 +191,9 @@ class Leases:
 
     @contextmanager
     def _fenced(self, lease: Lease) -> Iterator[tuple[Session, SearchRow]]:
-        """A write transaction that holds the search's row at the lease's epoch.
+        """A write transaction that locks the search's row and checks the lease's epoch.
 
-        A write of an earlier epoch is refused, and that it came is written down.
+        A write of an earlier epoch is refused, and the refusal is logged.
         """
         with writing(self._engine) as session:
             query = select(SearchRow).where(SearchRow.id == lease.search_id).with_for_update()
@@ -212,7 +212,7 @@ class Leases:
             )
 
     def set_fingerprint(self, lease: Lease, fingerprint: str) -> str:
-        """Store the fingerprint of the search's data unless it has one; the one stored."""
+        """Store the fingerprint of the search's data if it has none; return the stored one."""
         with self._fenced(lease) as (session, row):
             if row.task_fingerprint is None:
                 row.task_fingerprint = fingerprint
@@ -230,7 +230,7 @@ class Leases:
                 TrialRow.key == draft.key,
             )
             stored = session.scalars(same).one_or_none()
-            if stored is not None:  # this very write, repeated because its answer was lost
+            if stored is not None:  # this same write, repeated because its response was lost
                 return rows.to_trial(stored)
             row = TrialRow(
                 search_id=lease.search_id,
@@ -278,11 +278,11 @@ class Leases:
                 delete(PointRow).where(PointRow.trial_id == trial_id).returning(PointRow.step)
             ).first()
             if (row.state, row.epoch) == ("running", lease.epoch) and dropped is None:
-                return  # this very write, repeated because its answer was lost
+                return  # this same write, repeated because its response was lost
             rows.count(search, **{row.state: -1})
             rows.count(search, running=1)
             row.state, row.epoch = "running", lease.epoch
-            if row.attempts:  # the first is charged since the search was submitted
+            if row.attempts:  # the first attempt was charged when the search was submitted
                 search.charged_flops += row.train_flops
             row.attempts += 1
             row.started_at = rows.now(session)
@@ -298,12 +298,12 @@ class Leases:
         return row
 
     def _has_ended(self, session: Session, lease: Lease, trial_id: int, state: str) -> bool:
-        """Whether this holder ended the trial so before: the write is a repeated one."""
+        """Whether this lease has ended the trial in this way already: the write is a repetition."""
         row = session.get(TrialRow, trial_id)
         return row is not None and (row.state, row.epoch) == (state, lease.epoch)
 
     def add_point(self, lease: Lease, trial_id: int, point: StoredPoint) -> None:
-        """Store one evaluation; a run that began anew after a crash overwrites its own points."""
+        """Store one evaluation; a run that was restarted overwrites its earlier points."""
         if not (math.isfinite(point.loss) and math.isfinite(point.loss_stderr)):
             raise ValueError(f"a point needs a finite loss, got {point}")
         with self._fenced(lease) as (session, _):
@@ -331,7 +331,7 @@ class Leases:
         environment: Mapping[str, Any] | None,
         cost: MeasuredCost | None = None,
     ) -> None:
-        """End a trial whose last point has been stored; from now on answers are made of it too."""
+        """Complete a trial whose last point has been stored; from now on answers use it."""
         with self._fenced(lease) as (session, search):
             if self._has_ended(session, lease, trial_id, "complete"):
                 return
@@ -436,7 +436,7 @@ class Leases:
             lifecycle.end(session, row, state, error, failure)
 
     def hand_back(self, lease: Lease) -> None:
-        """Queue the search again, or pause it where that was wished; not a failure."""
+        """Queue the search again, or pause it if that was requested; this counts as no failure."""
         with self._fenced(lease) as (session, row):
             if row.cancel_requested:
                 lifecycle.end(session, row, "cancelled")
@@ -447,7 +447,7 @@ class Leases:
                 rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
 
     def requeue(self, lease: Lease, error: str) -> None:
-        """Give the search back after an infrastructure error, to be tried again later."""
+        """Queue the search again after an infrastructure error, with a delay."""
         with self._fenced(lease) as (session, row):
             if lifecycle.count_failure(session, row, error, self._max_attempts):
                 delay = self._backoff_seconds * 2 ** (row.failures - 1)

@@ -1,4 +1,4 @@
-"""From state to state: what every way of ending, queueing and stopping a search has in common.
+"""The states of a search and the transitions between them.
 
     queued → running → succeeded | failed | cancelled
     queued, running ⇄ paused;  running → queued (handed back, lease lost, infrastructure error);
@@ -22,7 +22,7 @@ from nas.store.records import TERMINAL, UNFINISHED, SearchFailure, SearchState
 from nas.store.schema import SearchRow, TrialRow
 
 LONGEST_ERROR = 4000
-#: Failures of trials that another attempt may cure.
+#: Failures of trials that may not occur again on another attempt.
 RETRYABLE = ("process", "timeout", "memory")
 
 
@@ -33,7 +33,7 @@ def end(
     error: str | None = None,
     failure: SearchFailure | None = None,
 ) -> None:
-    """End a search; one that was to be cancelled and did not succeed counts as cancelled."""
+    """End a search; if its cancellation was requested and it did not succeed, it is cancelled."""
     if row.cancel_requested and state != "succeeded":
         state, error, failure = "cancelled", None, None
     at = rows.now(session)
@@ -60,9 +60,9 @@ def end(
 
 
 def stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
-    """Take a running search from its worker into `state`, queued or paused.
+    """Take a running search from its worker and set it to `state`, queued or paused.
 
-    Its trials in flight are planned again: nothing runs them now.
+    Its running trials become planned again.
     """
     session.execute(
         update(TrialRow)
@@ -76,7 +76,7 @@ def stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
 
 
 def _let_go(row: SearchRow, at: float) -> None:
-    """Account for the time that the search was held; a lease that ran out held it to its end."""
+    """Add the time that the search was held, up to now or to the end of an expired lease."""
     if row.claimed_at is not None:
         until = at if row.lease_until is None else min(at, row.lease_until)
         row.held_seconds += max(until - row.claimed_at, 0.0)
@@ -84,9 +84,9 @@ def _let_go(row: SearchRow, at: float) -> None:
 
 
 def count_failure(session: Session, row: SearchRow, error: str, max_attempts: int) -> bool:
-    """Count a lost lease or an infrastructure error; whether the search may be tried again.
+    """Count a lost lease or an infrastructure error; return whether the search is queued again.
 
-    It may not where it was to be cancelled, has used its attempts, or was to be paused.
+    It is not if its cancellation or pause was requested, or its attempts are used up.
     """
     row.failures += 1
     if row.cancel_requested or row.failures >= max_attempts:
@@ -100,14 +100,14 @@ def count_failure(session: Session, row: SearchRow, error: str, max_attempts: in
 
 
 def pause_now(session: Session, row: SearchRow) -> None:
-    """Set a search aside that nobody runs from now on."""
+    """Pause a search that no worker holds."""
     stop_running(session, row, "paused")
     row.pause_requested = False
     rows.add_event(session, row.id, "paused", {})
 
 
 def cancel(session: Session, row: SearchRow) -> None:
-    """Stop a search: at once if nobody runs it, else at the holder's next renewal."""
+    """Cancel a search: at once if no worker holds it, else at its worker's next lease renewal."""
     if row.state in TERMINAL:
         raise Conflict(f"search {row.id} has ended: {row.state}")
     row.cancel_requested = True
@@ -118,7 +118,7 @@ def cancel(session: Session, row: SearchRow) -> None:
 
 
 def pause(session: Session, row: SearchRow) -> None:
-    """Set a search aside: at once if nobody runs it, else at the holder's next renewal."""
+    """Pause a search: at once if no worker holds it, else at its worker's next lease renewal."""
     if row.state in TERMINAL:
         raise Conflict(f"search {row.id} has ended: {row.state}")
     if row.state == "paused":
@@ -131,14 +131,14 @@ def pause(session: Session, row: SearchRow) -> None:
 
 
 def _is_held(session: Session, row: SearchRow) -> bool:
-    """Whether a worker runs the search: one whose lease has run out may have lost it already."""
+    """Whether a worker runs the search under a lease that has not expired."""
     if row.state != "running":
         return False
     return row.lease_until is None or row.lease_until >= rows.now(session)
 
 
 def resume(session: Session, row: SearchRow) -> None:
-    """Queue a paused search, or take back the wish to pause a running one."""
+    """Queue a paused search, or withdraw the request to pause a running one."""
     if row.state == "paused":
         row.state = "queued"
     elif row.state == "running" and row.pause_requested:
@@ -149,10 +149,11 @@ def resume(session: Session, row: SearchRow) -> None:
 
 
 def retry(session: Session, row: SearchRow) -> None:
-    """Queue an ended search again for the trials that it still owes.
+    """Queue an ended search again, to run the trials that are not complete.
 
-    Those are the trials that were stopped with it, those whose process died, ran out of memory or
-    of time, and those never proposed.  What a run failed of by itself would come out the same.
+    Those are the trials that were stopped with it, those whose process died or ran out of memory or
+    time, and those never proposed.  Runs that failed by themselves are not repeated, because they
+    would fail again.
     """
     if row.state not in TERMINAL:
         raise Conflict(f"search {row.id} has not ended: {row.state}")
@@ -162,7 +163,7 @@ def retry(session: Session, row: SearchRow) -> None:
         )
     owed = list(session.scalars(select(TrialRow).where(_owed(row))))
     if row.state == "succeeded" and not owed:
-        raise Conflict(f"search {row.id} has succeeded, and no trial of it can be tried again")
+        raise Conflict(f"search {row.id} has succeeded, and none of its trials can be retried")
     for trial in owed:
         rows.count(row, **{trial.state: -1})
         rows.count(row, planned=1)
@@ -176,7 +177,7 @@ def retry(session: Session, row: SearchRow) -> None:
 def _owed(row: SearchRow) -> ColumnElement[bool]:
     stopped = (TrialRow.state == "stopped") & or_(
         TrialRow.failure == "search",
-        # stopped before reasons were kept apart
+        # stopped by an older version, which stored no kind of failure
         TrialRow.failure.is_(None) & TrialRow.error.like("search %"),
     )
     failed = (TrialRow.state == "failed") & TrialRow.failure.in_(RETRYABLE)
@@ -184,7 +185,7 @@ def _owed(row: SearchRow) -> ColumnElement[bool]:
 
 
 def set_priority(session: Session, row: SearchRow, priority: int) -> None:
-    """Move a search that has not ended before or behind others."""
+    """Set the priority of a search that has not ended."""
     if row.state in TERMINAL:
         raise Conflict(f"search {row.id} has ended: {row.state}")
     row.priority = priority

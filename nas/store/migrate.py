@@ -16,7 +16,7 @@ from nas.errors import StoreUnavailable
 from nas.store import standings
 from nas.store.engine import open_engine, translated
 
-#: PostgreSQL's advisory lock of whoever changes the schema.
+#: PostgreSQL's advisory lock of the process that changes the schema.
 SCHEMA_LOCK = 7305614
 #: How long a process waits for another that upgrades the same SQLite file.
 _PATIENCE_SECONDS = 3600
@@ -36,9 +36,9 @@ def known_revisions() -> list[str]:
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the database to `revision`; safe to call again and from several processes.
+    """Upgrade the database to `revision`; safe to call again and from several processes.
 
-    Where it stands there already it is only read, so that a process that starts waits for none.
+    A database that has this revision is only read, so that a starting process waits for no lock.
     """
     if revision == "head" and _is_current(url):
         return
@@ -64,7 +64,7 @@ def migrating(url: str) -> Iterator[Connection]:
         # one write transaction: a second process waits here and then finds nothing to do
         with translated(), engine.execution_options(writes=True).begin() as connection:
             if connection.dialect.name == "postgresql":
-                # a large database takes its time, and so does who waits for it
+                # the upgrade of a large database takes long, and so does waiting for it
                 lift_timeouts(connection)
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             yield connection

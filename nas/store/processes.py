@@ -1,4 +1,4 @@
-"""Which workers and services are on the store, as they last said of themselves."""
+"""The table of workers and services that use the store, as they last reported themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nas.store.searches import Store
 
 ProcessKind = Literal["worker", "api", "doctor"]
 ProcessState = Literal["idle", "busy", "waiting", "draining"]
-#: Seconds without a word after which a process counts as gone; a third of it between words.
+#: Seconds without a report after which a process counts as gone; it reports three times as often.
 LIVE_SECONDS = 45.0
 WORD_SECONDS = LIVE_SECONDS / 3
 
@@ -43,7 +43,7 @@ class Process:
 
 
 class Processes:
-    """The register of processes; one object for each process that enters itself."""
+    """The table of processes; each process that reports itself has one object of this class."""
 
     def __init__(self, store: Store) -> None:
         self._engine = store.engine
@@ -58,19 +58,19 @@ class Processes:
         search_id: str | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        """Enter this process, or renew its entry; a committed write.
+        """Insert or renew the entry of this process, in a committed transaction.
 
         Parameters
         ----------
         about
-            Whatever else it tells; has to be JSON.
+            Further details, which have to be JSON.
 
         Raises
         ------
         InvalidInput
-            A kind or state that there is not.
+            An unknown kind or state.
         StoreUnavailable
-            The database does not take the write.
+            The database did not accept the write.
         """
         for field, given, known in (
             ("kind", kind, get_args(ProcessKind)), ("state", state, get_args(ProcessState)),
@@ -105,7 +105,7 @@ class Processes:
         self._entered.add(name)
 
     def gone(self, name: str) -> None:
-        """Strike out a process that ends; nothing happens where it has no entry."""
+        """Delete the entry of a process that ends, if it has one."""
         with writing(self._engine) as session:
             session.execute(delete(ProcessRow).where(ProcessRow.name == name))
         self._entered.discard(name)
@@ -113,7 +113,7 @@ class Processes:
     def alive(
         self, within_seconds: float = LIVE_SECONDS, *, kind: ProcessKind | None = None
     ) -> list[Process]:
-        """Processes that were heard of in the last seconds, by name."""
+        """Processes that reported themselves within so many seconds, by name."""
         query = (
             select(*ProcessRow.__table__.columns)
             .where(ProcessRow.seen_at >= database_now() - within_seconds)
@@ -125,7 +125,7 @@ class Processes:
             return [Process(**row._mapping) for row in session.execute(query)]
 
     def forget(self, older_than_seconds: float) -> int:
-        """Strike out processes that were not heard of for so long; how many."""
+        """Delete entries of processes that have not reported for so long; return their number."""
         old = ProcessRow.seen_at < database_now() - older_than_seconds
         with writing(self._engine) as session:
             found = session.execute(delete(ProcessRow).where(old).returning(ProcessRow.name))

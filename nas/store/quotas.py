@@ -1,9 +1,9 @@
-"""What a tenant may use: searches that have not ended, train FLOPs, and searches run at once.
+"""Quotas of a tenant: searches that have not ended, train FLOPs, and searches that run at once.
 
-A search is charged the most train FLOPs that it may use when it is submitted, and once it has ended
-what its attempts at runs may have used: each counts as a whole run, wherever it ended and whether
-or not the next went on from a checkpoint, so that nobody wins a quota back by stopping and starting
-again.  Runs whose result was there already cost nothing.
+When a search is submitted, it is charged the most train FLOPs that it may use.  Once it has ended,
+it is charged one whole run for each attempt at a run, even if the attempt was stopped early or
+continued from a checkpoint, so that stopping and restarting cannot regain quota.  Reused results
+cost nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from nas.store.records import TERMINAL
 from nas.store.schema import SearchRow, TenantRow, TrialRow
 
 _SECONDS_PER_DAY = 86_400.0
-#: First key of the lock under which a tenant's quotas are looked at; any constant does.
+#: First key of the lock under which a tenant's quotas are checked; an arbitrary constant.
 _QUOTA_LOCK = 7305616
 
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """Limits of one tenant; None for none."""
+    """Limits of one tenant; None means no limit."""
 
     #: searches that have not ended
     searches: int | None = None
@@ -40,7 +40,7 @@ class Quotas:
 
     @classmethod
     def of(cls, settings: Settings) -> Quotas:
-        """Those of tenants that have none of their own."""
+        """The quotas of tenants that have none of their own, from the settings."""
         return cls(
             settings.tenant_searches, settings.tenant_train_flops, settings.quota_days,
             settings.tenant_concurrency,
@@ -52,7 +52,7 @@ UNLIMITED = Quotas()
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What a tenant uses, and what it may."""
+    """What a tenant uses, and its quotas."""
 
     tenant: str
     #: that have not ended
@@ -77,13 +77,13 @@ def most_flops(request: SearchRequest) -> float:
 
 
 def used_flops(session: Session, search_id: str) -> float:
-    """Train FLOPs of every attempt at the runs of a search; a result that was there had none."""
+    """Train FLOPs of every attempt at the runs of a search; reused results have none."""
     spent = func.sum(TrialRow.train_flops * TrialRow.attempts)
     return float(session.scalar(select(spent).where(TrialRow.search_id == search_id)) or 0.0)
 
 
 def owed_flops(session: Session, search_id: str, most: float) -> float:
-    """Train FLOPs that an ended search may use on top if it is tried again, of `most` in all."""
+    """Train FLOPs that an ended search may use in addition if it is retried, of `most` in total."""
     ended = func.sum(TrialRow.train_flops)
     own = (TrialRow.search_id == search_id, TrialRow.state == "complete")
     return max(most - float(session.scalar(select(ended).where(*own)) or 0.0), 0.0)
@@ -92,18 +92,18 @@ def owed_flops(session: Session, search_id: str, most: float) -> float:
 def check_quotas(
     session: Session, tenant: str, defaults: Quotas, train_flops: float, *, further: int = 1
 ) -> None:
-    """Raise `QuotaExceeded` unless the tenant may have so much more, in the caller's transaction.
+    """Raise `QuotaExceeded` if the tenant's quotas do not allow more, in the caller's transaction.
 
     Parameters
     ----------
     train_flops, further
-        Train FLOPs and unfinished searches that come on top.
+        Additional train FLOPs, and additional searches that have not ended.
     """
     quotas = quotas_of(session, tenant, defaults)
     if quotas.searches is None and quotas.train_flops is None:
         return
     if session.get_bind().dialect.name == "postgresql":
-        # two requests at once would each look without the other; SQLite has one writer anyway
+        # two concurrent requests would not count each other; SQLite has one writer anyway
         lock = func.pg_advisory_xact_lock(_QUOTA_LOCK, func.hashtext(tenant))
         session.execute(select(lock))
     use = use_of(session, tenant, quotas)
@@ -111,14 +111,14 @@ def check_quotas(
         raise QuotaExceeded(
             "searches", tenant,
             f"tenant {tenant} may have {quotas.searches} searches that have not ended, and has "
-            f"{use.searches}; wait for one, or cancel one",
+            f"{use.searches}; wait until one ends, or cancel one",
         )  # fmt: skip
     if quotas.train_flops is not None and use.train_flops + train_flops > quotas.train_flops:
         raise QuotaExceeded(
             "train_flops", tenant,
             f"tenant {tenant} may use {quotas.train_flops:.6g} train FLOPs in {quotas.days:g} "
-            f"days, has {use.train_flops:.6g} used or planned, and this may use "
-            f"{train_flops:.6g} more; ask for less, or set limits.total_train_flops",
+            f"days, has used or planned {use.train_flops:.6g}, and this search may use "
+            f"{train_flops:.6g} more; reduce it, or set limits.total_train_flops",
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the store gives out: frozen values, detached from any connection."""
+"""The values that the store returns: frozen, and independent of any connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNFINISHED: tuple[TrialState, ...] = ("planned", "running")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write to one search until it is claimed anew."""
+    """The right to write to one search, until another worker claims it."""
 
     search_id: str
     epoch: int
@@ -35,11 +35,11 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What the holder of a lease hears when it renews."""
+    """What a worker learns when it renews its lease."""
 
     #: the search is to be cancelled
     cancel: bool = False
-    #: the search is to be set aside
+    #: the search is to be paused
     pause: bool = False
     #: the search has been held for as long as its limits allow
     overtime: bool = False
@@ -125,7 +125,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCost:
-    """What a run cost where it ran."""
+    """Measured cost of a run, on the machine that it ran on."""
 
     seconds_per_step: float | None
     peak_memory_bytes: int | None
@@ -155,9 +155,9 @@ class Search:
     #: dense references planned; 0 before a worker has begun the search
     references: int
     tenant: str
-    #: the greater is claimed first
+    #: searches of higher priority are claimed first
     priority: int
-    #: a running search that is to be set aside
+    #: whether the running search is to be paused
     pause_requested: bool
     failure: SearchFailure | None
     #: the limit of its request that ended it before its last trial
@@ -186,7 +186,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """A point of a curve with what identifies its run: the row that answers are made of."""
+    """A point of a learning curve with the fields that identify its run."""
 
     trial_id: int
     search_id: str
@@ -216,7 +216,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A completed run with its curve: the evidence that answers are made of."""
+    """A completed run with its learning curve: the evidence that answers rest on."""
 
     trial_id: int
     search_id: str
@@ -263,7 +263,7 @@ class ScopeState:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmedPair:
-    """A run of a search and what fresh seeds gave for it."""
+    """A run of a search and the results of its confirmations with new seeds."""
 
     trial_id: int
     #: the search that it belongs to, and its budget

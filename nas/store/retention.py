@@ -1,6 +1,6 @@
-"""What is let go with time: fine-grained events of ended searches, and searches without a result.
+"""Deletion of old data: detailed events of ended searches, searches without results, audit records.
 
-Results are never deleted: no completed trial, no point of one, and no search that has one.
+Results are never deleted: neither completed trials and their points, nor searches that have any.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nas.store.records import TERMINAL
 from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow
 from nas.store.searches import Store
 
-#: Events that a trial's own row and curve tell again; all others are turning points and stay.
+#: Events that repeat what a trial's row and curve hold; all others are milestones and stay.
 FINE_GRAINED = ("point", "trial_planned", "trial_started")
 #: Ends without success.
 UNSUCCESSFUL = ("failed", "cancelled")
-#: Events of one transaction, and searches of one look: writers wait no longer than for these.
+#: Events deleted in one transaction, and searches of one: other writers wait no longer than that.
 _AT_ONCE = 500
 _SECONDS_PER_DAY = 86_400.0
 _OWN = aliased(TrialRow)
@@ -32,15 +32,15 @@ _OWN = aliased(TrialRow)
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was deleted, or would be."""
+    """Counts of what was deleted, or would be."""
 
-    #: of searches that stay
+    #: events of searches that stay
     events: int = 0
-    #: failed and cancelled ones, with everything of theirs
+    #: failed and cancelled searches, with all their rows
     searches: int = 0
-    #: trials of these
+    #: trials of these searches
     trials: int = 0
-    #: lines of the audit log
+    #: records of the audit log
     audit: int = 0
 
 
@@ -52,25 +52,24 @@ def prune(
     audit_days: float | None = None,
     dry_run: bool = False,
 ) -> Pruned:
-    """Delete what has been kept for long enough; safe to call from several processes at once.
+    """Delete old data; safe to call from several processes at once.
 
     Parameters
     ----------
     event_days
-        Days after its end from which on a search keeps the turning points of its log only; None
-        for ever.
+        Days after the end of a search until its detailed events are deleted; None for never.
     failed_days
-        Days after their end from which on failed and cancelled searches are deleted, unless one
-        of their trials has completed or anything refers to them; None for never.
+        Days after their end until failed and cancelled searches are deleted, unless one of their
+        trials has completed or anything refers to them; None for never.
     audit_days
-        Days that lines of the audit log are kept, 90 at least; None for ever.
+        Days until records of the audit log are deleted, at least 90; None for never.
     dry_run
-        Count, and delete nothing.
+        Only count.
 
     Raises
     ------
     InvalidInput
-        A number of days that is none, or not above 0.
+        A number of days is not finite, not above 0, or below 90 for the audit log.
     """
     given = {"event_days": event_days, "failed_days": failed_days, "audit_days": audit_days}
     for name, days in given.items():
@@ -101,7 +100,7 @@ def _prune_events(store: Store, seconds: float, gone: Set[str], dry_run: bool) -
             continue
         after = 0
         while True:
-            # found by reading, so that nobody is locked out while there is nothing to delete
+            # searched for in a read transaction, which blocks no writer
             page = select(EventRow.id).where(fine, EventRow.id > after).order_by(EventRow.id)
             with reading(store.engine) as session:
                 ids = list(session.scalars(page.limit(_AT_ONCE)))

@@ -1,4 +1,4 @@
-"""Rows to records, and the writes that several modules share."""
+"""Conversion of rows to records, and the writes that several modules share."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def to_curve_point(row: Row[Any], *, complete: bool) -> CurvePoint:
 
 
 def stored_design(design: Design) -> str | None:
-    """What is stored besides the exponents: nothing where they say it all."""
+    """The text of a design to store; None for two factors, which the stored exponents determine."""
     return None if isinstance(design, Theta) else design_text(design)
 
 
 def model_digest(task: str, plan: RunPlan) -> str:
-    """What runs share that differ in steps and seed only.
+    """Digest of a model: equal for runs that differ only in steps and seed.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def unpack_floats(packed: bytes) -> tuple[float, ...]:
 
 def count(row: SearchRow, **changes: int) -> None:
     """Add to the counts of a search whose row the caller holds."""
-    # JSON columns notice a new object only
+    # assign a new object: SQLAlchemy does not notice changes within a JSON value
     tally = Counter(row.tally)
     tally.update(changes)
     row.tally = {name: n for name, n in sorted(tally.items()) if n}

@@ -57,7 +57,7 @@ _BIG = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INT
 
 
 class SearchRow(Base):
-    """One search: what was asked, where it stands, and who holds the lease."""
+    """One search: its request, its state, and who holds its lease."""
 
     __tablename__ = "searches"
 
@@ -120,7 +120,7 @@ class SearchRow(Base):
 
 
 class TrialRow(Base):
-    """One run of a search: its plan, committed before it is dispatched, and its end."""
+    """One run of a search: its plan, committed before it is dispatched, and its outcome."""
 
     __tablename__ = "trials"
 
@@ -198,7 +198,7 @@ class PointRow(Base):
 
 
 class EventRow(Base):
-    """Append-only log of what happened to a search; a trigger refuses changes to its rows."""
+    """Append-only log of the events of searches; a trigger refuses changes to its rows."""
 
     __tablename__ = "events"
 
@@ -212,7 +212,7 @@ class EventRow(Base):
 
 
 class ProcessRow(Base):
-    """A worker or a service on this store, as it last said of itself."""
+    """A worker or a service that uses this store, as it last reported itself."""
 
     __tablename__ = "processes"
 
@@ -235,7 +235,7 @@ class ProcessRow(Base):
 
 
 class KeyRow(Base):
-    """An API key, or a browser's session that one has opened: never the secret, its digest."""
+    """An API key, or the session of a browser; only the digest of the secret is stored."""
 
     __tablename__ = "api_keys"
 
@@ -259,7 +259,7 @@ class KeyRow(Base):
 
 
 class TenantRow(Base):
-    """Quotas of a tenant that differ from those of the settings; None as the settings say."""
+    """Quotas of a tenant; None where the settings' apply."""
 
     __tablename__ = "tenants"
 
@@ -290,8 +290,9 @@ class AuditRow(Base):
 
 
 class ScopeRow(Base):
-    """What is known of a scope: a search (its id), a task (`name@fingerprint`), or a bare task
-    name, whose revision alone counts; of another tenant than `default` behind `tenant/`."""
+    """Counts and revision of a scope: a search (its id), a task (`name@fingerprint`), or a bare
+    task name, which has a revision only; scopes of other tenants than `default` begin with
+    `tenant/`."""
 
     __tablename__ = "scopes"
 
@@ -306,7 +307,7 @@ class ScopeRow(Base):
 
 
 class BarRow(Base):
-    """What a point has to be below to enter the standings of a scope on an axis."""
+    """The bars of a scope on an axis; a point above them does not enter the standings."""
 
     __tablename__ = "bars"
 

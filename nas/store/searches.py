@@ -1,4 +1,4 @@
-"""Searches as their users see them: create, read, list, cancel, and the rows of answers."""
+"""The store as users see it: create, read, list and change searches, and read their results."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Store:
     Parameters
     ----------
     tenant
-        Whom new searches belong to, and whose searches answers about tasks are made of.
+        Tenant of new searches; answers about tasks use the searches of this tenant only.
     quotas
-        What a tenant may use that has no quotas of its own.
+        Quotas of tenants that have none of their own.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Store:
     ) -> None:
         self.engine = open_engine(url)
         self.tenant, self.quotas = tenant, quotas
-        #: whether searches of other tenants are as if they were not there
+        #: whether searches of other tenants are hidden, as if they did not exist
         self.confined = False
 
     def view(self, tenant: str, *, confined: bool = False) -> Store:
-        """The same store as a tenant has it: confined to its own searches, or to all.
+        """The same store for a tenant; if `confined`, it hides the searches of other tenants.
 
-        It shares the connections, which only the store itself closes.
+        It shares the connections, which only the original store closes.
         """
         shown = copy(self)
         shown.tenant, shown.confined = tenant, confined
@@ -78,26 +78,26 @@ class Store:
         cloned_from: str | None = None,
         request_id: str | None = None,
     ) -> tuple[Search, bool]:
-        """Queue a search of the tenant; (search, whether it is new).
+        """Queue a search of the tenant; return (search, whether it is new).
 
-        Given a fingerprint, it runs on that data and recipe or not at all.
-
-        The same idempotency key of the same tenant with the same request returns the search it
-        made.
+        A repetition with the same idempotency key, by the same tenant, returns the search that the
+        first request created.
 
         Parameters
         ----------
+        fingerprint
+            If given, the search runs on this data and recipe only, and fails on others.
         data_root
-            Folder that the data may not lead out of.
+            Folder that the data has to lie in.
         request_id
-            Kept in the search's log, to find the request that made it in the service's.
+            Stored in the search's log, to find the request in the service's log.
 
         Raises
         ------
         IdempotencyConflict
             The key was used with another request.
         QuotaExceeded
-            The tenant has used what it may.
+            The search would exceed a quota of the tenant.
         """
         for attempt in range(50):
             try:
@@ -120,7 +120,7 @@ class Store:
                 same_key = _of_key(values["tenant"], key)
                 found = session.scalars(same_key).one_or_none()
                 if found is not None:
-                    # digests of older versions cover fewer fields: what counts is the request
+                    # digests of older versions cover fewer fields, so compare the requests, too
                     same = found.request_digest == request.digest
                     same = same or SearchRequest(**found.request) == request
                     if not same or found.cloned_from != values["cloned_from"]:
@@ -160,13 +160,13 @@ class Store:
             return rows.to_search(row), True
 
     def search_of_key(self, idempotency_key: str) -> Search | None:
-        """The search that the tenant made with an idempotency key."""
+        """The search that the tenant created with an idempotency key; None if there is none."""
         with reading(self.engine) as session:
             row = session.scalars(_of_key(self.tenant, idempotency_key)).one_or_none()
             return None if row is None else rows.to_search(row)
 
     def seeds_of_models(self, models: Collection[str]) -> set[int]:
-        """Seeds that any trial of the tenant of the given models has, whatever its state."""
+        """Seeds of the tenant's trials of the given models, in any state."""
         query = (
             select(TrialRow.seed)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
@@ -177,7 +177,7 @@ class Store:
             return set(session.scalars(query))
 
     def seeds_of_confirmations(self, search_id: str) -> set[int]:
-        """Seeds that the confirmations of a search have been given, planned or not."""
+        """Seeds of all confirmations of a search, whether their trials are planned yet or not."""
         source = SearchRow.request[("confirm", "search")].as_string()
         with reading(self.engine) as session:
             found = session.scalars(select(SearchRow.request).where(source == search_id))
@@ -212,9 +212,9 @@ class Store:
         Parameters
         ----------
         state, failure, tenant
-            Leave out searches that have another.
+            Only searches with this value.
         """
-        columns = SearchRow.__table__.columns  # plain rows, as of trials
+        columns = SearchRow.__table__.columns  # plain rows: ORM objects are slower
         query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
         if before is not None:
             query = query.where(SearchRow.sequence < before)
@@ -227,9 +227,9 @@ class Store:
             return [rows.to_search(r) for r in session.execute(query)]
 
     def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
-        """Trials of a search in the order of their numbers, from past number `after`."""
+        """Trials of a search with numbers above `after`, in the order of their numbers."""
         query = (
-            select(*TrialRow.__table__.columns)  # plain rows: objects that are tracked cost more
+            select(*TrialRow.__table__.columns)  # plain rows: ORM objects are slower
             .where(TrialRow.search_id == search_id, TrialRow.number > after)
             .order_by(TrialRow.number)
         )
@@ -260,7 +260,7 @@ class Store:
             return [rows.to_point(r) for r in session.scalars(query)]
 
     def events(self, search_id: str, *, after: int = 0, limit: int = MAX_PAGE) -> list[Event]:
-        """Events of a search past the event id `after`, oldest first."""
+        """Events of a search with ids above `after`, oldest first."""
         query = (
             select(EventRow)
             .where(EventRow.search_id == search_id, EventRow.id > after)
@@ -273,7 +273,7 @@ class Store:
             return [rows.to_event(r) for r in session.scalars(query)]
 
     def cancel(self, search_id: str) -> Search:
-        """Ask a search to stop: at once if it is queued, else at the holder's next renewal.
+        """Cancel a search: at once if no worker holds it, else at its worker's next lease renewal.
 
         Raises
         ------
@@ -285,21 +285,21 @@ class Store:
         return self._changed(search_id, lifecycle.cancel)
 
     def pause(self, search_id: str) -> Search:
-        """Set a search aside: at once if it is queued, else at the holder's next renewal.
+        """Pause a search: at once if no worker holds it, else at its worker's next lease renewal.
 
-        Raises as `cancel` does; a search that is paused stays so.
+        Raises as `cancel` does; a paused search stays paused.
         """
         return self._changed(search_id, lifecycle.pause)
 
     def resume(self, search_id: str) -> Search:
-        """Queue a paused search again, or take back the wish to pause a running one.
+        """Queue a paused search again, or withdraw the request to pause a running one.
 
         Raises
         ------
         NotFound, Conflict
-            No such search, or it is neither paused nor to be paused.
+            No such search, or it is not paused and no pause was requested.
         QuotaExceeded
-            Its tenant has used more than it may.
+            Its tenant exceeds a quota.
         """
 
         def change(session: Session, row: SearchRow) -> None:
@@ -309,19 +309,19 @@ class Store:
         return self._changed(search_id, change)
 
     def retry(self, search_id: str) -> Search:
-        """Queue a search that has ended again for the trials that it still owes.
+        """Queue an ended search again, to run the trials that are not complete.
 
         Raises
         ------
         NotFound, Conflict
-            No such search; it has not ended, owes none, or reached a limit of its request.
+            No such search; it has not ended, has nothing to run, or reached a limit.
         QuotaExceeded
-            Its tenant has used what it may.
+            The search would exceed a quota of its tenant.
         """
 
         def change(session: Session, row: SearchRow) -> None:
             lifecycle.retry(session, row)
-            # its row counts already, at what it used before it ended; what it owes is begun anew
+            # the quotas count already what it used before it ended; only the rest is added
             more = owed_flops(session, row.id, most_flops(SearchRequest(**row.request)))
             check_quotas(session, row.tenant, self.quotas, more, further=0)
             row.charged_flops += more
@@ -329,7 +329,7 @@ class Store:
         return self._changed(search_id, change)
 
     def set_priority(self, search_id: str, priority: int) -> Search:
-        """Let a search be claimed before or after others; raises as `cancel` does."""
+        """Set a search's priority: higher ones are claimed first; raises as `cancel` does."""
         return self._changed(search_id, partial(lifecycle.set_priority, priority=priority))
 
     def _changed(self, search_id: str, change: Callable[[Session, SearchRow], None]) -> Search:
@@ -348,8 +348,7 @@ class Store:
     ) -> list[CurvePoint]:
         """Points of complete and running trials; reused, stopped and failed ones are left out.
 
-        A trial that reuses another's result in the same search adds no evidence, so only the one
-        that ran is given.
+        A trial that reuses another's result in the same search adds no evidence, so it is left out.
         """
         where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
         if search_id is not None:
@@ -401,7 +400,7 @@ class Store:
                 SearchRow.data_path.is_(None),
                 SearchRow.request["recipe"].as_string().is_(None),
                 SearchRow.request["overrides"].as_string().is_(None),
-                # what is run again may be of older data
+                # a confirmation may run on older data
                 SearchRow.request["confirm"].as_string().is_(None),
                 SearchRow.task_fingerprint.is_not(None),
             )
@@ -412,7 +411,7 @@ class Store:
             return session.scalar(query)
 
     def task_fingerprints(self, task: str) -> Sequence[tuple[str, int, SearchRequest]]:
-        """(fingerprint, searches, request of the newest) of the tenant's, newest first."""
+        """(fingerprint, number of searches, newest request) of a task's data, newest first."""
         newest = (
             select(func.max(SearchRow.sequence).label("sequence"), func.count().label("searches"))
             .where(
@@ -433,7 +432,7 @@ class Store:
         return [(str(f), int(n), SearchRequest(**request)) for f, n, request in found]
 
     def schema_revision(self) -> str | None:
-        """The migration that the database stands at."""
+        """The revision of the database's schema."""
         with reading(self.engine) as session:
             revision = session.scalar(text("SELECT version_num FROM alembic_version"))
             return None if revision is None else str(revision)

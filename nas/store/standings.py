@@ -1,19 +1,23 @@
-"""The best runs of every task and search at every budget, kept in SQL as results land.
+"""The best runs of every task and search at every budget, updated in SQL whenever a run completes.
 
-A *scope* is a search (its id) or a task (`name@fingerprint`) as one tenant's searches know it
-(`tenant/name@fingerprint`, but for the tenant `default`).  On each *axis* (train FLOPs,
-parameters, …) the table holds, for structured and for dense layers apart, every point that fewer
-than `KEPT_MODELS` other models (structures at a width, whatever the seed) equal or beat in both the
-axis and the loss.  Its first layer is the Pareto front; the others are the models that a best one
-has to be compared with.  That set never needs a point back that was left out, because completed
-runs do not change: a point leaves when `KEPT_MODELS` models have beaten it, for good.
+A *scope* is a search (its id) or a task of one tenant: `tenant/name@fingerprint`, or only
+`name@fingerprint` for the tenant `default`.  For each scope and *axis* (train FLOPs, parameters, …)
+the table holds *standings*: every point (a value of the axis and a loss) that fewer than
+`KEPT_MODELS` other models beat.  To beat a point is to equal or undercut it in both the axis and
+the loss.  A model is a structure at a width; its runs with different seeds count as one.
+Structured and dense models have separate standings.  The points that no other model beats are the
+Pareto front; the others belong to the models that the best one has to be compared with.
 
-A result enters without a look at the others.  A short list of *bars*, kept from the last time when
-all were looked at, tells which of its points are beaten for certain; the rest stand until a quarter
-of the standings is new, and only then are those swept out that do not belong.  What stands too long
-does no harm.
+A point that `KEPT_MODELS` models beat is deleted.  It never has to come back, because completed
+runs do not change.
 
-Runs enter when they complete; stopped, failed and running ones never do.
+A new run does not read the other standings.  Each sweep (see below) leaves a short list of *bars*.
+A new point above a bar is certainly beaten and is dropped at once; all others are inserted.  When a
+quarter of the standings is new, a sweep compares all of them, deletes those that are beaten, and
+sets new bars.  Until then the table may hold points that are beaten.  They change no answer: every
+query computes the front, or the lowest losses, from all points that are there.
+
+Only completed runs enter, never stopped, failed or running ones.
 """
 
 from __future__ import annotations
@@ -52,12 +56,12 @@ from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow,
 from nas.store.searches import Store
 from nas.theta import Theta
 
-#: Models that are kept at every budget, of structured and of dense layers each: their best runs.
+#: Number of models that are kept at every budget, for structured and for dense layers each.
 KEPT_MODELS = 64
-#: Grows when the table is to be built anew; the revision of the scope `*`.
+#: Version of the table's contents, stored as the revision of the scope `*`; raise it to rebuild.
 LAYOUT = 1
 _LAYOUT_SCOPE = "*"
-#: Standings are swept when more than this many points, and one in so many, are new.
+#: A sweep happens when more than `_SWEPT_AT_LEAST` points, and one in `_SWEPT_SHARE`, are new.
 _SWEPT_AT_LEAST = 256
 _SWEPT_SHARE = 4
 _MOST_EDGES = 256
@@ -67,11 +71,11 @@ _AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What a front is drawn against."""
+    """A quantity that a Pareto front is drawn against."""
 
     meaning: str
     unit: str
-    #: whether every point of a curve has its own value; otherwise a run has one, at its end
+    #: whether every point of a curve has a value; otherwise each run has one, at its end
     along_curve: bool
     #: whether it is a time or a size measured where the run ran
     measured: bool
@@ -146,7 +150,7 @@ class Points:
 
 
 def model_number(model: str | None, trial_id: int) -> int:
-    """60 bits of a model's digest: enough to tell a billion apart."""
+    """60 bits of a model's digest, enough to distinguish a billion models."""
     return int(model[:15], 16) if model and _HEXADECIMAL.match(model) else -trial_id
 
 
@@ -165,14 +169,14 @@ def kept(points: Points, models: int | None = None) -> NDArray[np.bool_]:
 def _sweep(points: Points, models: int) -> tuple[NDArray[np.bool_], list[tuple[float, float]]]:
     """(what `kept` gives, every (x, loss) from which on a point is beaten by `models` models)."""
     order = np.lexsort((points.step, points.trial, points.loss, points.x))
-    # what is not a number has no place among numbers; nothing is made of it
+    # points that are not finite cannot be compared; they take no part
     usable = np.isfinite(points.x) & np.isfinite(points.loss)
     order = order[usable[order]]
     chosen = np.zeros(len(points), dtype=bool)
     bars: list[tuple[float, float]] = []
     lowest: list[tuple[float, int]] = []  # the best loss so far of the `models` best, sorted
     own: dict[int, float] = {}
-    bar = math.inf  # loss of the last of them: nothing at or above it enters
+    bar = math.inf  # highest loss in `lowest` once it is full: points at or above it are beaten
     xs, owners, losses = points.x.tolist(), points.model.tolist(), points.loss.tolist()
     for i in order.tolist():
         loss, owner = losses[i], owners[i]
@@ -201,7 +205,7 @@ def task_scope(task: str, fingerprint: str, tenant: str = DEFAULT_TENANT) -> str
 
 
 def of_tenant(name: str, tenant: str) -> str:
-    """The scope that a tenant means by a search's id, a task's name or name@fingerprint."""
+    """The scope for a search's id, a task's name or name@fingerprint, as one tenant uses them."""
     is_search = name not in TASKS and "@" not in name
     return name if is_search or tenant == DEFAULT_TENANT else f"{tenant}/{name}"
 
@@ -209,20 +213,22 @@ def of_tenant(name: str, tenant: str) -> str:
 def _is_default(search: SearchRow) -> bool:
     """Whether a bare task name may mean this search's data and recipe."""
     request = search.request
-    chosen = request.get("recipe") or request.get("overrides")  # older requests have neither
+    chosen = request.get("recipe") or request.get("overrides")  # older requests lack both fields
     return search.data_path is None and not chosen
 
 
 def _scopes(search: SearchRow, reused: bool) -> list[str]:
-    """Where a completed run counts: one that shares another search's result adds nothing to the
-    task."""
+    """The scopes that a completed run counts in.
+
+    A run that reuses the result of another search counts in its search, but not in the task again.
+    """
     if reused or search.task_fingerprint is None:
         return [search.id]
     return sorted([search.id, task_scope(search.task, search.task_fingerprint, search.tenant)])
 
 
 def _locked_scope(session: Session, scope: str) -> ScopeRow:
-    """The scope's row, made if it is missing, held until the transaction ends."""
+    """The scope's row, created if missing, and locked until the transaction ends."""
     new = {"scope": scope, "revision": 0, "trials": 0, "points": 0, "searches": 0}
     dialect = session.get_bind().dialect.name
     make = postgresql.insert if dialect == "postgresql" else sqlite.insert
@@ -232,7 +238,7 @@ def _locked_scope(session: Session, scope: str) -> ScopeRow:
 
 
 def touch(session: Session, search: SearchRow) -> None:
-    """Note that a bare task name may mean other data from now on."""
+    """Raise the revision of the bare task name, which may mean other data from now on."""
     if _is_default(search):
         _locked_scope(session, of_tenant(search.task, search.tenant)).revision += 1
 
@@ -241,7 +247,7 @@ def enter(session: Session, search: SearchRow, trial: TrialRow) -> None:
     """Add a run that has just completed, in the transaction that completes it."""
     source = trial.reused_from and session.get(TrialRow, trial.reused_from)
     if source and source.search_id == search.id:
-        return  # the run whose result it shares is there already
+        return  # the run whose result it reuses has entered already
     query = (
         select(PointRow.step, PointRow.train_flops, PointRow.loss, PointRow.seconds)
         .where(PointRow.trial_id == trial.id)
@@ -260,7 +266,7 @@ def enter(session: Session, search: SearchRow, trial: TrialRow) -> None:
         state.greatest_flops = max(ends + _known(state.greatest_flops))
         _merge(session, scope, trial.dense, found)
     confirmed = trial.confirms and session.get(TrialRow, trial.confirms)
-    if confirmed:  # how well its own search's ranking held is told with that search
+    if confirmed:  # answers about the confirmed search include its confirmations
         _locked_scope(session, confirmed.search_id).revision += 1
     if not source:
         touch(session, search)
@@ -281,7 +287,7 @@ def _known(value: float | None) -> list[float]:
 
 
 def _points_of(trial: TrialRow, curve: Sequence[Any]) -> dict[str, Points]:
-    """The run on every axis that it has a value of."""
+    """The run's points on every axis that it has a value of."""
     last, model = curve[-1], model_number(trial.model, trial.id)
     found = {
         "train_flops": [(model, trial.id, c.step, c.train_flops, c.loss) for c in curve],
@@ -295,7 +301,7 @@ def _points_of(trial: TrialRow, curve: Sequence[Any]) -> dict[str, Points]:
 
 
 def _merge(session: Session, scope: str, dense: bool, new: Mapping[str, Points]) -> None:
-    """Let the points of one new run into the standings of a scope that is locked."""
+    """Add the points of a new run to the standings of a locked scope."""
     query = select(BarRow).where(BarRow.scope == scope, BarRow.dense == dense)
     bars = {bar.axis: bar for bar in session.scalars(query)}
     for axis, points in new.items():
@@ -315,17 +321,17 @@ def _merge(session: Session, scope: str, dense: bool, new: Mapping[str, Points])
 
 
 def _is_beaten(points: Points, packed: bytes) -> NDArray[np.bool_]:
-    """Points that enough runs beat for certain."""
+    """Which points are certainly beaten by enough models, judging by the bars."""
     if not packed:
         return np.zeros(len(points), dtype=bool)
     x, loss = np.frombuffer(packed, dtype="<f8").reshape(-1, 2).T
     at = np.searchsorted(x, points.x, side="right") - 1
-    # strictly above: of equal points the one with the lower trial id, which may come late, is first
+    # only strictly above: of equal points the lower trial id is the better, and may come later
     return (at >= 0) & (points.loss > loss[np.maximum(at, 0)])
 
 
 def _sweep_out(session: Session, bar: BarRow) -> None:
-    """Take out the points that enough others beat by now, and set the bars anew."""
+    """Delete the points that enough other models beat by now, and set new bars."""
     own = and_(
         StandingRow.scope == bar.scope, StandingRow.axis == bar.axis,
         StandingRow.dense == bar.dense,
@@ -343,7 +349,7 @@ def _sweep_out(session: Session, bar: BarRow) -> None:
 
 
 def _packed(bars: Sequence[tuple[float, float]]) -> bytes:
-    """At most `_MOST_EDGES` of the bars: fewer let more in, and nothing wrong."""
+    """At most `_MOST_EDGES` of the bars; with fewer, more points stay until the next sweep."""
     every = max(1, math.ceil(len(bars) / _MOST_EDGES))
     return np.array(bars[::-1][::every][::-1], dtype="<f8").tobytes()
 
@@ -365,18 +371,18 @@ def _insert(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
         session.execute(insert(StandingRow), list(part))
 
 
-# --- building them anew
+# --- rebuilding
 
 
 def are_current(connection: Connection) -> bool:
-    """Whether the standings are there as this version keeps them."""
+    """Whether the standings have the contents that this version keeps."""
     with Session(connection) as session:
         layout = session.get(ScopeRow, _LAYOUT_SCOPE)
         return layout is not None and layout.revision == LAYOUT
 
 
 def ensure(connection: Connection) -> None:
-    """Build the standings anew if this version's are not there yet."""
+    """Rebuild the standings if they are not this version's."""
     if not are_current(connection):
         with Session(connection) as session:
             rebuild(session)
@@ -384,10 +390,10 @@ def ensure(connection: Connection) -> None:
 
 
 def rebuild(session: Session) -> None:
-    """Standings and counts of every scope from the completed runs, in the caller's transaction.
+    """Rebuild standings and counts of every scope from the completed runs, in one transaction.
 
-    Search by search, so that no more than one search's points and the standings of the tasks are in
-    memory.  Revisions go on from where they were.
+    The transaction is the caller's.  It reads search by search, so that memory holds the points of
+    one search and the standings of the tasks only.  Revisions continue from their old values.
     """
     revisions = dict(session.execute(select(ScopeRow.scope, ScopeRow.revision)).all())
     for table in (StandingRow, BarRow, ScopeRow):
@@ -424,7 +430,7 @@ def rebuild(session: Session) -> None:
 
 
 def _stand(session: Session, scope: str, axis: str, dense: bool, points: Points) -> None:
-    """All standings of a scope on an axis, of which there are none yet."""
+    """Insert all standings of a scope on an axis, which has none yet."""
     stays, bars = _sweep(points, KEPT_MODELS)
     _insert(session, _as_rows(scope, axis, dense, points.select(stays)))
     session.execute(
@@ -516,14 +522,14 @@ def _of_search(session: Session, search: SearchRow) -> tuple[_OfSearch, _OfSearc
 
 
 class Standings:
-    """What answers are made of: the fronts, the runs near them, and their curves."""
+    """Reads what answers are computed from: the fronts, the runs near them, and their curves."""
 
     def __init__(self, store: Store) -> None:
         self._engine = store.engine
         self._plain = store.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def state(self, scope: str) -> ScopeState | None:
-        """Counts of a scope; None where nothing has completed in it."""
+        """Counts of a scope; None if no run has completed in it."""
         columns = (
             ScopeRow.revision, ScopeRow.trials, ScopeRow.points, ScopeRow.searches,
             ScopeRow.least_flops, ScopeRow.greatest_flops,
@@ -533,10 +539,11 @@ class Standings:
         return None if row is None else ScopeState(*row)
 
     def revisions(self, scopes: Iterable[str]) -> dict[str, int]:
-        """The revision of every scope that has one; also of bare task names.
+        """Scope → revision, for those of the scopes and bare task names that have one.
 
-        It grows with every change of what answers about the scope are made of; that of a bare name
-        also when the name begins to mean other data.  One statement without a transaction around.
+        A revision grows with every change of the runs that answers about the scope are computed
+        from; that of a bare name also when the name begins to mean other data.  The read is one
+        statement without a transaction.
         """
         query = select(ScopeRow.scope, ScopeRow.revision).where(ScopeRow.scope.in_(list(scopes)))
         with translated(), self._plain.connect() as connection:
@@ -559,7 +566,7 @@ class Standings:
         with reading(self._engine) as session:
             keys = [(int(trial), int(step)) for trial, step in session.execute(first)]
         found = {(p.trial_id, p.step): p for p in self._curve_points(keys)}
-        # a stored loss that is no number stands on no front, whoever has put it there
+        # a stored loss that is not finite belongs to no front, however it got there
         return [found[key] for key in keys if math.isfinite(found[key].loss)]
 
     def lowest(self, scope: str, axis: str, limit: float, *, dense: bool) -> list[int]:
@@ -576,7 +583,7 @@ class Standings:
             return list(session.scalars(query))
 
     def least(self, scope: str, axis: str) -> float | None:
-        """The least value of an axis that any completed run has; None without one."""
+        """The smallest value of an axis among completed runs; None if there is none."""
         query = select(func.min(StandingRow.x)).where(
             StandingRow.scope == scope, StandingRow.axis == axis
         )
@@ -603,7 +610,7 @@ class Standings:
     ) -> list[Run]:
         """Completed runs of a scope with their curves: those named, and all of the given models.
 
-        Of runs that share one result, only the one that ran is given.
+        Of runs that share one result, only the one that was executed is included.
         """
         ids, digests = sorted(set(trials)), sorted(set(models))
         where = _in_scope(scope)
@@ -642,9 +649,9 @@ class Standings:
         return found
 
     def confirmed(self, scope: str) -> list[ConfirmedPair]:
-        """Every run of a scope that was confirmed, with what its confirmations gave.
+        """Every run of a scope that was confirmed, with the results of its confirmations.
 
-        Of a search, both the runs that it confirms and those of its own that others confirmed.
+        For a search these are the runs that it confirms, and its own runs that others confirmed.
         """
         source = TrialRow.__table__.alias("source")
         either = or_(TrialRow.search_id == scope, source.c.search_id == scope)
@@ -682,7 +689,7 @@ def _standing(scope: str, axis: str, dense: bool) -> ColumnElement[bool]:
 
 @lru_cache(maxsize=65536)
 def structure_key(design: str) -> str:
-    """A design in canonical form as text; equal for equal structures whatever their widths."""
+    """A design's canonical form as text, equal for equal structures at any width."""
     found = canonical_design(parse_design(design))
     if isinstance(found, Theta):
         return ",".join(f"{v:.6g}" for v in found.values)

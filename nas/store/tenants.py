@@ -1,4 +1,4 @@
-"""Tenants: what each of them uses, and quotas of their own."""
+"""Tenants: their use of quotas, and quotas of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST = {"searches": 10**6, "train_flops": 1e30, "concurrency": 10**6}
 
 
 def all_use(store: Store) -> list[Use]:
-    """What each tenant uses that has a search or quotas of its own, by name."""
+    """The use of each tenant that has a search or quotas of its own, by name."""
     with reading(store.engine) as session:
         names = set(session.scalars(select(SearchRow.tenant).distinct()))
         names |= set(session.scalars(select(TenantRow.name)))
@@ -24,12 +24,12 @@ def all_use(store: Store) -> list[Use]:
 
 
 def set_quotas(store: Store, tenant: str, **given: float) -> None:
-    """Set quotas of a tenant's own, the others staying: searches, train_flops, concurrency.
+    """Set some of a tenant's own quotas: searches, train_flops, concurrency; the others stay.
 
     Raises
     ------
     InvalidInput
-        A number that is no quota.
+        A value is out of range.
     """
     for name, value in given.items():
         if not 0 <= value <= _MOST[name]:

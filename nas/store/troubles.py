@@ -1,4 +1,4 @@
-"""What can be the matter with a database, and what to do about it."""
+"""Diagnosis of database errors: what is wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TroubleKind = Literal[
     "away", "full", "read_only", "locked", "exhausted", "timeout", "damaged", "refused", "failing"
 ]
 TROUBLE_KINDS: tuple[TroubleKind, ...] = get_args(TroubleKind)
-#: Kind → (what is the matter, what to do).
+#: Kind → (finding, advice).
 _SAID: dict[TroubleKind, tuple[str, str]] = {
     "away": (
         "it cannot be reached",
@@ -20,33 +20,33 @@ _SAID: dict[TroubleKind, tuple[str, str]] = {
     ),
     "full": (
         "it has no space left",
-        "free space on its disk; writes go on by themselves, no restart is needed",
+        "free space on its disk; writes then continue without a restart",
     ),
     "read_only": (
-        "it does not take writes",
-        "make its disk or server writable again (a standby has to be promoted); writes go on by "
-        "themselves, no restart is needed",
+        "it refuses writes",
+        "make its disk or server writable again (a standby has to be promoted); writes then "
+        "continue without a restart",
     ),
     "locked": (
-        "another transaction holds what this one needs",
-        "try again; if it lasts, look for a process that holds a transaction open",
+        "another transaction holds a lock that this one needs",
+        "try again; if it persists, look for a process that keeps a transaction open",
     ),
     "exhausted": (
         "it has no connection or memory left for this",
-        "try again; if it lasts, raise its max_connections or run fewer processes",
+        "try again; if it persists, raise its max_connections or run fewer processes",
     ),
-    "timeout": ("a statement took too long", "try again; if it lasts, look at the load on it"),
+    "timeout": ("a statement took too long", "try again; if it persists, check its load"),
     "damaged": (
-        "its file is damaged or is no database",
+        "its file is damaged or is not a database",
         "stop all processes and restore a backup, or name another in EINSUM_NAS_DATABASE_URL",
     ),
     "refused": (
         "its user may not do this",
-        "see to the password and the rights of the user in EINSUM_NAS_DATABASE_URL",
+        "check the password and the rights of the user in EINSUM_NAS_DATABASE_URL",
     ),
     "failing": (
         "reading or writing its files failed",
-        "look at the health of its disk and at the log of its server",
+        "check the health of its disk and the log of its server",
     ),
 }
 _LONGEST_CAUSE = 500
@@ -66,7 +66,7 @@ _SQLITE: dict[int, TroubleKind] = {
     sqlite3.SQLITE_AUTH: "refused",
 }
 _NO_SPACE_FOR_INDEX = (sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP)
-#: SQLSTATE, or its first two characters, of PostgreSQL.
+#: PostgreSQL's SQLSTATE, or its first two characters → kind.
 _POSTGRESQL: dict[str, TroubleKind] = {
     "08": "away",
     "57": "away",  # shut down, crashed, starting up, or the database dropped
@@ -89,12 +89,12 @@ _POSTGRESQL: dict[str, TroubleKind] = {
 
 
 class DatabaseTrouble(StoreUnavailable):
-    """`StoreUnavailable` with what is the matter.
+    """`StoreUnavailable` with a diagnosis.
 
     Parameters
     ----------
     cause
-        What the database or its driver said, without any password.
+        Message of the database or its driver, without any password.
     """
 
     def __init__(self, kind: TroubleKind, cause: str) -> None:
@@ -107,12 +107,12 @@ class DatabaseTrouble(StoreUnavailable):
 
     @property
     def finding(self) -> str:
-        """What is the matter, with no word of hosts, users or files."""
+        """What is wrong; the text names no hosts, users or files."""
         return _SAID[self.kind][0]
 
     @property
     def advice(self) -> str:
-        """What its operator can do."""
+        """What the operator can do."""
         return _SAID[self.kind][1]
 
 
@@ -122,12 +122,12 @@ def is_busy(error: BaseException) -> bool:
 
 
 def trouble_of(error: Any, *, lost: bool = False) -> TroubleKind | None:
-    """What is the matter by a driver's error; None for errors of a program or of integrity.
+    """The kind of a driver's error; None for programming and integrity errors.
 
     Parameters
     ----------
     lost
-        The connection was found to be broken.
+        Whether the connection was found to be broken.
     """
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", None)  # the driver's own errors have none

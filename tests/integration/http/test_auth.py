@@ -456,14 +456,14 @@ def test_a_key_that_opens_nothing_signs_nobody_in(house: House, key: str) -> Non
     _, response = signed_in(house, key)
     assert response.status_code == 403
     assert "set-cookie" not in response.headers
-    assert "no key of this service" in response.text
+    assert "not a valid key of this service" in response.text
     assert house.keys[key] not in response.text
 
 
 def test_an_operators_key_has_nothing_to_see(house: House) -> None:
     _, response = signed_in(house, "admin")
     assert response.status_code == 403
-    assert "no scope" in response.text
+    assert "needs a key with scope" in response.text
 
 
 def test_a_browser_without_a_session_is_sent_to_sign_in(house: House) -> None:

@@ -286,7 +286,7 @@ def test_sqlite_on_a_read_only_disk(volume: Volume, start: Callable[[str], Api])
     refused = api.submit("key")
     assert is_refusal(refused, "read_only"), refused.text + api.log.read_text()
     assert api.stored() == set()
-    not_ready(api, "does not take writes")
+    not_ready(api, "refuses writes")
     volume.turn("rw")
     api.await_status("/readyz", 200)
     made = api.submit("key")
@@ -305,7 +305,7 @@ def test_postgresql_that_is_read_only(
     refused = api.submit("key")
     assert is_refusal(refused, "read_only"), refused.text
     assert api.stored() == {before}
-    not_ready(api, "does not take writes")
+    not_ready(api, "refuses writes")
     postgresql.read_only("off")
     api.await_status("/readyz", 200)
     made = api.submit("key")
@@ -344,5 +344,5 @@ def test_a_file_that_is_no_database_stops_the_start(
     file.write_text("a letter to a friend\n" * 300)
     api = start(f"sqlite:///{file}")
     assert api.process.wait(60) != 0
-    assert "is no database" in api.log.read_text()
+    assert "is not a database" in api.log.read_text()
     assert file.read_text().startswith("a letter")

@@ -180,7 +180,7 @@ def test_what_owes_nothing_or_met_its_limit_is_not_tried_again(store: Store) -> 
     lease, _ = claimed(store)
     completed(Leases(store), lease, draft(0))
     Leases(store).release(lease, "succeeded")
-    with pytest.raises(Conflict, match="no trial of it can be tried again"):
+    with pytest.raises(Conflict, match="none of its trials can be retried"):
         store.retry(search.id)
     limited, _ = store.create_search(REQUEST)
     lease, _ = claimed(store)

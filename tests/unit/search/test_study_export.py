@@ -239,7 +239,7 @@ def test_a_study_on_the_databases_that_optuna_serves(
         assert read.front == our_front(list(iterate_runs(ready.store)))
         ours = Filling(postgresql_server)
         try:
-            with pytest.raises(InvalidInput, match="its tables are called as those here"):
+            with pytest.raises(InvalidInput, match="has other tables of the same names"):
                 export(ready.store, "optuna", postgresql_server)
         finally:
             ours.store.close()
@@ -257,7 +257,7 @@ def test_a_study_on_the_databases_that_optuna_serves(
         ("sqlite://", "sqlite:///path"),
         ("sqlite:///{folder}/none/x.db", "none does not exist"),
         ("sqlite:///{folder}/text.db", "not a database"),
-        ("sqlite:///{folder}/ours.db", "its tables are called as those here"),
+        ("sqlite:///{folder}/ours.db", "has other tables of the same names"),
         ("sqlite:////proc/x.db", "unable to open"),
         ("postgresql://me:secret@127.0.0.1:1/db", "127.0.0.1"),
         ("postgresql://me:secret@127.0.0.1:1/db?password=secret", "127.0.0.1"),
