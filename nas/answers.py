@@ -1,4 +1,4 @@
-"""Questions to the store and their answers as plain JSON values, the same for REST and CLI."""
+"""Computes the answers of REST and CLI from the store: fronts, and the best within a budget."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def resolve_task(store: Store, task: str) -> tuple[str, str]:
             others = ", ".join(f"{name}@{f[0]}" for f in store.task_fingerprints(name)[:8])
             raise NotFound(
                 f"no search on the default data and recipe of task {name!r} has begun here"
-                + (f"; on others: {others}" if others else "")
+                + (f"; there are results for {others}" if others else "")
                 + f"; run `einsum-nas search --task {name} --train-flops 2e11 --wait`"
             )
         fingerprint = found
@@ -261,8 +261,8 @@ BUDGETS: Mapping[str, Callable[[Run], float | None]] = {
     "step_seconds": lambda run: run.seconds_per_step,
     "peak_memory": lambda run: run.peak_memory_bytes,
 }
-#: A budget this much above the greatest one measured is still measured: runs end at most one step
-#: short of theirs.
+#: A budget up to this factor above the greatest measured train FLOPs counts as measured, because a
+#: run may end one step short of its budget.
 _SAME_BUDGET = 1.02
 #: Evaluations lie this far apart: what is best at a budget may have its next one after it.
 _NEXT_EVALUATION = 2.0
@@ -310,7 +310,7 @@ def get_best(
     InvalidInput
         A budget that is no positive number, none or several, or an unknown task.
     NotFound
-        Nothing is measured within the budget, or it lies past everything measured and nothing can
+        Nothing is measured within the budget, or it is beyond all measured budgets and nothing can
         be extrapolated.
     """
     axis, budget = checked_budget(budgets)
@@ -471,8 +471,8 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
     found = predict_for_budget(runs, budget, greatest)
     if found is None:
         raise NotFound(
-            f"train_flops={budget:.4g} is past everything measured on {scope.label} (at most "
-            f"{greatest:.4g}), and no structure has curves that a law could be fitted to; run "
+            f"train_flops={budget:.4g} is beyond all measured budgets on {scope.label} (at most "
+            f"{greatest:.4g}), and no structure has enough points to fit a scaling law; run "
             f"`einsum-nas search --task {scope.task} --train-flops {budget:.4g} --wait`"
         )
     best, structured, dense = found.best, found.best_structured, found.best_dense

@@ -1,4 +1,4 @@
-"""What can be asked for: tasks and recipes, previews of searches, and the searches there are."""
+"""Lists tasks, recipes and searches, and previews what a search would run."""
 
 from __future__ import annotations
 

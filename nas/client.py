@@ -23,15 +23,15 @@ _PAGE = 200
 
 
 class ServiceError(EinsumNasError):
-    """The service answered with an error that is not the caller's, or not at all."""
+    """The service did not answer, or failed for a reason that is not the caller's."""
 
 
 class NotAllowed(EinsumNasError):
-    """The service wants an API key, or one that may do more."""
+    """The service requires an API key, or one with another scope."""
 
 
 class RateLimited(EinsumNasError):
-    """The service has heard too much of this key or address, or its tenant's quota is used up."""
+    """The key or address has sent too many requests, or the tenant's quota is used up."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ class RemoteSearch(_Stored):
         return RemoteSearch(data["id"], data, self.client)
 
     def cancel(self) -> RemoteSearch:
-        """Ask the search to stop."""
+        """Cancel the search."""
         return self._after("cancel")
 
     def pause(self) -> RemoteSearch:
-        """Set the search aside; what runs goes on from its checkpoint after `resume`."""
+        """Pause the search; `resume` continues its runs from their checkpoints."""
         return self._after("pause")
 
     def resume(self) -> RemoteSearch:
@@ -173,11 +173,11 @@ class RemoteSearch(_Stored):
         return self._after("resume")
 
     def retry(self) -> RemoteSearch:
-        """Queue the search, which has ended, again for the trials that it still owes."""
+        """Queue the ended search again, to run the trials that are not complete."""
         return self._after("retry")
 
     def set_priority(self, priority: int) -> RemoteSearch:
-        """Run the search before or after others."""
+        """Set the priority of the search; searches of higher priority run first."""
         return self._after("priority", {"priority": priority})
 
     def _after(self, action: str, body: Mapping[str, Any] | None = None) -> RemoteSearch:
@@ -185,7 +185,7 @@ class RemoteSearch(_Stored):
         return RemoteSearch(self.id, data, self.client)
 
     def clone(self, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
-        """Submit a search like this one with some fields changed."""
+        """Submit a copy of this search with some fields changed."""
         data = self.client.send(_clone(self.id, changes, idempotency_key))
         return RemoteSearch(data["id"], data, self.client)
 
@@ -200,9 +200,9 @@ class Client:
     timeout_seconds
         Limit of one request.
     tenant
-        Whose searches it submits and asks about; with a key that is the key's tenant.
+        Tenant of the requests, for services without access control; otherwise the key decides.
     api_key
-        Key to show, where the service asks for one.
+        Key to send, if the service requires one.
 
     Raises
     ------
@@ -379,11 +379,11 @@ class AsyncRemoteSearch(_Stored):
         return AsyncRemoteSearch(data["id"], data, self.client)
 
     async def cancel(self) -> AsyncRemoteSearch:
-        """Ask the search to stop."""
+        """Cancel the search."""
         return await self._after("cancel")
 
     async def pause(self) -> AsyncRemoteSearch:
-        """Set the search aside."""
+        """Pause the search."""
         return await self._after("pause")
 
     async def resume(self) -> AsyncRemoteSearch:
@@ -391,11 +391,11 @@ class AsyncRemoteSearch(_Stored):
         return await self._after("resume")
 
     async def retry(self) -> AsyncRemoteSearch:
-        """Queue the search, which has ended, again for the trials that it still owes."""
+        """Queue the ended search again, to run the trials that are not complete."""
         return await self._after("retry")
 
     async def set_priority(self, priority: int) -> AsyncRemoteSearch:
-        """Run the search before or after others."""
+        """Set the priority of the search; searches of higher priority run first."""
         return await self._after("priority", {"priority": priority})
 
     async def _after(self, action: str, body: Mapping[str, Any] | None = None) -> AsyncRemoteSearch:
@@ -405,7 +405,7 @@ class AsyncRemoteSearch(_Stored):
     async def clone(
         self, *, idempotency_key: str | None = None, **changes: Any
     ) -> AsyncRemoteSearch:
-        """Submit a search like this one with some fields changed."""
+        """Submit a copy of this search with some fields changed."""
         data = await self.client.send(_clone(self.id, changes, idempotency_key))
         return AsyncRemoteSearch(data["id"], data, self.client)
 

@@ -1,4 +1,4 @@
-"""A search again, as it was or with changes, as a search of its own."""
+"""Copies of a search, with or without changes, as new searches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nas.errors import InvalidInput
 from nas.request import SearchRequest
 from nas.store import Search, Store
 
-#: Fields of a confirmation that may be changed: which runs it repeats is what it is.
+#: Fields of a confirmation that may be changed; all others follow from the runs that it repeats.
 _OF_CONFIRMATION = ("limits", "priority")
 
 
@@ -22,24 +22,24 @@ def create_clone(
     idempotency_key: str | None = None,
     request_id: str | None = None,
 ) -> tuple[Search, bool]:
-    """Queue a search like another one; (search, whether it is new).
+    """Queue a copy of a search; return (search, whether it is new).
 
-    Equal runs share their results, so that a clone with more trials goes on where the first ended.
+    Equal runs share their results, so a clone with more trials continues where the original ended.
 
     Parameters
     ----------
     changes
         Fields of a `SearchRequest` and their new values.
     data_place
-        Where the data of a request lies and the folder that it may not lead out of, called where
-        the clone has other data.
+        Gives the path of a request's data and the folder that it has to lie in; called if the
+        clone has other data.
 
     Raises
     ------
     NotFound
         No such search.
     InvalidInput
-        A change that cannot be made.
+        A change is invalid.
     IdempotencyConflict
         The key was used with another request.
     """
@@ -59,7 +59,7 @@ def create_clone(
         data_path=data_path,
         data_root=data_root,
         idempotency_key=idempotency_key,
-        # runs are repeated on the data they had, or not at all
+        # a confirmation must run on the same data
         fingerprint=source.task_fingerprint if request.confirm is not None else None,
         cloned_from=search_id,
         request_id=request_id,

@@ -1,8 +1,8 @@
-"""Running the best of a search again with fresh seeds, against the winner's curse.
+"""Running the best of a search again with new seeds, against the winner's curse.
 
-Of many noisy runs the lowest is low by luck too.  A confirmation runs the top ones, or some taken
-evenly across the ranking, and the best dense one, with seeds that none of them has had; answers
-then rest on these runs alone, and tell how well the ranking held.
+The lowest of many noisy losses is partly low by luck.  A confirmation repeats the top candidates,
+or some taken evenly from the ranking, and the best dense run, with seeds that none of them has had.
+Answers then rest on these runs alone, and say how well the ranking held.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class ConfirmRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     top: Annotated[int, Field(ge=1, le=MAX_TRIALS), WHOLE] = Field(
-        3, description="Candidates that are run again; the best dense one too."
+        3, description="Number of candidates to run again, besides the best dense run."
     )
     seeds: Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS), WHOLE] = Field(
-        3, description="Fresh seeds that each is run with."
+        3, description="Number of new seeds with which each is run."
     )
     longer: float = Field(
-        1.0, ge=1, le=MAX_LONGER, description="Steps of a confirmation over those of its run."
+        1.0, ge=1, le=MAX_LONGER, description="Steps relative to those of the confirmed run."
     )
     spread: bool = Field(
         False,
-        description="Take the candidates evenly across the ranking, the best and the worst "
-        "included, instead of the top: that is what a rank correlation needs.",
+        description="Take the candidates evenly from the whole ranking, from the best to the "
+        "worst, instead of its top; a rank correlation needs that.",
     )
 
     @classmethod
@@ -70,16 +70,16 @@ def create_confirmation(
     idempotency_key: str | None = None,
     request_id: str | None = None,
 ) -> tuple[Search, bool]:
-    """Queue the confirmation of a search as a search of its own; (search, whether it is new).
+    """Queue the confirmation of a search, as a new search; return (search, whether it is new).
 
     Raises
     ------
     NotFound
         No such search.
     Conflict
-        It has not ended, is a confirmation itself, or no candidate of it has completed.
+        It has not ended, is a confirmation itself, or has no completed candidate.
     InvalidInput
-        More candidates are wanted than have completed, or the longer runs are past any budget.
+        More candidates are requested than have completed, or the runs would exceed any budget.
     """
     made = store.search_of_key(idempotency_key) if idempotency_key else None
     if made is not None:
@@ -108,7 +108,7 @@ def create_confirmation(
 
 
 def _is_asked(made: Search, search_id: str, wanted: ConfirmRequest) -> bool:
-    """Whether an earlier request asked for the same; its seeds are its own."""
+    """Whether an earlier request was the same; the seeds were chosen by this service."""
     had = made.request.confirm
     return had is not None and (had.search, had.top, len(had.seeds), had.longer, had.spread) == (
         search_id, wanted.top, wanted.seeds, wanted.longer, wanted.spread,
@@ -127,7 +127,7 @@ def _choose(trials: Sequence[Trial], wanted: ConfirmRequest) -> list[Trial]:
     ranking = [t for t in models.values() if not t.dense]
     if ranking and wanted.top > len(ranking):
         raise InvalidInput(
-            "top", wanted.top, f"at most {len(ranking)}: so many distinct candidates have completed"
+            "top", wanted.top, f"at most {len(ranking)}, the distinct candidates that completed"
         )
     chosen = ranking[: wanted.top]
     if wanted.spread and wanted.top > 1:
@@ -139,7 +139,7 @@ def _choose(trials: Sequence[Trial], wanted: ConfirmRequest) -> list[Trial]:
 def _fresh_seeds(
     store: Store, source: Search, chosen: Sequence[Trial], count: int
 ) -> tuple[int, ...]:
-    """The least seeds that none of the chosen models has been run with, or is going to be."""
+    """The smallest seeds that no run of the chosen models has, finished or planned."""
     used = store.seeds_of_models({t.model for t in chosen if t.model is not None})
     used |= {t.seed for t in chosen} | store.seeds_of_confirmations(source.id)
     fresh = (seed for seed in range(len(used) + count) if seed not in used)
@@ -173,7 +173,7 @@ def _request(
         "trials": len(runs) * len(seeds),
         "confirm": confirm.model_dump(mode="json"),
     }
-    if source.request.limits is not None:  # which runs there are is given: their FLOPs are no limit
+    if source.request.limits is not None:  # the runs are fixed, so their FLOPs need no limit
         kept = source.request.limits.model_copy(update={"total_train_flops": None})
         fields["limits"] = kept.model_dump(mode="json")
     return SearchRequest.checked(fields)

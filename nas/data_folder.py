@@ -1,6 +1,6 @@
-"""Names of data that came over the network, and where in the service's data folder they lead.
+"""Resolves names of data that came over the network to paths in the service's data folder.
 
-Nothing is opened here: `nas.tasks.opening` does that, and looks at every step of the way again.
+Nothing is opened here; `nas.tasks.opening` does that, and checks every part of the path again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DataPlace:
 
     #: the service's data folder, without links
     root: Path
-    #: below it, of which nothing but its text is known
+    #: below `root`; checked as text only, so it may not exist, or be a link
     path: Path
 
 
@@ -38,7 +38,7 @@ def data_inside(folder: Path | None, name: str, tenant: str | None = None) -> Da
         No data folder is configured, the tenant has none, or the name leads out of it.
     """
     if folder is None:
-        raise InvalidInput("data", name, "nothing: this service has no EINSUM_NAS_DATA_DIR")
+        raise InvalidInput("data", name, "null: this service has no EINSUM_NAS_DATA_DIR")
     inside = PurePosixPath(name)
     parts = inside.parts
     if not parts or inside.is_absolute() or ".." in parts or "\x00" in name:
@@ -55,5 +55,5 @@ def data_inside(folder: Path | None, name: str, tenant: str | None = None) -> Da
     except OSError:
         is_folder = False
     if not is_folder:
-        raise InvalidInput("data", name, f"nothing: there is no data folder of tenant {tenant}")
+        raise InvalidInput("data", name, f"null: tenant {tenant} has no data folder")
     return DataPlace(root, own / inside)

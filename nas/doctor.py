@@ -1,4 +1,4 @@
-"""Looks at everything that a service and its workers need, and says what to do about the rest.
+"""Checks everything that a service and its workers need, and says how to fix what is wrong.
 
 Imports neither torch nor ray: versions are read from what is installed.
 """
@@ -45,7 +45,7 @@ _SHOWN = ("torch", "ray", "optuna", "sqlalchemy")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: Status
@@ -94,8 +94,8 @@ def _database(used: Settings) -> Iterator[Check]:
     if file is not None and not file.exists():
         yield Check(
             "database", "warning", f"{file} is not there yet",
-            "nothing, if this is a new installation: the first command makes it; else correct "
-            "EINSUM_NAS_HOME or EINSUM_NAS_DATABASE_URL",
+            "if this is a new installation do nothing: the first command creates it; otherwise "
+            "correct EINSUM_NAS_HOME or EINSUM_NAS_DATABASE_URL",
         )  # fmt: skip
         return
     store = Store(used.resolved_database_url)
@@ -110,7 +110,7 @@ def _database(used: Settings) -> Iterator[Check]:
     except DatabaseTrouble as error:
         yield Check("database", "problem", masked(str(error)), error.advice)
     except StoreUnavailable as error:
-        yield Check("database", "problem", masked(str(error)), "see that the database runs")
+        yield Check("database", "problem", masked(str(error)), "make sure that the database runs")
     finally:
         store.close()
 
@@ -119,7 +119,7 @@ def _reached(found: Database) -> Check:
     milliseconds = 1e3 * found.round_trip_seconds
     text = f"{found.product} answers within {milliseconds:.1f} ms"
     if milliseconds > _SLOW_MS:
-        advice = "run the database near its workers, and look at the load on it"
+        advice = "run the database near its workers, and check its load"
         return Check("database", "warning", text, advice)
     return Check("database", "ok", text)
 
@@ -137,8 +137,8 @@ def _clock(found: Database) -> Check:
     text += " this machine's"
     if abs(ahead) > _CLOCK_SECONDS:
         advice = (
-            "set both by NTP: leases go by the database's clock alone and are safe, but the times "
-            "of logs and of the store do not fit each other"
+            "synchronise both by NTP: leases use only the database's clock and are safe, but times "
+            "in logs do not match those in the store"
         )
         return Check("clock", "warning", text, advice)
     return Check("clock", "ok", text)
@@ -164,7 +164,7 @@ def _work(store: Store) -> Iterator[Check]:
     if gauges.leases_expired:
         yield Check(
             "leases", "warning", f"{gauges.leases_expired} running search(es) without a holder",
-            "nothing, if a worker lives: it takes them over within seconds; else start one",
+            "if a worker runs do nothing: it takes them over within seconds; otherwise start one",
         )  # fmt: skip
     dead = gauges.dead_lettered
     yield Check(
@@ -195,7 +195,7 @@ def _workers(workers: list[Process], queued: int, oldest_seconds: float) -> Chec
         return Check("workers", "warning", text, advice)
     waiting = [w.name for w in workers if w.state == "waiting"]
     if waiting:
-        advice = "see that the Ray cluster at RAY_ADDRESS runs; checks of it follow below"
+        advice = "make sure that the Ray cluster at RAY_ADDRESS runs; see its checks below"
         return Check("workers", "warning", text, advice)
     return Check("workers", "ok", text)
 
@@ -234,7 +234,7 @@ def _space(name: str, folder: Path) -> Check:
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Check]:
-    """What Ray keeps its objects in, where this system has it."""
+    """Check the shared memory that Ray keeps its objects in, if this system has any."""
     if not folder.is_dir():
         return
     usage = shutil.disk_usage(folder)
@@ -242,8 +242,8 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Check]:
     if usage.free < _LEAST_SHARED:
         yield Check(
             "shared memory", "warning", text,
-            "Ray keeps its objects there, and on a slow disk where it is small: start containers "
-            "with --shm-size=4g (shm_size in a compose file), or free what fills it",
+            "Ray keeps its objects there, or on a slow disk if it is too small: start containers "
+            "with --shm-size=4g (shm_size in a compose file), or free space in it",
         )  # fmt: skip
     else:
         yield Check("shared memory", "ok", text)
@@ -302,7 +302,7 @@ def _gpu() -> Iterator[Check]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         cause = masked(str(error))[:300]
-        advice = "see to the driver: `nvidia-smi` has to list the GPUs"
+        advice = "check the driver: `nvidia-smi` has to list the GPUs"
         yield Check("gpu", "warning", f"nvidia-smi failed: {cause}", advice)
         return
     cards = "; ".join(said.stdout.strip().splitlines()[:8])
@@ -334,13 +334,13 @@ def _size(count: float) -> str:
 
 
 def worst(checks: list[Check]) -> Status:
-    """The gravest status among the checks."""
+    """The most severe status among the checks."""
     order: tuple[Status, ...] = ("ok", "warning", "problem")
     return max((c.status for c in checks), key=order.index, default="ok")
 
 
 def show_checks(checks: list[Check]) -> None:
-    """Every check as a line of text, with what to do below it."""
+    """Print every check as a line, with its advice below it."""
     from rich.console import Console
 
     console = Console()

@@ -23,7 +23,7 @@ class EinsumNasError(Exception):
 
 
 class InvalidInput(EinsumNasError, ValueError):
-    """A caller's value that cannot be used: which field, what was given, what is accepted."""
+    """A caller's value that cannot be used; names the field, the value and what is accepted."""
 
     def __init__(self, field: str, value: Any, accepted: str) -> None:
         super().__init__(f"{field}: got {echo(value)}; accepted: {accepted}")
@@ -48,7 +48,7 @@ class IdempotencyConflict(EinsumNasError):
 
 
 class QuotaExceeded(EinsumNasError):
-    """A request for more than its tenant may use: which quota, how much it is and is used."""
+    """A request that would exceed a quota of its tenant; the message has the quota and its use."""
 
     def __init__(self, quota: str, tenant: str, message: str) -> None:
         super().__init__(message)
@@ -64,8 +64,8 @@ class StoreUnavailable(EinsumNasError):
 
 
 class ClusterUnavailable(EinsumNasError):
-    """A Ray cluster that cannot be reached or used; whose fault it is and what to do."""
+    """A Ray cluster that cannot be reached or used; the message says why and what to do."""
 
 
 class RunFailed(EinsumNasError):
-    """A proxy run that ended by its own fault, such as a loss that is not finite."""
+    """A proxy run that failed by itself, for example because its loss is not finite."""

@@ -13,7 +13,7 @@ import time
 
 from nas.errors import EinsumNasError
 
-#: Exit status of a command that cannot use what it was given: the next try would end so too.
+#: Exit status of a command with invalid input or settings; running it again would fail again.
 BAD_INPUT = 2
 
 
@@ -67,9 +67,7 @@ def keep_worker(ended: threading.Event) -> None:
     child = spawn("worker")
     while not ended.wait(1.0):
         if child.poll() == BAD_INPUT:
-            logging.getLogger(__name__).error(
-                "the worker's settings cannot be used: no worker runs"
-            )
+            logging.getLogger(__name__).error("no worker runs, because its settings are invalid")
             return
         if child.poll() is not None:
             logging.getLogger(__name__).warning(

@@ -1,4 +1,4 @@
-"""What a search is asked to do: one validated value, the same for REST, CLI and Python."""
+"""The request of a search: one validated value, the same for REST, CLI and Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nas.mixture import Mixture
 from nas.recipe import RECIPES, TASKS, Recipe, recipe_of
 from nas.theta import DENSE, Theta
 
-#: What a search may look among; "einsum" are those of `Space.factors` factors.
+#: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
 Family = Literal[
     "einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"
 ]  # fmt: skip
@@ -33,7 +33,7 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
 MAX_CONFIRM_SEEDS = 64
-#: Tokens that byte-pair text begins with; only text that is tokenised already may have fewer.
+#: Smallest vocabulary of a byte-pair tokenizer; only text that is tokenised already may have less.
 _BYTES = 256
 MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
@@ -51,39 +51,41 @@ WHOLE = BeforeValidator(_as_whole)
 
 
 class ConfirmedRun(BaseModel):
-    """A run to be run again as it was, but for its seed and its length."""
+    """A run to be repeated with another seed, and possibly more steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trial_id: int = Field(ge=0, le=2**63 - 1, description="The run that is confirmed.")
     theta: tuple[float, ...] = Field(max_length=64)
     design: str | None = Field(
-        None, max_length=2048, description="Text of the design; by default that of two factors."
+        None, max_length=2048, description="Text of the design; null for two factors, as in theta."
     )
     width: int = Field(ge=1, le=2**24)
     steps: int = Field(ge=1, le=2**53)
 
     @property
     def as_design(self) -> Design:
-        """The design; confirmations from before there were designs have theirs in theta."""
+        """The design; older confirmations give it by theta only."""
         return Theta.of(self.theta) if self.design is None else parse_design(self.design)
 
 
 class Confirm(BaseModel):
-    """Runs of a search and the fresh seeds that each is run again with."""
+    """Runs of a search, and the new seeds with which each is repeated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     search: str = Field(max_length=64, description="The search whose runs are confirmed.")
     runs: tuple[ConfirmedRun, ...] = Field(min_length=1, max_length=MAX_TRIALS)
     seeds: tuple[int, ...] = Field(min_length=1, max_length=MAX_CONFIRM_SEEDS)
-    longer: float = Field(1.0, ge=1, description="Steps over those of the confirmed run.")
-    top: int = Field(ge=1, description="Candidates that were asked for.")
-    spread: bool = Field(False, description="Whether across the ranking, not from its top.")
+    longer: float = Field(1.0, ge=1, description="Steps relative to those of the confirmed run.")
+    top: int = Field(ge=1, description="Number of candidates that was requested.")
+    spread: bool = Field(
+        False, description="Whether they were taken from the whole ranking, not from its top."
+    )
 
 
 class Space(BaseModel):
-    """Which designs a search may propose; each choice is one more coordinate of its box."""
+    """Which designs a search may propose; each choice adds a dimension to the search space."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -112,15 +114,15 @@ class Space(BaseModel):
         (2,),
         min_length=1,
         max_length=16,
-        description="Experts computed for each token.",
+        description="Experts that process each token.",
         json_schema_extra=_EACH_ONCE,
     )
     heads: tuple[Heads, ...] = Field(
         ("free",),
         min_length=1,
         max_length=2,
-        description="Whether attention heads are blocks of the projections: free | aligned; for "
-        "two factors, btt-moe and low-rank-moe, the others being free.",
+        description="Whether attention heads coincide with blocks of the projections: free | "
+        "aligned. Applies to two factors, btt-moe and low-rank-moe; other designs are free.",
         json_schema_extra=_EACH_ONCE,
     )
 
@@ -137,18 +139,18 @@ class Space(BaseModel):
                 raise InvalidInput(f"space.{name}", list(chosen), "each choice once")
         for experts in self.experts:
             for active in self.active:
-                Mixture(None, experts, active)  # which raises
+                Mixture(None, experts, active)  # raises if `active` exceeds `experts`
 
     def dearest(self) -> Design:
-        """A design that costs at least as much as any of the space at every width."""
+        """A design that at every width costs at least as much as any in the space."""
         if not self.mixtures:
-            return DENSE  # none else costs more than dense
-        # no expert costs more than a dense layer; more of them, and a larger gate, cost more
+            return DENSE  # only mixtures cost more than dense
+        # an expert costs at most a dense layer, so the most experts and active ones cost the most
         return Mixture(DENSE, max(self.experts), max(self.active))
 
 
 class Limits(BaseModel):
-    """What a search may use; whichever is reached first ends it, and what it has found stays."""
+    """Limits of a search; the first one reached ends it, and its results are kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -156,24 +158,25 @@ class Limits(BaseModel):
         None,
         gt=0,
         le=MAX_SECONDS,
-        description="Seconds after which an attempt at a trial is ended and the trial has failed.",
+        description="Most seconds of one attempt at a trial; then the trial fails.",
     )
     seconds: float | None = Field(
         None,
         gt=0,
         le=MAX_SECONDS,
-        description="Seconds that workers may hold the search, waiting not counted.",
+        description="Most seconds that workers may hold the search; time in the queue does not "
+        "count.",
     )
     total_train_flops: float | None = Field(
         None,
         gt=0,
-        description="Train FLOPs of all its runs together. No run is proposed that could exceed "
-        "it; a run repeated after a crash counts once, one whose result is shared not at all.",
+        description="Most train FLOPs of all its runs together; no run is proposed that could "
+        "exceed it. A run that is repeated after a crash counts once, a reused result not at all.",
     )
 
 
 class SearchRequest(BaseModel):
-    """A search: a task, a budget and how to look.
+    """A search: a task, a budget, and how to search.
 
     Build one with `SearchRequest.checked`, which raises `InvalidInput` for the first bad field.
     """
@@ -204,24 +207,24 @@ class SearchRequest(BaseModel):
     )
     overrides: dict[str, bool | int | float | str] | None = Field(
         None,
-        description="Settings of the recipe set anew, by name.",
+        description="Settings of the recipe to change, by name.",
         examples=[{"depth": 6}],
         json_schema_extra={"propertyNames": {"enum": [f.name for f in fields(Recipe)]}},
     )
     train_flops: float = Field(
-        # the recipe says what is accepted, and does so in the error; see check_budget
+        # the accepted range depends on the recipe; check_budget raises an error that says it
         json_schema_extra={"exclusiveMinimum": 0, "maximum": MAX_TRAIN_FLOPS},
         description="Budget of each run in train FLOPs (1 MAC = 2 FLOPs, training = 3 × forward).",
         examples=[3e11],
     )
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS), WHOLE] = Field(
         16,
-        description="Candidates to run; dense references come on top.",
+        description="Candidates to run, besides the dense references.",
     )
     objective: Objective = Field(
         "budget",
-        description="budget: least validation loss at the budget. pareto: the run's own budget "
-        "is proposed too, in [budget/32, budget], and loss and train FLOPs are minimised together.",
+        description="budget: minimise the validation loss at the budget. pareto: minimise loss and "
+        "train FLOPs together; each run's budget is proposed as well, in [budget/32, budget].",
     )
     sampler: Sampler = Field("tpe", description="Optuna sampler that proposes candidates.")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] = Field(
@@ -229,47 +232,48 @@ class SearchRequest(BaseModel):
     )
     references: Annotated[int, Field(ge=MIN_REFERENCES, le=MAX_REFERENCES), WHOLE] = Field(
         5, 
-        description="Dense runs at distinct widths, on top of trials; fewer only if the "
+        description="Dense runs at distinct widths, besides the trials; fewer only if the "
         "budget admits fewer widths."
     )  # fmt: skip
 
     space: Space | None = Field(
         None,
         strict=False,
-        description="Which designs may be proposed; by default those of two factors.",
+        description="Designs that may be proposed; by default those of two factors.",
         examples=[{"families": ["einsum", "btt-moe"], "factors": [2, 3], "experts": [8]}],
     )
     limits: Limits | None = Field(
         None,
         strict=False,
-        description="What it may use at most; by default only the service's time limit of a trial.",
+        description="Limits of the search; by default only the service's time limit of a trial.",
         examples=[{"trial_seconds": 600, "seconds": 86400, "total_train_flops": 1e14}],
     )
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), WHOLE] = Field(
         0,
-        description="Within a tenant the greatest priority runs first, of equal ones the oldest.",
+        description="Searches of higher priority run first within a tenant, of equal ones the "
+        "oldest.",
     )
     confirm: Confirm | None = Field(
         None,
         strict=False,
-        description="Given by `POST /v1/searches/{id}/confirm`: these runs with these seeds, "
-        "instead of references and candidates.",
+        description="Set by `POST /v1/searches/{id}/confirm`: the search repeats these runs with "
+        "these seeds, instead of running references and candidates.",
     )
 
     @property
     def settings(self) -> Recipe:
-        """Model and training settings; a user's data may complete them (classes, features)."""
+        """Model and training settings; the data may complete them (classes, features)."""
         return recipe_of(self.task, self.recipe, self.overrides)
 
     @property
     def designs(self) -> Space:
-        """What may be proposed."""
+        """The designs that may be proposed."""
         return self.space or Space()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the request, equal for equal requests."""
-        # requests from before there were such fields keep their digests
+        # unset newer fields are left out, so that older requests keep their digests
         later = ("confirm", "space", "limits", "priority")
         left_out = {name for name in later if not getattr(self, name)}
         values = self.model_dump(mode="json", exclude=left_out)
@@ -295,7 +299,7 @@ class SearchRequest(BaseModel):
         return request._plain()
 
     def _plain(self) -> SearchRequest:
-        """The same request without settings that are the default, so that equal ones are equal."""
+        """The same request with None for defaults, so that equivalent requests compare equal."""
         same = self.recipe == recipe_of(self.task).name
         changes = {
             "recipe": None if same else self.recipe,
@@ -306,7 +310,7 @@ class SearchRequest(BaseModel):
         return self.model_copy(update=changes)
 
     def check_budget(self, recipe: Recipe) -> None:
-        """Raise `InvalidInput` if the budget is none for a recipe as its data completes it."""
+        """Raise `InvalidInput` if the budget is out of range for the recipe, completed by data."""
         dearest = self.designs.dearest()
         least = least_budget(recipe, dearest)
         if not (math.isfinite(self.train_flops) and least <= self.train_flops <= MAX_TRAIN_FLOPS):
@@ -334,11 +338,11 @@ class SearchRequest(BaseModel):
         if total is None:
             return
         if self.confirm is not None:
-            accepted = "nothing for a confirmation, whose runs are given"
+            accepted = "null for a confirmation, because its runs are fixed"
             raise InvalidInput("limits.total_train_flops", total, accepted)
         least = self.train_flops * (self.references + 1)
         if total < least:
-            accepted = f"at least {least:.6g}, the references and one candidate"
+            accepted = f"at least {least:.6g}, for the references and one candidate"
             raise InvalidInput("limits.total_train_flops", total, accepted)
 
     def _check_confirm(self, recipe: Recipe) -> None:
@@ -359,7 +363,7 @@ _ACCEPTED = {
     "space": "an object of lists: families, factors, experts, active, heads",
     "limits": "an object of numbers above 0: trial_seconds, seconds, total_train_flops",
     "priority": f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
-    "confirm": "what POST /v1/searches/{id}/confirm makes of a search",
+    "confirm": "null, or the value that POST /v1/searches/{id}/confirm sets",
     "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
     "recipe": " | ".join(RECIPES),
@@ -383,7 +387,7 @@ _ACCEPTED_OF_SPACE = {
 
 
 def _clean_text(text: str) -> bool:
-    """Whether a database and a file system can take the text: no NUL, no lone surrogate."""
+    """Whether databases and file systems accept the text: no NUL, no lone surrogate."""
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
 
 

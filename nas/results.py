@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 Pair = tuple[float, float]
 THETA = (
-    "exponents: seven of two factors or a mixture of them, more of a longer chain, none of a "
-    "convolution and of experts that are feed-forward blocks"
+    "exponents: seven for two factors and mixtures of them, more for a longer chain, none for a "
+    "convolution and for experts that are feed-forward blocks"
 )
-DESIGN = "how every layer is built, as text that `einsum-nas inspect` and `replace_linears` read"
+DESIGN = "structure of every layer, as text that `einsum-nas inspect` and `replace_linears` read"
 
 
 class Result(BaseModel):
@@ -39,7 +39,7 @@ class Result(BaseModel):
 
 
 class Point(Result):
-    """A point of a run's curve."""
+    """A point of a run's learning curve."""
 
     search_id: str
     trial_id: int
@@ -54,7 +54,7 @@ class Point(Result):
     train_flops: float
     loss: float = Field(description="mean over the task's fixed validation samples")
     loss_stderr: float = Field(description="standard error over the validation samples")
-    train_seconds: float = Field(description="measured seconds of training up to here")
+    train_seconds: float = Field(description="measured seconds of training up to this point")
     inference_flops: float = Field(description="forward FLOPs per token of the whole model")
     params: int = Field(description="trainable parameters of the whole model")
     step_seconds: float | None = Field(description="measured seconds of a training step")
@@ -66,17 +66,19 @@ class FrontierAnswer(Result):
 
     x: str = Field(description="axis: the field of a point that the front is drawn against")
     x_unit: str
-    x_measured: bool = Field(description="whether the axis is measured where the runs ran")
+    x_measured: bool = Field(
+        description="whether values of the axis were measured during the runs, not computed"
+    )
     y: Literal["loss"] = "loss"
     y_unit: str
     frontier: list[Point] = Field(description="over every structure")
     structured: list[Point]
     dense: list[Point]
     compute_optimal: list[int] | None = Field(
-        description="positions in `frontier` of the compute-optimal points: the lower convex hull "
-        "in log-log, and what is within 2% of it; null on other axes than train FLOPs"
+        description="positions in `frontier` of the compute-optimal points: those on the lower "
+        "convex hull in log-log or within 2% of it; null on other axes than train FLOPs"
     )
-    structured_law: Law | None = Field(description="null where there are too few points")
+    structured_law: Law | None = Field(description="null if there are too few points")
     dense_law: Law | None
     hypervolume: Hypervolume | None = Field(description="null for an empty front")
     points: int = Field(description="evaluations of completed runs")
@@ -86,12 +88,12 @@ class FrontierAnswer(Result):
 class Law(Result):
     """loss = offset + a · C^(-b), C in train FLOPs, fitted to compute-optimal points of a front.
 
-    Of whatever runs are on the front: it has no interval.
+    It is fitted to whatever runs are on the front, so it has no interval.
     """
 
     a: float
     b: float
-    offset: float = Field(description="0 unless the points show one")
+    offset: float = Field(description="0 unless the points support another value")
     points: int
     fitted: Pair = Field(description="least and greatest train FLOPs of the points")
 
@@ -110,21 +112,21 @@ class Hypervolume(Result):
 
 
 class Candidate(Result):
-    """A structure at a width, read at the budget."""
+    """A structure at a width, and its loss at the budget."""
 
     search_id: str
-    trial_id: int = Field(description="the first of its runs")
+    trial_id: int = Field(description="trial of the first of its runs")
     number: int
     kind: str
     name: str
     theta: list[float] = Field(description=THETA)
     design: str = Field(description=DESIGN)
     width: int
-    seeds: int = Field(description="runs with distinct seeds that its loss is the mean of")
+    seeds: int = Field(description="number of runs with distinct seeds; the loss is their mean")
     steps: int
     train_flops: float
     loss: float
-    confirmed: bool = Field(description="judged by confirmations alone")
+    confirmed: bool = Field(description="whether the loss comes from confirmations only")
     inference_flops: float
     params: int
     step_seconds: float | None
@@ -136,26 +138,26 @@ class Rival(Candidate):
 
     difference: float = Field(description="its loss minus the other's")
     difference_interval: Pair | None = Field(
-        description="95%; of measured answers holding together for all that were compared, of "
-        "predicted ones each on its own; null where unknown"
+        description="95%; simultaneous over all compared structures in measured answers, for each "
+        "structure alone in predicted ones; null if unknown"
     )
 
 
 class Multiplier(Result):
-    """Compute multiplier over dense: what the best dense run within the budget has spent, over
-    what the structure needs for the same loss."""
+    """Compute multiplier over dense: train FLOPs of the best dense run within the budget, divided
+    by the train FLOPs that the structure needs for the same loss."""
 
     value: float | None
     kind: str = Field(
-        description="exact | at_least: its curves begin below that loss | less_than: they never "
-        "reach it | undetermined | predicted"
+        description="exact | at_least: the structure's curves begin below that loss | less_than: "
+        "they never reach it | undetermined | predicted"
     )
     interval: Pair | None = Field(description="95% over seeds; null for a bound or a single seed")
     seeds: int
 
 
 class Evidence(Result):
-    """What an answer rests on."""
+    """The runs that an answer rests on."""
 
     trials: int = Field(description="completed runs on the task or in the search")
     points: int = Field(description="their evaluations")
@@ -167,8 +169,8 @@ class Evidence(Result):
         "models that were run more than once; null where none was"
     )
     not_finite: int = Field(
-        0, description="runs near the best that were left out because a stored value of theirs is "
-        "no usable number"
+        0, description="runs near the best that were left out because one of their stored values "
+        "is not finite"
     )  # fmt: skip
 
 
@@ -178,20 +180,20 @@ class RankCorrelation(Result):
     Over the runs of one search at one budget: the largest such group that was confirmed.
     """
 
-    tau: float | None = Field(description="null for fewer than 2, or where all are tied")
+    tau: float | None = Field(description="null for fewer than 2 runs, or if all are tied")
     interval: Pair | None = Field(description="95%; null for fewer than 5 runs")
     candidates: int = Field(description="runs that were confirmed, dense ones included")
-    seeds: int = Field(description="fewest confirmations of one of them")
-    longer: float = Field(description="train FLOPs of a confirmation over those of its run")
+    seeds: int = Field(description="smallest number of confirmations of one of these runs")
+    longer: float = Field(description="train FLOPs of a confirmation relative to its run's")
 
 
 class Extrapolation(Result):
     """How far a predicted answer lies outside of what was measured."""
 
     measured: Pair = Field(description="least and greatest train FLOPs of the evidence")
-    beyond: float = Field(description="budget over the greatest measured train FLOPs")
-    law: str = Field(description="what was fitted to the structure's compute-optimal points")
-    widths: int = Field(description="widths that it was fitted to")
+    beyond: float = Field(description="budget divided by the greatest measured train FLOPs")
+    law: str = Field(description="law that was fitted to the structure's compute-optimal points")
+    widths: int = Field(description="number of widths that it was fitted to")
 
 
 class Answer(Result):
@@ -213,26 +215,26 @@ class Answer(Result):
     expected_loss: float
     loss_unit: str
     interval: Pair | None = Field(
-        description="95% of the expected loss over runs with other seeds; null where unknown"
+        description="95% interval of the expected loss over other seeds; null if unknown"
     )
     interval_means: str
     validation_interval: Pair | None = Field(
-        description="95% over the sampling of the validation data; null where unknown"
+        description="95% interval over the sampling of the validation data; null if unknown"
     )
     multiplier_over_dense: Multiplier | None
     structured_multiplier: Multiplier | None = Field(
-        description="of the best structured layers, where the best of all is dense"
+        description="multiplier of the best structured model, if the best model is dense"
     )
     indistinguishable: list[Rival] = Field(
-        description="structures that cannot be told apart from the best"
+        description="structures whose loss does not clearly differ from that of the best"
     )
     comparisons_mean: str
     best_structured: Candidate | None
     best_dense: Candidate | None
     dense_minus_structured: Rival | None
     confirmed: bool = Field(
-        description="whether the expected loss rests on fresh seeds alone; otherwise the runs that "
-        "it was chosen by are the ones it is read from, which biases it low"
+        description="whether the expected loss comes from new seeds only; otherwise it comes from "
+        "the runs that the best was selected by, so it is biased low"
     )
     confirmation: RankCorrelation | None = Field(description="null before any `confirm`")
     evidence: Evidence

@@ -1,4 +1,4 @@
-"""The Ray cluster that trials run on: joining it, what it holds, and noticing that it is gone."""
+"""The Ray cluster that trials run on: joining it, its resources, and detecting that it is gone."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
 _OWN_TOKEN = secrets.token_hex(32)
 _TOKEN_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: Seconds between looks whether Ray has started.
+#: Seconds between checks whether Ray has started.
 _KEEP_SECONDS = 0.02
-#: Seconds for a connection to the head, and for a word from each node.
+#: Seconds for a connection to the head, and for an answer of each node.
 _CONNECT_SECONDS = 5.0
 _PROBE_SECONDS = 60.0
-#: Seconds between looks whether the head is there, and without it before it is given up.  A head
-#: that keeps its state elsewhere may be started anew within this time.
+#: Seconds between checks of the head, and without an answer before the cluster counts as gone.  A
+#: head that stores its state elsewhere may be restarted within this time.
 _LOOK_SECONDS = 2.0
 _PATIENCE_SECONDS = 30.0
 #: Packages whose versions a node shares with this process, for what is sent between them.
@@ -72,17 +72,17 @@ def address() -> str | None:
 def connect(settings: Settings) -> None:
     """Join the cluster of `RAY_ADDRESS`, or start one of this process's own.
 
-    The latter listens on the loopback alone, and lets nobody in without its token.
+    The latter listens on loopback only, and requires its token.
 
     Raises
     ------
     ClusterUnavailable
-        It cannot be reached, asks for another token, or is of other versions.
+        It cannot be reached, requires another token, or has other versions of shared packages.
     """
     if ray.is_initialized():
         if _answers():
             return
-        disconnect()  # its head is gone: another may be there by now
+        disconnect()  # its head is gone; there may be a new one by now
         metrics.RAY_RECONNECTS.inc()
     wanted = address()
     _beside(lambda: _start_local(settings) if wanted is None else _join(wanted))
@@ -99,11 +99,11 @@ def disconnect() -> None:
 
 
 def _beside(start: Callable[[], None]) -> None:
-    """Start Ray in a thread that lives until it is left.
+    """Start Ray in a thread, which lives until `disconnect`.
 
-    In a thread, for there its Python puts no signal handlers in the place of ours: a worker that is
-    told to stop while Ray starts has to hand its search back.  Until it is left, for the system
-    ends Ray's processes with the thread that made them.
+    Outside of the main thread Ray's Python code does not replace our signal handlers.  A worker
+    needs these to hand its search back if it is stopped while Ray starts.  The thread has to stay
+    alive, because the system ends Ray's processes with the thread that started them.
     """
     global _left
     left, started = threading.Event(), Future[None]()
@@ -127,7 +127,7 @@ def _beside(start: Callable[[], None]) -> None:
 
 
 def _keep_signals() -> None:
-    """Put our signal handlers back, in whose place Ray's core puts its own: those abort."""
+    """Restore our signal handlers: Ray's core replaces them by its own, which abort."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, signal.getsignal(number))
@@ -147,10 +147,10 @@ def _start_local(settings: Settings) -> None:
 
 
 def _expect_others(expected: bool) -> None:
-    """Whether Ray, once it starts, is for processes and machines besides this process.
+    """Configure Ray, before it starts, for use by other machines or by this process only.
 
-    Where it is for none, its servers take connections from this machine only and from whoever has
-    the token; a token and a mode that the environment gives already stay.
+    In the latter case its servers accept connections from this machine only, and only with the
+    token; a token and a mode set in the environment are kept.
     """
     # Ray exchanges 127.0.0.1 for an address that others reach, on all systems but those where it
     # takes this variable for an answer; read by now, and by the processes it will start
@@ -266,17 +266,17 @@ def trial_capacity(needs: dict[str, float]) -> int:
     Raises
     ------
     ClusterUnavailable
-        Not one.
+        Not a single trial fits.
     """
     held = [node["Resources"] for node in alive_nodes()]
-    # the tiny summand: Ray counts in units of 1/10,000, so that three thirds make one
+    # 1e-4, because Ray counts in units of 1/10,000: so three times 1/3 fits into 1
     count = sum(
         int(min(have.get(name, 0.0) / n + 1e-4 for name, n in needs.items())) for have in held
     )
     if count == 0:
         shown = [{name: have.get(name, 0) for name in needs} for have in held]
         raise ClusterUnavailable(
-            f"one trial needs {needs}; no node of the cluster has that: {shown}; change "
+            f"one trial needs {needs}; no node of the cluster has that much: {shown}; change "
             "EINSUM_NAS_CPUS_PER_TRIAL, EINSUM_NAS_GPUS_PER_TRIAL or "
             "EINSUM_NAS_RESOURCES_PER_TRIAL, or add a node"
         )
@@ -284,11 +284,11 @@ def trial_capacity(needs: dict[str, float]) -> int:
 
 
 class Shared:
-    """The data of a search in the object store, where every node takes it from.
+    """The data of a search in Ray's object store, from which every node reads it.
 
-    An actor beside the driver owns it and ends with the search.  What the driver itself gave to
-    Tune would stay for as long as the driver lives, for Tune's classes carry references to it, and
-    a worker that runs one search after another would fill the store.
+    An actor on the driver's node owns the data and ends with the search.  Data that the driver gave
+    to Tune itself would stay as long as the driver, because Tune's classes keep references to it,
+    and a worker that runs many searches would fill the store.
     """
 
     def __init__(self, train: Any, validation: Any) -> None:
@@ -306,7 +306,7 @@ class Shared:
 
 
 class _Owner:
-    """Owns objects of the store, which go when it goes."""
+    """Actor that owns objects of the store; they are freed when it ends."""
 
     def __init__(self, *values: Any) -> None:
         self._references = [ray.put(value) for value in values]
@@ -322,14 +322,14 @@ def taken(owner: Any) -> list[Any]:
 
 
 class HeadWatch:
-    """Calls `gone` once the head of the cluster has been away for too long.
+    """Calls `gone` once the head of the cluster has not answered for too long.
 
-    Ray itself waits for a minute and then ends the process without a word to anyone.
+    Ray itself would wait for a minute and then end the process without a log record.
 
     Parameters
     ----------
     hurried
-        Whether the search is to stop anyway: then nobody waits for a head.
+        Tells whether the search is to stop anyway; then it does not wait for the head to return.
     """
 
     def __init__(self, gone: Callable[[str], object], hurried: Callable[[], bool]) -> None:

@@ -1,6 +1,6 @@
-"""Looks at the Ray cluster as a worker would meet it, in a process that can be given up.
+"""Checks the Ray cluster as a worker would use it, in a child process that can be killed.
 
-Joining a cluster can hang for minutes where its network does not carry what Ray needs.
+A child, because joining a cluster can hang for minutes if the network blocks what Ray needs.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def _joined(settings: Settings, wanted: str, stranger: subprocess.Popen[bytes]) 
     yield Check(
         "cluster", "warning" if opened else "ok",
         f"joined at {wanted}: {len(nodes)} node(s){gone}, {held}; Ray {ray.__version__}; "
-        + ("it lets in whoever has no token" if opened else "it lets nobody in without a token"),
-        "whoever reaches its ports runs programs there: keep them in a private network, and set "
+        + ("it accepts clients without a token" if opened else "it requires a token"),
+        "whoever reaches its ports can run programs on it: keep them in a private network, and set "
         "RAY_AUTH_MODE=token and a token on all its nodes and workers" if opened else "",
     )  # fmt: skip
     yield from answers

@@ -1,8 +1,9 @@
-"""The worker: claim a search under a lease, run it, release it, look for the next.
+"""The worker: claims a search under a lease, runs it, releases it, and claims the next.
 
-A heartbeat thread renews the lease at a third of its length, or sooner, for renewal is also where
-the wish to cancel is read.  If renewal has not succeeded for
-two thirds of it, the watchdog ends the process at once: another worker may soon own the search.
+A heartbeat thread renews the lease after a third of its length at most, and more often if that is
+long, because a renewal also returns requests to cancel or pause.  If no renewal has succeeded for
+two thirds of the length, the watchdog ends the process, since another worker may soon own the
+search.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from workers.presence import Presence
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
-#: Seconds within which a running search hears that it is to be cancelled.
+#: Most seconds between renewals, and so until a worker learns that its search is to be cancelled.
 _LONGEST_UNHEARD = 2.0
 #: Exit status of a process that its watchdog ended.
 WATCHDOG_STATUS = 75
 
 Runner = Callable[[SearchSession, TaskData, Settings], None]
 Connect = Callable[[Settings], None]
-#: Seconds between attempts to join a cluster that is away: at first, and at most.
+#: Seconds between attempts to join a cluster that is unavailable: at first, and at most.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 
 
@@ -42,8 +43,8 @@ class Heartbeat:
     Parameters
     ----------
     kill
-        Ends the process; the default neither flushes nor cleans up, for nothing may be written
-        after the lease can have passed to another worker.
+        Ends the process.  The default neither flushes nor cleans up, because nothing may be
+        written once another worker may hold the lease.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Heartbeat:
         self._threads[0].join(self._lease.seconds)
 
     def end(self) -> None:
-        """Renew no more, and let the process live."""
+        """Stop renewing and watching, without ending the process."""
         self._done.set()
 
     def _renew(self) -> None:
@@ -84,14 +85,14 @@ class Heartbeat:
                 metrics.lease_renewed()
             except LeaseLost:
                 metrics.RENEWALS.labels("lost").inc()
-                # released by the run itself just now, or claimed by another worker
+                # either the run has just released it, or another worker has claimed the search
                 if not self._done.is_set():
                     self._signals.lost.set()
                 return
             except StoreUnavailable as error:
                 metrics.RENEWALS.labels("unavailable").inc()
                 _log.warning("lease not renewed: %s", error)
-            except Exception:  # a thread that dies in silence would cost the lease
+            except Exception:  # if this thread ended, the lease would be lost
                 _log.exception("lease not renewed")
 
     def _watch(self) -> None:
@@ -112,8 +113,8 @@ class Worker:
     runner
         Runs the trials of a session; by default on Ray.
     connect
-        Called before each claim; while it raises `ClusterUnavailable` nothing is claimed, so that
-        no search uses up its attempts on a cluster that is away.
+        Called before each claim.  While it raises `ClusterUnavailable`, nothing is claimed, so that
+        no search uses up its attempts on an unavailable cluster.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class Worker:
                     self._shutdown.wait(self._settings.poll_seconds)
 
     def _await_schema(self) -> None:
-        """Bring the database to this program's schema, once it is there."""
+        """Upgrade the database's schema, as soon as the database can be reached."""
         while not self._shutdown.is_set():
             try:
                 upgrade(self._settings.resolved_database_url)
@@ -180,7 +181,7 @@ class Worker:
                 self._wait = min(self._wait * 2, _LONGEST_WAIT)
 
     def _claim(self, search_id: str | None) -> tuple[tuple[Lease, Search] | None, bool]:
-        """(what was claimed, whether the one search that is wanted has ended)."""
+        """(the claim if any, whether the requested search `search_id` has ended)."""
         ended = False
         try:
             claimed = self._leases.claim(
@@ -196,7 +197,7 @@ class Worker:
         return claimed, ended
 
     def _connected(self) -> bool:
-        """Whether trials have somewhere to run; waits a while where they have not."""
+        """Whether there is a cluster to run trials on; waits a while if there is none."""
         try:
             self._connect(self._settings)
         except ClusterUnavailable as error:
@@ -206,7 +207,7 @@ class Worker:
         return True
 
     def _rest(self, reason: str) -> None:
-        """Wait for the cluster, longer each time in a row."""
+        """Wait for the cluster, twice as long each time in a row."""
         self._presence.tell("waiting", reason=reason[:500])
         self._shutdown.wait(self._wait)
         self._wait = min(self._wait * 2, _LONGEST_WAIT)
@@ -273,7 +274,7 @@ class Worker:
         session.finish()
 
     def _end(self, search: Search, write: Callable[[], None]) -> None:
-        """The last write to a search; where it fails, the lease runs out and another takes over."""
+        """Do the last write to a search; if it fails, another worker takes over after the lease."""
         try:
             write()
         except (LeaseLost, StoreUnavailable) as error:
@@ -281,7 +282,7 @@ class Worker:
 
 
 def _nothing_to_join(_settings: Settings) -> None:
-    """For a runner that needs no cluster."""
+    """The `connect` of a runner that needs no cluster."""
 
 
 def _join_cluster(settings: Settings) -> None:
@@ -302,7 +303,7 @@ def _ray_runner(session: SearchSession, data: TaskData, settings: Settings) -> N
     except LeaseLost:
         raise
     except Exception:
-        cluster.disconnect()  # whatever state it is in, the next search gets a fresh one
+        cluster.disconnect()  # its state is unknown: the next search connects again
         raise
 
 

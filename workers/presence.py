@@ -1,4 +1,4 @@
-"""What a worker tells of itself, so that users see who works, and what it tidies up meanwhile."""
+"""Reports a worker's state to the store, so that users see it, and deletes old data regularly."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _FORGOTTEN_SECONDS = 7 * 86_400.0
 
 
 class Presence:
-    """A thread that keeps the worker's entry in the register of processes.
+    """A thread that keeps the worker's entry in the table of processes up to date.
 
-    It writes apart from the work, so that a database that hangs holds up neither.
+    It is separate from the work, so that a database that hangs does not delay the work.
     """
 
     def __init__(self, store: Store, name: str, settings: Settings) -> None:

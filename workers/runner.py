@@ -1,4 +1,4 @@
-"""Runs the trials of one session with Ray Tune: FIFO, reused actors, our own Searcher."""
+"""Runs the trials of one session with Ray Tune: FIFO, with reused actors and our own Searcher."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
 
 
 def _abandon(session: SearchSession, why: str) -> None:
-    """Give the search back and end this process, whose calls to Ray may never return."""
+    """Queue the search again and end this process, because its calls to Ray may never return."""
     _log.error("%s; the search goes back and this process ends", why)
     asked = session.signals.hand_back  # its cluster may have been told to stop as well
     try:
@@ -267,7 +267,7 @@ class _remembered:
 
 
 class _Attempts(Callback):
-    """Hears of trials that are started anew: why, and that one out of time is not to run again."""
+    """Records why trials are restarted, and prevents the restart of those that ran out of time."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -302,7 +302,7 @@ def _reason(trial: Any) -> str:
 
 
 def _of_memory(reason: str) -> bool:
-    """Whether an attempt ended for want of memory, by what Ray says of it."""
+    """Whether an attempt ran out of memory, judging by Ray's message."""
     signs = (
         "OutOfMemory", "MemoryError", "not enough memory", "out of memory", "can't allocate memory"
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""One claimed search: which trial is next, and what becomes of its results.
+"""One claimed search: decides which trial is next, and stores the results.
 
-Knows nothing of Ray.  Every method that writes goes through the lease, so all of them raise
+It does not depend on Ray.  Every method that writes does so under the lease, so it raises
 `LeaseLost` once another worker has claimed the search.
 """
 
@@ -55,7 +55,7 @@ def run_key(recipe: Recipe, fingerprint: str, plan: RunPlan, seed: int) -> str:
 
 @dataclass
 class Signals:
-    """What the heartbeat tells the run, across threads."""
+    """Events by which the heartbeat thread tells the run to stop, and why."""
 
     cancel: threading.Event = field(default_factory=threading.Event)
     pause: threading.Event = field(default_factory=threading.Event)
@@ -72,7 +72,7 @@ class Signals:
 
     @property
     def hand_back(self) -> bool:
-        """Whether the search goes back to the store before its end, to be gone on with."""
+        """Whether the search is to be queued again or paused, to be continued later."""
         return (self.shutdown.is_set() or self.pause.is_set()) and not self.cancel.is_set()
 
     @property
@@ -114,7 +114,7 @@ class SearchSession:
         self._running: dict[int, Trial] = {}
 
     def _sql(self, write: Callable[..., T], *args: Any, **named: Any) -> T:
-        """Retry while the database is away; the watchdog ends the process if it stays away."""
+        """Retry while the database is unavailable; the watchdog ends the process if that lasts."""
         retrying = Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
             wait=wait_random_exponential(multiplier=0.1, max=2.0),
@@ -124,7 +124,7 @@ class SearchSession:
         return retrying(write, *args, **named)
 
     def prepare(self) -> int:
-        """Plan the references and queue what an earlier worker left; how many may still start."""
+        """Plan the references and queue unfinished trials; return how many may still start."""
         stored = self._sql(self._store.trials, self.search.id)
         numbers = {t.number for t in stored}
         if self.request.confirm is not None:
@@ -143,8 +143,8 @@ class SearchSession:
         self._first_candidate = len(plans)
 
     def _prepare_confirmation(self, confirm: Confirm, planned: set[int]) -> None:
-        """Every run with the first fresh seed, then every run with the second, and so on: wherever
-        it ends early, the seeds are spread over the runs."""
+        """Plan every run with the first seed, then every run with the second, and so on, so that a
+        search that ends early has confirmed all runs with about as many seeds."""
         pairs = [(seed, run) for seed in confirm.seeds for run in confirm.runs]
         for number, (seed, run) in enumerate(pairs):
             if number not in planned:
@@ -152,7 +152,7 @@ class SearchSession:
                 self._add(number, plan, kind="confirmation", seed=seed, confirms=run.trial_id)
 
     def _unproposed(self, stored: Sequence[Trial]) -> int:
-        """Candidates that the sampler has still to propose; none where all runs are given."""
+        """Candidates that the sampler has still to propose; none for a confirmation."""
         if self.request.confirm is not None:
             return 0
         return self.request.trials - sum(t.kind == "candidate" for t in stored)
@@ -247,15 +247,15 @@ class SearchSession:
         self._waiting.extendleft(reversed(self._twins.pop(trial.key)))
 
     def hand_back(self) -> None:
-        """Give the search back to the store, to be gone on with; not a failure."""
+        """Queue or pause the search, to be continued later; this counts as no failure."""
         self._sql(self._leases.hand_back, self._lease)
 
     def requeue(self, why: str) -> None:
-        """Give the search back after an infrastructure error, without waiting for the database."""
+        """Queue the search again after an infrastructure error, without retrying the write."""
         self._leases.requeue(self._lease, why)
 
     def finish(self) -> None:
-        """End the search: cancelled if asked to, else succeeded or failed by its trials."""
+        """End the search: cancelled if requested, else succeeded or failed, by its trials."""
         if self.signals.cancel.is_set():
             self._sql(self._leases.release, self._lease, "cancelled")
             return
@@ -282,7 +282,7 @@ class SearchSession:
         """The limit that explains why the search ends before its last trial."""
         if self.signals.overtime.is_set() and self.request.limits is not None:
             return f"seconds {self.request.limits.seconds:.6g}"
-        # the other limit only keeps runs from being proposed: it explains none that was begun
+        # the limit on FLOPs only prevents proposals, so it does not explain unfinished trials
         return None if unfinished else self._flops_reached(trials)
 
 
@@ -291,7 +291,7 @@ def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:
     if trial.state == "complete" and trial.loss is not None:
         values: tuple[float, ...] = (trial.loss,)
         if request.objective == "pareto":
-            # a logarithm, for a hypervolume in plain FLOPs would see the dearest runs alone
+            # logarithm, because the most expensive runs would dominate a hypervolume in plain FLOPs
             values = (trial.loss, math.log(trial.train_flops))
         return PastTrial(trial.params, "complete", values, trial.sampler_state)
     state = "running" if trial.state in ("planned", "running") else "failed"

@@ -37,7 +37,7 @@ class Process:
     started_at: float
     seen_at: float
     state: ProcessState
-    #: what it works on
+    #: search that it runs
     search_id: str | None
     about: Mapping[str, Any]
 

@@ -294,7 +294,7 @@ def test_a_real_cluster(
     assert worst(checks) != "problem", checks
     cluster = found(checks, "cluster")
     assert "1 node(s)" in cluster.finding
-    assert "lets nobody in without a token" in cluster.finding
+    assert "requires a token" in cluster.finding
     (node,) = [c for c in checks if c.name.startswith("node ")]
     assert "einsum-nas" in node.finding
     assert "2 at once" in found(checks, "trials").finding
