@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge serve clean browser
+.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -15,14 +15,32 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
 demo: $(VENV)/.run  ## a search of 16 candidates on real text, its answer and its page
 	$(BIN)/einsum-nas demo
 
 serve: $(VENV)/.run  ## REST service, dashboard and a worker on http://127.0.0.1:8000
 	$(BIN)/einsum-nas serve
 
-test: $(VENV)/.dev browser  ## everything, on SQLite and PostgreSQL, with real Ray and a real browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# Several tests wait for processes, hence three at once on two cores.  The last lines tell the 20
+# slowest tests and the CPU time of all processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.accounting \
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --durations 20
+
+test: $(VENV)/.dev browser  ## within ten minutes: SQLite, PostgreSQL, Ray and a browser, all real
+	$(PYTEST) -m "not full"
+
+test-all: $(VENV)/.dev browser  ## every test: half an hour
+	$(PYTEST)
+
+coverage: $(VENV)/.dev browser  ## which lines the tests of `make test` reach, as htmlcov/index.html
+	$(PYTEST) -m "not full" --cov --cov-report html --cov-report term:skip-covered
+
+docs: $(VENV)/.docs  ## the documentation as a site: site/index.html, which needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.dev  ## formatting, style, types and import directions
 	$(BIN)/ruff format --check .
@@ -71,4 +89,4 @@ browser:
 	echo "no Chromium found and none could be installed: the browser tests will be skipped"
 
 clean:  ## everything that the commands above made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov site build *.egg-info

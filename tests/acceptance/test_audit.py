@@ -57,7 +57,7 @@ def test_every_requirement_is_pinned_to_what_it_takes() -> None:
 def unpinned(pinned: set[str]) -> set[str]:
     """Packages that the project needs here, directly or not, without a pin."""
     waiting, seen = [(r, frozenset(r.extras)) for r in required()], set[tuple[str, str]]()
-    missing = set()
+    missing: set[str] = set()
     while waiting:
         wanted, extras = waiting.pop()
         name = canonicalize_name(wanted.name)

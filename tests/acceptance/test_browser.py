@@ -12,7 +12,7 @@ from tests.support.browser import chromium, needs_chromium
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.xdist_group("service")]
 
 
 @pytest.fixture(scope="module")

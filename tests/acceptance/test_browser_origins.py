@@ -21,6 +21,7 @@ import pytest
 
 from tests.support.browser import chromium, needs_chromium, watched
 from tests.support.services import Service, api, running
+from tests.support.tiers import only, thinned
 
 pytestmark = needs_chromium
 SEARCH = {"train_flops": 2e11, "trials": 2}
@@ -85,7 +86,9 @@ def port() -> Iterator[int]:
     server.server_close()
 
 
-@pytest.fixture(params=["127.0.0.1", "localhost"], ids=["same site", "other site"])
+@pytest.fixture(
+    params=only(["localhost"], ["127.0.0.1", "localhost"]), ids=["same site", "other site"]
+)
 def elsewhere(request: pytest.FixtureRequest, port: int) -> str:
     return f"http://{request.param}:{port}"
 
@@ -349,9 +352,9 @@ def test_what_is_no_key_is_told_and_repeated_nowhere(browser: Any, locked_servic
 
 @pytest.mark.parametrize(
     "target",
-    ["https://evil.invalid/", "//evil.invalid/", "/\\evil.invalid/", "javascript:hit(1)",
+    thinned(["https://evil.invalid/", "//evil.invalid/", "/\\evil.invalid/", "javascript:hit(1)",
      "\t//evil.invalid/", "/\t/evil.invalid/", "data:text/html,<script>hit(1)</script>",
-     "/%2f/evil.invalid/..%2f..", "http:evil.invalid", '"><script>hit(1)</script>'],
+     "/%2f/evil.invalid/..%2f..", "http:evil.invalid", '"><script>hit(1)</script>'], 2),
 )  # fmt: skip
 def test_signing_in_leads_nowhere_else(browser: Any, locked_service: Service, target: str) -> None:
     key = make_key(locked_service, "led away", "read")

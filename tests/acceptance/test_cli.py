@@ -15,6 +15,8 @@ from tests.support.commands import execute, invoke
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
 
+pytestmark = pytest.mark.xdist_group("service")
+
 BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["inspect", "1/2,0,1/4,0,1/2,1/2,0", "--d-in", "8", "--d-out", "8"],
      ["alpha=0.5, beta=0, gamma=0.25 (sum 0.75)", "alpha + beta + gamma = 1"]),

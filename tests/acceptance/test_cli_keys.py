@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from nas.client import Client, NotAllowed, RateLimited
 from tests.support.commands import Completed, invoke
 from tests.support.services import api, running
 
-BODY = {"train_flops": 2e11, "trials": 2}
+BODY: dict[str, Any] = {"train_flops": 2e11, "trials": 2}
 
 
 def command(home: Path, *words: str, status: int = 0, **options: str) -> Completed:

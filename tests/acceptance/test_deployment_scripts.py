@@ -23,6 +23,7 @@ from sqlalchemy.engine import make_url
 from nas import settings as nas_settings
 from tests.support.paths import ROOT
 from tests.support.services import free_port
+from tests.support.tiers import FULL
 
 DOCKER = ROOT / "docker"
 BIN = Path(sys.executable).parent
@@ -205,6 +206,7 @@ def test_the_cluster_refuses_whoever_lacks_its_token(cluster: Cluster, tmp_path:
         assert "InvalidAuthToken" in refused.stderr
 
 
+@FULL
 def test_a_worker_is_told_to_end_and_takes_its_node_along(cluster: Cluster) -> None:
     attached = cluster.attach()
     (node,) = _programs(attached, "raylet/raylet")
@@ -213,6 +215,7 @@ def test_a_worker_is_told_to_end_and_takes_its_node_along(cluster: Cluster) -> N
     cluster.wait_until(lambda: not node.is_running())
 
 
+@FULL
 def test_a_worker_that_loses_its_node_ends(cluster: Cluster) -> None:
     """It would else claim one search after the other and fail them all."""
     attached = cluster.attach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ def execute(home: Path, *words: str, patches: Path | None = None, **options: str
     )  # fmt: skip
 
 
-def invoke(home: Path, *words: str, **options: str) -> Completed:
+def invoke(home: Path, *words: str, **options: Any) -> Completed:
     """The same within this process, which saves the seconds that a process takes to start."""
     settings.cache_clear()
     try:

@@ -71,9 +71,9 @@ def asked(
             stream.sendall(connection.data_to_send())
             while len(found) < len(wanted) and (content := stream.recv(1 << 16)):
                 for event in connection.receive_data(content):
-                    number = getattr(event, "stream_id", None)
+                    number = int(getattr(event, "stream_id", None) or 0)
                     if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
-                        status = dict(event.headers or []).get("grpc-status")
+                        status = {str(k): str(v) for k, v in event.headers or ()}.get("grpc-status")
                         if status is not None and number in names:
                             found[number] = status
                     elif isinstance(event, h2.events.DataReceived):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2 as httpx
 import psutil
@@ -120,6 +120,6 @@ def running(service: AnyService) -> Iterator[AnyService]:
         service.stop()
 
 
-def api(home: Path, *words: str, **options: str) -> Service:
+def api(home: Path, *words: str, **options: Any) -> Service:
     """`einsum-nas api` on a home."""
     return Service(home, "api", *words, **options)

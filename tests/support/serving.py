@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from api.connections import Limits
 from nas.settings import Settings
@@ -26,7 +26,7 @@ QUICK = {
 class Serving(Service):
     """A service with bounds of its own, and the store that it is on."""
 
-    def __init__(self, home: Path, limits: dict[str, Any], options: dict[str, str]) -> None:
+    def __init__(self, home: Path, limits: dict[str, Any], options: dict[str, Any]) -> None:
         self._limits = limits
         super().__init__(home, **options)
         url = options.get("database_url") or Settings(home=home).resolved_database_url
@@ -57,7 +57,7 @@ class Serving(Service):
 
 
 def serving(
-    home: Path, limits: dict[str, Any] | None = None, **options: str
+    home: Path, limits: dict[str, Any] | None = None, **options: Any
 ) -> AbstractContextManager[Serving]:
     """The service until the end of the block, with settings and limits of its own."""
     return running(Serving(home, {**QUICK, **(limits or {})}, options))

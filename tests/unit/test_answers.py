@@ -19,14 +19,15 @@ from nas.store import Store
 from nas.store.engine import writing
 from nas.structure import Structure
 from tests.support.planting import PlantedRun, open_store, plant, stand
+from tests.support.tiers import only
 from tests.support.truths import BUDGET, draw_runs, draw_truths, run_store
 
 TASK = "text@planted"
 
 
 @pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    opened = open_store(database_url)
+def store(migrated_url: str) -> Iterator[Store]:
+    opened = open_store(migrated_url)
     yield opened
     opened.close()
 
@@ -37,10 +38,11 @@ def planted(structure: str, seed: int, *losses: float, width: int = 32) -> Plant
     return PlantedRun(parse_design(structure), width, seed, 10**6, 100 * width, curve)
 
 
-def test_the_best_of_a_planted_store_is_in_the_answer() -> None:
-    found = run_store(seed=3, budgets=40)
+@pytest.mark.parametrize("budgets", only([10], [10, 40]))
+def test_the_best_of_a_planted_store_is_in_the_answer(budgets: int) -> None:
+    found = run_store(seed=3, budgets=budgets)
     assert not found["mislabelled"]
-    assert len(found["predicted"]) == 4
+    assert len(found["predicted"]) == budgets // 10
     measured = found["measured"]
     assert sum(a["held"] for a in measured) / len(measured) >= 0.95
     assert median(a["size"] for a in measured) <= 4

@@ -28,8 +28,8 @@ from tests.support.filling import FINGERPRINT, ODD, PLANS, Filling, fill
 
 
 @pytest.fixture
-def filling(database_url: str) -> Iterator[Filling]:
-    opened = Filling(database_url)
+def filling(migrated_url: str) -> Iterator[Filling]:
+    opened = Filling(migrated_url)
     yield opened
     opened.store.close()
 

@@ -38,6 +38,7 @@ from nas.mixture import (
 from nas.structure import Structure
 from nas.theta import DENSE, Theta
 from tests.support.strategies import thetas
+from tests.support.tiers import FULL, thinned
 
 PLANS = ["grouping=experts", "grouping=batched", "grouping=grouped", "grouping=matrices",
          "grouping=all tile=4", None]  # fmt: skip
@@ -621,7 +622,7 @@ def test_autocast(plan: str | None) -> None:
         assert (got - full).norm() <= 0.03 * full.norm()
 
 
-@pytest.mark.parametrize("plan", [None, "grouping=experts", "grouping=all"])
+@pytest.mark.parametrize("plan", thinned([None, "grouping=experts", "grouping=all"], 1))
 def test_compiled_without_a_graph_break(plan: str | None) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -634,6 +635,7 @@ def test_compiled_without_a_graph_break(plan: str | None) -> None:
     assert router_statistics(layer)[""]["assignments"] == 22
 
 
+@FULL
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, when it is imported
 def test_compiled_by_inductor() -> None:
     torch.manual_seed(0)

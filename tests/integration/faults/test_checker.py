@@ -30,7 +30,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = WorkerPlan(database.url, folder, 1.0, POINTS, pause=0.01)
 
     def half_way() -> bool:
-        return sum(line["kind"] == "complete" for line in read_reports(folder)) >= 2
+        return sum(1 for line in read_reports(folder) if line["kind"] == "complete") >= 2
 
     with Fleet([plan]) as fleet:
         assert fleet.wait(half_way, 60)

@@ -10,8 +10,6 @@ import pytest
 from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
 from tests.support.faults.outages import black_hole, foreign_lock, kill_postmaster
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresqlServer]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+import nas.tasks
 from api import routes
 from api.app import create_app
 from api.figures import draw_scatter, scatter_data
@@ -26,15 +28,26 @@ from nas.store import CurvePoint, Leases, Store, StoredPoint, TrialDraft
 from nas.tasks import corpus
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
+from tests.support.databases import new_sqlite
 
 BUDGET = 2e11
 GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
 
 
+@pytest.fixture(scope="module")
+def settings(text_folder: Path) -> Settings:
+    return Settings(data_dir=text_folder.parent)
+
+
+@pytest.fixture(scope="module")
+def app(settings: Settings) -> FastAPI:
+    return create_app(settings)
+
+
 @pytest.fixture
-def client(tmp_path: Path, text_folder: Path) -> Iterator[TestClient]:
-    settings = Settings(home=tmp_path, data_dir=text_folder.parent)
-    app = create_app(settings)
+def client(app: FastAPI, settings: Settings, tmp_path: Path) -> Iterator[TestClient]:
+    """One application, whose routes take a while to build, on an empty database for each test."""
+    settings.home, settings.database_url = tmp_path, new_sqlite(tmp_path / "einsum-nas.db")
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as opened:
         yield opened
 
@@ -526,7 +539,7 @@ def test_who_waits_for_data_to_be_read_is_in_nobodys_way(
 ) -> None:
     """One reads, three wait, more are refused; and nobody else notices."""
     go_on = threading.Event()
-    read = routes.check_data
+    read = nas.tasks.check_data
 
     def slowly(*given: Any, **more: Any) -> Any:
         assert go_on.wait(60)

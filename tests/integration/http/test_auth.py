@@ -76,7 +76,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     settings = Settings(home=home, access_control=True)
     upgrade(settings.resolved_database_url)
     store = Store(settings.resolved_database_url)
-    keys, made = Keys(store), {}
+    keys = Keys(store)
+    made: dict[str, str] = {}
     for scope in SCOPES:
         made[scope] = keys.create("mine", scope, [scope])[1]
     made["all"] = keys.create("mine", "all", SCOPES)[1]
@@ -231,7 +232,8 @@ def test_every_parameter_of_the_document_that_is_an_id_is_tried() -> None:
 
 
 def test_a_body_that_is_too_long_needs_a_key_first(house: House) -> None:
-    long = {"content": b" " * 70_000, "headers": {"Content-Type": "application/json"}}
+    headers = {"Content-Type": "application/json"}
+    long: dict[str, Any] = {"content": b" " * 70_000, "headers": headers}
     response, line = house.ask("POST", "/v1/searches", **long)
     assert is_problem(response, 401)
     assert line is not None

@@ -24,17 +24,18 @@ from nas.store.engine import writing
 from nas.store.following import Head, read_heads, read_news
 from nas.store.keys import Keys
 from nas.store.schema import SearchRow
+from tests.support.databases import DATABASES
 from tests.support.services import PATIENCE, wait_for
 from tests.support.serving import Serving, serving
+from tests.support.tiers import FULL, only
 
 _REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
 _STREAMS, _SEARCHES = 500, 5
 
 
 @pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    upgrade(database_url)
-    opened = Store(database_url)
+def store(migrated_url: str) -> Iterator[Store]:
+    opened = Store(migrated_url)
     yield opened
     opened.close()
 
@@ -156,6 +157,7 @@ def test_more_searches_than_one_statement_takes(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("migrated_url", only(["sqlite"], DATABASES), indirect=True)
 def test_every_stream_is_told_everything_once(store: Store) -> None:
     """Streams that begin anywhere, at any time, while several write to several searches."""
     searches = [new_search(store) for _ in range(4)]
@@ -192,7 +194,7 @@ def test_every_stream_is_told_everything_once(store: Store) -> None:
     following(store, work)
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
 def test_an_event_that_is_committed_late_is_told(store: Store) -> None:
     """Ids are given when rows are written, and a greater one of another search is told first."""
     late, early = new_search(store), new_search(store)
@@ -217,6 +219,7 @@ def test_an_event_that_is_committed_late_is_told(store: Store) -> None:
     following(store, work)
 
 
+@pytest.mark.parametrize("migrated_url", only(["sqlite"], DATABASES), indirect=True)
 def test_a_slow_stream_holds_up_nobody(store: Store) -> None:
     search_id = new_search(store)
 
@@ -479,6 +482,7 @@ def test_the_stream_of_a_revoked_key_ends(tmp_path: Path) -> None:
         assert (ids_in(chunks["one"]), ids_in(chunks["other"])) == (ids[:1], ids)
 
 
+@FULL
 def test_streams_beyond_the_most_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path, event_streams="3") as service, ExitStack() as stack:
         url = f"{service.url}/v1/searches/{new_search(service.store)}/events"

@@ -25,7 +25,6 @@ from tests.support.hostile import (
 )
 from tests.support.services import running
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("hostile")]
 _GOOD: dict[str, Any] = {"train_flops": 2e11, "trials": 2}
 _JSON = {"Content_Type": b"application/json"}
 _LARGE = 50_000_000

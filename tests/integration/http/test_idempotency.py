@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from nas.store import upgrade
+from tests.support.databases import DATABASES
 from tests.support.faults.databases import Database
 from tests.support.faults.service import die_after_commit, post_at_once
-
-pytestmark = pytest.mark.timeout(300)
+from tests.support.tiers import only
 
 
 @pytest.fixture
-def database(database_url: str) -> Database:
-    upgrade(database_url)
-    return Database(database_url)
+def database(migrated_url: str) -> Database:
+    return Database(migrated_url)
 
 
+@pytest.mark.parametrize("migrated_url", only(["postgresql"], DATABASES), indirect=True)
 def test_a_search_that_was_never_answered_is_answered_to_the_same_key(
     database: Database, tmp_path: Path
 ) -> None:
@@ -27,6 +26,7 @@ def test_a_search_that_was_never_answered_is_answered_to_the_same_key(
     assert figures == {"deaths": 1, "unanswered": 1, "same_search": 1}
 
 
+@pytest.mark.parametrize("migrated_url", only(["postgresql"], DATABASES), indirect=True)
 def test_many_posts_of_one_key_make_one_search_and_another_body_is_refused(
     database: Database, tmp_path: Path
 ) -> None:

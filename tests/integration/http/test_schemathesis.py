@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import httpx2 as httpx
-import pytest
 
 from tests.support.fuzz import FuzzedService, run
 from tests.support.services import running
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("schemathesis")]
 #: Every check of schemathesis 4.32 that needs no settings of its own, and those of this project.
 _CHECKS = {
     "not_a_server_error", "status_code_conformance", "content_type_conformance",

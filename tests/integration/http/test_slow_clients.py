@@ -22,6 +22,7 @@ from nas.settings import Settings
 from nas.store.keys import Keys
 from tests.support.services import PATIENCE, wait_for
 from tests.support.serving import QUICK, Serving, serving
+from tests.support.tiers import FULL, thinned
 
 _OF_EACH = 10
 _REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
@@ -140,7 +141,7 @@ def connected(service: Serving, kinds: Iterable[str]) -> Iterator[list[Slow]]:
         wait_for(cut_off, "the end of slow connections")
 
 
-@pytest.mark.parametrize("kind", _SLOW)
+@pytest.mark.parametrize("kind", thinned(_SLOW, 3))
 def test_a_slow_client_is_cut_off(service: Serving, kind: str) -> None:
     with another_client(service), connected(service, [kind]) as slow:
         pass
@@ -260,6 +261,7 @@ def test_too_many_requests_sent_ahead_end_the_connection(service: Serving) -> No
         assert answers_of(connection).count(b"HTTP/1.1 ") < 100
 
 
+@FULL
 def test_a_client_that_went_away_leaves_nothing_behind(tmp_path: Path) -> None:
     """Also where a request was sent behind the one whose answer goes on."""
     with serving(tmp_path, event_streams="2") as service:
@@ -283,10 +285,13 @@ def test_a_client_that_went_away_leaves_nothing_behind(tmp_path: Path) -> None:
         assert "Traceback" not in service.log.read_text()
 
 
+@FULL
 def test_a_flood_of_one_key_leaves_room_for_another(tmp_path: Path) -> None:
     """Requests sent ahead on many connections, for as long as the other client asks."""
-    options = {"access_control": "true", "rate_limit": "200/minute"}
-    with serving(tmp_path, **options) as service, ExitStack() as stack:
+    with (
+        serving(tmp_path, access_control="true", rate_limit="200/minute") as service,
+        ExitStack() as stack,
+    ):
         search = service.store.create_search(_REQUEST)[0].id
         keys = Keys(service.store)
         greedy, modest = (keys.create("default", name, ["read"])[1] for name in ("a", "b"))
@@ -353,6 +358,7 @@ def test_one_address_leaves_room_for_others(tmp_path: Path) -> None:
         assert asked() == 200
 
 
+@FULL
 def test_a_proxy_brings_as_many_connections_as_there_may_be(tmp_path: Path) -> None:
     bounds = {"connections": 40, "connections_of_one": 5, "head_seconds": 600.0}
     with serving(tmp_path, bounds, trusted_proxies="127.0.0.2") as service, ExitStack() as stack:

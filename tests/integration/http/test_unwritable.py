@@ -21,6 +21,7 @@ import pytest
 
 from nas.store import Store, upgrade
 from tests.support.services import Service
+from tests.support.tiers import FULL
 
 BODY = {"train_flops": 5e10, "trials": 4, "references": 3, "seed": 1}
 DEADLINE_SECONDS = 60.0
@@ -152,7 +153,7 @@ class PostgresqlOn:
 
     def run(self, statement: str) -> None:
         with psycopg.connect(self._server, autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[arg-type]
+            connection.execute(statement)
 
     def read_only(self, value: str) -> None:
         self.run(f"ALTER DATABASE {self._name} SET default_transaction_read_only = {value}")
@@ -252,6 +253,7 @@ def test_postgresql_on_a_full_disk(
     survives_full(api, volume.fill, volume.free, "full", "no space left")
 
 
+@FULL
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of files are Linux's")
 def test_sqlite_whose_files_may_not_grow(tmp_path: Path, start: Callable[[str], Api]) -> None:
     """A limit that needs no rights: the same as a quota that is used up."""
@@ -269,6 +271,7 @@ def test_sqlite_whose_files_may_not_grow(tmp_path: Path, start: Callable[[str], 
     assert is_intact(file)
 
 
+@FULL
 def test_sqlite_on_a_read_only_disk(volume: Volume, start: Callable[[str], Api]) -> None:
     file = volume.path / "e.db"
     url = f"sqlite:///{file}"
@@ -295,6 +298,7 @@ def test_sqlite_on_a_read_only_disk(volume: Volume, start: Callable[[str], Api])
     assert is_intact(file)
 
 
+@FULL
 def test_postgresql_that_is_read_only(
     postgresql: PostgresqlOn, start: Callable[[str], Api]
 ) -> None:
@@ -313,6 +317,7 @@ def test_postgresql_that_is_read_only(
     assert api.stored() == {before, made.json()["id"]}
 
 
+@FULL
 def test_a_file_that_is_removed_is_not_made_anew(
     tmp_path: Path, start: Callable[[str], Api]
 ) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from nas.store import Store, upgrade
+from nas.store import Store
 
 
 @pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
+def store(migrated_url: str) -> Iterator[Store]:
     """An empty store of each kind."""
-    upgrade(database_url)
-    opened = Store(database_url)
+    opened = Store(migrated_url)
     yield opened
     opened.close()

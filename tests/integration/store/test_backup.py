@@ -610,7 +610,7 @@ def test_the_command_line_moves_a_database(
     done = command(server, "restore", str(path))
     assert done.exit_code == 0, done.output
     assert "2 searches, 9 trials, 21 points" in done.stdout
-    assert "ran them then: 1" in done.stdout
+    assert "at the time of the backup: 1" in done.stdout
     refused = command(server, "restore", str(path))
     assert refused.exit_code == 1
     assert "is not empty" in refused.stderr

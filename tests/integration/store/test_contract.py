@@ -196,7 +196,7 @@ def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
     got = store.trial(trial.id)
     assert (got.state, got.loss, got.environment) == ("complete", 2.0, {"device": "cpu"})
     assert (got.width, got.steps, got.train_flops) == (plan.width, plan.steps, plan.train_flops)
-    assert (got.structures, got.theta) == (plan.structures, plan.design.values)
+    assert (got.structures, got.theta) == (plan.structures, exponents(plan.design))
     assert (got.params, got.sampler_state, got.unseen) == (
         {"alpha": 0.1}, {"trial": {"g": 1}}, (1, 2),
     )  # fmt: skip
@@ -247,12 +247,13 @@ def test_a_finished_trial_stays_as_it_is(store: Store, leases: Leases) -> None:
     store.create_search(REQUEST)
     lease, _ = claimed(leases)
     trial = completed(leases, lease, draft(0))
-    for write in (
+    writes: tuple[Callable[[], object], ...] = (
         lambda: leases.start_trial(lease, trial.id),
         lambda: leases.add_point(lease, trial.id, last_point(trial, 1.0)),
         lambda: leases.fail_trial(lease, trial.id, "x"),
         lambda: leases.stop_trial(lease, trial.id, "x"),
-    ):
+    )
+    for write in writes:
         with pytest.raises(LeaseLost):
             write()
     assert store.curve(trial.id) == [last_point(trial)]

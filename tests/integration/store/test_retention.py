@@ -203,19 +203,19 @@ def test_days_are_a_positive_number(store: Store, days: float) -> None:
 
 
 def test_the_command_line_prunes(
-    database_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+    migrated_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(store, "failed", days_ago=99)
     ended(store, "succeeded", days_ago=99, completed=1)
-    monkeypatch.setenv("EINSUM_NAS_DATABASE_URL", database_url)
+    monkeypatch.setenv("EINSUM_NAS_DATABASE_URL", migrated_url)
     settings.cache_clear()
     try:
         runner = CliRunner()
         would = runner.invoke(app, ["prune", "--dry-run", "--failed-days", "7"])
         assert would.exit_code == 0, would.output
         assert would.stdout == (
-            "would delete 1 searches with 2 trials, 8 events of others, "
-            "and 0 lines of the audit log\n"
+            "would delete 1 searches with 2 trials, 8 events of other searches, "
+            "and 0 records of the audit log\n"
         )
         assert len(store.searches()) == 2
         done = runner.invoke(app, ["prune", "--failed-days", "7", "--event-days", "7", "--json"])

@@ -32,7 +32,8 @@ def limited(store: Store, tenant: str = "a", **quotas: Any) -> Store:
 def ended(store: Store, tenant: str, losses: list[float], key: str | None = None) -> str:
     """A search of a tenant with one completed run."""
     lease = begun(store.view(tenant))
-    run(store, lease, 0, losses, **({} if key is None else {"key": key}))
+    own_key: dict[str, Any] = {} if key is None else {"key": key}
+    run(store, lease, 0, losses, **own_key)
     Leases(store).release(lease, "succeeded")
     return lease.search_id
 

@@ -83,7 +83,6 @@ def inner(data: Path, outside: Path) -> None:
     os.mkfifo(data / "folder" / "pipe.txt")
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("name", "swap", "says"),
     [

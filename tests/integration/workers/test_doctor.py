@@ -25,6 +25,7 @@ from nas.store.engine import writing
 from nas.store.processes import Processes
 from nas.store.schema import ProcessRow, SearchRow
 from tests.support.services import free_port
+from tests.support.tiers import FULL
 from workers.diagnosis import examine_cluster
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
@@ -283,6 +284,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
             os.killpg(started.pid, signal.SIGKILL)
 
 
+@FULL
 def test_a_real_cluster(
     used: Settings, monkeypatch: pytest.MonkeyPatch, head: tuple[str, dict[str, str]]
 ) -> None:

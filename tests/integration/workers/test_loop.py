@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def test_a_lost_lease_stops_the_run_and_not_the_process() -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, text_folder: Path) -> Iterator[Settings]:
+def settings(tmp_path: Path, text_folder: Path) -> Settings:
     made = Settings(home=tmp_path, lease_seconds=3.0, poll_seconds=0.05)
     upgrade(made.resolved_database_url)
     return made

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.support.paths import ROOT
+from tests.support.tiers import FULL
 
 PROBE = ROOT / "tests" / "support" / "ray_probe.py"
 PATIENCE_SECONDS = 90
@@ -207,7 +208,6 @@ def namespaces() -> Iterator[Namespaces]:
         made.close()
 
 
-@pytest.mark.timeout(240)
 def test_a_workers_own_ray_listens_on_the_loopback_alone(namespaces: Namespaces) -> None:
     namespaces.start_script(OWN, namespaces.environment(""))
     listening = namespaces.listening()
@@ -218,7 +218,6 @@ def test_a_workers_own_ray_listens_on_the_loopback_alone(namespaces: Namespaces)
     assert not (Path(namespaces.environment("")["HOME"]) / ".ray").exists()  # nor does a file
 
 
-@pytest.mark.timeout(240)
 def test_a_cluster_refuses_whoever_lacks_its_token(namespaces: Namespaces) -> None:
     token = secrets.token_hex(32)
     namespaces.start_head(token)
@@ -258,7 +257,7 @@ def test_a_cluster_refuses_whoever_lacks_its_token(namespaces: Namespaces) -> No
         assert "InvalidAuthToken" in refused_join.stderr
 
 
-@pytest.mark.timeout(240)
+@FULL
 def test_without_a_token_a_cluster_lets_anyone_in(namespaces: Namespaces) -> None:
     """What the tests above look for is there to be found."""
     namespaces.start_head(None)

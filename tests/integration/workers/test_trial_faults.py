@@ -88,7 +88,7 @@ def test_what_befalls_a_trial_is_its_own_and_no_other_trials_end(
 def test_trials_that_never_end_are_ended_at_their_limit(tmp_path: Path, text_folder: Path) -> None:
     # every reference meets it: a healthy one might outlast so short a limit on a slow machine
     faults = ("endless",) * 3
-    store, ended, of = search_with(
+    store, ended, _ = search_with(
         tmp_path, text_folder, faults, limits={"trial_seconds": TRIAL_SECONDS}
     )
     state, failure, error = FATES["endless"]

@@ -19,6 +19,7 @@ from nas.analysis.laws import (
     theil_sen,
 )
 from tests.support.laws import CASES, draw, repetition
+from tests.support.tiers import FULL
 
 FLOPS = np.geomspace(1e12, 1e15, 12)
 BOTH = pytest.mark.parametrize("offset", [False, True])
@@ -302,6 +303,7 @@ def test_theil_sen_is_scipy_s_on_one_run() -> None:
     assert levels == pytest.approx([level, level + 5])
 
 
+@FULL
 def test_replicates_without_a_fall_leave_numbers_or_nothing() -> None:
     """Whatever a fit of few, noisy or flat points comes to, it does not raise."""
     rng = np.random.default_rng(11)

@@ -30,6 +30,7 @@ from nas.structure import Structure
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
 from tests.support.strategies import thetas
+from tests.support.tiers import thinned
 
 NAMES = ["monarch", "btt:rho=1/4", "low-rank:rho=1/2", "kronecker", "tensor-train:rho=1/4",
          "1/2,1/4,1/4,1/4,1/2,1/4,1/4"]  # fmt: skip
@@ -179,7 +180,7 @@ def test_backward_costs_twice_the_forward_and_what_is_computed_again(name: str) 
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (250, 509)])
-@pytest.mark.parametrize("name", ["dense", *NAMES])
+@pytest.mark.parametrize("name", thinned(["dense", *NAMES], 3))
 def test_peak_memory_is_the_input_and_one_tile(name: str, shape: tuple[int, int]) -> None:
     tokens = 2048
     layer = EinsumLinear(name, *shape, bias=False)

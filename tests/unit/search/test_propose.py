@@ -15,6 +15,7 @@ from nas.request import OBJECTIVES, SAMPLERS, SearchRequest
 from nas.search import PastTrial, Proposal, propose
 from nas.search.propose import MAX_ATTEMPTS
 from nas.search.space import distributions, plan_of, theta_of
+from tests.support.tiers import only
 
 shares = st.floats(0, 1)
 
@@ -51,7 +52,7 @@ def run(req: SearchRequest, count: int, past: list[PastTrial] | None = None) -> 
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", only(["tpe", "nsga2"], SAMPLERS))
 def test_a_resumed_search_proposes_what_the_uninterrupted_one_would(
     sampler: str, objective: str
 ) -> None:
@@ -63,7 +64,7 @@ def test_a_resumed_search_proposes_what_the_uninterrupted_one_would(
     assert [p.params for p in resumed] == [p.params for p in whole[count - 4 :]]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "qmc"])
+@pytest.mark.parametrize("sampler", only(["tpe"], ["tpe", "nsga2", "random", "qmc"]))
 def test_structures_are_not_repeated(sampler: str) -> None:
     plans = [p.plan for p in run(request(sampler=sampler), 30)]
     assert len({(p.structures, p.steps) for p in plans}) == len(plans)

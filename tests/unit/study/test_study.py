@@ -23,6 +23,7 @@ from nas.study.scales import SCALES, STRUCTURES, Study, runs_of, studies_of
 from nas.tasks import TaskData, load_data
 from nas.taxonomy import parse_theta, taxonomy
 from tests.support.paths import ROOT
+from tests.support.tiers import FULL
 
 SMALL = replace(REGRESSION, pool=512, batch=32, validation_samples=32, warmup_steps=5, min_steps=20)
 
@@ -117,6 +118,7 @@ if __name__ == "__main__":
 """
 
 
+@FULL
 def test_an_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
     program = tmp_path / "study.py"
     program.write_text(PROGRAM.replace('monarch"), 16, 400', 'monarch"), 16, 10**6'))
@@ -157,6 +159,7 @@ def _children(pid: int) -> list[int]:
     return [int(p) for p in listed]
 
 
+@FULL
 def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
     program = tmp_path / "study.py"
     program.write_text(PROGRAM)

@@ -28,6 +28,7 @@ from nas.store.backup import restore
 from nas.store.schema import Base
 from nas.tasks import load_data
 from tests.support.paths import ROOT
+from tests.support.tiers import thinned
 
 #: Modules whose readers run what they read.
 _MODULES = {
@@ -229,7 +230,7 @@ def evil(tmp_path: Path) -> Iterator[Evil]:
     assert not made.marker.exists()
 
 
-@pytest.mark.parametrize("payload", _PAYLOADS)
+@pytest.mark.parametrize("payload", thinned(_PAYLOADS, 4))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
 def test_no_loader_unpickles(payload: str, recipe: Recipe, tmp_path: Path, evil: Evil) -> None:
     content = payloads(evil)[payload]
@@ -244,7 +245,7 @@ def test_no_loader_unpickles(payload: str, recipe: Recipe, tmp_path: Path, evil:
         assert not evil.marker.exists(), suffix
 
 
-@pytest.mark.parametrize("payload", _PAYLOADS)
+@pytest.mark.parametrize("payload", thinned(_PAYLOADS, 3))
 def test_no_reader_of_datasets_unpickles(
     payload: str, tmp_path: Path, evil: Evil, monkeypatch: pytest.MonkeyPatch
 ) -> None:

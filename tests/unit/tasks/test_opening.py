@@ -217,7 +217,6 @@ def crowded(path: Path) -> Path:
     return path
 
 
-@pytest.mark.timeout(120)
 def test_archives_that_would_fill_the_memory(tmp_path: Path) -> None:
     names = ["images", "labels", "inputs", "targets"]
     zeros = bomb(tmp_path / "zeros.npz", names[:1])
@@ -262,7 +261,6 @@ def png_of_zeros(path: Path, side: int) -> Path:
     return path
 
 
-@pytest.mark.timeout(120)
 def test_images_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(30):
         png_of_zeros(tmp_path / f"{i}.png", 20_000 if i == 0 else 9)
