@@ -12,7 +12,7 @@ from tests.support.browser import chromium, needs_chromium
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
 
-pytestmark = [needs_chromium, pytest.mark.xdist_group("service")]
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")

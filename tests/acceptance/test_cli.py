@@ -15,8 +15,6 @@ from tests.support.commands import execute, invoke
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
 
-pytestmark = pytest.mark.xdist_group("service")
-
 BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["inspect", "1/2,0,1/4,0,1/2,1/2,0", "--d-in", "8", "--d-out", "8"],
      ["alpha=0.5, beta=0, gamma=0.25 (sum 0.75)", "alpha + beta + gamma = 1"]),
@@ -150,7 +148,7 @@ def test_search_and_confirm_with_wait_run_their_own_workers(
     done = execute(
         tmp_path, "search", "--train-flops", "1e10", "--trials", "1", "--references", "3",
         "--set", "min_steps=20", "--set", "warmup_steps=5", "--set", "validation_samples=64",
-        "--data", str(text_folder), "--wait", "--json",
+        "--data", str(text_folder), "--wait", "--json", concurrency="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "12 files, 36,000 characters, 2 files left out" in done.stderr
@@ -163,7 +161,9 @@ def test_search_and_confirm_with_wait_run_their_own_workers(
     assert answer["best"]["best_dense"]["step_seconds"] > 0
 
     # the newest search, by default
-    done = execute(tmp_path, "confirm", "--top", "1", "--seeds", "2", "--wait", "--json")
+    done = execute(
+        tmp_path, "confirm", "--top", "1", "--seeds", "2", "--wait", "--json", concurrency="1"
+    )
     assert done.returncode == 0, done.stderr
     confirmed = json.loads(done.stdout)
     assert confirmed["search"]["trial_counts"] == {"complete": 4}

@@ -16,8 +16,6 @@ from tests.support.paths import ROOT
 from tests.support.services import PATIENCE, Service
 from tests.support.tiers import FULL
 
-pytestmark = pytest.mark.xdist_group("service")
-
 BTT = parse_theta("btt:rho=1/4")
 #: Of each page, in the order of its examples: what they print, among other things.
 EXPECTED: dict[str, list[list[str]]] = {

@@ -12,8 +12,6 @@ from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
 
-pytestmark = pytest.mark.xdist_group("service")
-
 
 def test_every_run_meets_its_budget_to_within_one_step(finished_search: RemoteSearch) -> None:
     trials = finished_search.trials()

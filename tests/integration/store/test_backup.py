@@ -468,9 +468,9 @@ def changed(path: Path, statement: str) -> None:
     [
         ("UPDATE alembic_version SET version_num = '9999'", "'9999', of a newer einsum-nas"),
         ("DELETE FROM backup", "completed"),
-        ("DELETE FROM events WHERE kind = 'queued'", "table events held"),
+        ("DELETE FROM events WHERE kind = 'queued'", "table events had"),
         ("DELETE FROM alembic_version", "db backup"),
-        ("DELETE FROM searches WHERE state = 'running'", "table searches held|rows refer"),
+        ("DELETE FROM searches WHERE state = 'running'", "table searches had|rows refer"),
     ],
 )
 def test_files_that_cannot_be_trusted_are_refused(

@@ -41,7 +41,7 @@ def search_with(
     widths = {p.width: f for p, f in zip(dense, faults, strict=False)}
     assert len(widths) == len(faults)
     done = execute(
-        home, "worker", "--until-idle", memory_per_trial="512MiB",
+        home, "worker", "--until-idle", memory_per_trial="512MiB", concurrency="1",
         test_faults=json.dumps({str(width): fault for width, fault in widths.items()}),
         test_folder=str(home), patches=ROOT / "tests" / "support" / "faulty",
     )  # fmt: skip

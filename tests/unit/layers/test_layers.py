@@ -261,6 +261,9 @@ def test_special_cases_are_what_their_names_say() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(32, 48), (31, 37)])
 def test_to_linear_and_back(name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(
+        0
+    )  # from some weights the fit of an unnamed structure ends at a local optimum
     layer = EinsumLinear(name, *shape, dtype=torch.float64)
     assert layer.bias is not None
     with torch.no_grad():
