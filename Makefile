@@ -33,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.accounting \
 test: $(VENV)/.dev browser  ## within ten minutes: SQLite, PostgreSQL, Ray and a browser, all real
 	$(PYTEST) -m "not full"
 
-test-all: $(VENV)/.dev browser  ## every test: half an hour
+test-all: $(VENV)/.docs browser  ## every test: half an hour
 	$(PYTEST)
 
 coverage: $(VENV)/.dev browser  ## which lines the tests of `make test` reach, as htmlcov/index.html

@@ -131,8 +131,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Iter
     """A running service whose data folder holds `texts`."""
     home = tmp_path_factory.mktemp("home")
     # one trial at a time: a process that trains takes seconds to start
-    options = {"data_dir": str(text_folder.parent), "concurrency": "1"}
-    with running(Service(home, "serve", **options)) as ready:
+    started = Service(home, "serve", data_dir=str(text_folder.parent), concurrency="1")
+    with running(started) as ready:
         yield ready
 
 

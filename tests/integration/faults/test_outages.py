@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
 from tests.support.faults.outages import black_hole, foreign_lock, kill_postmaster
+from tests.support.tiers import FULL
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresqlServe
         started.close()
 
 
+@FULL
 def test_workers_outlive_the_death_of_their_postgresql(
     server: PostgresqlServer, tmp_path: Path
 ) -> None:
