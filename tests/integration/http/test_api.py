@@ -29,6 +29,7 @@ from nas.tasks import corpus
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
 from tests.support.databases import new_sqlite
+from tests.support.services import PATIENCE
 
 BUDGET = 2e11
 GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
@@ -555,7 +556,7 @@ def test_who_waits_for_data_to_be_read_is_in_nobodys_way(
     threads = [threading.Thread(target=submit, args=(seed,)) for seed in range(50)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(statuses) < 46:
         assert time.monotonic() < deadline, statuses
         time.sleep(0.01)

@@ -27,6 +27,7 @@ from nas.store.audit import Audit, Entry
 from nas.store.engine import writing
 from nas.store.keys import SCOPES, Keys
 from nas.store.schema import KeyRow
+from tests.support.services import PATIENCE
 from tests.support.stored import begun, run
 
 BODY = {"train_flops": 2e11, "trials": 2}
@@ -96,7 +97,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         patch.setattr(rates, "_SIGN_INS", "30/year")
         app = create_app(settings)
     with TestClient(app, "http://127.0.0.1") as client:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while client.get("/readyz").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)

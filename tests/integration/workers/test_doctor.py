@@ -24,7 +24,7 @@ from nas.store import Store, upgrade
 from nas.store.engine import writing
 from nas.store.processes import Processes
 from nas.store.schema import ProcessRow, SearchRow
-from tests.support.services import free_port
+from tests.support.services import PATIENCE, free_port
 from tests.support.tiers import FULL
 from workers.diagnosis import examine_cluster
 
@@ -269,7 +269,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
             env={**os.environ, **token}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while True:
             host, _, port = address.partition(":")
             with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):

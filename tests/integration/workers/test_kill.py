@@ -25,7 +25,7 @@ REQUEST = SearchRequest.checked(
 )  # fmt: skip
 
 #: Long enough that a busy machine lets the heartbeat through.
-LEASE_SECONDS = 8
+LEASE_SECONDS = 15
 
 
 def start_worker(home: Path) -> subprocess.Popen[bytes]:

@@ -13,6 +13,7 @@ from nas.settings import Settings
 from nas.store import Lease, Leases, Renewal, Search, Store, upgrade
 from nas.store.processes import Processes
 from nas.tasks import TaskData
+from tests.support.services import PATIENCE, wait_for
 from workers import cluster
 from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
 from workers.session import SearchSession, Signals
@@ -75,7 +76,7 @@ def test_a_lost_lease_stops_the_run_and_not_the_process() -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path, text_folder: Path) -> Settings:
-    made = Settings(home=tmp_path, lease_seconds=3.0, poll_seconds=0.05)
+    made = Settings(home=tmp_path, lease_seconds=30.0, poll_seconds=0.05)
     upgrade(made.resolved_database_url)
     return made
 
@@ -134,15 +135,15 @@ def test_a_worker_that_is_stopped_hands_its_search_back(
         session.prepare()
         session.next_trial()
         started.set()
-        assert session.signals.shutdown.wait(10)
+        assert session.signals.shutdown.wait(PATIENCE)
 
     store, search = queue(settings, text_folder)
     worker = Worker(settings, runner=waits)
     thread = threading.Thread(target=worker.run)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(PATIENCE)
     worker.stop()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     after = store.search(search.id)
     assert (after.state, after.failures) == ("queued", 0)
@@ -200,12 +201,15 @@ def test_a_search_that_is_to_be_paused_is_handed_back_paused(
 ) -> None:
     store, search = queue(settings, text_folder)
 
+    def registered() -> list[str | None]:
+        return [process.search_id for process in Processes(store).alive()]
+
     def waits(session: SearchSession, data: TaskData, used: Settings) -> None:
         session.prepare()
         assert session.next_trial() is not None
-        assert Processes(store).alive()[0].search_id == search.id
+        wait_for(lambda: registered() == [search.id], "the worker's entry in the register")
         store.pause(search.id)
-        assert session.signals.pause.wait(10)
+        assert session.signals.pause.wait(PATIENCE)
 
     Worker(settings, runner=waits).run(until_idle=True)
     after = store.search(search.id)
