@@ -150,7 +150,7 @@ def _best_lines(best: Answer) -> Iterator[str]:
         if more > 0:
             yield f"  and {more} more (--json)"
     else:
-        yield f"clearly different from all of the {best.evidence.compared} next best"
+        yield f"clearly different from the {best.evidence.compared} next best"
     if best.extrapolation is not None:
         out = best.extrapolation
         yield (

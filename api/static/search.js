@@ -46,8 +46,11 @@ function showBest(best) {
   const held = tau && tau.tau !== null
     ? ` Ranking against ${tau.candidates} confirmed runs: Kendall's τ ${fixed(tau.tau, 2)}${tau.interval ? ` (95%: ${fixed(tau.interval[0], 2)} to ${fixed(tau.interval[1], 2)})` : ""}.`
     : " The best has not been confirmed with fresh seeds yet.";
-  text("evidence", `${best.evidence.trials} completed runs; the loss of ${best.indistinguishable.length} of the `
-    + `${best.evidence.compared} next best structures does not clearly differ from that of the best.${held}`);
+  const [near, compared] = [best.indistinguishable.length, best.evidence.compared];
+  const told = near
+    ? `${near} of the ${compared} next best structures are not clearly different from the best`
+    : `the best is clearly different from the ${compared} next best structures`;
+  text("evidence", `${best.evidence.trials} completed runs; ${told}.${held}`);
   text("means", `Comparisons: ${best.comparisons_mean}.`);
 }
 
