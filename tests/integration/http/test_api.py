@@ -7,17 +7,14 @@ import math
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import nas.tasks
 from api import routes
-from api.app import create_app
 from api.figures import draw_scatter, scatter_data
 from api.schemas import SearchPage, TrialPage
 from nas.cost import RunPlan, plan_at, plan_of_steps, references
@@ -28,7 +25,6 @@ from nas.store import CurvePoint, Leases, Store, StoredPoint, TrialDraft
 from nas.tasks import corpus
 from nas.taxonomy import parse_theta
 from nas.theta import Theta
-from tests.support.databases import new_sqlite
 from tests.support.services import PATIENCE
 
 BUDGET = 2e11
@@ -38,19 +34,6 @@ GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
 @pytest.fixture(scope="module")
 def settings(text_folder: Path) -> Settings:
     return Settings(data_dir=text_folder.parent)
-
-
-@pytest.fixture(scope="module")
-def app(settings: Settings) -> FastAPI:
-    return create_app(settings)
-
-
-@pytest.fixture
-def client(app: FastAPI, settings: Settings, tmp_path: Path) -> Iterator[TestClient]:
-    """One application, whose routes take a while to build, on an empty database for each test."""
-    settings.home, settings.database_url = tmp_path, new_sqlite(tmp_path / "einsum-nas.db")
-    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as opened:
-        yield opened
 
 
 def plant(client: TestClient) -> str:

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from api.app import create_app
 from nas.data_folder import data_inside
 from nas.errors import InvalidInput
 from nas.settings import Settings
 from nas.store import Store
 from nas.tasks.opening import MAX_DEPTH, MAX_ENTRIES
-from tests.support.databases import new_sqlite
 from tests.support.openings import Openings, watched
 from tests.support.tiers import thinned
 
@@ -139,17 +136,11 @@ def settings(hostile: tuple[Path, Path]) -> Settings:
     return Settings(data_dir=hostile[0])
 
 
-@pytest.fixture(scope="module")
-def app(settings: Settings) -> FastAPI:
-    return create_app(settings)
-
-
 @pytest.fixture
-def client(app: FastAPI, settings: Settings, tmp_path: Path) -> Iterator[TestClient]:
-    settings.home, settings.database_url = tmp_path, new_sqlite(tmp_path / "einsum-nas.db")
-    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as opened:
-        opened.headers["Content-Type"] = "application/json"
-        yield opened
+def client(client: TestClient) -> TestClient:
+    """Its bodies are JSON, however they are sent."""
+    client.headers["Content-Type"] = "application/json"
+    return client
 
 
 def _bodies(name: str) -> Iterator[bytes]:
