@@ -25,10 +25,10 @@ demo: $(VENV)/.run  ## a search of 16 candidates on real text, its answer and it
 serve: $(VENV)/.run  ## REST service, dashboard and a worker on http://127.0.0.1:8000
 	$(BIN)/einsum-nas serve
 
-# Several tests wait for processes, hence four at once on two cores.  The last lines tell the 20
+# Several tests wait for processes, hence three at once on two cores.  The last lines tell the 20
 # slowest tests and the CPU time of all processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.accounting \
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadscope --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder --durations 20
 
 test: $(VENV)/.dev browser  ## within ten minutes: SQLite, PostgreSQL, Ray and a browser, all real
 	$(PYTEST) -m "not full"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -19,17 +18,16 @@ DATABASES = ("sqlite", "postgresql")
 
 
 @lru_cache(maxsize=1)
-def _template() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="einsum-nas-tests-")) / "empty.db"
-    upgrade(f"sqlite:///{path}")
-    return path
+def _template() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "empty.db"
+        upgrade(f"sqlite:///{path}")
+        return path.read_bytes()
 
 
 def new_sqlite(path: Path) -> str:
-    """URL of an empty SQLite database of the current schema; what was at `path` is gone."""
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    shutil.copyfile(_template(), path)
+    """URL of a new, empty SQLite database of the current schema at `path`."""
+    path.write_bytes(_template())
     return f"sqlite:///{path}"
 
 
