@@ -424,7 +424,7 @@ def best(
 @reported
 def confirm(
     search_id: Annotated[
-        str | None, typer.Option("--search", help="The search; by default the newest that ended.")
+        str | None, typer.Option("--search", help="The search; by default the newest that succeeded.")
     ] = None,
     top: Annotated[
         int,
