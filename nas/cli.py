@@ -424,7 +424,7 @@ def best(
 @reported
 def confirm(
     search_id: Annotated[
-        str | None, typer.Option("--search", help="The search; by default the newest that succeeded.")
+        str | None, typer.Option("--search", help="The search; by default the last that succeeded.")
     ] = None,
     top: Annotated[
         int,
