@@ -69,6 +69,8 @@ class _Experiment:
     begun: dict[str, float] = field(default_factory=dict)
     #: Tune's trial id → why its last attempt ended
     reasons: dict[str, str] = field(default_factory=dict)
+    #: Tune's trial id → how often it was started anew
+    recoveries: Counter[str] = field(default_factory=Counter)
 
     def out_of_time(self, trial_id: str) -> bool:
         """Whether an attempt that died just now had used up its time."""
@@ -235,14 +237,14 @@ class _SessionSearcher(Searcher):
 
     def _fail(self, trial_id: str, number: int) -> None:
         """End a trial whose process did not live through any attempt."""
-        times = _MAX_PROCESS_FAILURES + 1
+        times = _experiments[self._key].recoveries[trial_id] + 1
         if _experiments[self._key].out_of_time(trial_id):
             self._session.fail(number, _experiments[self._key].too_late, "timeout")
             return
         reason = _experiments[self._key].reasons.get(trial_id, "its process died")
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
         _log.warning("trial given up: %s", reason)
-        self._session.fail(number, f"failed {times} times; before the last: {reason}", kind)
+        self._session.fail(number, f"failed {times} time(s); before the last: {reason}", kind)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the only truth."""
@@ -276,6 +278,7 @@ class _Attempts(Callback):
         experiment = _experiments[self._key]
         reason = _reason(trial)
         experiment.reasons[trial.trial_id] = reason
+        experiment.recoveries[trial.trial_id] += 1
         if experiment.out_of_time(trial.trial_id):
             # read by the process that Tune starts for the next attempt
             run = json.loads(trial.config["run"])

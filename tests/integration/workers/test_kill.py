@@ -14,7 +14,7 @@ import pytest
 
 from nas.request import SearchRequest
 from nas.store import Store, Trial, upgrade
-from tests.support.services import PATIENCE, service_environment
+from tests.support.services import PATIENCE, service_environment, wait_for
 from tests.support.small import TINY
 
 #: Runs of seconds: what is lost and what is proposed does not depend on how long they train.
@@ -128,10 +128,15 @@ def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(
 ) -> None:
     store = open_store(tmp_path / "home")
     search_id = store.create_search(
-        REQUEST.model_copy(update={"trials": 1}), data_path=str(text_folder)
+        REQUEST.model_copy(update={"trials": 1, "train_flops": 5e10}), data_path=str(text_folder)
     )[0].id
     worker = start_worker(tmp_path / "home")
     await_trials(store, search_id, complete=1, running=1)
+
+    def trains() -> bool:  # its process has begun it, and not only been given it
+        return any(store.curve(t.id) for t in store.trials(search_id) if t.state == "running")
+
+    wait_for(trains, "a point of the running trial")
     victims = trial_processes(worker.pid)
     assert victims
     for pid in victims:
