@@ -9,7 +9,7 @@ import pytest
 from tests.support.databases import DATABASES
 from tests.support.faults.databases import Database
 from tests.support.faults.kills import Faults, claim_once, kill_and_stop
-from tests.support.tiers import only
+from tests.support.tiers import FULL, only
 
 
 @pytest.mark.parametrize("migrated_url", only(["postgresql"], DATABASES), indirect=True)
@@ -25,6 +25,7 @@ def test_killed_and_stopped_workers_lose_and_repeat_nothing(
     assert figures["refused_counted"] >= figures["refused_reported"] >= 1
 
 
+@FULL
 @pytest.mark.parametrize("migrated_url", only(["postgresql"], DATABASES), indirect=True)
 def test_many_workers_at_one_queue_run_each_search_once(database: Database, tmp_path: Path) -> None:
     figures, broken = claim_once(database, tmp_path, workers=8, searches=30)
