@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections import OrderedDict
@@ -24,7 +23,7 @@ from api.coalescing import Coalescer
 from api.problems import problem, responses, unavailable
 from api.rates import Rates, network_of
 from nas.errors import InvalidInput, StoreUnavailable
-from nas.settings import Settings
+from nas.settings import Settings, is_loopback
 from nas.store import Store
 from nas.store.keys import SCOPES, Found, Key, Keys, digest_of
 
@@ -76,14 +75,6 @@ def scope_of(method: str, path: str) -> str | None:
     if path in ADMIN:
         return "admin"
     return "read" if method in _READING or path in _READING_POSTS else "submit"
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address, or `localhost`, is reached from this machine only."""
-    try:
-        return ipaddress.ip_address(address.strip("[]").partition("%")[0]).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 async def for_operators(request: Request) -> None:

@@ -76,8 +76,13 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except EinsumNasError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2 if isinstance(error, InvalidInput) else 1) from None
+            if isinstance(error, InvalidInput):  # which repeats no secret to begin with
+                print(f"error: {error}", file=sys.stderr)
+                raise typer.Exit(2) from None
+            from nas.logs import masked
+
+            print(f"error: {masked(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
     return run
 

@@ -7,19 +7,33 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
+from urllib.request import proxy_bypass
 
 import httpx2 as httpx
 
-from nas.errors import Conflict, EinsumNasError, IdempotencyConflict, InvalidInput, NotFound
+from nas.errors import Conflict, EinsumNasError, IdempotencyConflict, InvalidInput, NotFound, echo
+from nas.logs import masked
 from nas.results import Answer, FrontierAnswer
+from nas.settings import TENANT, is_loopback
 
 _TERMINAL = ("succeeded", "failed", "cancelled")
 _PAGE = 200
+_HIGHEST_PORT = 65535
+#: What may stand after `Bearer` (RFC 6750), and in an Idempotency-Key.
+_KEY = r"[A-Za-z0-9._~+/-]+=*"
+_IDEMPOTENCY_KEY = r"[!-~]{1,255}"
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+_Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
 
 
 class ServiceError(EinsumNasError):
@@ -48,6 +62,9 @@ def _get(path: str, **query: Any) -> _Call:
 
 
 def _post(path: str, body: Mapping[str, Any] | None = None, key: str | None = None) -> _Call:
+    if key and re.fullmatch(_IDEMPOTENCY_KEY, key) is None:
+        accepted = "1 to 255 visible ASCII characters, without spaces"
+        raise InvalidInput("Idempotency-Key", key, accepted)
     headers = {"Idempotency-Key": key} if key else {}
     return _Call("POST", path, {"json": body, "headers": headers} if body is not None else {})
 
@@ -61,17 +78,82 @@ def _submission(
 
 def _confirmation(search: str, fields: Mapping[str, Any], idempotency_key: str | None) -> _Call:
     key = idempotency_key or uuid.uuid4().hex
-    return _post(f"/v1/searches/{search}/confirm", dict(fields), key)
+    return _post(f"{_search(search)}/confirm", dict(fields), key)
 
 
 def _clone(search: str, changes: Mapping[str, Any], idempotency_key: str | None) -> _Call:
     key = idempotency_key or uuid.uuid4().hex
-    return _post(f"/v1/searches/{search}/clone", dict(changes), key)
+    return _post(f"{_search(search)}/clone", dict(changes), key)
+
+
+def _search(search_id: str) -> str:
+    return f"/v1/searches/{quote(search_id, safe='')}"
+
+
+def _opened(
+    kind: type[_Http], url: str, timeout_seconds: float, tenant: str | None, api_key: str | None
+) -> _Http:
+    """A connection of a kind of the library's; see `Client` for the parameters and errors."""
+    parsed = _parsed(url)
+    direct = is_loopback(parsed.host) or proxy_bypass(parsed.host)
+    headers, trusted = _headers(tenant, api_key), _trusted(parsed)
+    try:
+        return kind(
+            base_url=parsed, timeout=timeout_seconds, headers=headers, verify=trusted,
+            trust_env=not direct,  # the proxies of the environment
+        )  # fmt: skip
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise _proxy_refused(error) from None
+
+
+def _parsed(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    whole = parsed.scheme in ("http", "https") and parsed.host and not parsed.query
+    if whole and not parsed.fragment and (parsed.port or 0) <= _HIGHEST_PORT and " " not in url:
+        return parsed
+    accepted = "http://HOST:PORT or https://HOST, an IPv6 address in brackets: http://[::1]:8000"
+    raise InvalidInput("url", masked(url), accepted)
+
+
+def _trusted(url: httpx.URL) -> ssl.SSLContext:
+    """The certificates that the service may show; none for one that shows none."""
+    if url.scheme == "http":
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:
+        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+        accepted = f"a file or folder of certificates in PEM ({error.strerror or error})"
+        raise InvalidInput(name, os.environ.get(name, ""), accepted) from None
+
+
+def _proxy_refused(error: Exception) -> InvalidInput:
+    given = {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
+    more = "for one of SOCKS `pip install 'httpx2[socks]'`; NO_PROXY names hosts without a proxy"
+    shown = ", ".join(masked(value) for value in given.values())
+    said = masked(echo(str(error)))
+    return InvalidInput(
+        ", ".join(given), shown, f"a proxy such as http://HOST:PORT; {more} ({said})"
+    )
 
 
 def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
-    named = {} if tenant is None else {"X-Tenant": tenant}
-    return named if api_key is None else {**named, "Authorization": f"Bearer {api_key}"}
+    headers: dict[str, str] = {}
+    if tenant is not None:
+        if re.fullmatch(TENANT, tenant) is None:
+            raise InvalidInput("tenant", tenant, "1 to 64 letters, digits and . _ -")
+        headers["X-Tenant"] = tenant
+    if api_key is not None:
+        key = api_key.strip()
+        if re.fullmatch(_KEY, key) is None:
+            # not repeated: a key with a quotation mark or two is still a secret
+            accepted = "a key as `einsum-nas keys create` prints it: without quotation marks"
+            raise InvalidInput("api_key", "a text with characters that no key has", accepted)
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
 
 
 def _page(path: str, cursor: str | None) -> _Call:
@@ -138,7 +220,7 @@ class RemoteSearch(_Stored):
 
     def trials(self) -> list[dict[str, Any]]:
         """Every trial, in the order of their numbers."""
-        return list(self.client.iterate(f"/v1/searches/{self.id}/trials"))
+        return list(self.client.iterate(f"{_search(self.id)}/trials"))
 
     def frontier(self, x: str = "train_flops") -> FrontierAnswer:
         """Pareto fronts of this search against an axis."""
@@ -181,7 +263,7 @@ class RemoteSearch(_Stored):
         return self._after("priority", {"priority": priority})
 
     def _after(self, action: str, body: Mapping[str, Any] | None = None) -> RemoteSearch:
-        data = self.client.send(_post(f"/v1/searches/{self.id}/{action}", body))
+        data = self.client.send(_post(f"{_search(self.id)}/{action}", body))
         return RemoteSearch(self.id, data, self.client)
 
     def clone(self, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
@@ -196,7 +278,8 @@ class Client:
     Parameters
     ----------
     url
-        Address of the service.
+        Address of the service.  A proxy of the environment (`HTTP_PROXY` and others) is used, but
+        not to reach this machine itself.
     timeout_seconds
         Limit of one request.
     tenant
@@ -206,6 +289,9 @@ class Client:
 
     Raises
     ------
+    InvalidInput
+        The address, tenant or key, or a proxy or file of certificates of the environment, cannot
+        be used.
     NotAllowed
         By every method: the key is missing, unusable, or lacks the scope.
     RateLimited
@@ -220,9 +306,8 @@ class Client:
         tenant: str | None = None,
         api_key: str | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
-        headers = _headers(tenant, api_key)
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_seconds, headers=headers)
+        self.url = url.strip().rstrip("/")
+        self._http = _opened(httpx.Client, self.url, timeout_seconds, tenant, api_key)
 
     def __enter__(self) -> Client:
         return self
@@ -271,7 +356,7 @@ class Client:
 
     def get_search(self, search_id: str) -> RemoteSearch:
         """A search by its id."""
-        return RemoteSearch(search_id, self.get(f"/v1/searches/{search_id}"), self)
+        return RemoteSearch(search_id, self.get(_search(search_id)), self)
 
     def searches(self) -> Iterator[dict[str, Any]]:
         """Every search, newest first."""
@@ -334,7 +419,7 @@ class Client:
             response = self._http.request(call.method, call.path, **call.options)
         except httpx.HTTPError as error:
             raise _unreachable(call, self.url, error) from error
-        return _answer_of(response, self.url)
+        return _answer_of(response)
 
 
 @dataclass(frozen=True)
@@ -360,7 +445,7 @@ class AsyncRemoteSearch(_Stored):
 
     async def trials(self) -> list[dict[str, Any]]:
         """Every trial, in the order of their numbers."""
-        return [t async for t in self.client.iterate(f"/v1/searches/{self.id}/trials")]
+        return [t async for t in self.client.iterate(f"{_search(self.id)}/trials")]
 
     async def frontier(self, x: str = "train_flops") -> FrontierAnswer:
         """Pareto fronts of this search against an axis."""
@@ -399,7 +484,7 @@ class AsyncRemoteSearch(_Stored):
         return await self._after("priority", {"priority": priority})
 
     async def _after(self, action: str, body: Mapping[str, Any] | None = None) -> AsyncRemoteSearch:
-        data = await self.client.send(_post(f"/v1/searches/{self.id}/{action}", body))
+        data = await self.client.send(_post(f"{_search(self.id)}/{action}", body))
         return AsyncRemoteSearch(self.id, data, self.client)
 
     async def clone(
@@ -421,9 +506,8 @@ class AsyncClient:
         tenant: str | None = None,
         api_key: str | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
-        headers = _headers(tenant, api_key)
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_seconds, headers=headers)
+        self.url = url.strip().rstrip("/")
+        self._http = _opened(httpx.AsyncClient, self.url, timeout_seconds, tenant, api_key)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -456,7 +540,7 @@ class AsyncClient:
 
     async def get_search(self, search_id: str) -> AsyncRemoteSearch:
         """A search by its id."""
-        return AsyncRemoteSearch(search_id, await self.get(f"/v1/searches/{search_id}"), self)
+        return AsyncRemoteSearch(search_id, await self.get(_search(search_id)), self)
 
     def searches(self) -> AsyncIterator[dict[str, Any]]:
         """Every search, newest first."""
@@ -509,20 +593,21 @@ class AsyncClient:
             response = await self._http.request(call.method, call.path, **call.options)
         except httpx.HTTPError as error:
             raise _unreachable(call, self.url, error) from error
-        return _answer_of(response, self.url)
+        return _answer_of(response)
 
 
 def _unreachable(call: _Call, url: str, error: Exception) -> ServiceError:
-    return ServiceError(f"{call.method} {url}{call.path}: {error or type(error).__name__}")
+    said = str(error) or type(error).__name__
+    return ServiceError(masked(f"{call.method} {url}{call.path}: {said}"))
 
 
-def _answer_of(response: httpx.Response, url: str) -> dict[str, Any]:
+def _answer_of(response: httpx.Response) -> dict[str, Any]:
     if not response.is_success:
         raise _as_error(response)
     try:
         data: dict[str, Any] = response.json()
     except ValueError as error:
-        raise ServiceError(f"{url}{response.url.path}: the answer is not JSON") from error
+        raise ServiceError(masked(f"{response.url}: the answer is not JSON")) from error
     return data
 
 

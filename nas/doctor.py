@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
 from nas.logs import masked
 from nas.settings import Settings, settings
 from nas.store import Store
+from nas.store.engine import parse, shown_url, sqlite_file
 from nas.store.gauges import Database, read_database, read_gauges
 from nas.store.processes import Process, Processes
 from nas.store.troubles import DatabaseTrouble
@@ -84,7 +86,12 @@ def examine(used: Settings) -> list[Check]:
 
 
 def _settings(used: Settings) -> Check:
-    where = masked(used.database_url or "SQLite in the home")
+    where = "SQLite in the home"
+    if used.database_url is not None:
+        try:
+            where = shown_url(parse(used.database_url))
+        except InvalidInput as error:
+            where = error.value
     found = f"home {used.resolved_home}; database {where}; listens on {used.host}:{used.port}"
     return Check("settings", "ok", found)
 
@@ -201,19 +208,15 @@ def _workers(workers: list[Process], queued: int, oldest_seconds: float) -> Chec
 
 
 def _sqlite_file(used: Settings) -> Path | None:
-    url = used.database_url
-    if url is None:
-        return used.resolved_home / "einsum-nas.db"
-    prefix = "sqlite:///"
-    path = url.removeprefix(prefix).partition("?")[0]
-    return Path(path) if url.startswith(prefix) and path not in ("", ":memory:") else None
+    return used.embedded_database if used.database_url is None else sqlite_file(used.database_url)
 
 
 def _folders(used: Settings) -> Iterator[Check]:
-    file = _sqlite_file(used)
     folders = {"home": used.resolved_home, "temporary files": Path(tempfile.gettempdir())}
-    if file is not None and file.parent.resolve() != used.resolved_home:
-        folders["database's folder"] = file.parent.resolve()
+    with suppress(InvalidInput):  # which the check of the database tells
+        file = _sqlite_file(used)
+        if file is not None and file.parent.resolve() != used.resolved_home:
+            folders["database's folder"] = file.parent.resolve()
     for name, folder in folders.items():
         yield _space(name, folder)
     yield from shared_memory()

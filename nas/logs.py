@@ -33,7 +33,12 @@ LONGEST_EXCEPTION = 16_000
 #: Warnings and errors of the same text and place within so many seconds are one line.
 REPEAT_SECONDS = 60.0
 _REMEMBERED = 256
-_URL_PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,31}://[^\s:/@]{0,256}:)[^\s/]{1,512}@")
+#: To the last @ of a word: a password may have any other character.  What follows the host of a web
+#: address is no password.
+_URL_PASSWORD = re.compile(
+    r"(?i)\b((?:https?|(?P<other>(?!https?:)[a-z][a-z0-9+.-]{0,31}))://[^\s:/@]{0,256}:)"
+    r"(?(other)\S{1,512}|[^\s/]{1,512})@"
+)
 #: See `nas.store.keys`.
 _API_KEY = re.compile(r"enas_[A-Za-z0-9_-]{8,}")
 _NAMED_SECRET = re.compile(

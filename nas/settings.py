@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from nas.errors import InvalidInput
 
 #: Names the folder whose files give settings that are no one else's to read.
 SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
+#: Settings whose values no message repeats.
+_SECRETS = ("database_url", "api_key")
+_NOT_REPEATED = "a value that is not repeated here"
 #: Whose searches are that nobody was named for.
 DEFAULT_TENANT = "default"
 #: Names of tenants.
@@ -37,6 +49,23 @@ class Settings(BaseSettings):
         env_prefix="EINSUM_NAS_", extra="ignore", allow_inf_nan=False,
         use_attribute_docstrings=True,  # the reference of settings is made of them
     )  # fmt: skip
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, given: Any, info: ValidationInfo) -> Any:
+        """A text without what files and shells add at its ends; not empty, unless a list."""
+        if not isinstance(given, str):
+            return given
+        kind = cls.model_fields[str(info.field_name)]
+        # a byte order mark, and the end of a line; of a path no spaces, which may be its own
+        found = given.lstrip("\ufeff").rstrip("\r\n")
+        if Path not in (kind.annotation, *get_args(kind.annotation)):
+            found = found.strip()
+        if not found.strip() and kind.default != ():
+            raise ValueError("a value; remove the variable to get its default")
+        if not found.isascii() and found != found.encode("utf-8", "replace").decode():
+            raise ValueError("a text in UTF-8")
+        return found
 
     home: Path = Path("~/.einsum-nas")
     """Folder of the embedded database and of checkpoints, which go after a week without use."""
@@ -114,7 +143,16 @@ class Settings(BaseSettings):
     @property
     def resolved_home(self) -> Path:
         """`home` as an absolute path; created on first use by whoever writes there."""
-        return self.home.expanduser().resolve()
+        try:
+            return self.home.expanduser().resolve()
+        except (RuntimeError, OSError) as error:  # no such user, or a circle of links
+            accepted = f"the path of a folder ({error})"
+            raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None
+
+    @property
+    def embedded_database(self) -> Path:
+        """The SQLite file that is used where no other database is named."""
+        return self.resolved_home / "einsum-nas.db"
 
     @property
     def resolved_database_url(self) -> str:
@@ -127,7 +165,17 @@ class Settings(BaseSettings):
         except OSError as error:
             accepted = f"a folder that can be written ({error.strerror})"
             raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None
-        return f"sqlite:///{self.resolved_home / 'einsum-nas.db'}"
+        from nas.store.engine import sqlite_url
+
+        return sqlite_url(self.embedded_database)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, or `localhost`, is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(address.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 @lru_cache(maxsize=1)
@@ -140,17 +188,44 @@ def settings() -> Settings:
         An environment variable whose value cannot be used.
     """
     folder = os.environ.get(SECRETS_DIR)
-    if folder is not None and not Path(folder).is_dir():
-        raise InvalidInput(SECRETS_DIR, folder, "a folder whose files are named as the variables")
+    if folder is not None:
+        _check_secrets(folder)
     try:
         # a file named EINSUM_NAS_DATABASE_URL in that folder stands for the variable
         return Settings(_secrets_dir=folder)
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"EINSUM_NAS_{str(first['loc'][0]).upper()}"
-        raise InvalidInput(name, first["input"], str(first["msg"])) from None
+        name = str(first["loc"][0])
+        given = first["input"]
+        if isinstance(given, str) and not given.strip():
+            given = "an empty value"
+        elif name in _SECRETS:
+            given = _NOT_REPEATED
+        accepted = str(first["msg"]).removeprefix("Value error, ")
+        raise InvalidInput(f"EINSUM_NAS_{name.upper()}", given, accepted) from None
     except SettingsError as error:  # a value that is no JSON where JSON is wanted
         name = next((n for n in Settings.model_fields if f'"{n}"' in str(error)), "settings")
         variable = f"EINSUM_NAS_{name.upper()}"
         accepted = 'a JSON object such as {"name": 1}'
         raise InvalidInput(variable, os.environ.get(variable, ""), accepted) from None
+
+
+def _check_secrets(folder: str) -> None:
+    """Raise `InvalidInput` for a folder of secrets of which one would be passed over in silence."""
+    path = Path(folder)
+    if not folder.strip() or not path.is_dir():
+        given = folder if folder.strip() else "an empty value"
+        raise InvalidInput(SECRETS_DIR, given, "a folder whose files are named as the variables")
+    known = {f"einsum_nas_{name}" for name in Settings.model_fields}
+    for entry in path.iterdir():
+        if entry.name.lower() not in known:
+            continue
+        if not entry.is_file():  # such as what a container makes where the file to mount is missing
+            raise InvalidInput(SECRETS_DIR, str(entry), "a file that holds the value")
+        try:
+            entry.read_bytes().decode()
+        except UnicodeDecodeError:
+            raise InvalidInput(SECRETS_DIR, str(entry), "a file whose text is UTF-8") from None
+        except OSError as error:
+            accepted = f"a file that can be read ({error.strerror})"
+            raise InvalidInput(SECRETS_DIR, str(entry), accepted) from None

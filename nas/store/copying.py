@@ -33,7 +33,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
-from nas.store.engine import translated
+from nas.store.engine import shown_url, translated
 from nas.store.migrate import known_revisions
 from nas.store.schema import Base
 
@@ -165,4 +165,4 @@ def shown(engine: Engine) -> str:
     """Where a database is, without its password and options."""
     if engine.dialect.name == "sqlite":
         return str(engine.url.database or "the file")
-    return engine.url.set(query={}).render_as_string(hide_password=True)
+    return shown_url(engine.url)

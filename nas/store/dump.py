@@ -10,18 +10,15 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, create_engine, inspect, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from nas.errors import InvalidInput, StoreUnavailable
 from nas.store import rows
-from nas.store.engine import reading
+from nas.store.engine import ACCEPTED, connect_arguments, parse, reading, shown_url
 from nas.store.records import CurvePoint, StoredPoint, Trial
 from nas.store.schema import PointRow, SearchRow, TrialRow
 from nas.store.searches import Store
-
-_ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
-_CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,28 +170,19 @@ def foreign_database(url: str, field: str) -> ForeignDatabase:
         About `field`: no URL, another kind of database, one that cannot be reached, or one that
         holds a store of searches or another program's schema.
     """
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        # not repeated: whatever it is, it may hold a password
-        raise InvalidInput(field, "a text that is no URL", _ACCEPTED) from None
-    shown = parsed.set(query={}).render_as_string(hide_password=True)
-    backend = parsed.get_backend_name()
-    if backend == "postgresql":
+    parsed = parse(url, field)
+    shown = shown_url(parsed)
+    if parsed.get_backend_name() == "postgresql":
         found = ForeignDatabase(
-            _plain(parsed.set(drivername="postgresql+psycopg")),
-            shown,
-            {"connect_timeout": _CONNECT_SECONDS},
+            _plain(parsed.set(drivername="postgresql+psycopg")), shown, connect_arguments(parsed)
         )
-    elif backend == "sqlite" and parsed.database not in (None, "", ":memory:"):
+    else:
         path = Path(str(parsed.database))
         if not path.parent.is_dir():
-            raise InvalidInput(field, shown, f"{_ACCEPTED}: folder {path.parent} does not exist")
+            raise InvalidInput(field, shown, f"{ACCEPTED}: folder {path.parent} does not exist")
         found = ForeignDatabase(_plain(parsed.set(drivername="sqlite")), shown, {})
         if not path.exists():
             return found
-    else:
-        raise InvalidInput(field, shown, _ACCEPTED)
     with refusing(found, field):
         tables = _tables(found)
     if "searches" in tables or ("studies" not in tables and tables & {"trials", "alembic_version"}):
@@ -224,7 +212,7 @@ def refusing(database: ForeignDatabase, field: str) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        accepted = f"{_ACCEPTED} that can be opened and written: {_reason(error, database)}"
+        accepted = f"{ACCEPTED} that can be opened and written: {_reason(error, database)}"
         raise InvalidInput(field, database.shown, accepted) from None
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import ExceptionContext, make_url
+from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -18,14 +21,17 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_ex
 from nas.errors import InvalidInput
 from nas.store.troubles import DatabaseTrouble, is_busy, trouble_of
 
-_ACCEPTED = "sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database"
+#: What a database's address may be.
+ACCEPTED = "sqlite:///path/to/file.db or postgresql://user:password@host/database"
 _BUSY_TIMEOUT_SECONDS = 30
 _STATEMENT_TIMEOUT_MS = 30_000
 #: Limit of an idle transaction; transactions take milliseconds.  One whose client was disconnected
 #: locks its search's row until then, and no other worker can claim that search.
 _IDLE_TIMEOUT_MS = 8_000
-#: TCP keep-alive: a connection whose other end is gone is closed after about half a minute.
-_KEEPALIVE = {
+#: Options of a connection to PostgreSQL unless its URL has others.  TCP keep-alive: a connection
+#: whose other end is gone is closed after about half a minute.
+_CONNECTING = {
+    "connect_timeout": 10,  # seconds
     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }  # fmt: skip
@@ -48,26 +54,23 @@ def open_engine(
         False for SQLite's way of changing a table, which is to make it anew and drop the old one:
         that must not take along what refers to it.
     """
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise InvalidInput("database_url", "a text that is no URL", _ACCEPTED) from None
-    backend = parsed.get_backend_name()
-    if backend == "postgresql":
-        options = (
-            f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} "
-            f"-c idle_in_transaction_session_timeout={_IDLE_TIMEOUT_MS}"
-        )
-        return create_engine(
+    parsed = parse(url)
+    if parsed.get_backend_name() == "postgresql":
+        engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,
-            connect_args={"connect_timeout": 10, "options": options, **_KEEPALIVE},
+            connect_args=connect_arguments(
+                parsed,
+                statement_timeout=_STATEMENT_TIMEOUT_MS,
+                idle_in_transaction_session_timeout=_IDLE_TIMEOUT_MS,
+            ),
         )
-    if backend != "sqlite":
-        raise InvalidInput("database_url", parsed.render_as_string(), _ACCEPTED)
+        # before SQLAlchemy asks the server anything, which fails where answers are bytes
+        event.listen(engine, "connect", _refuse_encoding, insert=True)
+        return engine
     engine = create_engine(parsed, connect_args={"timeout": busy_timeout_seconds})
     file = parsed.database
-    if file and file != ":memory:" and not file.startswith("file:"):
+    if file and not file.startswith("file:"):
         _keep_to_file(engine, Path(file))
     event.listen(engine, "connect", _configure_sqlite)
     if not enforce_foreign_keys:
@@ -75,6 +78,90 @@ def open_engine(
     event.listen(engine, "begin", _begin_sqlite)
     event.listen(engine, "handle_error", _drop_unusable)
     return engine
+
+
+def sqlite_url(file: Path) -> str:
+    """The URL of a SQLite file, whatever characters its path has."""
+    return URL.create("sqlite", database=str(file)).render_as_string()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL; None for another kind of database."""
+    parsed = parse(url)
+    is_file = parsed.get_backend_name() == "sqlite"
+    return Path(str(parsed.database)) if is_file else None
+
+
+def parse(url: str, field: str = "database_url") -> URL:
+    """The parts of a database's URL.
+
+    Raises
+    ------
+    InvalidInput
+        About `field`: no URL, another kind of database than SQLite and PostgreSQL, or options that
+        would be ignored.  The message repeats neither a password nor what may be a part of one.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise InvalidInput(field, "a text that is no URL", ACCEPTED) from None
+    if "@" in (parsed.host or ""):
+        # the host would begin within the password, and be told in every error
+        accepted = f"{ACCEPTED}, with %40 for each @ of the user's name and password"
+        raise InvalidInput(field, "a URL with more than one @", accepted)
+    shown = shown_url(parsed)
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        try:
+            make_conninfo("", **{name: str(value) for name, value in parsed.query.items()})
+        except ProgrammingError as error:
+            said = " ".join(str(error).split())
+            raise InvalidInput(field, shown, f"options that PostgreSQL knows: {said}") from None
+        return parsed
+    if backend != "sqlite" or parsed.host or parsed.database in (None, "", ":memory:"):
+        raise InvalidInput(field, shown, ACCEPTED)
+    if parsed.query and "uri" not in parsed.query:
+        # the driver would ignore them; or the name of the file has a question mark
+        accepted = "sqlite:///path/to/file.db without options, and %3F for a ? in its path"
+        raise InvalidInput(field, f"{shown}?{'&'.join(parsed.query)}", accepted)
+    return parsed
+
+
+def shown_url(url: URL) -> str:
+    """A database's URL without its password, and without options, of which one may be another."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def connect_arguments(url: URL, **own: Any) -> dict[str, Any]:
+    """What the driver gets besides a PostgreSQL URL, whose own options it does not replace.
+
+    Parameters
+    ----------
+    own
+        PostgreSQL settings of the session, such as `statement_timeout`.
+    """
+    found = {name: value for name, value in _CONNECTING.items() if name not in url.query}
+    if "PGCONNECT_TIMEOUT" in os.environ:
+        found.pop("connect_timeout", None)
+    given = url.query.get("options", os.environ.get("PGOPTIONS", ""))
+    # of two that set the same, PostgreSQL takes the later
+    options = [f"-c {name}={value}" for name, value in own.items()]
+    options += [given] if isinstance(given, str) else given
+    return {**found, "options": " ".join(options).strip(), "client_encoding": "utf8"}
+
+
+def _refuse_encoding(connection: Any, _record: Any) -> None:
+    """Raise `InvalidInput` unless the database can hold every text, and tells texts from bytes."""
+    found = connection.info.parameter_status("server_encoding")
+    if found in (None, "UTF8"):  # not every pool between us and the server tells
+        return
+    name = connection.info.dbname
+    connection.close()
+    accepted = (
+        "one in UTF8: CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0; pg_dump and "
+        "pg_restore move what this one holds"
+    )
+    raise InvalidInput("database_url", f"database {name}, whose encoding is {found}", accepted)
 
 
 def _keep_to_file(engine: Engine, path: Path) -> None:

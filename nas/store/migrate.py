@@ -24,7 +24,8 @@ _PATIENCE_SECONDS = 3600
 
 def _config(connection: Connection | None = None) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    folder = str(Path(__file__).with_name("migrations"))
+    config.set_main_option("script_location", folder.replace("%", "%%"))  # it interpolates
     config.attributes["connection"] = connection
     return config
 

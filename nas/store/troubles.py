@@ -74,6 +74,7 @@ _POSTGRESQL: dict[str, TroubleKind] = {
     "25P03": "timeout",
     "25P04": "timeout",
     "3D000": "away",
+    "3F000": "away",  # the schema of the search path
     "25006": "read_only",
     "53": "exhausted",
     "53100": "full",

@@ -105,6 +105,7 @@ def test_no_line_can_be_forged_from_outside() -> None:
     [
         ("postgresql://me:hush@db/x", "postgresql://me:***@db/x"),
         ("postgresql+psycopg://me:hu:sh@h@db:5432/x?y=1", "me:***@db:5432/x?y=1"),
+        ("postgresql://me:hu/sh@hu@sh@db/x", "postgresql://me:***@db/x"),
         ("{'password': 'hush', 'host': 'db'}", "'host': 'db'"),
         ("connection to db failed: password=hush user=me", "user=me"),
         ("Authorization: Bearer hush.hush", "Authorization: ***"),
@@ -120,8 +121,10 @@ def test_no_line_holds_a_secret(lines: io.StringIO, text: str, kept: str) -> Non
     message, failed = read(lines)
     for said in (message["message"], failed["exception"], masked(text)):
         assert "hush" not in said
+        assert "hu@" not in said
         assert kept in said
-    assert masked("http://127.0.0.1:8000/v1/searches") == "http://127.0.0.1:8000/v1/searches"
+    for address in ("http://127.0.0.1:8000/v1/searches", "http://127.0.0.1:8000/v1/a@b"):
+        assert masked(address) == address
 
 
 def test_the_level_is_kept() -> None:
