@@ -13,6 +13,7 @@ from nas.layers.mixture_linear import (
 )
 from nas.layers.mup import param_groups
 from nas.layers.plan import Plan
+from nas.layers.saving import load, save
 from nas.layers.structured import StructuredLinear
 from nas.layers.surgery import Surgery, replace_linears
 
@@ -28,9 +29,11 @@ __all__ = [
     "auxiliary_loss",
     "build_layer",
     "layer_of",
+    "load",
     "param_groups",
     "remember_plans",
     "remembered_plans",
     "replace_linears",
     "router_statistics",
+    "save",
 ]

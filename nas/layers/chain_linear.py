@@ -15,7 +15,7 @@ from torch.nn import functional
 from nas.chain import ChainTheta, parse_chain
 from nas.chain_structure import Axis, ChainStructure, Path
 from nas.errors import InvalidInput
-from nas.layers.modes import autocast_dtype, transforms_active
+from nas.layers.modes import autocast_dtype
 from nas.layers.normalization import cap_rms
 from nas.layers.structured import StructuredLinear, sized
 from nas.theta import Theta
@@ -97,7 +97,7 @@ class ChainLinear(StructuredLinear):
         for name, shape in zip(s.factors, s.shapes, strict=True):
             self.register_parameter(name, empty(*shape))
         for name in s.factors:
-            self.register_parameter(f"gain_{name}", empty() if normalize and gain else None)
+            self.register_parameter(f"gain_{name}", empty(1) if normalize and gain else None)
         self.register_parameter("bias", empty(d_out) if bias else None)
         self.reset_parameters()
 
@@ -131,36 +131,24 @@ class ChainLinear(StructuredLinear):
             for name, factor in self.factors().items()
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) → (..., d_out); no tokens give an empty output.
-
-        Raises
-        ------
-        ValueError
-            Another last dimension than d_in.
-        TypeError
-            A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
-        """
-        self._check(x)
+    def _product(self, x: Tensor) -> Tensor:
         factors = self._effective_factors()
-        flat = x.reshape(-1, self.in_features)
         dtype = autocast_dtype(x.device, factors[0].dtype)
-        if dtype != flat.dtype or dtype != factors[0].dtype:
-            flat, factors = flat.to(dtype), [f.to(dtype) for f in factors]
-        if self._padding:
-            flat = functional.pad(flat, (0, self._padding))
+        if dtype != x.dtype or dtype != factors[0].dtype:
+            x, factors = x.to(dtype), [f.to(dtype) for f in factors]
         compiling = torch.compiler.is_compiling()
-        program = self._compiled if compiling else self._program_for(flat.shape[0])
-        y = _run(program, [*factors, flat], flat.shape[0])
-        if self._surplus:
-            y = y[:, : self.out_features]
-            y = y.contiguous() if self.bias is None else y + self.bias.to(y.dtype)
-        elif self.bias is not None:
-            # nothing has saved y; function transforms may have to batch it first
-            inplace = not (compiling or transforms_active())
-            bias = self.bias.to(y.dtype)
-            y = y.add_(bias) if inplace else y + bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        program = self._compiled if compiling else self._program_for(x.shape[0])
+        return self._contracted(program, factors, x).contiguous()
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return self._contracted(self._compiled, self._effective_factors(), x)
+
+    def _contracted(self, program: _Program, factors: list[Tensor], x: Tensor) -> Tensor:
+        """(n, d_in) → (n, d_out)."""
+        if self._padding:
+            x = functional.pad(x, (0, self._padding))
+        y = _run(program, [*factors, x])
+        return y[:, : self.out_features] if self._surplus else y
 
     @property
     def plan(self) -> str | None:
@@ -203,7 +191,7 @@ class ChainLinear(StructuredLinear):
         eye = torch.eye(
             s.d_in, s.padded_in, dtype=factors[0].dtype, device=factors[0].device
         )  # one token for each input
-        columns = _run(self._program_for(s.d_in), [*factors, eye], s.d_in)
+        columns = _run(self._program_for(s.d_in), [*factors, eye])
         return columns[:, : s.d_out].t().contiguous()
 
     def extra_repr(self) -> str:
@@ -244,8 +232,8 @@ def _parse_path(text: str, structure: ChainStructure) -> Path:
 # are left out.  What is run is worked out once per path, as plain tuples that compiled code can
 # read: for each product the places of both operands, and for each of these the sizes of its axes
 # and their permutation (neither where none is permuted), the sizes to fold it to and whether it is
-# then transposed; at last the same for the output.  A size that holds the tokens is negative: minus
-# what it is for one.
+# then transposed; at last the same for the output.  The size that holds the tokens is -1, so that a
+# program is one for any number of them.
 
 _TOKENS = "*"
 #: Length of a run of numbers at which copying it costs twice what the numbers do.
@@ -255,29 +243,23 @@ _Step = tuple[int, int, _Fold, _Fold]
 _Program = tuple[tuple[_Step, ...], _Fold]
 
 
-def _run(program: _Program, operands: list[Tensor], tokens: int) -> Tensor:
+def _run(program: _Program, operands: list[Tensor]) -> Tensor:
     """The output (tokens, padded_out) of F1, …, FN and x (tokens, padded_in)."""
     steps, last = program
     for left, right, fold_left, fold_right in steps:
-        p = _folded(operands[left], fold_left, tokens)
-        q = _folded(operands[right], fold_right, tokens)
-        result = torch.mm(p, q) if p.dim() == 2 else torch.bmm(p, q)
+        p, q = _folded(operands[left], fold_left), _folded(operands[right], fold_right)
+        multiply = torch.mm if len(fold_left[2]) == 2 else torch.bmm
         operands = [t for i, t in enumerate(operands) if i not in (left, right)]
-        operands.append(result)
-    return _folded(operands[0], last, tokens)
+        operands.append(multiply(p, q))
+    return _folded(operands[0], last)
 
 
-def _folded(tensor: Tensor, fold: _Fold, tokens: int) -> Tensor:
+def _folded(tensor: Tensor, fold: _Fold) -> Tensor:
     sizes, order, folded, transposed = fold
     if order:
-        tensor = tensor.reshape(_with(sizes, tokens)).permute(order)
-    tensor = tensor.reshape(_with(folded, tokens))
+        tensor = tensor.reshape(sizes).permute(order)
+    tensor = tensor.reshape(folded)
     return tensor.transpose(-1, -2) if transposed else tensor
-
-
-def _with(sizes: tuple[int, ...], tokens: int) -> list[int]:
-    """Sizes in which a number below 1 is its negative times the tokens."""
-    return [size if size > 0 else -size * tokens for size in sizes]
 
 
 @lru_cache(maxsize=4096)
@@ -354,12 +336,11 @@ def _fold(
 
 
 def _size(group: Sequence[str], sizes: dict[str, int]) -> int:
-    whole = math.prod(sizes[letter] for letter in group if letter != _TOKENS)
-    return -whole if _TOKENS in group else whole
+    return -1 if _TOKENS in group else _volume(group, sizes)
 
 
 def _volume(axes: Sequence[str], sizes: dict[str, int]) -> int:
-    return abs(_size(axes, sizes)) * (_COMPILED_TOKENS if _TOKENS in axes else 1)
+    return math.prod(_COMPILED_TOKENS if a == _TOKENS else sizes[a] for a in axes)
 
 
 def _letters(axes: Sequence[Axis]) -> list[str]:

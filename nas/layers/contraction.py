@@ -18,7 +18,7 @@ from torch.nn import functional
 from nas.layers import kernels, measuring
 from nas.layers.modes import autocast_dtype, transforms_active, without_autocast
 from nas.layers.plan import Plan
-from nas.structure import Sizes, fingerprint
+from nas.structure import Sizes, Structure, fingerprint
 
 
 def plan_of(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, fixed: Plan | str | None) -> Plan:
@@ -27,8 +27,7 @@ def plan_of(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, fixed: Plan | st
         return fixed
     if fixed:
         return Plan.parse(fixed)
-    operator = _Operator.of(x.shape[1], d_out, a.shape, None if b is None else b.shape)
-    return measuring.resolve(operator, x.shape[0], x.device, x.dtype)
+    return measuring.resolve(_Operator.told(x, a, b, d_out), x.shape[0], x.device, x.dtype)
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,11 @@ class _Operator:
     sizes: Sizes
     is_dense: bool
     fingerprint: str
+
+    @staticmethod
+    def told(x: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> _Operator:
+        """Of tensors, the first of shape (n, d_in)."""
+        return _Operator.of(x.shape[1], d_out, a.shape, None if b is None else b.shape)
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -63,7 +67,7 @@ def contract(
     if dtype != a.dtype or dtype != x.dtype:
         x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
     if transforms_active():
-        return plain(x, a, b, d_out)
+        return plain(x, a, b, _Operator.told(x, a, b, d_out))
     if torch.compiler.is_compiling():
         compiled: Tensor = _operator(x, a, b, d_out, str(plan or ""))
         return compiled
@@ -74,15 +78,22 @@ def contract(
     return y
 
 
-def plain(x: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Tensor:
-    """The same by differentiable operations of torch, A first."""
+def plain(x: Tensor, a: Tensor, b: Tensor | None, sized: Structure | _Operator) -> Tensor:
+    """The same by differentiable operations of torch, A first, for a structure of these sizes."""
     if b is None:
         return functional.linear(x, a)
-    gamma, alpha, beta = a.shape[0], a.shape[4], b.shape[3]
-    x = functional.pad(x, (0, gamma * beta * alpha - x.shape[-1]))
-    z = torch.einsum("ngba,grfda->ngbrfd", x.reshape(len(x), gamma, beta, alpha), a)
+    s = sized.sizes
+    x = _fitted(x, sized.d_in, s.gamma * s.beta * s.alpha)
+    z = torch.einsum("ngba,grfda->ngbrfd", x.reshape(-1, s.gamma, s.beta, s.alpha), a)
     y = torch.einsum("ngbrfd,fgrbe->nfed", z, b).flatten(1)
-    return functional.pad(y, (0, d_out - y.shape[1]))
+    return _fitted(y, s.phi * s.epsilon * s.delta, sized.d_out)
+
+
+def _fitted(rows: Tensor, width: int, wanted: int) -> Tensor:
+    """Rows (n, width) zero-padded or cut at their end."""
+    if wanted <= width:
+        return rows if wanted == width else rows[:, :wanted]
+    return functional.pad(rows, (0, wanted - width))
 
 
 def _plain_gradients(

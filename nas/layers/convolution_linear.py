@@ -75,7 +75,7 @@ class ConvolutionLinear(StructuredLinear):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.A = empty(s.channels_out, s.channels_in, s.taps)
-        self.register_parameter("gain_A", empty() if normalize and gain else None)
+        self.register_parameter("gain_A", empty(1) if normalize and gain else None)
         self.register_parameter("bias", empty(d_out) if bias else None)
         self.reset_parameters()
 
@@ -99,34 +99,24 @@ class ConvolutionLinear(StructuredLinear):
             return self.A
         return cap_rms(self.A, self.structure.init_std("A"), self.gain_A)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) → (..., d_out); no tokens give an empty output.
+    def _product(self, x: Tensor) -> Tensor:
+        kernel = self._effective()
+        dtype = autocast_dtype(x.device, kernel.dtype)
+        return self._convolved(x.to(dtype), kernel.to(dtype)).contiguous()
 
-        Raises
-        ------
-        ValueError
-            Another last dimension than d_in.
-        TypeError
-            A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
-        """
-        self._check(x)
-        y = self._convolved(x.reshape(-1, self.in_features), self._effective())
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+    def _plain(self, x: Tensor) -> Tensor:
+        return self._convolved(x, self._effective())
 
     def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
         s = self.structure
-        dtype = autocast_dtype(x.device, kernel.dtype)
-        x, kernel = x.to(dtype), kernel.to(dtype)
         if s.padded_in > s.d_in:
             x = functional.pad(x, (0, s.padded_in - s.d_in))
-        z = x.reshape(len(x), s.channels_in, s.length)
+        z = x.reshape(-1, s.channels_in, s.length)
         if s.taps > 1:
             z = torch.cat((z, z[..., : s.taps - 1]), dim=-1)  # what follows the end is the start
         y = functional.conv1d(z, kernel).flatten(1)
-        return y[:, : s.d_out].contiguous() if s.padded_out > s.d_out else y
+        return y[:, : s.d_out] if s.padded_out > s.d_out else y
 
     @property
     def plan(self) -> str | None:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from nas.errors import InvalidInput
 from nas.layers import measuring
-from nas.layers.contraction import contract
+from nas.layers.contraction import contract, plain
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import matrix, workspace_elements
-from nas.layers.modes import plus_bias
 from nas.layers.normalization import cap_rms
 from nas.layers.plan import Plan
 from nas.layers.structured import StructuredLinear, sized
@@ -104,9 +103,9 @@ class EinsumLinear(StructuredLinear):
             self.A = empty(s.gamma, s.rho, s.phi, s.delta, s.alpha)
             self.B = empty(s.phi, s.gamma, s.rho, s.beta, s.epsilon)
         one_gain = normalize and gain
-        self.register_parameter("gain_A", empty() if one_gain else None)
+        self.register_parameter("gain_A", empty(1) if one_gain else None)
         self.register_parameter(
-            "gain_B", empty() if one_gain and not self.structure.is_dense else None
+            "gain_B", empty(1) if one_gain and not self.structure.is_dense else None
         )
         self.register_parameter("bias", empty(d_out) if bias else None)
         self.reset_parameters()
@@ -134,22 +133,11 @@ class EinsumLinear(StructuredLinear):
         factor: Tensor = self.factors()[name]
         return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) → (..., d_out); no tokens give an empty output.
+    def _product(self, x: Tensor) -> Tensor:
+        return contract(x, *self._effective_factors(), self.out_features, self._plan)
 
-        Raises
-        ------
-        ValueError
-            Another last dimension than d_in.
-        TypeError
-            A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
-        """
-        self._check(x)
-        a, b = self._effective_factors()
-        y = contract(x.reshape(-1, self.in_features), a, b, self.out_features, self._plan)
-        if self.bias is not None:
-            y = plus_bias(y, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+    def _plain(self, x: Tensor) -> Tensor:
+        return plain(x, *self._effective_factors(), self.structure)
 
     def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
         a = self._effective("A", self.gain_A)
@@ -236,7 +224,7 @@ class EinsumLinear(StructuredLinear):
         Raises
         ------
         InvalidInput
-            Not a `torch.nn.Linear`, or a weight with NaN or infinity.
+            Not a `torch.nn.Linear`, or a weight with NaN or infinity or on the meta device.
 
         >>> dense = nn.Linear(64, 64)
         >>> layer = EinsumLinear.from_linear(dense, "btt:rho=1/2")
@@ -246,6 +234,8 @@ class EinsumLinear(StructuredLinear):
         if not isinstance(linear, nn.Linear):
             raise InvalidInput("linear", type(linear).__name__, "a torch.nn.Linear")
         w = linear.weight
+        if w.is_meta:
+            raise InvalidInput("linear", "a weight on the meta device", "a weight with values")
         layer = cls(
             theta, linear.in_features, linear.out_features, linear.bias is not None,
             d_in_base=d_in_base, device=w.device, dtype=w.dtype,

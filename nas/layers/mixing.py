@@ -16,7 +16,7 @@ from torch.nn import functional
 from nas.layers import contraction, measuring, mixture_kernels
 from nas.layers.mixture_kernels import Form, Gradients
 from nas.layers.mixture_plan import MixturePlan, choose_for_sizes
-from nas.layers.modes import autocast_dtype, transforms_active, without_autocast
+from nas.layers.modes import autocast_dtype, is_recorded, transforms_active, without_autocast
 from nas.layers.plan import bucket
 
 
@@ -39,7 +39,7 @@ def mix(
     if dtype != a.dtype or dtype != x.dtype:
         x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
     weights = weights.to(dtype)
-    if transforms_active():
+    if transforms_active() or is_recorded(x):
         return plain(x, weights, chosen, a, b, d_out, form)
     if torch.compiler.is_compiling():
         compiled: Tensor = _operator(x, weights, chosen, a, b, d_out, str(plan or ""), form)

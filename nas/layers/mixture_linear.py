@@ -11,7 +11,7 @@ from nas.layers.einsum_linear import EinsumLinear
 from nas.layers.mixing import mix
 from nas.layers.mixture_kernels import Form
 from nas.layers.mixture_plan import MixturePlan, choose_mixture_plan
-from nas.layers.modes import plus_bias
+from nas.layers.modes import is_recorded, over_nested, plus_bias, reshaped_like
 from nas.layers.normalization import cap_rms
 from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
 from nas.layers.structured import StructuredLinear, sized
@@ -96,8 +96,8 @@ class MixtureLinear(Gated, StructuredLinear):
             self.A = empty(experts, s.gamma, s.rho, s.phi, s.delta, s.alpha)
             self.B = empty(experts, s.phi, s.gamma, s.rho, s.beta, s.epsilon)
         one_gain = normalize and gain
-        self.register_parameter("gain_A", empty() if one_gain else None)
-        self.register_parameter("gain_B", empty() if one_gain and not expert.is_dense else None)
+        self.register_parameter("gain_A", empty(1) if one_gain else None)
+        self.register_parameter("gain_B", empty(1) if one_gain and not expert.is_dense else None)
         self.register_parameter("gate", empty(experts, d_in) if self.structure.gated else None)
         self.register_parameter("bias", empty(d_out) if bias else None)
         self.reset_parameters()
@@ -136,24 +136,39 @@ class MixtureLinear(Gated, StructuredLinear):
         )
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """(..., d_in) → (..., d_out); no tokens give an empty output.
-
-        `routing` replaces the gate; a layer without a gate needs it.
-
-        Raises
-        ------
-        ValueError
-            Another last dimension than d_in; no gate and no routing.
-        TypeError
-            A dtype that is not the layer's, unless autocast is on.
-        """
+        """As of every structured layer; `routing` replaces the gate, and a layer without a gate
+        needs it: else ValueError."""
+        if not isinstance(routing, Routing):  # nor the proxy of a tracer
+            return super().forward(x)
         self._check(x)
-        flat = x.reshape(-1, self.in_features)
-        routing = self.route(flat) if routing is None else routing
-        y = self.product(flat, routing)
-        if self.bias is not None:
-            y = plus_bias(y, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        y = self.product(x.reshape(-1, self.in_features), routing)
+        return self._finished(y, x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.product(x, self.route(x))
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Every expert on every token: as many times the work as there are experts."""
+        (a, b), e = self._effective_factors(), self.structure.expert
+        gates = self._gates(x)
+        if b is None:  # one product at a time, for the order of three depends on the sizes
+            return torch.einsum("neo,ne->no", torch.einsum("ni,eoi->neo", x, a), gates)
+        s = e.sizes
+        x = functional.pad(x, (0, e.padded_in - e.d_in))
+        z = torch.einsum("ngba,egrfda->negbrfd", x.reshape(-1, s.gamma, s.beta, s.alpha), a)
+        y = torch.einsum("negbrfd,efgrbs->nefsd", z, b)
+        return torch.einsum("nefsd,ne->nfsd", y, gates).flatten(1)[:, : e.d_out]
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """The weight of each expert (n, E), 0 for those that are not chosen; as `_plain`."""
+        gate = self._parameters["gate"]
+        if gate is None:
+            raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate")
+        dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
+        logits = functional.linear(x.to(dtype), self.gate.to(dtype))  # type: ignore[union-attr]
+        best, chosen = torch.topk(logits, self.structure.active, dim=-1)
+        gates = torch.zeros_like(logits).scatter(-1, chosen, torch.softmax(best, -1))
+        return gates.to(x.dtype)
 
     def route(self, x: Tensor) -> Routing:
         """The gate's decision for x (n, d_in), which it remembers."""
@@ -326,6 +341,11 @@ class MixtureFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) → (..., width)."""
+        if is_recorded(x):
+            y = self._plain(x.reshape(-1, self.mlp_in.in_features))
+            return reshaped_like(y, x, self.mlp_out.out_features)
+        if x.is_nested:
+            return over_nested(self, x)
         self.mlp_in._check(x)
         flat = x.reshape(-1, x.shape[-1])
         routing = self.mlp_in.route(flat)
@@ -333,9 +353,19 @@ class MixtureFFN(nn.Module):
         if self.mlp_in.bias is not None:
             hidden = plus_bias(hidden, self.mlp_in.bias)
         y = self.mlp_out.product(functional.gelu(hidden), routing, "combine")
-        if self.mlp_out.bias is not None:
-            y = plus_bias(y, self.mlp_out.bias)
-        return y.view(*x.shape[:-1], self.mlp_out.out_features)
+        return self.mlp_out._finished(y, x)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """(n, width) → (n, width); see `StructuredLinear._plain`."""
+        (first, _), (second, _) = (
+            layer._effective_factors() for layer in (self.mlp_in, self.mlp_out)
+        )
+        hidden = torch.einsum("ni,eoi->neo", x, first)
+        if self.mlp_in.bias is not None:
+            hidden = hidden + self.mlp_in.bias
+        y = torch.einsum("nei,eoi->neo", functional.gelu(hidden), second)
+        y = torch.einsum("neo,ne->no", y, self.mlp_in._gates(x))
+        return y if self.mlp_out.bias is None else y + self.mlp_out.bias
 
 
 def _structure(

@@ -1,11 +1,12 @@
-"""What surrounds a call: function transforms, forward-mode derivatives, autocast."""
+"""What surrounds a call: function transforms, tracers, nested tensors, autocast."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 
@@ -19,9 +20,37 @@ def transforms_active() -> bool:
     return level is not None or forward_ad._current_level >= 0
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Whether the operations on x are recorded as a program that is to run without this package:
+    by `torch.export`, `torch.onnx`, `torch.jit.trace` or `torch.fx`, whose x is a proxy."""
+    return torch.compiler.is_exporting() or torch._C._is_tracing() or isinstance(x, fx.Proxy)
+
+
+def reshaped_like(y: Tensor, x: Tensor, width: int) -> Tensor:
+    """y (n, width) with the leading dimensions of x, which may be recorded."""
+    return y.reshape(x.shape[:-1] + (width,))  # noqa: RUF005 (nothing unpacks a proxy)
+
+
+def over_nested(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer on every vector of a nested tensor, whose ragged dimension is not the last.
+
+    Raises
+    ------
+    ValueError
+        The last dimension is the ragged one.
+    """
+    if x.layout is not torch.jagged:
+        return torch.nested.as_nested_tensor([layer(part) for part in x.unbind()])
+    ragged: int = x._ragged_idx  # type: ignore[attr-defined]
+    if ragged == x.dim() - 1:
+        raise ValueError("got a nested tensor whose last dimension is ragged")
+    offsets, lengths = x.offsets(), x.lengths()  # type: ignore[attr-defined]
+    return torch.nested.nested_tensor_from_jagged(layer(x.values()), offsets, lengths, ragged)
+
+
 def plus_bias(y: Tensor, bias: Tensor) -> Tensor:
     """y + bias, in place where no transform keeps track of y; nothing must have saved y."""
-    return y + bias if transforms_active() else y.add_(bias)
+    return y + bias.to(y.dtype) if transforms_active() else y.add_(bias)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nas.layers.modes import transforms_active
+from nas.layers.modes import is_recorded, transforms_active
 
 
 def cap_rms(weight: Tensor, cap: float, gain: Tensor | None = None) -> Tensor:
-    """gain · W / max(1, RMS(W)/cap), differentiated through; the shape of W.
+    """gain · W / max(1, RMS(W)/cap), differentiated through; the shape of W.  `gain` is (1,).
 
     In eager code one function with a written-out gradient: as separate operations its many small
     tensors would cost a narrow layer more time than its products.
 
     Source: arXiv:2410.02117, appendix.
     """
-    if torch.compiler.is_compiling() or transforms_active():
+    if is_recorded(weight) or torch.compiler.is_compiling() or transforms_active():
         _, scale, _ = _norm_and_scale(weight, cap)
         return weight * (scale if gain is None else scale * gain)
     capped: Tensor = _CapRms.apply(weight, gain, cap)  # type: ignore[no-untyped-call]
@@ -55,4 +55,4 @@ class _CapRms(torch.autograd.Function):
         above = norm.clamp(min=limit)
         inward = torch.where(norm > limit, along / above / above, 0.0)  # squares may overflow
         d_weight = (grad - inward * weight) * (scale * rest[0] if rest else scale)
-        return d_weight, (along * scale if rest else None), None
+        return d_weight, ((along * scale).view(1) if rest else None), None

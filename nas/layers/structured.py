@@ -2,27 +2,170 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nas.errors import InvalidInput
-from nas.layers.modes import autocast_dtype
+from nas.layers.modes import (
+    autocast_dtype,
+    is_recorded,
+    over_nested,
+    plus_bias,
+    reshaped_like,
+)
+from nas.layers.record import LayerRecord
 from nas.structure import LinearStructure
 
 _Structure = TypeVar("_Structure", bound=LinearStructure)
 
 
+#: Ends the name under which a state_dict holds what a layer is.
+RECORD = "_extra_state"
+
+
 class StructuredLinear(nn.Module):
-    """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers."""
+    """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers.
+
+    A `state_dict` holds a record of what the layer is beside its tensors; a layer that computes
+    something else from the same tensors refuses them.  See `nas.layers.saving`.
+    """
 
     structure: LinearStructure
     in_features: int
     out_features: int
     #: input dimension of this layer in the base model at which the learning rate was tuned
     d_in_base: int
+    normalize: bool
+    zero_init: bool
     bias: Tensor | None
+    #: whether it took the place of a layer whose weight is the transpose of its own
+    in_place_of_conv1d: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out); no tokens give an empty output.
+
+        Raises
+        ------
+        ValueError
+            Another last dimension than d_in.
+        TypeError
+            A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
+        """
+        if is_recorded(x):
+            y = self._plain(x.reshape(-1, self.in_features))
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
+            return reshaped_like(y, x, self.out_features)
+        if x.is_nested:
+            return over_nested(self, x)
+        self._check(x)
+        return self._finished(self._product(x.reshape(-1, self.in_features)), x)
+
+    def _finished(self, y: Tensor, x: Tensor) -> Tensor:
+        """A product (n, d_out) that nothing has saved, with the bias and the shape of the input."""
+        if self.bias is not None:
+            y = plus_bias(y, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(n, d_in) → (n, d_out), contiguous, without the bias; as fast as can be."""
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The same by operators of torch alone, which a program without this package can run.
+
+        Nothing depends on the values or the number of rows of `x`, which may be a proxy.
+        """
+        raise NotImplementedError
+
+    @property
+    def record(self) -> LayerRecord:
+        """What this layer is built from."""
+        gain = any(name.startswith("gain_") for name, _ in self.named_parameters(recurse=False))
+        return LayerRecord(
+            self.structure,  # type: ignore[arg-type]
+            self.bias is not None, self.normalize, gain, self.zero_init, self.d_in_base,
+        )  # fmt: skip
+
+    def get_extra_state(self) -> Tensor:
+        """The record of the layer, for its state_dict."""
+        return self.record.to_tensor()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Checks that the tensors beside this record mean the same here.
+
+        Raises
+        ------
+        InvalidInput
+            They do not, or this is no record.
+        """
+        found = LayerRecord.of_tensor(state)
+        if found.computes != self.record.computes:
+            raise InvalidInput("state_dict", f"the tensors of {found}", f"those of {self.record}")
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_plain_matrix:
+            del destination[prefix + RECORD]
+
+    @property
+    def _is_plain_matrix(self) -> bool:
+        """Whether `torch.nn.Linear` computes the same from the same state_dict."""
+        weight = self._parameters.get("weight")
+        plain = not (self.normalize or self.in_place_of_conv1d)
+        return plain and weight is not None and weight.dim() == 2
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + RECORD
+        for name, parameter in self.named_parameters(recurse=False):
+            stored = state_dict.get(prefix + name)
+            if parameter.shape == (1,) and isinstance(stored, Tensor) and not stored.dim():
+                state_dict[prefix + name] = stored.reshape(1)  # as gains were stored once
+        try:
+            if key in state_dict:
+                self.set_extra_state(state_dict[key])
+        except InvalidInput as error:  # before any tensor is taken over
+            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:  # of before there were records
+            missing_keys.remove(key)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # memory formats are for images, which factors of four or five axes are not
+        def flat(tensor: Tensor) -> Tensor:
+            if tensor.dim() in (4, 5) and tensor.is_contiguous():
+                return fn(tensor.view(-1)).view(tensor.shape)
+            return fn(tensor)
+
+        applied: Self = super()._apply(flat, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "weight":
+                raise
+            raise AttributeError(
+                f"{self._described()} has no weight: its matrix is to_matrix(), and select= of "
+                "replace_linears leaves out a layer whose weight is read"
+            ) from None
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The learned tensors with a learning rate of their own, by the names that

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from nas.cost import FLOPS_PER_MAC
 from nas.design import Aligned, Design, described, design_text, parse_design
 from nas.errors import InvalidInput
-from nas.layers.building import layer_of
+from nas.layers.building import build_layer, layer_of
 from nas.layers.einsum_linear import EinsumLinear
-from nas.layers.structured import StructuredLinear
+from nas.layers.record import LayerRecord
+from nas.layers.references import held_elsewhere
+from nas.layers.structured import StructuredLinear, sized
 from nas.mixture import Mixture
 from nas.structure import MAX_DIMENSION, LinearStructure
 from nas.theta import Theta
@@ -39,6 +41,13 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+#: Modules whose parameters are what they are named after: no linear map, or one of their own kind.
+_OWN_KINDS = (
+    nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm,
+    nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU,
+)  # fmt: skip
+#: In the config of a model of transformers, which refuses to load what has no `quant_method`.
+_MARK = {"einsum_nas": "this model has structured layers: nas.layers.load(model, folder) loads it"}
 _DESIGNS = get_args(Design)
 #: How many names a message lists.
 _NAMES_LISTED = 6
@@ -134,7 +143,7 @@ class _Linear:
 
     module: nn.Module
     names: list[str]
-    design: Design | None = None
+    design: Design | LayerRecord | None = None
     reason: str | None = None
 
 
@@ -180,9 +189,16 @@ def replace_linears(
     tied to another kind of module, such as an embedding; subclasses of `torch.nn.Linear`, among
     them parametrised, lazy and quantised ones and ``MultiheadAttention.out_proj``; parts of
     adapters such as LoRA; layers with other parameters (weight norm, pruning), with hooks on their
-    weight or state_dict, with a replaced forward; and layers whose weight the forward of a module
+    weight or state_dict, with a replaced forward; layers that a list, a closure or the like holds
+    too, which would go on calling the old one; and layers whose weight the forward of a module
     around them reads, as far as its code shows it as ``self.….weight``.  The inference fast path of
     `torch.nn.TransformerEncoder` and its layers, which does so too, is turned off instead.
+    Reported beside them are linear maps that are no linear layers: layers that only a list or the
+    like holds, those of TorchScript, and matrices that are parameters of other modules, such as the
+    weights of experts in one tensor.
+
+    A Hugging Face model's ``config`` is marked, so that ``from_pretrained`` fails on what
+    ``save_pretrained`` writes instead of drawing dense weights anew: `nas.layers.load` reads it.
 
     Raises
     ------
@@ -203,9 +219,46 @@ def replace_linears(
         raise InvalidInput("normalize", normalize, "False with from_dense")
     linears = _find(model)
     _choose(linears, theta, select)
+    return _replace(model, linears, from_dense, normalize, gain)
+
+
+def rebuild(model: nn.Module, records: Mapping[str, LayerRecord]) -> None:
+    """Replace the linear layers of these names by layers as recorded, drawn anew.
+
+    Structured layers that are there already stay as they are.
+
+    Raises
+    ------
+    InvalidInput
+        The model has no linear layer of that name, or one that cannot be replaced.
+    """
+    linears = _find(model)
+    for linear in linears:
+        name = next((name for name in linear.names if name in records), None)
+        linear.design = None if name is None else records[name]
+        linear.reason = "not selected" if name is None else None
+    _replace(model, linears, False, False, False)
+    reasons = {name: linear.reason for linear in linears for name in linear.names}
+    for name, record in records.items():
+        if reasons.get(name, "") is None or isinstance(_module(model, name), StructuredLinear):
+            continue
+        why = reasons.get(name) or "the model has no linear layer there"
+        raise InvalidInput("model", f"{record} for {name}", f"layers that can take it: {why}")
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules(remove_duplicate=False)).get(name)
+
+
+@torch.inference_mode(False)
+def _replace(
+    model: nn.Module, linears: list[_Linear], from_dense: bool, normalize: bool, gain: bool
+) -> Surgery:
+    """Replace the chosen layers that can be, and give the others the reason."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for linear in linears:
         linear.reason = linear.reason or _obstacle(linear, modules)
+    others = _other_maps(model, linears)
     shared = _sharing(model, linears)
 
     layers: dict[nn.Module, StructuredLinear] = {}
@@ -222,13 +275,18 @@ def replace_linears(
     # nothing has been changed so far, and nothing below can fail
     model_before, before = _count([model]), _count(layers)
     for parent in list(model.modules()):
+        if isinstance(parent, torch.jit.ScriptModule):
+            continue
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
     _avoid_fast_paths(model)
+    if layers:
+        _mark(model)
+    left_out = [LeftOut(tuple(x.names), x.reason) for x in linears if x.reason is not None]
     return Surgery(
         replaced=tuple(rows),
-        left_out=tuple(LeftOut(tuple(x.names), x.reason) for x in linears if x.reason is not None),
+        left_out=(*left_out, *others),
         params_before=before,
         params_after=_count(layers.values()),
         model_params_before=model_before,
@@ -236,11 +294,61 @@ def replace_linears(
     )
 
 
+def _mark(model: nn.Module) -> None:
+    """Keep transformers from taking what it saves of the model for dense weights.
+
+    A class of someone else's may well build its structured layers itself, and stays as it is.
+    """
+    config: Any = getattr(model, "config", None)
+    stock = type(model).__module__.startswith("transformers.")
+    if stock and hasattr(config, "to_json_string") and not hasattr(config, "quantization_config"):
+        config.quantization_config = dict(_MARK)
+
+
+def _other_maps(model: nn.Module, linears: list[_Linear]) -> list[LeftOut]:
+    """Linear maps that are not among the model's linear layers; layers that are, but that something
+    else holds too, get that as their reason."""
+    registered = {linear.module: linear for linear in linears}
+    others: dict[nn.Module, LeftOut] = {}
+    for where, module in held_elsewhere(model):
+        if linear := registered.get(module):
+            linear.reason = linear.reason or f"{where} holds it too, and would call the old layer"
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            reason = f"it is a {type(module).__name__} that the model does not register"
+            others.setdefault(module, LeftOut((where,), reason))
+    found = list(others.values())
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in ("Linear", "Conv1D"):
+                found.append(LeftOut((name,), f"it is a {module.original_name} of TorchScript"))
+            continue
+        if module in registered or isinstance(module, StructuredLinear):
+            continue
+        for slot, parameter in module._parameters.items():
+            if parameter is not None and _is_matrices(module, slot, parameter):
+                path, shape = f"{name}.{slot}".lstrip("."), tuple(parameter.shape)
+                reason = f"it is a parameter {shape} of {kind}, not a plain torch.nn.Linear"
+                found.append(LeftOut((path,), reason))
+    return found
+
+
+def _is_matrices(module: nn.Module, slot: str, parameter: Tensor) -> bool:
+    """Whether it may be the weight of a linear map: of experts in one tensor, of a projection."""
+    if nn.parameter.is_lazy(parameter) or isinstance(module, _OWN_KINDS):
+        return False
+    if parameter.dim() not in (2, 3) or 1 in parameter.shape:
+        return False
+    return parameter.dim() == 3 or "weight" in slot or "proj" in slot
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is a `Conv1D` of Hugging Face transformers: a linear layer, weight (d_in, d_out).
 
     Told by its class's name and attributes, so that transformers need not be installed.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     weight = module._parameters.get("weight")
     return (
         type(module).__name__ == "Conv1D"
@@ -483,10 +591,12 @@ def _build(
     weight = stored.detach().T if is_conv1d(module) else stored.detach()
     d_out, d_in = weight.shape
     zero_init = not weight.is_meta and not bool(weight.any())
+    place: dict[str, Any] = {
+        "device": weight.device if shared is None else "meta",
+        "dtype": weight.dtype,
+    }
     try:
-        if from_dense and weight.is_meta:
-            raise InvalidInput("weight", "a meta tensor", "a weight with values for from_dense")
-        if from_dense and not isinstance(linear.design, Theta):
+        if from_dense and not isinstance(linear.design, Theta | LayerRecord):
             got = design_text(linear.design)
             raise InvalidInput("from_dense", got, "two factors, or from_dense=False")
         if from_dense and shared is None:
@@ -496,11 +606,13 @@ def _build(
             fitted = EinsumLinear.from_linear(dense, linear.design)
             fitted.zero_init = zero_init
             layer: StructuredLinear = fitted
+        elif isinstance(linear.design, LayerRecord):
+            options = {**linear.design.options, "bias": False, **place}
+            layer = build_layer(sized(linear.design.structure, d_in, d_out), **options)
         else:
             layer = layer_of(
                 linear.design, d_in, d_out, bias=False,
-                zero_init=zero_init, normalize=normalize, gain=gain,
-                device=weight.device if shared is None else "meta", dtype=weight.dtype,
+                zero_init=zero_init, normalize=normalize, gain=gain, **place,
             )  # fmt: skip
     except InvalidInput as error:
         field = f"{linear.names[0]}.{error.field}"
@@ -512,6 +624,7 @@ def _build(
     else:
         layer.requires_grad_(stored.requires_grad)
     layer._parameters["bias"] = bias
+    layer.in_place_of_conv1d = is_conv1d(module)
     layer.train(module.training)
     for name, value in module.__dict__.items():
         # the same dictionaries of hooks, so that the handles that remove them go on working
@@ -526,7 +639,7 @@ def _row(linear: _Linear, layer: StructuredLinear) -> Replaced:
     return Replaced(
         names=tuple(linear.names),
         structure=structure,
-        design=design_text(linear.design),
+        design="" if isinstance(linear.design, LayerRecord) else design_text(linear.design),
         params_before=_count([linear.module]),
         params_after=_count([layer]),
         flops_before=FLOPS_PER_MAC * structure.d_in * structure.d_out,

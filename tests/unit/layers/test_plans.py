@@ -137,7 +137,7 @@ def test_only_wanted_gradients_are_computed(name: str, needed: tuple[bool, ...])
             tensor.requires_grad_(need)
         torch.autograd.backward(contract(rows, a, b, 18, plan).sum())
         reference = rows, a, b = [t.detach().clone().requires_grad_() for t in tensors]
-        torch.autograd.backward(plain(rows, a, b, 18).sum())
+        torch.autograd.backward(plain(rows, a, b, layer.structure).sum())
         for got, want, need in zip(tensors, reference, needed, strict=True):
             assert (got.grad is not None) == need
             if got.grad is not None:
@@ -167,7 +167,7 @@ def test_backward_costs_twice_the_forward_and_what_is_computed_again(name: str) 
     layer = EinsumLinear(name, 64, 256, bias=False)
     x = torch.randn(4, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(plain(x, layer.A, layer.B, 256).sum())
+        torch.autograd.backward(plain(x, layer.A, layer.B, layer.structure).sum())
     assert counter.get_total_flops() == 3 * 4 * layer.structure.flops
     s = layer.structure.sizes
     again = 2 * 4 * s.beta * s.gamma * s.delta * s.phi * s.rho * s.alpha  # the intermediate

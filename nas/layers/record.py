@@ -1,0 +1,78 @@
+"""What a structured layer is, as bytes beside its tensors in a `state_dict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nas.chain_structure import ChainStructure
+from nas.convolution import ConvolutionStructure
+from nas.errors import InvalidInput
+from nas.mixture import MixtureStructure
+from nas.structure import Structure
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """Everything that a layer is built from, but its values, dtype and device."""
+
+    structure: Structure | MixtureStructure | ChainStructure | ConvolutionStructure
+    bias: bool
+    normalize: bool
+    gain: bool
+    zero_init: bool
+    d_in_base: int
+    #: of this description
+    version: Literal[1] = 1
+
+    @property
+    def computes(self) -> tuple[object, ...]:
+        """Equal for layers that compute the same from the same tensors."""
+        return type(self.structure).__name__, self.structure.fingerprint, self.normalize
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `nas.layers.build_layer`, beside the structure."""
+        return {
+            "bias": self.bias, "normalize": self.normalize, "gain": self.gain,
+            "zero_init": self.zero_init, "d_in_base": self.d_in_base,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        normalised = ", normalised" if self.normalize else ""
+        return f"a {type(self.structure).__name__} {self.structure.fingerprint}{normalised}"
+
+    def to_tensor(self) -> Tensor:
+        """JSON in UTF-8 as uint8 (bytes,): formats of tensors alone can hold it."""
+        return torch.frombuffer(bytearray(_adapter().dump_json(self)), dtype=torch.uint8)
+
+    @staticmethod
+    def of_tensor(stored: object) -> LayerRecord:
+        """The record that `to_tensor` gave, also after a cast to a dtype that holds 0 … 255.
+
+        Raises
+        ------
+        InvalidInput
+            It is none, or of a later version.
+        """
+        accepted = "a layer's record, as its state_dict has it, of version 1"
+        if not isinstance(stored, Tensor) or stored.dim() != 1 or stored.is_meta:
+            got = f"{type(stored).__name__} {getattr(stored, 'shape', '')}".strip()
+            raise InvalidInput("record", got, accepted)
+        text = stored.detach().to("cpu", torch.uint8).numpy().tobytes()
+        try:
+            record: LayerRecord = _adapter().validate_json(text)
+        except ValueError as error:  # pydantic's, and those of structures that cannot be
+            raise InvalidInput("record", text[:200].decode("utf-8", "replace"), accepted) from error
+        return record
+
+
+@lru_cache(maxsize=1)
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(LayerRecord)
