@@ -8,6 +8,7 @@ import platform
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nas import metrics
 from nas.errors import ClusterUnavailable, InvalidInput
 from nas.settings import Settings
+from workers import temporary
 
 _log = logging.getLogger(__name__)
 # it warns that a local cluster asks for a token, which is as it should be
@@ -77,7 +79,8 @@ def connect(settings: Settings) -> None:
     Raises
     ------
     ClusterUnavailable
-        It cannot be reached, requires another token, or has other versions of shared packages.
+        It cannot be reached, requires another token, or has other versions of shared packages; or
+        one of this process's own does not start.
     """
     if ray.is_initialized():
         if _answers():
@@ -90,12 +93,18 @@ def connect(settings: Settings) -> None:
 
 #: Set once the thread that Ray was started in may end.
 _left = threading.Event()
+#: Of a Ray of this process's own, where its default folder will not do.
+_folder: tempfile.TemporaryDirectory[str] | None = None
 
 
 def disconnect() -> None:
     """Leave the cluster, or end the local one."""
+    global _folder
     ray.shutdown()
     _left.set()
+    if _folder is not None:
+        _folder.cleanup()
+        _folder = None
 
 
 def _beside(start: Callable[[], None]) -> None:
@@ -134,16 +143,26 @@ def _keep_signals() -> None:
 
 
 def _start_local(settings: Settings) -> None:
+    global _folder
     _expect_others(False)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-        num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
-        resources=dict(settings.resources_per_trial) or None,
-    )
+    _folder = temporary.made_folder(settings.resolved_home)
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+            num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
+            resources=dict(settings.resources_per_trial) or None,
+            _temp_dir=None if _folder is None else _folder.name,
+        )
+    except Exception as error:  # such as a system that lets it start no process
+        disconnect()
+        said = " ".join(str(error).split())[:500]
+        raise ClusterUnavailable(
+            f"Ray does not start on this machine: {said}; `einsum-nas doctor` looks for the cause"
+        ) from error
 
 
 def _expect_others(expected: bool) -> None:

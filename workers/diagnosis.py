@@ -18,6 +18,7 @@ from typing import Any
 from nas.doctor import Check, shared_memory
 from nas.errors import ClusterUnavailable, InvalidInput
 from nas.settings import Settings
+from workers import temporary
 
 #: Seconds for joining the cluster and asking every node.
 PATIENCE_SECONDS = 75.0
@@ -36,7 +37,7 @@ def examine_cluster(settings: Settings, patience_seconds: float = PATIENCE_SECON
     if wanted is None or wanted == "local":
         count = max(os.cpu_count() or 1, settings.cpus_per_trial)
         found = f"no RAY_ADDRESS: a worker starts a Ray of its own here, with {count} CPU(s)"
-        return [Check("cluster", "ok", found)]
+        return [Check("cluster", "ok", found), *_folder(settings)]
     if "://" in wanted:
         return [
             Check(
@@ -46,6 +47,23 @@ def examine_cluster(settings: Settings, patience_seconds: float = PATIENCE_SECON
             )
         ]  # fmt: skip
     return _in_child(settings, wanted, patience_seconds)
+
+
+def _folder(settings: Settings) -> Iterator[Check]:
+    """Where a Ray of a worker's own keeps its files, if not where it would by itself."""
+    try:
+        short = temporary.short_folder(settings.resolved_home)
+    except ClusterUnavailable as error:
+        yield Check("Ray's folder", "problem", str(error), "set TMPDIR to a short path, in ASCII")
+        return
+    if short is not None:
+        name, folder = temporary.default_folder()
+        yield Check(
+            "Ray's folder", "warning",
+            f"Ray cannot keep its files in {name}={folder}: {temporary.trouble_with(folder)}; a "
+            f"worker makes a folder for them in {short}",
+            f"if that disk is too small for them, set {name} to another short path, in ASCII",
+        )  # fmt: skip
 
 
 def _in_child(settings: Settings, wanted: str, patience_seconds: float) -> list[Check]:
