@@ -18,6 +18,11 @@ def echo(value: Any) -> str:
     return text if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "…"
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 run", "1,200 runs"; `plural` where an s is not enough."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 class EinsumNasError(Exception):
     """Root of every error this project raises on purpose."""
 

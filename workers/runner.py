@@ -35,7 +35,7 @@ from nas import metrics
 from nas.checkpoint import prune
 from nas.cost import RunPlan
 from nas.design import parse_design
-from nas.errors import EinsumNasError
+from nas.errors import EinsumNasError, counted
 from nas.logs import bound
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
@@ -245,7 +245,9 @@ class _SessionSearcher(Searcher):
         reason = _experiments[self._key].reasons.get(trial_id, "its process died")
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
         _log.warning("trial given up: %s", reason)
-        self._session.fail(number, f"failed {times} time(s); before the last: {reason}", kind)
+        self._session.fail(
+            number, f"failed {counted(times, 'time')}; before the last: {reason}", kind
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the only truth."""

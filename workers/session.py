@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from nas.cost import RunPlan, plan_of_steps, references
-from nas.errors import EinsumNasError, StoreUnavailable
+from nas.errors import EinsumNasError, StoreUnavailable, counted
 from nas.recipe import Recipe
 from nas.request import Confirm, SearchRequest
 from nas.search import PastTrial, propose
@@ -273,8 +274,11 @@ class SearchSession:
         if any(t.state == "complete" and t.kind != "reference" for t in trials):
             self._sql(release, self._lease, "succeeded")
         else:
-            reasons = {t.error for t in trials if t.error} | ({reached} if reached else set())
-            why = f"no candidate completed: {'; '.join(sorted(reasons))}"
+            reasons = [
+                *grouped(t.error for t in trials if t.error),
+                *([reached] if reached else []),
+            ]
+            why = f"no candidate completed: {'; '.join(reasons)}"
             failure = "limit" if reached else "trials"
             self._sql(release, self._lease, "failed", why, failure=failure)
 
@@ -284,6 +288,26 @@ class SearchSession:
             return f"seconds {self.request.limits.seconds:.6g}"
         # the limit on FLOPs only prevents proposals, so it does not explain unfinished trials
         return None if unfinished else self._flops_reached(trials)
+
+
+def grouped(errors: Iterable[str]) -> list[str]:
+    """Errors of trials with how many have each, the most frequent first.
+
+    Errors that differ in numbers alone, such as the step or a process id, count as one.
+    """
+    groups: dict[str, list[str]] = {}
+    for error in errors:
+        told = _STEP.sub("", error)
+        groups.setdefault(_NUMBER.sub("#", told), []).append(told)
+    told_first = sorted(groups.values(), key=lambda g: (-len(g), g[0]))
+    return [
+        f"{counted(len(g), 'trial')}: {g[0]}{' (numbers differ)' if len(set(g)) > 1 else ''}"
+        for g in told_first
+    ]
+
+
+_STEP = re.compile(r" at step \d+( of \d+)?")
+_NUMBER = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{6,}\b|\d+(\.\d+)?")
 
 
 def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from nas.errors import Conflict
+from nas.errors import Conflict, counted
 from nas.store import rows
 from nas.store.quotas import used_flops
 from nas.store.records import TERMINAL, UNFINISHED, SearchFailure, SearchState
@@ -90,7 +90,11 @@ def count_failure(session: Session, row: SearchRow, error: str, max_attempts: in
     """
     row.failures += 1
     if row.cancel_requested or row.failures >= max_attempts:
-        reason = f"gave up after {row.failures} lost leases or infrastructure errors: {error}"
+        times = counted(
+            row.failures, "lost lease or infrastructure error",
+            "lost leases or infrastructure errors",
+        )  # fmt: skip
+        reason = f"gave up after {times}: {error}"
         end(session, row, "failed", reason, "attempts")
     elif row.pause_requested:
         pause_now(session, row)
@@ -153,17 +157,13 @@ def retry(session: Session, row: SearchRow) -> None:
 
     Those are the trials that were stopped with it, those whose process died or ran out of memory or
     time, and those never proposed.  Runs that failed by themselves are not repeated, because they
-    would fail again.
+    would fail again; a search that has none but these and complete ones is refused.  What ended for
+    a reason outside of its runs may end otherwise, even with no run left.
     """
-    if row.state not in TERMINAL:
-        raise Conflict(f"search {row.id} has not ended: {row.state}")
-    if row.limit_reached is not None:
-        raise Conflict(
-            f"search {row.id} reached its limit: {row.limit_reached}; clone it with another limit"
-        )
+    refusal = why_not_retried(session, row)
+    if refusal is not None:
+        raise Conflict(refusal)
     owed = list(session.scalars(select(TrialRow).where(_owed(row))))
-    if row.state == "succeeded" and not owed:
-        raise Conflict(f"search {row.id} has succeeded, and none of its trials can be retried")
     for trial in owed:
         rows.count(row, **{trial.state: -1})
         rows.count(row, planned=1)
@@ -172,6 +172,44 @@ def retry(session: Session, row: SearchRow) -> None:
     row.error = row.failure = row.finished_at = None
     row.cancel_requested = False
     rows.add_event(session, row.id, "retried", {"trials": [t.number for t in owed]})
+
+
+def why_not_retried(session: Session, row: SearchRow) -> str | None:
+    """Why a search cannot be retried; None if it can."""
+    if row.state not in TERMINAL:
+        return f"search {row.id} has not ended: {row.state}"
+    if row.limit_reached is not None:
+        return (
+            f"search {row.id} reached its limit: {row.limit_reached}; clone it with another limit"
+        )
+    owes = session.scalar(select(TrialRow.id).where(_owed(row)).limit(1)) is not None
+    if owes or _may_end_otherwise(session, row):
+        return None
+    return f"search {row.id} owes no run, so there is nothing to retry: {_ended(row)}"
+
+
+def _may_end_otherwise(session: Session, row: SearchRow) -> bool:
+    """Whether an ended search without a trial to repeat could still go on."""
+    if row.state == "succeeded":
+        return False
+    proposed = select(func.count()).where(
+        TrialRow.search_id == row.id, TrialRow.kind != "reference"
+    )
+    if (session.scalar(proposed) or 0) < row.request["trials"]:
+        return True
+    return row.failure in ("attempts", "input")
+
+
+def _ended(row: SearchRow) -> str:
+    """What became of the trials of an ended search, in words."""
+    complete, failed, stopped = (row.tally.get(s, 0) for s in ("complete", "failed", "stopped"))
+    parts = [f"{counted(complete, 'trial')} complete"]
+    if failed:
+        parts.append(f"{failed:,} failed by {'itself' if failed == 1 else 'themselves'}")
+    if stopped:
+        parts.append(f"{stopped:,} stopped by a rule")
+    why = f" ({row.error})" if row.error else ""
+    return f"{', '.join(parts)}{why}; `einsum-nas clone` runs it with other settings"
 
 
 def _owed(row: SearchRow) -> ColumnElement[bool]:

@@ -308,6 +308,11 @@ class Store:
 
         return self._changed(search_id, change)
 
+    def can_retry(self, search_id: str) -> bool:
+        """Whether `retry` would queue the search, as far as quotas allow."""
+        with reading(self.engine) as session:
+            return lifecycle.why_not_retried(session, self.row(session, search_id)) is None
+
     def retry(self, search_id: str) -> Search:
         """Queue an ended search again, to run the trials that are not complete.
 

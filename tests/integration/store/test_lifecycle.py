@@ -180,7 +180,7 @@ def test_what_owes_nothing_or_met_its_limit_is_not_tried_again(store: Store) -> 
     lease, _ = claimed(store)
     completed(Leases(store), lease, draft(0))
     Leases(store).release(lease, "succeeded")
-    with pytest.raises(Conflict, match="none of its trials can be retried"):
+    with pytest.raises(Conflict, match="nothing to retry: 1 trial complete"):
         store.retry(search.id)
     limited, _ = store.create_search(REQUEST)
     lease, _ = claimed(store)
@@ -188,6 +188,32 @@ def test_what_owes_nothing_or_met_its_limit_is_not_tried_again(store: Store) -> 
     assert store.search(limited.id).limit_reached == "seconds 5"
     with pytest.raises(Conflict, match="seconds 5; clone it"):
         store.retry(limited.id)
+
+
+@pytest.mark.parametrize(
+    ("state", "failure", "retried"),
+    [("failed", "trials", False), ("cancelled", None, False), ("failed", "attempts", True),
+     ("failed", "input", True)],
+)  # fmt: skip
+def test_with_no_run_left_only_what_ended_for_another_reason_is_tried_again(
+    store: Store, state: Any, failure: Any, retried: bool
+) -> None:
+    search, _ = store.create_search(REQUEST)
+    leases, (lease, _) = Leases(store), claimed(store)
+    for number in range(REQUEST.trials):
+        trial = leases.add_trial(lease, draft(number))
+        leases.start_trial(lease, trial.id)
+        leases.fail_trial(lease, trial.id, "loss is nan", "run")
+    why = "no candidate completed: 4 trials: loss is nan"
+    leases.release(lease, state, None if state == "cancelled" else why, failure=failure)
+    assert store.can_retry(search.id) == retried
+    if retried:
+        assert store.retry(search.id).state == "queued"
+        return
+    with pytest.raises(Conflict, match="0 trials complete, 4 failed by themselves") as refused:
+        store.retry(search.id)
+    assert ("4 trials: loss is nan" in str(refused.value)) == (state == "failed")
+    assert store.search(search.id).state == state
 
 
 def test_a_cancelled_search_can_be_queued_again(store: Store) -> None:

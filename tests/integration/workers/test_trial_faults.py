@@ -19,7 +19,7 @@ from tests.support.small import SMALL_SEARCH, TINY
 TRIAL_SECONDS = 5
 #: What must become of a trial that each fault befalls: (state, failure, part of its error).
 FATES = {
-    "killed": ("failed", "process", "failed 4 time(s)"),  # bounded
+    "killed": ("failed", "process", "failed 4 times"),  # bounded
     "killed once": ("complete", None, "None"),
     "memory": ("failed", "memory", ""),
     "nan": ("failed", "run", "loss is"),

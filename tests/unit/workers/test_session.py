@@ -14,7 +14,7 @@ from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import EinsumNasError, InvalidInput, LeaseLost
 from nas.request import SearchRequest
 from nas.store import Lease, Leases, Renewal, Search, Store, StoredPoint, Trial, upgrade
-from workers.session import SearchSession, Signals
+from workers.session import SearchSession, Signals, grouped
 
 FINGERPRINT = "f" * 16
 
@@ -192,10 +192,19 @@ def test_a_search_without_any_result_has_failed(store: Store) -> None:
     session, _, search = begin(store)
     session.prepare()
     while (trial := session.next_trial()) is not None:
-        session.fail(trial.id, "out of memory")
+        own = "out of memory" if trial.number == 2 else f"loss is nan at step {trial.number} of 90"
+        session.fail(trial.id, own)
     session.finish()
     ended = store.search(search.id)
-    assert (ended.state, ended.error) == ("failed", "no candidate completed: out of memory")
+    why = "no candidate completed: 7 trials: loss is nan; 1 trial: out of memory"
+    assert (ended.state, ended.error) == ("failed", why)
+
+
+def test_errors_that_differ_in_numbers_alone_are_one() -> None:
+    died = [f"failed 4 times; before the last: actor {9 * n:08x} of pid {n}" for n in (1, 2)]
+    told = grouped(["bad", *died, "ended after 5 s", "bad", "bad"])
+    assert told == ["3 trials: bad", f"2 trials: {died[0]} (numbers differ)",
+                    "1 trial: ended after 5 s"]  # fmt: skip
 
 
 def test_a_run_that_ended_early_is_no_success(store: Store) -> None:
