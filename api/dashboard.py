@@ -17,7 +17,7 @@ from api import figures
 from api.routes import Axis, SearchId, StoreDep, describe
 from api.schemas import TrialOut
 from nas import answers
-from nas.errors import NotFound
+from nas.errors import InvalidInput, NotFound
 from nas.store import AXES
 from nas.store.processes import LIVE_SECONDS, Processes
 
@@ -57,12 +57,13 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
     try:
         found = answers.get_best(store, search_id=search_id, train_flops=budget)
         best: dict[str, Any] | None = found.model_dump(mode="json")
-    except NotFound:
-        best = None  # nothing has completed yet
+    except (NotFound, InvalidInput):
+        best = None  # nothing has completed yet, or nothing near the budget
     from plotly.utils import PlotlyJSONEncoder  # on first use: importing plotly is slow
 
     body = {
         "search": describe(search).model_dump(),
+        "can_retry": store.can_retry(search_id),
         "best": best,
         "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
         "scatter": figures.draw_scatter(figures.scatter_data(points, x), x, budget, unit),

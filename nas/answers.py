@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nas.analysis import best_for_budget, predict_for_budget
-from nas.analysis.best import OVER_SEEDS, BestMultiplier, Contender
+from nas.analysis.best import OVER_SEEDS, BestMultiplier, Contender, judge
 from nas.analysis.best import Answer as BestFound
 from nas.analysis.best import Rival as BestRival
 from nas.analysis.confirmation import rank_correlation
 from nas.analysis.frontier import axis_value, hypervolume, non_dominated
 from nas.analysis.laws import Curve, choose_law
-from nas.analysis.predict import MOST_BEYOND, PredictedRival, Prediction, formula, predicted_rival
+from nas.analysis.predict import (
+    MOST_BEYOND,
+    NO_DENSE,
+    PredictedMultiplier,
+    PredictedRival,
+    Prediction,
+    formula,
+    greatest_runnable,
+    predicted_rival,
+)
 from nas.analysis.scaling import compute_optimal
-from nas.design import canonical_design, exponents, parse_design
+from nas.cost import (
+    FLOPS_PER_MAC,
+    MAX_TRAIN_FLOPS,
+    TRAIN_OVER_FORWARD,
+    RunPlan,
+    plans,
+    train_flops_per_step,
+)
+from nas.design import canonical_design, design_text, exponents, parse_design
 from nas.errors import InvalidInput, NotFound
-from nas.recipe import TASKS
+from nas.recipe import TASKS, Recipe
 from nas.results import (
     Answer,
     Candidate,
@@ -44,9 +61,11 @@ from nas.store import (
     StoredPoint,
     task_scope,
 )
+from nas.theta import DENSE
 
 FLOPS_UNIT = AXES["train_flops"].unit
 UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
+PREDICTED = "the losses are extrapolated; no run was made at this budget"
 OF_LAW = (
     "95% over runs with other seeds, by the jackknife, spanned over laws with and without an "
     "offset and of the last factor of 64 and of 8 in compute; that one of them goes on to hold "
@@ -98,7 +117,12 @@ class Scope:
     task: str
     #: None for a search whose data no worker has loaded yet
     fingerprint: str | None
-    loss_unit: str
+    #: as it was asked for: what the data of a user completes is not in it, see `_completed`
+    recipe: Recipe
+
+    @property
+    def loss_unit(self) -> str:
+        return self.recipe.loss_unit
 
     @property
     def label(self) -> str:
@@ -120,14 +144,13 @@ def resolve_scope(store: Store, task: str | None, search_id: str | None) -> Scop
         raise InvalidInput("task, search", f"{task}, {search_id}", "exactly one of the two")
     if search_id is not None:
         search = store.search(search_id)
-        unit = search.request.settings.loss_unit
-        return Scope(search.id, search.task, search.task_fingerprint, unit)
+        return Scope(search.id, search.task, search.task_fingerprint, search.request.settings)
     name, fingerprint = resolve_task(store, task or "")
     newest = next((r for f, _, r in store.task_fingerprints(name) if f == fingerprint), None)
     if newest is None:
         raise _nothing_yet(f"task {name}@{fingerprint}", name)
     scope = task_scope(name, fingerprint, store.tenant)
-    return Scope(scope, name, fingerprint, newest.settings.loss_unit)
+    return Scope(scope, name, fingerprint, newest.settings)
 
 
 def _nothing_yet(where: str, task: str) -> NotFound:
@@ -261,8 +284,8 @@ BUDGETS: Mapping[str, Callable[[Run], float | None]] = {
     "step_seconds": lambda run: run.seconds_per_step,
     "peak_memory": lambda run: run.peak_memory_bytes,
 }
-#: A budget up to this factor above the greatest measured train FLOPs counts as measured, because a
-#: run may end one step short of its budget.
+#: A budget up to this factor above the greatest measured train FLOPs counts as measured, or one
+#: step of the shortest run, because a run may end one step short of its budget.
 _SAME_BUDGET = 1.02
 #: Evaluations lie this far apart: what is best at a budget may have its next one after it.
 _NEXT_EVALUATION = 2.0
@@ -308,10 +331,11 @@ def get_best(
     Raises
     ------
     InvalidInput
-        A budget that is no positive number, none or several, or an unknown task.
+        A budget that is no positive number, none or several, or an unknown task; a budget so far
+        beyond all measured ones that no run of a measured width would be made at it.
     NotFound
-        Nothing is measured within the budget, or it is beyond all measured budgets and nothing can
-        be extrapolated.
+        Nothing is measured within the budget, or it is beyond all measured budgets and no law can
+        be fitted.
     """
     axis, budget = checked_budget(budgets)
     scope = resolve_scope(store, task, search_id)
@@ -319,7 +343,8 @@ def get_best(
     where = f"search {search_id}" if search_id else f"task {scope.label}"
     state = _state_of(standings, scope, where)
     greatest = state.greatest_flops or 0.0
-    if axis == "train_flops" and budget > greatest * _SAME_BUDGET:
+    same = max(_SAME_BUDGET, 1 + 1 / scope.recipe.min_steps)
+    if axis == "train_flops" and budget > greatest * same:
         return _predicted(standings, scope, state, budget)
     runs, left_out = _evidence(standings, scope, axis, budget)
     value_of = BUDGETS.get(axis)
@@ -365,15 +390,22 @@ def _measured(
 ) -> Answer:
     best = found.best
     difference = found.dense_difference
+    verdict, reason = judge(found)
     return Answer(
         kind="measured",
-        **_of_structure(best.run, scope, axis, budget),
+        **_asked(scope, axis, budget),
+        **_of_design(best.run.design),
+        name=best.run.name,
+        theta=list(best.run.theta),
+        width=best.run.width,
         steps=best.steps,
         train_flops=best.train_flops,
         expected_loss=best.loss,
         interval=found.interval,
         interval_means=OVER_SEEDS if found.noise else UNKNOWN,
         validation_interval=found.validation_interval,
+        verdict=verdict,
+        verdict_reason=reason,
         multiplier_over_dense=_to_multiplier(found.multiplier),
         structured_multiplier=_to_multiplier(found.structured_multiplier),
         indistinguishable=[_to_rival(r) for r in found.indistinguishable],
@@ -390,20 +422,22 @@ def _measured(
     )
 
 
-def _of_structure(run: Run, scope: Scope, axis: str, budget: float) -> dict[str, Any]:
+def _asked(scope: Scope, axis: str, budget: float) -> dict[str, Any]:
     return {
         "budget": budget,
         "budget_axis": axis,
         "budget_unit": AXES[axis].unit,
         "task": scope.label,
-        "name": run.name,
-        "theta": list(run.theta),
-        "canonical_theta": list(exponents(canonical_design(parse_design(run.design)))),
-        "design": run.design,
-        "width": run.width,
         "train_flops_unit": FLOPS_UNIT,
         "loss_unit": scope.loss_unit,
+        "base_width": scope.recipe.base_width,
+        "base_lr": scope.recipe.lr,
     }
+
+
+def _of_design(design: str) -> dict[str, Any]:
+    canonical = canonical_design(parse_design(design))
+    return {"design": design, "canonical_theta": list(exponents(canonical))}
 
 
 def _of_run(run: Run) -> dict[str, Any]:
@@ -439,11 +473,7 @@ def _to_rival(rival: BestRival) -> Rival:
 
 
 def _to_multiplier(found: BestMultiplier | None) -> Multiplier | None:
-    if found is None:
-        return None
-    return Multiplier(
-        value=found.value, kind=found.kind, interval=found.interval, seeds=found.seeds
-    )
+    return None if found is None else Multiplier(**asdict(found))
 
 
 def _to_evidence(
@@ -462,38 +492,39 @@ def _confirmation(standings: Standings, scope: Scope) -> RankCorrelation | None:
 
 def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: float) -> Answer:
     least, greatest = state.least_flops or 0.0, state.greatest_flops or 0.0
-    if budget > greatest * MOST_BEYOND:
+    most = min(greatest * MOST_BEYOND, MAX_TRAIN_FLOPS)
+    if budget > most:
         raise InvalidInput(
             "train_flops", budget,
-            f"at most {MOST_BEYOND:g} times the greatest measured on it, {greatest:.4g}",
+            f"at most {most:.4g}: {MOST_BEYOND:g} times the greatest measured on it, "
+            f"{greatest:.4g}, and no more than a search takes",
         )  # fmt: skip
     runs, left_out = _evidence(standings, scope, "train_flops", greatest)
-    found = predict_for_budget(runs, budget, greatest)
+    recipe = _completed(scope.recipe, runs)
+    found = predict_for_budget(runs, budget, greatest, recipe)
     if found is None:
-        raise NotFound(
-            f"train_flops={budget:.4g} is beyond all measured budgets on {scope.label} (at most "
-            f"{greatest:.4g}), and no structure has enough points to fit a scaling law; run "
-            f"`einsum-nas search --task {scope.task} --train-flops {budget:.4g} --wait`"
-        )
+        raise _not_predictable(scope, recipe, runs, budget, greatest)
     best, structured, dense = found.best, found.best_structured, found.best_dense
     difference = None
     if structured and dense:
-        difference = _to_predicted_rival(predicted_rival(structured, dense), budget)
+        difference = _to_predicted_rival(predicted_rival(structured, dense))
     return Answer(
         kind="predicted",
-        **_of_structure(best.run, scope, "train_flops", budget),
-        steps=int(budget // best.run.train_flops_per_step),
-        train_flops=_whole_steps(best.run, budget),
+        **_asked(scope, "train_flops", budget),
+        **_of_plan(best.plan),
+        canonical_theta=list(exponents(canonical_design(best.plan.design))),
         expected_loss=best.loss,
         interval=best.interval,
         interval_means=OF_LAW,
         validation_interval=None,
-        multiplier_over_dense=_predicted_multiplier(found.multiplier, best.seeds),
-        structured_multiplier=None,
-        indistinguishable=[_to_predicted_rival(r, budget) for r in found.indistinguishable],
+        verdict="unconfirmed",
+        verdict_reason=PREDICTED if dense else f"{PREDICTED}; {NO_DENSE}",
+        multiplier_over_dense=_to_predicted_multiplier(found.multiplier),
+        structured_multiplier=_to_predicted_multiplier(found.structured_multiplier),
+        indistinguishable=[_to_predicted_rival(r) for r in found.indistinguishable],
         comparisons_mean=OF_LAW,
-        best_structured=structured and Candidate(**_of_prediction(structured, budget)),
-        best_dense=dense and Candidate(**_of_prediction(dense, budget)),
+        best_structured=structured and Candidate(**_of_prediction(structured)),
+        best_dense=dense and Candidate(**_of_prediction(dense)),
         dense_minus_structured=difference,
         confirmed=False,
         confirmation=_confirmation(standings, scope),
@@ -503,30 +534,88 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
             beyond=budget / greatest,
             law=formula(best.law),
             widths=best.widths,
+            left_out=found.left_out,
         ),
     )
 
 
-def _whole_steps(run: Run, budget: float) -> float:
-    return float(int(budget // run.train_flops_per_step) * run.train_flops_per_step)
+#: Task → the setting of its recipes that data of a user completes and that FLOPs depend on.
+_COMPLETED_BY_DATA = {"images": "classes", "regression": "input_dim"}
 
 
-def _of_prediction(p: Prediction, budget: float) -> dict[str, Any]:
+def _completed(recipe: Recipe, runs: Sequence[Run]) -> Recipe:
+    """The recipe as the data completed it.
+
+    It is not stored, but the exact FLOPs of every run are, and these determine what is missing: it
+    enters them as a product with the width.
+    """
+    name = _COMPLETED_BY_DATA.get(recipe.task)
+    if name is None or not runs:
+        return recipe
+    run = runs[0]
+    own = train_flops_per_step(recipe, parse_design(run.design), run.width)
+    a_number = TRAIN_OVER_FORWARD * FLOPS_PER_MAC * recipe.batch * run.width
+    more = (run.train_flops_per_step - own) // a_number
+    return replace(recipe, **{name: getattr(recipe, name) + more})
+
+
+def _not_predictable(
+    scope: Scope, recipe: Recipe, runs: Sequence[Run], budget: float, greatest: float
+) -> InvalidInput | NotFound:
+    """Why there is no answer past the measured budgets, and what would give one."""
+    search = f"run `einsum-nas search --task {scope.task} --train-flops {budget:.4g} --wait`"
+    most = greatest_runnable(runs, recipe) if runs else 0.0
+    if budget <= most:
+        return NotFound(
+            f"train_flops={budget:.4g} is beyond all measured budgets on {scope.label} (at most "
+            f"{greatest:.4g}), and of no structure there are enough points, of widths that would "
+            f"be run at it, to fit a scaling law; {search}"
+        )
+    planned, measured = plans(recipe, DENSE, budget), {r.width for r in runs}
+    accepted = (
+        f"at most {most:.4g} on {scope.label}, what the dearest measured model spends in "
+        f"{recipe.max_steps:,} steps, the most of recipe {recipe.name}: at this budget it runs "
+        f"dense models of width {planned[0].width:,} to {planned[-1].width:,}, and measured "
+        f"are {min(measured):,} to {max(measured):,}; {search}"
+    )
+    return InvalidInput("train_flops", budget, accepted)
+
+
+def _of_plan(plan: RunPlan) -> dict[str, Any]:
     return {
-        **_of_run(p.run), "seeds": p.seeds, "steps": int(budget // p.run.train_flops_per_step),
-        "train_flops": _whole_steps(p.run, budget), "loss": p.loss, "confirmed": False,
-    }  # fmt: skip
+        "name": plan.name,
+        "theta": list(exponents(plan.design)),
+        "design": design_text(plan.design),
+        "width": plan.width,
+        "steps": plan.steps,
+        "train_flops": float(plan.train_flops),
+    }
 
 
-def _to_predicted_rival(rival: PredictedRival, budget: float) -> Rival:
+def _of_prediction(p: Prediction) -> dict[str, Any]:
+    return {
+        **_of_run(p.run),
+        **_of_plan(p.plan),
+        "inference_flops": p.plan.forward_flops_per_token,
+        "params": p.plan.params,
+        # measured of another width
+        "step_seconds": None,
+        "peak_memory": None,
+        "seeds": p.seeds,
+        "loss": p.loss,
+        "confirmed": False,
+    }
+
+
+def _to_predicted_rival(rival: PredictedRival) -> Rival:
     return Rival(
-        **_of_prediction(rival.prediction, budget),
+        **_of_prediction(rival.prediction),
         difference=rival.difference,
         difference_interval=rival.interval,
     )
 
 
-def _predicted_multiplier(value: float | None, seeds: int) -> Multiplier | None:
-    if value is None:
+def _to_predicted_multiplier(found: PredictedMultiplier | None) -> Multiplier | None:
+    if found is None:
         return None
-    return Multiplier(value=value, kind="predicted", interval=None, seeds=seeds)
+    return Multiplier(kind="predicted" if found.reason is None else "undetermined", **asdict(found))

@@ -6,6 +6,7 @@ use.
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -152,8 +153,12 @@ class Multiplier(Result):
         description="exact | at_least: the structure's curves begin below that loss | less_than: "
         "they never reach it | undetermined | predicted"
     )
-    interval: Pair | None = Field(description="95% over seeds; null for a bound or a single seed")
+    interval: Pair | None = Field(
+        description="95% over seeds; null for a bound or a single measured seed. A predicted value "
+        "always has one"
+    )
     seeds: int
+    reason: str | None = Field(None, description="why there is no value; null where there is one")
 
 
 class Evidence(Result):
@@ -194,10 +199,18 @@ class Extrapolation(Result):
     beyond: float = Field(description="budget divided by the greatest measured train FLOPs")
     law: str = Field(description="law that was fitted to the structure's compute-optimal points")
     widths: int = Field(description="number of widths that it was fitted to")
+    left_out: int = Field(
+        0, description="structures near the best that are not extrapolated: no law can be fitted "
+        "to them at widths that would be run at this budget"
+    )  # fmt: skip
 
 
 class Answer(Result):
-    """The best structure within a budget."""
+    """The best structure within a budget.
+
+    A predicted one is a run that a search with this budget could make: its width and steps are
+    within the recipe's.
+    """
 
     kind: Literal["measured", "predicted"]
     budget: float
@@ -221,6 +234,11 @@ class Answer(Result):
     validation_interval: Pair | None = Field(
         description="95% interval over the sampling of the validation data; null if unknown"
     )
+    verdict: Literal["structured is lower", "dense is lower", "no clear difference", "unconfirmed"]
+    verdict_reason: str = Field(
+        description="why. It is unconfirmed unless both the best structured and the best dense "
+        "model were measured with several seeds, or with new ones"
+    )
     multiplier_over_dense: Multiplier | None
     structured_multiplier: Multiplier | None = Field(
         description="multiplier of the best structured model, if the best model is dense"
@@ -237,6 +255,11 @@ class Answer(Result):
         "the runs that the best was selected by, so it is biased low"
     )
     confirmation: RankCorrelation | None = Field(description="null before any `confirm`")
+    base_width: int = Field(
+        description="width of the dense model at which `base_lr` was tuned: `base_width` of "
+        "`nas.layers.param_groups`"
+    )
+    base_lr: float = Field(description="learning rate of the runs at that width")
     evidence: Evidence
     extrapolation: Extrapolation | None = Field(description="null for a measured answer")
 
@@ -255,35 +278,83 @@ class Answer(Result):
         return replace_linears(model, self.design, **options)
 
     @property
+    def keeps_dense(self) -> bool:
+        """Whether a model had better stay as it is: no structure is told apart from dense."""
+        gap = self.dense_minus_structured
+        interval = None if gap is None else gap.difference_interval
+        return self._is_dense or interval is None or interval[0] <= 0
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.best_dense is not None and self.best_dense.design == self.design
+
+    @property
     def snippet(self) -> str:
-        """Python that puts this structure into a model."""
+        """A program that puts this structure into a small model and trains a step; where nothing
+        is told apart from dense, one that keeps the model dense."""
         design = parse_design(self.design)
-        imports, use = "param_groups, replace_linears", "print(replace_linears(model, structure))\n"
-        if isinstance(design, Aligned):
-            imports, use = "layer_of, param_groups", _ALIGNED_USE
+        imports, model, use, run = "param_groups, replace_linears", _MODEL, _REPLACE, _STEP
+        if self.keeps_dense:
+            imports, use = "param_groups", ""
+        elif isinstance(design, Aligned):
+            imports, model, use, run = "layer_of, param_groups", _HEADS, _ALIGNED, "print(model)\n"
         elif isinstance(design, Mixture) and design.theta is None:
-            imports, use = "MixtureFFN, param_groups", _FEED_FORWARD_USE
+            imports, model, use = "MixtureFFN, param_groups", _WIDTH, _FEED_FORWARD
+        structure = "" if self.keeps_dense else f'structure = "{self.design}"\n'
+        tuned = f"lr={self.base_lr:g}, base_width={self.base_width}, width=width"
         return (
-            f"import torch\nfrom nas.layers import {imports}\n\n"
-            f"# {described(self.design)}: {self.kind} best for {self.task} "
-            f"within {self.budget:.4g} {self.budget_axis}\n"
-            f'structure = "{self.design}"\n{use}'
-            "optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3))\n"
+            f"{self._about}import torch\nfrom nas.layers import {imports}\n\n{model}\n"
+            f"# --- paste from here\n{structure}{use}"
+            f"# the learning rate was tuned on dense models of width {self.base_width}; width is\n"
+            "# that of your model\n"
+            f"optimizer = torch.optim.AdamW(param_groups(model, {tuned}))\n"
+            f"# --- to here\n\n{run}"
+        )
+
+    @property
+    def _about(self) -> str:
+        """What a snippet is for, as comments."""
+        lines = [
+            f"{self.kind} best for {self.task} within {self.budget:.4g} {self.budget_axis}: "
+            f"{described(self.design)}",
+            f"verdict: {self.verdict} ({self.verdict_reason})",
+        ]
+        if self.keeps_dense:
+            lines.append(
+                "keep dense: no structure is told apart from it, so your model stays as it is"
+            )
+            if self.best_structured is not None:
+                lines.append(f'the best structure found: "{self.best_structured.design}"')
+        return "".join(
+            fill(line, 88, initial_indent="# ", subsequent_indent="# ") + "\n" for line in lines
         )
 
 
+_WIDTH = "width = 256  # of your model, whose feed-forward block this is\n"
+_MODEL = """\
+# a small model to see it run; yours takes its place
+width = 256
+model = torch.nn.Sequential(
+    torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Linear(4 * width, width)
+)
+"""
+_REPLACE = "print(replace_linears(model, structure))\n"
+_STEP = """\
+inputs = torch.randn(32, width)
+loss = (model(inputs) - inputs).square().mean()
+loss.backward()
+optimizer.step()
+print(f"loss {loss.item():.4f}, and one step taken")
+"""
 #: What single layers cannot be told of: which make heads, and which belong to one block.
-_ALIGNED_USE = """\
-d_model, heads = 768, 12  # of your model, whose layers these are
+_HEADS = "width, heads = 768, 12  # of your model, whose layers these are\n"
+_ALIGNED = """\
 layers = {
-    name: layer_of(structure, d_model, d_model, heads=heads, side=side)
+    name: layer_of(structure, width, width, heads=heads, side=side)
     for name, side in {"query": "out", "key": "out", "value": "out", "attention_out": "in"}.items()
 }
-layers["mlp_in"] = layer_of(structure, d_model, 4 * d_model)
-layers["mlp_out"] = layer_of(structure, 4 * d_model, d_model)
+layers["mlp_in"] = layer_of(structure, width, 4 * width)
+layers["mlp_out"] = layer_of(structure, 4 * width, width)
 model = torch.nn.ModuleDict(layers)
 """
-_FEED_FORWARD_USE = """\
-d_model = 768  # of your model, whose feed-forward block this is
-model = MixtureFFN.of(structure, d_model, 4 * d_model)
-"""
+_FEED_FORWARD = "model = MixtureFFN.of(structure, width, 4 * width)\n"

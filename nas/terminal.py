@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nas.design import described
-from nas.results import Answer, Candidate, FrontierAnswer
+from nas.errors import counted
+from nas.results import Answer, Candidate, FrontierAnswer, Multiplier
 
 if TYPE_CHECKING:
     from nas.store.audit import Entry
@@ -58,7 +59,7 @@ def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
             total = search["runs_total"]
             progress.update(bar, completed=done, total=total, description=search["state"])
             if not console.is_terminal and total and done != seen:
-                console.print(f"{search['state']}: {done} of {total} runs finished")
+                console.print(f"{search['state']}: {done} of {counted(total, 'run')} finished")
             seen = done
 
         yield show
@@ -82,7 +83,8 @@ def show_frontier(front: FrontierAnswer) -> None:
             str(p.width), str(p.steps), f"#{p.number}",
         )  # fmt: skip
     console.print(table)
-    line = f"{front.points} points of {front.trials} completed runs. loss: {front.y_unit}"
+    line = f"{counted(front.points, 'point')} of {counted(front.trials, 'completed run')}. "
+    line += f"loss: {front.y_unit}"
     if front.hypervolume is not None:
         hv = front.hypervolume
         line += (
@@ -93,8 +95,8 @@ def show_frontier(front: FrontierAnswer) -> None:
         if law is not None:
             offset = f"{law.offset:.4g} + " if law.offset else ""
             line += (
-                f"\n{kind}: loss ≈ {offset}{law.a:.4g} · C^(-{law.b:.4g}) on its {law.points} "
-                "compute-optimal points"
+                f"\n{kind}: loss ≈ {offset}{law.a:.4g} · C^(-{law.b:.4g}) on its "
+                f"{counted(law.points, 'compute-optimal point')}"
             )
     console.print(line, style="dim")
 
@@ -120,45 +122,78 @@ def show_best(best: Answer) -> None:
 def _best_lines(best: Answer) -> Iterator[str]:
     interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
     name = described(best.design)
-    yield f"best: {name}, width {best.width}, {best.steps} steps"
+    yield f"best: {name}, width {best.width}, {counted(best.steps, 'step')}"
+    yield f"verdict: {best.verdict} ({best.verdict_reason})"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
+    unsure = ", unconfirmed" if best.verdict == "unconfirmed" else ""
     gap = best.dense_minus_structured
     if gap is not None:
         yield (
-            f"dense − structured: {gap.difference:+.4f} {best.loss_unit} "
-            f"({_range(gap.difference_interval, '+.4f')})"
+            f"dense − structured: {gap.difference:+.4f} {best.loss_unit}{unsure} "
+            f"({_range(gap.difference_interval, '+.4f')}{_of_samples(best)})"
         )
     multiplier = best.structured_multiplier or best.multiplier_over_dense
-    if multiplier is not None and multiplier.value is not None:
-        sign = {"at_least": "≥ ", "less_than": "< "}.get(multiplier.kind, "")
-        seeds = f"{multiplier.seeds} seed(s)"
-        interval = (
-            f"{_range(multiplier.interval, '.2f')}, {seeds}" if multiplier.interval else seeds
-        )
-        predicted = ", predicted" if multiplier.kind == "predicted" else ""
-        yield f"compute multiplier over dense: {sign}{multiplier.value:.2f} ({interval}{predicted})"
-    if best.indistinguishable:
-        count = best.evidence.compared
-        together = " (simultaneous intervals)" if best.kind == "measured" else ""
-        yield f"not clearly different from the best, of {count} compared{together}:"
-        for r in best.indistinguishable[:_SHOWN_RIVALS]:
-            yield (
-                f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
-                f"({_range(r.difference_interval, '+.4f')})"
-            )
-        more = len(best.indistinguishable) - _SHOWN_RIVALS
-        if more > 0:
-            yield f"  and {more} more (--json)"
-    else:
-        yield f"clearly different from the {best.evidence.compared} next best"
+    if multiplier is not None:
+        yield f"compute multiplier over dense: {_multiplier(multiplier, unsure)}"
+    yield from _rivals(best)
     if best.extrapolation is not None:
         out = best.extrapolation
         yield (
             f"PREDICTED, at {out.beyond:.3g} times the greatest budget measured "
             f"({out.measured[0]:.3g} to {out.measured[1]:.3g} train FLOPs): {out.law}, fitted to "
-            f"{out.widths} width(s)"
+            f"{counted(out.widths, 'width')}"
         )
+        if out.left_out:
+            were = "structure is" if out.left_out == 1 else "structures are"
+            yield (
+                f"{out.left_out:,} measured {were} left out: no law can be fitted at widths that "
+                "would be run at this budget"
+            )
     yield _tau_line(best)
+
+
+def _multiplier(found: Multiplier, unsure: str) -> str:
+    if found.value is None:
+        return f"unknown ({found.reason})"
+    sign = {"at_least": "≥ ", "less_than": "< "}.get(found.kind, "")
+    seeds = counted(found.seeds, "seed")
+    if found.interval is not None:
+        seeds = f"95%: {_ratio(found.interval[0])} to {_ratio(found.interval[1])}, {seeds}"
+    predicted = ", predicted" if found.kind == "predicted" else ""
+    return f"{sign}{_ratio(found.value)}{unsure} ({seeds}{predicted})"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _of_samples(best: Answer) -> str:
+    """What intervals of differences are of, where they are not over seeds."""
+    alone = best.kind == "measured" and best.evidence.noise is None
+    return ", of the validation samples alone" if alone else ""
+
+
+def _rivals(best: Answer) -> Iterator[str]:
+    count = best.evidence.compared
+    if not count:
+        yield "no other structure was run within this budget to compare with"
+        return
+    if not best.indistinguishable:
+        others = "the one other structure" if count == 1 else f"the {count:,} next best"
+        yield f"clearly different from {others}{_of_samples(best)}"
+        return
+    together = " (simultaneous intervals)" if best.kind == "measured" and count > 1 else ""
+    yield (
+        f"not clearly different from the best, of {count:,} compared{together}{_of_samples(best)}:"
+    )
+    for r in best.indistinguishable[:_SHOWN_RIVALS]:
+        yield (
+            f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
+            f"({_range(r.difference_interval, '+.4f')})"
+        )
+    more = len(best.indistinguishable) - _SHOWN_RIVALS
+    if more > 0:
+        yield f"  and {more:,} more (--json)"
 
 
 _SHOWN_RIVALS = 6
@@ -170,9 +205,9 @@ def _tau_line(best: Answer) -> str:
         return "not confirmed with fresh seeds yet; run `einsum-nas confirm`"
     tau = "none" if found.tau is None else f"{found.tau:.2f}"
     return (
-        f"confirmed: {found.candidates} runs with {found.seeds} fresh seed(s) each at "
-        f"{found.longer:g}× their compute; Kendall's τ of the ranking {tau} "
-        f"({_range(found.interval, '.2f')})"
+        f"confirmed: {counted(found.candidates, 'run')} with "
+        f"{counted(found.seeds, 'fresh seed')} each at {found.longer:g}× their compute; Kendall's "
+        f"τ of the ranking {tau} ({_range(found.interval, '.2f')})"
     )
 
 
@@ -185,8 +220,9 @@ def _range(interval: tuple[float, float] | None, form: str) -> str:
 def _small_print(best: Answer) -> Iterator[str]:
     evidence = best.evidence
     yield (
-        f"{best.kind} on {best.task}: {evidence.trials} completed runs of {evidence.searches} "
-        f"search(es), {evidence.seeds} seed(s) behind the best"
+        f"{best.kind} on {best.task}: {counted(evidence.trials, 'completed run')} of "
+        f"{counted(evidence.searches, 'search', 'searches')}, "
+        f"{counted(evidence.seeds, 'seed')} behind the best"
     )
     yield f"intervals: {best.interval_means}"
     if best.comparisons_mean != best.interval_means:

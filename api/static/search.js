@@ -10,12 +10,15 @@ const flops = (x) => x.toPrecision(4).replace(/e\+?/, "e");
 
 function text(name, value) { byId(name).textContent = value; }
 
+const counted = (n, noun, plural = `${noun}s`) => `${n.toLocaleString("en")} ${n === 1 ? noun : plural}`;
+
 function runNote(run) {
-  const seeds = run.confirmed ? `, confirmed with ${run.seeds} fresh seed(s)` : run.seeds > 1 ? `, ${run.seeds} seeds` : "";
-  return `${run.name}, width ${run.width}, ${run.steps} steps${seeds}`;
+  const seeds = run.confirmed ? `, confirmed with ${counted(run.seeds, "fresh seed")}` : run.seeds > 1 ? `, ${run.seeds} seeds` : "";
+  return `${run.name}, width ${run.width}, ${counted(run.steps, "step")}${seeds}`;
 }
 
-function range(interval, show) { return interval ? `95%: ${show(interval[0])} to ${show(interval[1])}` : "one seed: no interval"; }
+function range(interval, show) { return interval ? `95%: ${show(interval[0])} to ${show(interval[1])}` : "no interval"; }
+const ratio = (x) => (x < 1000 ? x.toFixed(2) : x.toPrecision(3));
 
 function showBest(best) {
   if (!best) return;
@@ -25,32 +28,33 @@ function showBest(best) {
     text(kind, fixed(run.loss));
     text(`${kind}-note`, runNote(run));
   }
+  const samples = best.kind === "measured" && best.evidence.noise === null ? ", of the validation samples alone" : "";
   const gap = best.dense_minus_structured;
-  if (gap) {
-    text("difference", signed(gap.difference));
-    const [low, high] = gap.difference_interval || [-Infinity, Infinity];
-    const verdict = low > 0 ? "structured is lower" : high < 0 ? "dense is lower" : "no clear difference";
-    text("difference-note", `${range(gap.difference_interval, signed)} — ${verdict}`);
-  }
+  if (gap) text("difference", signed(gap.difference));
+  text("verdict", best.verdict);
+  text("difference-note", `${gap ? `${range(gap.difference_interval, signed)}${samples}. ` : ""}${best.verdict_reason}`);
   const m = best.structured_multiplier;
-  if (m && m.value !== null) {
+  if (m) {
     const sign = { at_least: "≥ ", less_than: "< " }[m.kind] || "";
-    text("multiplier", `${sign}${m.value.toFixed(2)}×`);
-    text("multiplier-note", {
-      exact: `compute of dense over structured at the best dense loss; ${range(m.interval, (x) => x.toFixed(2))}`,
+    text("multiplier", m.value === null ? "unknown" : `${sign}${ratio(m.value)}×`);
+    text("multiplier-verdict", m.value !== null && best.verdict === "unconfirmed" ? best.verdict : "");
+    const meaning = {
       at_least: "a lower bound: structured curves begin below the best dense loss",
       less_than: "an upper bound: structured runs do not reach the best dense loss within the budget",
-    }[m.kind]);
+    }[m.kind] || `compute of dense over structured at the best dense loss; ${range(m.interval, ratio)}`;
+    text("multiplier-note", m.reason || `${meaning}; ${counted(m.seeds, "seed")}`);
   }
   const tau = best.confirmation;
   const held = tau && tau.tau !== null
-    ? ` Ranking against ${tau.candidates} confirmed runs: Kendall's τ ${fixed(tau.tau, 2)}${tau.interval ? ` (95%: ${fixed(tau.interval[0], 2)} to ${fixed(tau.interval[1], 2)})` : ""}.`
+    ? ` Ranking against ${counted(tau.candidates, "confirmed run")}: Kendall's τ ${fixed(tau.tau, 2)}${tau.interval ? ` (95%: ${fixed(tau.interval[0], 2)} to ${fixed(tau.interval[1], 2)})` : ""}.`
     : " The best has not been confirmed with fresh seeds yet.";
   const [near, compared] = [best.indistinguishable.length, best.evidence.compared];
-  const told = near
-    ? `${near} of the ${compared} next best structures are not clearly different from the best`
-    : `the best is clearly different from the ${compared} next best structures`;
-  text("evidence", `${best.evidence.trials} completed runs; ${told}.${held}`);
+  const others = compared === 1 ? "the one other structure" : `the ${compared} next best structures`;
+  const told = !compared ? "there is no other structure to compare with"
+    : !near ? `the best is clearly different from ${others}${samples}`
+    : compared === 1 ? `the one other structure is not clearly different from the best${samples}`
+    : `${near} of ${others} ${near === 1 ? "is" : "are"} not clearly different from the best${samples}`;
+  text("evidence", `${counted(best.evidence.trials, "completed run")}; ${told}.${held}`);
   text("means", `Comparisons: ${best.comparisons_mean}.`);
 }
 
@@ -110,7 +114,7 @@ function showTrials(trials, total, best) {
   text("more", `Only the first ${trials.length} of ${total} trials are shown; /v1/searches/${id}/trials lists all.`);
 }
 
-function showSearch(search, workers) {
+function showSearch(search, workers, canRetry) {
   byId("state").textContent = search.state;
   byId("state").className = `state ${search.state}`;
   const ended = TERMINAL.includes(search.state);
@@ -118,7 +122,7 @@ function showSearch(search, workers) {
     cancel: !ended,
     pause: ["queued", "running"].includes(search.state) && !search.pause_requested,
     resume: search.state === "paused" || search.pause_requested,
-    retry: ended && !search.limit_reached && (search.state !== "succeeded" || Boolean(search.trial_counts.failed)),
+    retry: ended && canRetry,
   };
   for (const button of document.querySelectorAll("button.act")) button.hidden = !possible[button.dataset.act];
   if (search.task_fingerprint) text("fingerprint", search.task_fingerprint);
@@ -127,7 +131,7 @@ function showSearch(search, workers) {
   const notice = search.limit_reached ? `Ended at its limit: ${search.limit_reached}.`
     : search.cancel_requested && !ended ? "Cancelling: waiting for the worker to stop its runs."
     : search.pause_requested ? "Pausing: waiting for the worker to stop its runs."
-    : search.failures && !ended ? `Restarted after ${search.failures} lost lease(s) or infrastructure error(s).` : "";
+    : search.failures && !ended ? `Restarted after ${counted(search.failures, "lost lease or infrastructure error", "lost leases or infrastructure errors")}.` : "";
   byId("notice").hidden = !notice;
   text("notice", notice);
   const counts = search.trial_counts;
@@ -137,7 +141,7 @@ function showSearch(search, workers) {
   const parts = Object.entries(counts).map(([state, n]) => `${n} ${state}`);
   const until = search.finished_at || Date.now() / 1000;
   const took = search.started_at ? ` · ${Math.max(0, Math.round(until - search.started_at))} s` : "";
-  text("progress", total ? `${done} of ${total} runs finished (${parts.join(", ")})${took}`
+  text("progress", total ? `${done} of ${counted(total, "run")} finished (${parts.join(", ")})${took}`
     : search.state === "paused" ? "paused before its first run" : workers === 0 ? "no worker is running: start one with `einsum-nas worker`" : "waiting for a worker");
 }
 
@@ -152,7 +156,7 @@ async function refresh() {
   const response = await ask(`/searches/${id}/live?x=${encodeURIComponent(byId("axis").value)}`);
   if (!response.ok) return;
   const live = await response.json();
-  showSearch(live.search, live.workers);
+  showSearch(live.search, live.workers, live.can_retry);
   showBest(live.best);
   showTrials(live.trials, live.trials_total, live.best);
   // without these settings Plotly shows a button that sends the chart to its own site

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,11 +121,13 @@ class BestMultiplier:
     #: None where some seeds have an upper and others a lower bound only
     value: float | None
     #: exact | at_least (its curves begin below that loss) | less_than (they never reach it) |
-    #: undetermined | predicted
+    #: undetermined
     kind: str
     #: over seeds; None for a bound, and for a single seed
     interval: Interval | None
     seeds: int
+    #: why there is no value
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +384,44 @@ def _validation_interval(best: Contender, windows: Windows) -> Interval | None:
     return (best.loss - half, best.loss + half) if math.isfinite(half) else None
 
 
+# --- verdict
+
+Verdict = Literal["structured is lower", "dense is lower", "no clear difference", "unconfirmed"]
+
+
+def judge(found: Answer) -> tuple[Verdict, str]:
+    """What is established of the best structured against the best dense model, and why.
+
+    An interval over the validation samples alone establishes nothing: the lowest of many single
+    runs is partly low by luck, and by how much is unknown.
+    """
+    structured, dense, difference = found.best_structured, found.best_dense, found.dense_difference
+    if structured is None or dense is None or difference is None:
+        missing = "structured" if structured is None else "dense"
+        return "unconfirmed", f"no {missing} model was run within this budget to compare with"
+    # all dense models are one structure
+    of_many = f" (the lowest of {found.compared})" if found.compared > 1 else ""
+    single = [
+        name
+        for name, c in ((f"structured model{of_many}", structured), ("dense model", dense))
+        if c.seeds == 1 and not c.confirmed
+    ]
+    if single:
+        were = "were each" if len(single) > 1 else "was"
+        return "unconfirmed", (
+            f"the best {' and the best '.join(single)} {were} run with one seed, and other seeds "
+            "may turn the result; `einsum-nas confirm` runs the best ones anew"
+        )
+    if found.noise is None or difference.interval is None:
+        return "unconfirmed", "no model was run with two seeds, so what these change is unknown"
+    low, high = difference.interval
+    if low > 0:
+        return "structured is lower", "the 95% interval of the difference over seeds is above 0"
+    if high < 0:
+        return "dense is lower", "the 95% interval of the difference over seeds is below 0"
+    return "no clear difference", "the 95% interval of the difference over seeds contains 0"
+
+
 # --- multiplier
 
 
@@ -390,7 +431,7 @@ def _multiplier(
     """At every seed that the readings have in common, or else that any of the runs have; None
     where dense and the structure share no seed: then nothing is paired."""
     if of.run.dense:
-        return BestMultiplier(1.0, "exact", None, of.seeds)
+        return BestMultiplier(1.0, "exact", (1.0, 1.0), of.seeds)
     own = _curves(r for r in runs if r.structure == of.run.structure)
     references = _curves(r for r in runs if r.dense)
     read = {r.run.seed for r in of.readings} & {r.run.seed for r in dense.readings}
@@ -409,7 +450,8 @@ def _multiplier(
         return BestMultiplier(summary.least, "at_least", None, len(bounds))
     if "at_least" not in kinds:
         return BestMultiplier(summary.most, "less_than", None, len(bounds))
-    return BestMultiplier(None, "undetermined", None, len(bounds))
+    reason = "with some seeds only a lower bound is known, with others only an upper one"
+    return BestMultiplier(None, "undetermined", None, len(bounds), reason)
 
 
 def _curves(runs: Iterable[Run]) -> Mapping[int, list[Curve]]:

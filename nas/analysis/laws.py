@@ -111,6 +111,31 @@ class ScalingLaw:
         return self.loss(train_flops), _hull(intervals)
 
 
+def compute_ratio(
+    law: ScalingLaw, reference: ScalingLaw, train_flops: float
+) -> tuple[float | None, Interval | None]:
+    """`train_flops` over the train FLOPs with which `law` reaches what `reference` reaches by them.
+
+    The 95% interval is over runs: the jackknife of either law, whose errors are taken as
+    independent, on logarithms.  Its lower end is 0 where a law without one of the runs never comes
+    down to that loss.  (None, None) where `law` itself never does; None for one run of either.
+    """
+    ratios, intervals = [], []
+    for own in law._fits:
+        for others in reference._fits:
+            of_law = [_log_ratio(f, others[0], train_flops) for f in own]
+            of_reference = [_log_ratio(own[0], f, train_flops) for f in others]
+            ratios.append(of_law[0])
+            intervals.append(_of_both(of_law, of_reference))
+    if ratios[0] == -math.inf:
+        return None, None
+    interval = _hull(intervals)
+    return _exp(ratios[0]), interval and (
+        0.0 if interval[0] == -math.inf else _exp(interval[0]),
+        _exp(interval[1]),
+    )
+
+
 def theil_sen(x: Floats, y: Floats, starts: Sequence[int] = (0,)) -> tuple[float, Floats]:
     """Median slope of the pairs within runs, and every run's median level at x = 0.
 
@@ -559,6 +584,28 @@ def _loss_interval(fits: Sequence[_Fit], train_flops: float) -> Interval | None:
         return _mapped(_jackknife(logs), _exp)
     found = _jackknife([f.loss(train_flops) for f in fits])
     return found and (max(found[0], 0.0), found[1])
+
+
+def _log_ratio(fit: _Fit, reference: _Fit, train_flops: float) -> float:
+    """Logarithm of the FLOPs over those that `fit` needs; -inf where it never comes down so far."""
+    left = reference.loss(train_flops) - fit.offset
+    if left <= 0.0 or fit.b <= 0.0:
+        return -math.inf
+    return math.log(train_flops) - (fit.log_a - math.log(left)) / fit.b
+
+
+def _of_both(first: Sequence[float], second: Sequence[float]) -> Interval | None:
+    """The interval of a value from two jackknives of it, whose errors are independent."""
+    if len(first) < 3 or len(second) < 3:  # all runs and all but each of at least two
+        return None
+    finite = [v for v in (*first, *second) if v > -math.inf]
+    if len(finite) < len(first) + len(second):
+        return -math.inf, max(finite, default=-math.inf)
+    one, other = _jackknife(first), _jackknife(second)
+    assert one is not None
+    assert other is not None
+    half = math.hypot(one[1] - first[0], other[1] - second[0])
+    return first[0] - half, first[0] + half
 
 
 def _mapped(interval: Interval | None, back: Callable[[float], float]) -> Interval | None:

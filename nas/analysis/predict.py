@@ -1,17 +1,32 @@
-"""What the curves say of budgets past everything measured: extrapolation, and labelled as such."""
+"""What the curves say of budgets past everything measured: extrapolation, and labelled as such.
+
+A prediction is of a run that the service itself would make at that budget: its width and its steps
+lie within the recipe's.  It rests on runs of widths of which that holds too, so that nothing is
+read from a model that would have to be trained past the recipe's steps.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nas.analysis.intervals import Interval, around
-from nas.analysis.laws import Curve, ScalingLaw, choose_law, fit_scaling_law
+from nas.analysis.laws import (
+    Curve,
+    Floats,
+    ScalingLaw,
+    choose_law,
+    compute_ratio,
+    fit_scaling_law,
+)
 from nas.analysis.scaling import compute_optimal
+from nas.cost import RunPlan, admissible, plans
+from nas.design import parse_design
+from nas.recipe import Recipe
 from nas.store import Run
 
 #: A law is fitted to what was measured within this factor of the greatest budget: what a run
@@ -24,6 +39,9 @@ SHORT_RANGE = 8.0
 REACH = 2.0
 #: No answer is given further out than this beyond the greatest budget measured.
 MOST_BEYOND = 1000.0
+#: The planned width lies within this factor of the one that the law of widths gives: measured
+#: widths tell the best one no closer.
+NEAR_WIDTH = math.sqrt(2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +49,12 @@ class Prediction:
     """A structure's law at a budget."""
 
     law: ScalingLaw
-    #: the run of its widths with the least measured loss: its width is not extrapolated
+    #: (range, offset) → the other laws that the data admit
+    others: Mapping[tuple[float, bool], ScalingLaw]
+    #: the run of its widths with the least measured loss
     run: Run
+    #: the run that the service would make at the budget
+    plan: RunPlan
     loss: float
     #: 95% interval of the law's loss over seeds; None where one seed was run
     interval: Interval | None
@@ -51,22 +73,40 @@ class PredictedRival:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictedMultiplier:
+    """What dense spends for the loss of its law at the budget over what a structure needs for it.
+
+    There is none without an interval: two laws that are known from one seed may cross anywhere.
+    """
+
+    value: float | None
+    #: 95% over seeds, spanned over the laws that the data admit
+    interval: Interval | None
+    #: why there is none
+    reason: str | None
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True)
 class PredictedAnswer:
     """The structure with the least predicted loss."""
 
     best: Prediction
     best_structured: Prediction | None
     best_dense: Prediction | None
-    #: what dense would spend for the best one's loss over the budget; None without a dense law
-    multiplier: float | None
+    #: of the best one and of the best structured one
+    multiplier: PredictedMultiplier | None
+    structured_multiplier: PredictedMultiplier | None
     indistinguishable: tuple[PredictedRival, ...]
     compared: int
+    #: structures of which no law can be fitted to widths that would be run at the budget
+    left_out: int
 
 
 def predict_for_budget(
-    runs: Iterable[Run], budget: float, greatest: float
+    runs: Iterable[Run], budget: float, greatest: float, recipe: Recipe
 ) -> PredictedAnswer | None:
-    """Extrapolate every structure's law to a budget; None where no law can be fitted.
+    """Extrapolate every structure's law to a budget; None where that is possible for none.
 
     Parameters
     ----------
@@ -74,46 +114,97 @@ def predict_for_budget(
         Completed runs of one task with their curves.
     budget, greatest
         In train FLOPs: the budget, and the greatest measured one below it.
+    recipe
+        That of the runs, which says what widths and steps a run at the budget may have.
     """
     structures: dict[str, list[Run]] = {}
     for run in runs:
         structures.setdefault(run.structure, []).append(run)
-    found = [p for group in structures.values() if (p := _predict(group, budget, greatest))]
+    predicted = [_predict(group, budget, greatest, recipe) for group in structures.values()]
+    found = sorted((p for p in predicted if p), key=lambda p: (p.loss, p.run.trial_id))
     if not found:
         return None
-    found.sort(key=lambda p: (p.loss, p.run.trial_id))
     best, others = found[0], found[1:]
+    structured = next((p for p in found if not p.run.dense), None)
     dense = next((p for p in found if p.run.dense), None)
     rivals = [predicted_rival(best, p) for p in others]
     return PredictedAnswer(
         best=best,
-        best_structured=next((p for p in found if not p.run.dense), None),
+        best_structured=structured,
         best_dense=dense,
-        multiplier=None if dense is None else _multiplier(best, dense, budget),
+        multiplier=_multiplier(best, dense, budget),
+        structured_multiplier=_multiplier(structured, dense, budget),
         indistinguishable=tuple(
             r for r in rivals if r.interval is None or r.interval[0] <= 0 <= r.interval[1]
         ),
         compared=len(rivals),
+        left_out=len(predicted) - len(found),
     )
 
 
-def _predict(runs: Sequence[Run], budget: float, greatest: float) -> Prediction | None:
+def greatest_runnable(runs: Iterable[Run], recipe: Recipe) -> float:
+    """The greatest budget at which a run of one of the measured widths is not too long."""
+    return float(max(recipe.max_steps * r.train_flops_per_step for r in runs))
+
+
+def _predict(
+    runs: Sequence[Run], budget: float, greatest: float, recipe: Recipe
+) -> Prediction | None:
     models: dict[str, list[Run]] = {}
     for run in runs:
-        models.setdefault(run.model, []).append(run)
+        if recipe.min_steps <= budget // run.train_flops_per_step <= recipe.max_steps:
+            models.setdefault(run.model, []).append(run)
     used = [r for of_model in models.values() for r in _longest(of_model)]
-    if max(r.points[-1].train_flops for r in used) * REACH < greatest:
+    if not used or max(r.points[-1].train_flops for r in used) * REACH < greatest:
         return None
-    curves = _families(used, greatest / FITTED_RANGE)
-    law = choose_law(curves) if curves else None
+    families = _families(used, greatest / FITTED_RANGE)
+    law = choose_law([f.curve for f in families]) if families else None
     if law is None or law.b <= 0:
         return None
-    loss, interval = law.predict(budget)
-    for other in _other_laws(used, greatest):
-        interval = _spanned(interval, *other.predict(budget))
     lowest = min(used, key=lambda r: (min(p.loss for p in r.points), r.trial_id))
-    widths = len({r.width for r in used})
-    return Prediction(law, lowest, loss, interval, widths, len(curves))
+    plan = _plan(lowest, families, budget, recipe)
+    if plan is None or (plan.dense and not _is_best_width(plan, used, budget, recipe)):
+        return None
+    loss, interval = law.predict(budget)
+    others = dict(_other_laws(used, greatest))
+    for other in others.values():
+        interval = _spanned(interval, *other.predict(budget))
+    widths = len(np.unique(np.concatenate([f.widths for f in families])))
+    return Prediction(law, others, lowest, plan, loss, interval, widths, len(families))
+
+
+def _plan(run: Run, families: Sequence[_Family], budget: float, recipe: Recipe) -> RunPlan | None:
+    """The run that the service would make of a structure at the width that is best for a budget.
+
+    That width grows with compute as it does from one compute-optimal point to the next.
+    """
+    flops = np.log(np.concatenate([f.curve[0] for f in families]))
+    widths = np.log(np.concatenate([f.widths for f in families]))
+    growth = 0.0
+    if len(np.unique(widths)) > 1 and np.ptp(flops) > 0:
+        growth = max(0.0, float(np.polyfit(flops, widths, 1)[0]))
+    target = float(widths.mean()) + growth * (math.log(budget) - float(flops.mean()))
+    slack = math.log(NEAR_WIDTH) if growth else 1e-9
+    near = [w for w in recipe.widths if abs(math.log(w) - target) <= slack]
+    found = [
+        plan
+        for plan in admissible(recipe, parse_design(run.design), budget, near)
+        if plan.steps <= recipe.max_steps and plan.dense == run.dense
+    ]
+    return min(found, key=lambda p: (abs(math.log(p.width) - target), p.width), default=None)
+
+
+def _is_best_width(plan: RunPlan, used: Sequence[Run], budget: float, recipe: Recipe) -> bool:
+    """Whether no width that was not measured may be far better than the planned one.
+
+    It is not if widths on both sides were measured, or none that would be run lies far beyond.
+    Asked of dense alone: a worse width of it would make structures look better than they are.
+    """
+    measured = [r.width for r in used]
+    runnable = [p.width for p in plans(recipe, plan.design, budget)]
+    narrower = plan.width > min(measured) or plan.width <= runnable[0] * NEAR_WIDTH
+    wider = plan.width < max(measured) or plan.width * NEAR_WIDTH >= runnable[-1]
+    return narrower and wider
 
 
 def _longest(runs: Sequence[Run]) -> list[Run]:
@@ -126,23 +217,39 @@ def _longest(runs: Sequence[Run]) -> list[Run]:
     return [seeds[s] for s in sorted(seeds)]
 
 
-def _families(runs: Sequence[Run], least: float) -> list[Curve]:
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """The compute-optimal points of a structure's runs with one seed, and their widths (n,)."""
+
+    curve: Curve
+    widths: Floats
+
+
+def _families(runs: Sequence[Run], least: float) -> list[_Family]:
     """The compute-optimal points of every seed, from a budget on."""
-    families: dict[int, list[tuple[float, float]]] = {}
+    seeds: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
-        points = [(p.train_flops, p.loss) for p in run.points]
-        families.setdefault(run.seed, []).extend(p for p in points if p[0] >= least and p[1] > 0)
-    return [_frontier_of(family) for _, family in sorted(families.items()) if family]
+        points = [(p.train_flops, p.loss, float(run.width)) for p in run.points]
+        seeds.setdefault(run.seed, []).extend(p for p in points if p[0] >= least and p[1] > 0)
+    return [_family_of(points) for _, points in sorted(seeds.items()) if points]
 
 
-def _other_laws(runs: Sequence[Run], greatest: float) -> Iterator[ScalingLaw]:
+def _family_of(points: Sequence[tuple[float, float, float]]) -> _Family:
+    flops, losses, widths = (np.array(column) for column in zip(*points, strict=True))
+    optimal = compute_optimal(flops, losses)
+    return _Family((flops[optimal], losses[optimal]), widths[optimal])
+
+
+def _other_laws(
+    runs: Sequence[Run], greatest: float
+) -> Iterator[tuple[tuple[float, bool], ScalingLaw]]:
     """Laws that the data admit as well: with an offset and without, of a shorter range too."""
     for reach in (FITTED_RANGE, SHORT_RANGE):
-        curves = _families(runs, greatest / reach)
+        curves = [f.curve for f in _families(runs, greatest / reach)]
         for offset in (False, True):
             law = fit_scaling_law(curves, offset=offset) if curves else None
             if law is not None and law.b > 0:
-                yield law
+                yield (reach, offset), law
 
 
 def _spanned(interval: Interval | None, loss: float, other: Interval | None) -> Interval | None:
@@ -151,12 +258,6 @@ def _spanned(interval: Interval | None, loss: float, other: Interval | None) -> 
         return None
     low, high = other or (loss, loss)
     return min(interval[0], low), max(interval[1], high)
-
-
-def _frontier_of(family: Sequence[tuple[float, float]]) -> Curve:
-    flops, losses = (np.array(column) for column in zip(*family, strict=True))
-    optimal = compute_optimal(flops, losses)
-    return flops[optimal], losses[optimal]
 
 
 def predicted_rival(best: Prediction, other: Prediction) -> PredictedRival:
@@ -176,14 +277,34 @@ def _spread(loss: float, end: float) -> float:
     return abs(math.log(max(end, sys.float_info.min)) - math.log(loss))
 
 
-def _multiplier(best: Prediction, dense: Prediction, budget: float) -> float | None:
-    """The budget over what the structure needs for what dense reaches with it, both on their laws;
-    None where the structure's law never comes down to that."""
-    above = dense.loss - best.law.offset
-    if above <= 0:
+def _multiplier(
+    of: Prediction | None, dense: Prediction | None, budget: float
+) -> PredictedMultiplier | None:
+    if of is None:
         return None
-    needed = (best.law.a / above) ** (1 / best.law.b)
-    return budget / needed if needed > 0 and math.isfinite(needed) else None
+    if dense is None:
+        return PredictedMultiplier(None, None, NO_DENSE, of.seeds)
+    seeds = min(of.seeds, dense.seeds)
+    if of.run.dense:
+        return PredictedMultiplier(1.0, (1.0, 1.0), None, seeds)
+    value, interval = compute_ratio(of.law, dense.law, budget)
+    for kind in of.others.keys() & dense.others.keys():
+        other, theirs = compute_ratio(of.others[kind], dense.others[kind], budget)
+        interval = _spanned(interval, 0.0 if other is None else other, theirs)
+    if value is None:
+        reason = "on its law the structure never comes down to the loss of dense"
+        return PredictedMultiplier(None, None, reason, seeds)
+    if interval is None:
+        return PredictedMultiplier(None, None, _ONE_SEED if seeds == 1 else _FEW_POINTS, seeds)
+    return PredictedMultiplier(value, interval, None, seeds)
+
+
+NO_DENSE = "dense is not extrapolated: its best width at this budget lies outside of those measured"
+_ONE_SEED = (
+    "with one seed, by how much other seeds would move it is unknown; `einsum-nas confirm` runs "
+    "the best models anew"
+)
+_FEW_POINTS = "the points of each seed are too few for an interval over seeds"
 
 
 def formula(law: ScalingLaw) -> str:

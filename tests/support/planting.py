@@ -38,9 +38,17 @@ def open_store(url: str) -> Store:
     return Store(url)
 
 
-def plant(store: Store, runs: Iterable[PlantedRun], *, fingerprint: str, budget: float) -> str:
+def plant(
+    store: Store,
+    runs: Iterable[PlantedRun],
+    *,
+    fingerprint: str,
+    budget: float,
+    overrides: dict[str, Any] | None = None,
+) -> str:
     """One finished search on `text` with the given runs; its id."""
-    request = SearchRequest.checked({"task": "text", "train_flops": budget})
+    asked = {"task": "text", "train_flops": budget, "overrides": overrides}
+    request = SearchRequest.checked(asked)
     search, _ = store.create_search(request)
     with writing(store.engine) as session:
         row = session.get(SearchRow, search.id)

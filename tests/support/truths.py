@@ -3,7 +3,7 @@
 Each store has structures at several widths with several seeds.  The loss of a structure of width w
 after C train FLOPs is, in truth,
 
-    L(C, w) = E + A · N(w)^-alpha + B · (C / N(w))^-beta
+    L(C, w) = E + A · N(w)^-alpha + B · (C / N(w))^-beta,  N(w) in proportion to a step's FLOPs,
 
 with its own A, B and offset; a run's losses are that times a factor of its own (seed noise) and one
 of every evaluation.  At a budget, the truth of a structure is the least over its widths.
@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from nas.answers import get_best
+from nas.cost import train_flops_per_step
 from nas.errors import NotFound
+from nas.recipe import TEXT
 from nas.results import Answer
 from nas.theta import DENSE, Theta
 from tests.support.planting import PlantedRun, open_store, plant, stand
@@ -28,7 +30,7 @@ from tests.support.planting import PlantedRun, open_store, plant, stand
 STRUCTURES, SEEDS, EVALUATIONS = 20, 5, 12
 
 
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (16, 48, 112, 256)
 
 
 #: Standard deviations of the logarithm of a loss: from seed to seed, and of an evaluation.
@@ -42,9 +44,6 @@ BUDGET = 1e12
 LEAST, BEYOND = 0.05, 30.0
 
 
-_BATCH_TOKENS = 1024
-
-
 @dataclass(frozen=True)
 class Truth:
     """One planted structure."""
@@ -53,14 +52,13 @@ class Truth:
     offset: float
     a: float
     b: float
-    #: parameters over those of dense of the same width
-    share: float
 
     def params(self, width: int) -> int:
-        return round(24 * self.share * width**2)
+        """Those that a dense model would have, which uses each once for a token."""
+        return self.flops_per_step(width) // (6 * TEXT.tokens_per_step)
 
     def flops_per_step(self, width: int) -> int:
-        return 6 * self.params(width) * _BATCH_TOKENS
+        return train_flops_per_step(TEXT, self.theta, width)
 
     def loss(self, flops: float, width: int) -> float:
         """At a width."""
@@ -69,11 +67,7 @@ class Truth:
 
     def best(self, flops: float) -> float:
         """At the width that is best for it."""
-        return self.loss(flops, self.best_width(flops))
-
-    def best_width(self, flops: float) -> int:
-        """The width with the least loss."""
-        return min(WIDTHS, key=lambda w: self.loss(flops, w))
+        return min(self.loss(flops, w) for w in WIDTHS)
 
 
 def draw_truths(rng: np.random.Generator) -> list[Truth]:
@@ -83,15 +77,14 @@ def draw_truths(rng: np.random.Generator) -> list[Truth]:
         if i == 0:
             theta = DENSE
         else:
-            alpha, epsilon = rng.uniform(0.2, 0.9, 2)
-            theta = Theta(alpha, 0, 1 - alpha, 0, epsilon, 1 - epsilon, rng.uniform(0, 0.2))
+            alpha, epsilon = rng.uniform(0.4, 0.9, 2)  # so that none costs more than dense
+            theta = Theta(alpha, 0, 1 - alpha, 0, epsilon, 1 - epsilon, rng.uniform(0, 0.1))
         found.append(
             Truth(
                 theta=theta,
                 offset=float(rng.uniform(0.9, 1.1)),
                 a=float(8 * np.exp(rng.normal(0, 0.1))),
                 b=float(60 * np.exp(rng.normal(0, 0.15))),
-                share=1.0 if i == 0 else float(rng.uniform(0.1, 0.8)),
             )
         )
     return found
@@ -129,9 +122,6 @@ def judge(answer: Answer, truths: list[Truth], budget: float) -> dict[str, Any]:
     chosen = [(of(answer.theta), answer.width)]
     chosen += [(of(r.theta), r.width) for r in answer.indistinguishable]
     top = chosen[0][0].loss(budget, chosen[0][1])
-    if answer.kind == "predicted":  # for the structure's best width, which is not named
-        chosen = [(t, t.best_width(budget)) for t, _ in chosen]
-        top = chosen[0][0].best(budget)
     interval = answer.interval
     return {
         "held": any(t is best for t, _ in chosen),
@@ -151,7 +141,9 @@ def run_store(seed: int, budgets: int) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {"measured": [], "predicted": [], "mislabelled": []}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(f"sqlite:///{Path(folder) / 'planted.db'}")
-        plant(store, draw_runs(truths, rng), fingerprint="planted", budget=BUDGET)
+        endless = {"max_steps": 1 << 30}  # what is refused for its length is tested for itself
+        runs = draw_runs(truths, rng)
+        plant(store, runs, fingerprint="planted", budget=BUDGET, overrides=endless)
         stand(store)
         inside = np.exp(rng.uniform(math.log(LEAST * BUDGET), math.log(BUDGET), budgets))
         outside = BUDGET * np.exp(rng.uniform(math.log(1.1), math.log(BEYOND), budgets // 10))

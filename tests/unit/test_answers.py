@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -12,12 +18,16 @@ import sqlalchemy as sa
 import torch
 
 from nas.answers import get_best, get_frontier
+from nas.cost import plans
 from nas.design import exponents, parse_design, structure_of
 from nas.errors import InvalidInput, NotFound
 from nas.layers import EinsumLinear
+from nas.proxy import evaluation_steps
+from nas.recipe import TEXT
 from nas.store import Store
 from nas.store.engine import writing
 from nas.structure import Structure
+from nas.terminal import show_best
 from tests.support.planting import PlantedRun, open_store, plant, stand
 from tests.support.tiers import only
 from tests.support.truths import BUDGET, draw_runs, draw_truths, run_store
@@ -40,7 +50,7 @@ def planted(structure: str, seed: int, *losses: float, width: int = 32) -> Plant
 
 @pytest.mark.parametrize("budgets", only([10], [10, 40]))
 def test_the_best_of_a_planted_store_is_in_the_answer(budgets: int) -> None:
-    found = run_store(seed=3, budgets=budgets)
+    found = run_store(seed=0, budgets=budgets)
     assert not found["mislabelled"]
     assert len(found["predicted"]) == budgets // 10
     measured = found["measured"]
@@ -118,28 +128,151 @@ def test_what_is_stored_and_no_number_is_left_out_and_counted(store: Store) -> N
     assert all(np.isfinite(p.loss) for p in front.frontier)
 
 
-def test_budgets_outside_all_data(store: Store) -> None:
-    curve = [40 * (1e9 * (i + 1)) ** -0.12 for i in range(12)]
-    runs = [planted(name, seed, *(y * (1 + seed / 100) for y in curve))
-            for name in ("monarch", "dense") for seed in range(3)]  # fmt: skip
-    plant(store, runs, fingerprint="planted", budget=2e11)
-    stand(store)
-    with pytest.raises(NotFound, match="the least measured is 1e\\+09"):
-        get_best(store, task=TASK, train_flops=1e8)
-    best = get_best(store, task=TASK, train_flops=1e11)
-    assert best.kind == "predicted"
-    assert best.extrapolation is not None
-    assert best.extrapolation.measured == (1e9, 1.2e10)
-    assert best.extrapolation.beyond == pytest.approx(1e11 / 1.2e10)
-    assert best.expected_loss == pytest.approx(40.4 * 1e11**-0.12, rel=0.01)
-    assert best.train_flops <= 1e11
-    with pytest.raises(InvalidInput, match="1000 times"):
+def service_runs(budget: float, seeds: Sequence[int], rng: Random) -> list[PlantedRun]:
+    """Dense and Monarch at the widths at which the service would run them, with seed noise."""
+    runs = []
+    for design in ("dense", "monarch"):
+        for plan in plans(TEXT, parse_design(design), budget)[:: 1 if design == "dense" else 3]:
+            size = plan.train_flops_per_step / TEXT.tokens_per_step
+            for seed in seeds:
+                own = math.exp(rng.gauss(0, 0.01))
+                curve = [
+                    (k, own * (0.9 + 20 * size**-0.25 + 30 * (k * TEXT.tokens_per_step) ** -0.3))
+                    for k in evaluation_steps(plan, TEXT)
+                ]
+                cost = plan.train_flops_per_step
+                runs.append(PlantedRun(plan.design, plan.width, seed, cost, plan.params, curve))
+    return runs
+
+
+def test_past_the_measured_budgets_an_answer_is_a_run_that_the_service_would_make(
+    tmp_path: Path,
+) -> None:
+    store, rng = open_store(f"sqlite:///{tmp_path / 'past.db'}"), Random(0)
+
+    def search(budget: float, *seeds: int) -> None:
+        runs = service_runs(budget, seeds, rng)
+        plant(store, runs, fingerprint="planted", budget=budget)
+        stand(store)
+
+    search(2e11, 0)
+    with pytest.raises(NotFound, match="the least measured is"):
+        get_best(store, task=TASK, train_flops=1e6)
+    best = get_best(store, task=TASK, train_flops=1e12)
+    multiplier = best.structured_multiplier
+    assert multiplier is not None
+    assert (multiplier.value, multiplier.interval, multiplier.kind) == (None, None, "undetermined")
+    assert "one seed" in str(multiplier.reason)
+    with pytest.raises(
+        InvalidInput, match=r"4,000 steps.* width 480 to 2,448.* search --task text"
+    ):
         get_best(store, task=TASK, train_flops=1e14)
+    with pytest.raises(InvalidInput, match="1000 times"):
+        get_best(store, task=TASK, train_flops=1e15)
+
+    search(2e11, 1, 2)
+    intervals = []
+    for budget in (3e11, 1e12, 1e12):
+        best = get_best(store, task=TASK, train_flops=budget)
+        assert (best.kind, best.verdict) == ("predicted", "unconfirmed")
+        assert best.extrapolation is not None
+        assert best.extrapolation.beyond == pytest.approx(budget / 2e11, rel=0.01)
+        assert best.best_dense is not None
+        assert best.best_structured is not None
+        for found in (best, best.best_dense, best.best_structured, *best.indistinguishable):
+            planned = {p.width: p for p in plans(TEXT, parse_design(found.design), budget)}
+            plan = planned[found.width]
+            assert (found.steps, found.train_flops) == (plan.steps, plan.train_flops)
+            assert found.train_flops <= budget
+            assert found is best or found["params"] == plan.params
+        multiplier = best.structured_multiplier
+        assert multiplier is not None
+        assert multiplier.value is not None
+        assert multiplier.interval is not None
+        assert multiplier.interval[0] <= multiplier.value <= multiplier.interval[1]
+        intervals.append(multiplier.interval)
+        if budget == 1e12:  # one more small search does not contradict what was said
+            search(5e10, 7)
+    (_, (low, high), (next_low, next_high)) = intervals
+    assert max(low, next_low) <= min(high, next_high)
+    store.close()
+
+
+def test_a_budget_has_to_be_one_positive_number(store: Store) -> None:
+    plant(store, [planted("dense", 0, 3.0)], fingerprint="planted", budget=2e11)
+    stand(store)
     for bad in (float("nan"), -1.0, float("inf")):
         with pytest.raises(InvalidInput):
             get_best(store, task=TASK, train_flops=bad)
     with pytest.raises(InvalidInput, match="parsecs"):
         get_best(store, task=TASK, parsecs=3.0)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "dense", "verdict", "told"),
+    [
+        (
+            1,
+            2.5,
+            "unconfirmed",
+            "the lowest of 2\\) and the best dense model were each run with one",
+        ),
+        (3, 2.5, "structured is lower", "above 0"),
+        (3, 1.5, "dense is lower", "below 0"),
+        (3, 2.01, "no clear difference", "contains 0"),
+        (3, None, "unconfirmed", "no dense model was run"),
+    ],
+)
+def test_the_verdict_rests_on_seeds(
+    store: Store, seeds: int, dense: float | None, verdict: str, told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """And it is the same in the answer, the command's text and the snippet."""
+    models = [("monarch", 2.0), ("kronecker", 2.3), ("dense", dense)]
+    runs = [
+        planted(name, seed, 3.0, loss + seed / 50)
+        for name, loss in models if loss is not None for seed in range(seeds)
+    ]  # fmt: skip
+    plant(store, runs, fingerprint="planted", budget=2e11)
+    stand(store)
+    best = get_best(store, task=TASK, train_flops=2e9)
+    assert best.verdict == verdict
+    assert re.search(told, best.verdict_reason)
+    show_best(best)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"verdict: {verdict} ({best.verdict_reason})" in shown
+    assert shown.count("unconfirmed") == (3 if (verdict, dense) == ("unconfirmed", 2.5)
+                                          else int(verdict == "unconfirmed"))  # fmt: skip
+    assert not re.search(r"\b1 \w*(runs|searches|seeds|structures|steps)|\b0 next|\(s\)", shown)
+    snippet = best.snippet
+    assert f"# verdict: {verdict}" in snippet
+    assert "base_width=64" in snippet
+    keeps = verdict in ("dense is lower", "no clear difference") or dense is None
+    assert ("# keep dense" in snippet) == keeps
+    assert ("replace_linears(" in snippet) != keeps
+
+
+def test_with_nothing_to_compare_no_comparison_is_told(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(store, [planted("monarch", 0, 3.0, 2.0)], fingerprint="planted", budget=2e11)
+    stand(store)
+    show_best(get_best(store, task=TASK, train_flops=2e9))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no other structure was run within this budget" in shown
+    assert "1 completed run of 1 search, 1 seed behind" in shown
+
+
+@pytest.mark.full
+def test_a_snippet_runs_as_printed_in_a_process_of_its_own(store: Store, tmp_path: Path) -> None:
+    plant(store, [planted("monarch", 0, 3.0, 2.0), planted("dense", 0, 3.0, 2.5)],
+          fingerprint="planted", budget=2e11)  # fmt: skip
+    stand(store)
+    program = tmp_path / "f.py"
+    program.write_text(get_best(store, task=TASK, train_flops=2e9).snippet)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "one step taken" in done.stdout
 
 
 def test_a_front_tells_what_is_compute_optimal_and_its_laws(store: Store) -> None:
@@ -184,10 +317,10 @@ def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str
     assert best.best_structured.design == best.design
     structure = structure_of(design, 64, 96)
     assert best.layer(64, 96).structure == structure
-    scope = {"model": torch.nn.Sequential(torch.nn.Linear(64, 96))}
+    scope: dict[str, Any] = {}
     exec(best.snippet, scope)
-    assert scope["model"][0].structure == structure
-    assert scope["model"](torch.randn(3, 64)).shape == (3, 96)
+    assert scope["model"][0].structure == structure_of(design, 256, 1024)
+    assert all(g["lr"] > 0 for g in scope["optimizer"].param_groups)
     again = type(best).model_validate_json(best.model_dump_json())
     assert again.layer(64, 96).structure == structure
     front = get_frontier(store, task=TASK)
@@ -201,7 +334,7 @@ def test_the_snippet_of_whole_blocks_makes_one(store: Store) -> None:
     best = get_best(store, task=TASK, train_flops=2e9)
     scope: dict[str, Any] = {}
     exec(best.snippet, scope)
-    assert scope["model"](torch.randn(3, 768)).shape == (3, 768)
+    assert scope["model"](torch.randn(3, 256)).shape == (3, 256)
 
 
 def test_aligned_heads_are_a_structure_of_their_own(store: Store) -> None:
@@ -235,10 +368,17 @@ def test_an_answer_makes_layers_and_models(store: Store) -> None:
     assert isinstance(model[0], EinsumLinear)
     assert isinstance(model[2], torch.nn.Linear)
     assert "btt" in str(report)
-    scope = {"model": torch.nn.Sequential(torch.nn.Linear(64, 64))}
+    scope: dict[str, Any] = {}
     exec(best.snippet, scope)
     assert isinstance(scope["model"][0], EinsumLinear)
     assert isinstance(scope["optimizer"], torch.optim.AdamW)
+    assert (best.base_lr, best.base_width) == (TEXT.lr, TEXT.base_width)
+    assert TEXT.lr in {g["lr"] for g in scope["optimizer"].param_groups}  # of biases
+    exec(best.model_copy(update={"dense_minus_structured": None}).snippet, scope)
+    assert isinstance(scope["model"][0], torch.nn.Linear)
+    assert {g["lr"] for g in scope["optimizer"].param_groups} == {
+        TEXT.lr, TEXT.lr * TEXT.base_width / 256, TEXT.lr * TEXT.base_width / 1024
+    }  # fmt: skip
     assert best["theta"] == best.theta
     with pytest.raises(KeyError):
         best["snippet"]

@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 
 from nas.analysis import Answer, best_for_budget, predict_for_budget
 from nas.analysis.best import BestMultiplier
-from nas.analysis.predict import predicted_rival
+from nas.analysis.predict import PredictedAnswer, greatest_runnable, predicted_rival
+from nas.cost import RunPlan, plans, train_flops_per_step
 from nas.design import design_text
 from nas.errors import NotFound
+from nas.recipe import TEXT, Recipe
 from nas.store import Run, StoredPoint
 from nas.store.standings import structure_key
 from nas.taxonomy import parse_theta
 
 STEP = 0.01  # FLOPs of a step
-DENSE = "dense"
+DENSE, DENSE_THETA, MONARCH = "dense", parse_theta("dense"), parse_theta("monarch")
 #: What every run shares on a sample, and what is left of it in a single run.
 _SHARED = np.random.default_rng(0).normal(0, 0.5, 200)
 
@@ -299,7 +301,7 @@ def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
     assert answer.structured_multiplier is not None
     assert answer.structured_multiplier.kind == "less_than"
     assert answer.structured_multiplier.value == pytest.approx(1.0)
-    assert answer.multiplier == BestMultiplier(1.0, "exact", None, 1)
+    assert answer.multiplier == BestMultiplier(1.0, "exact", (1.0, 1.0), 1)
 
 
 # --- other budgets
@@ -320,9 +322,21 @@ def test_a_budget_of_parameters_takes_runs_at_their_ends() -> None:
 # --- predictions
 
 
+#: Any length will do, and there is no other width: what a recipe refuses is tested for itself.
+ENDLESS = replace(TEXT, max_steps=1 << 30, head_dim=1, min_width=31, max_width=33)
+
+
 def long_law(trial: int, scale: float, exponent: float, **fields: Any) -> Run:
     points = [(f, scale * f**-exponent) for f in np.geomspace(1e9, 1e12, 12)]
-    return run(trial, points, **fields)
+    theta = parse_theta(fields.get("structure", "monarch"))
+    per_step = train_flops_per_step(TEXT, theta, fields.get("width", 32))
+    return run(trial, points, train_flops_per_step=per_step, **fields)
+
+
+def predict(
+    runs: Sequence[Run], budget: float, greatest: float, recipe: Recipe = ENDLESS
+) -> PredictedAnswer | None:
+    return predict_for_budget(runs, budget, greatest, recipe)
 
 
 def test_past_the_data_the_laws_are_extrapolated() -> None:
@@ -335,7 +349,7 @@ def test_past_the_data_the_laws_are_extrapolated() -> None:
             long_law(20 + s, 90.0 * (1 - s / 200), 0.13, seed=s),
         )
     ]
-    answer = predict_for_budget(runs, 1e14, 1e12)
+    answer = predict(runs, 1e14, 1e12)
     assert answer is not None
     assert answer.best.run.name == "monarch"
     assert answer.best.loss == pytest.approx(90.0 * 1e14**-0.13, rel=0.01)
@@ -344,7 +358,10 @@ def test_past_the_data_the_laws_are_extrapolated() -> None:
     assert answer.best.seeds == 3
     # the mean runs of the seeds: scales 1.005 and 0.995 times those above
     needed = (40.2 * 1e14**-0.10 / 89.55) ** (-1 / 0.13)
-    assert answer.multiplier == pytest.approx(1e14 / needed, rel=0.01)
+    assert answer.multiplier is not None
+    assert answer.multiplier.value == pytest.approx(1e14 / needed, rel=0.01)
+    assert answer.multiplier.interval is not None
+    assert answer.multiplier.interval[0] < answer.multiplier.value < answer.multiplier.interval[1]
     assert answer.indistinguishable == ()
 
 
@@ -358,7 +375,7 @@ def test_the_longest_runs_are_extrapolated() -> None:
         long_law(9, 40.0, 0.10, structure=DENSE),
         long_law(10, 41.0, 0.10),
     ]
-    answer = predict_for_budget(runs, 2e12, 1e12)
+    answer = predict(runs, 2e12, 1e12)
     assert answer is not None
     assert answer.best_dense is not None
     assert answer.best_dense.loss == pytest.approx(40.0 * 2e12**-0.10, rel=1e-3)
@@ -367,13 +384,13 @@ def test_the_longest_runs_are_extrapolated() -> None:
 
 def test_far_predictions_of_wide_intervals_stay_numbers() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(6):
+    for _ in range(4):
         runs = [
             long_law(10 * i + s, 3.0 * math.exp(rng.normal(0, 0.1)), float(rng.uniform(0.01, 0.2)),
                      structure=name, seed=s)
             for i, name in enumerate((DENSE, "monarch")) for s in range(2)
         ]  # fmt: skip
-        answer = predict_for_budget(runs, 9e14, 1e12)
+        answer = predict(runs, 9e14, 1e12)
         assert answer is not None
         for r in answer.indistinguishable:
             assert r.interval is None or all(map(math.isfinite, r.interval))
@@ -381,7 +398,7 @@ def test_far_predictions_of_wide_intervals_stay_numbers() -> None:
 
 def test_an_interval_that_begins_at_zero_is_compared_all_the_same() -> None:
     runs = [long_law(1, 40.0, 0.10, structure=DENSE), long_law(2, 41.0, 0.10)]
-    answer = predict_for_budget(runs, 2e12, 1e12)
+    answer = predict(runs, 2e12, 1e12)
     assert answer is not None
     assert answer.best_structured is not None
     for loss in (0.3, 2.0, 7.0):
@@ -395,13 +412,107 @@ def test_an_interval_that_begins_at_zero_is_compared_all_the_same() -> None:
 
 def test_one_seed_claims_no_interval_of_a_prediction() -> None:
     runs = [long_law(1, 40.0, 0.10, structure=DENSE), long_law(2, 41.0, 0.10)]
-    answer = predict_for_budget(runs, 2e12, 1e12)
+    answer = predict(runs, 2e12, 1e12)
     assert answer is not None
     assert answer.best.interval is None
     assert [r.interval for r in answer.indistinguishable] == [None]
+    assert answer.structured_multiplier is not None
+    assert (answer.structured_multiplier.value, answer.structured_multiplier.interval) == (
+        None,
+    ) * 2
+    assert "one seed" in str(answer.structured_multiplier.reason)
+
+
+def chinchilla(plan: RunPlan, steps: int) -> float:
+    """A loss that size and data lower, each by a power law of its own; dense needs more data."""
+    size, data = plan.train_flops_per_step / TEXT.tokens_per_step, steps * TEXT.tokens_per_step
+    return 0.9 + 20.0 * size**-0.25 + (30.0 if plan.dense else 28.0) * data**-0.3
+
+
+def across_widths(base: int, structure: str, seeds: int, rng: np.random.Generator) -> list[Run]:
+    """What the service would run at 2e11 train FLOPs, at every other width, with seed noise."""
+    runs: list[Run] = []
+    for plan in plans(TEXT, parse_theta(structure), 2e11)[:: 1 if structure == DENSE else 2]:
+        steps = sorted({round(plan.steps / 2 ** (i / 2)) for i in range(8)})
+        for seed in range(seeds):
+            own = math.exp(rng.normal(0, 0.004))
+            points = [
+                (float(k * plan.train_flops_per_step), own * chinchilla(plan, k)) for k in steps
+            ]
+            found = run(base + len(runs), points, structure=structure, width=plan.width, seed=seed)
+            cost = plan.train_flops_per_step
+            runs.append(replace(found, train_flops_per_step=cost, steps=plan.steps))
+    return runs
+
+
+@pytest.mark.parametrize("budget", [3e11, 1e12])
+def test_a_prediction_is_a_run_that_the_service_would_make(budget: float) -> None:
+    """Its loss and the multiplier lie within their intervals nearly always."""
+    rng, held = np.random.default_rng(1), []
+    best = {
+        d: min(chinchilla(p, p.steps) for p in plans(TEXT, d, budget))
+        for d in (DENSE_THETA, MONARCH)
+    }
+    needed = min(
+        b for b in np.geomspace(budget / 8, budget, 60)
+        if min(chinchilla(p, p.steps) for p in plans(TEXT, MONARCH, b)) <= best[DENSE_THETA]
+    )  # fmt: skip
+    for _ in range(3):
+        runs = across_widths(0, DENSE, 3, rng) + across_widths(50, "monarch", 3, rng)
+        answer = predict(runs, budget, 2e11, TEXT)
+        assert answer is not None
+        for found in (answer.best_dense, answer.best_structured):
+            assert found is not None
+            assert found.interval is not None
+            assert found.plan in plans(TEXT, found.plan.design, budget)
+            truth = chinchilla(found.plan, found.plan.steps)
+            assert found.loss == pytest.approx(truth, rel=0.04)
+            assert truth == pytest.approx(best[found.plan.design], rel=0.04)
+            held.append(found.interval[0] <= truth <= found.interval[1])
+        multiplier = answer.structured_multiplier
+        assert multiplier is not None
+        assert multiplier.value is not None
+        assert multiplier.interval is not None
+        held.append(multiplier.interval[0] <= budget / needed <= multiplier.interval[1])
+    assert sum(held) / len(held) >= 0.9
+
+
+def test_nothing_is_predicted_that_would_take_more_steps_than_the_recipe_has() -> None:
+    runs = across_widths(0, "monarch", 1, np.random.default_rng(2))
+    most = greatest_runnable(runs, TEXT)
+    answer = predict(runs, most, 2e11, TEXT)
+    assert answer is not None
+    assert (answer.best.plan.width, answer.best.plan.steps) == (max(r.width for r in runs), 4000)
+    assert predict(runs, most * 1.01, 2e11, TEXT) is None
+
+
+def test_dense_is_not_predicted_at_a_width_that_makes_structures_look_good() -> None:
+    rng = np.random.default_rng(3)
+    wide = [r for r in across_widths(0, DENSE, 3, rng) if r.width >= 80]
+    answer = predict([*wide, *across_widths(50, "monarch", 3, rng)], 1e12, 2e11, TEXT)
+    assert answer is not None
+    assert (answer.best_dense, answer.left_out) == (None, 1)
+    assert answer.structured_multiplier is not None
+    assert answer.structured_multiplier.value is None
+    assert "dense is not extrapolated" in str(answer.structured_multiplier.reason)
+
+
+def test_the_width_grows_with_compute_as_it_does_in_the_data() -> None:
+    """Each of three widths is best over a third of the measured range, the widest at its end."""
+    flops, runs = np.geomspace(1e10, 2e11, 6).tolist(), []
+    for i, width in enumerate((64, 96, 128)):
+        points = [(f, 40 * f**-0.1 * (1.0 if k // 2 == i else 1.1)) for k, f in enumerate(flops)]
+        cost = train_flops_per_step(TEXT, MONARCH, width)
+        runs.append(run(i, points, width=width, train_flops_per_step=cost))
+    answer = predict(runs, 8e11, 2e11, TEXT)
+    assert answer is not None
+    assert answer.best.widths == 2  # of the third, a run at this budget would be too long
+    assert 128 < answer.best.plan.width < 256
+    assert answer.best.plan in plans(TEXT, MONARCH, 8e11)
+    assert answer.best.loss == pytest.approx(40 * 8e11**-0.1, rel=1e-3)
 
 
 def test_nothing_is_extrapolated_from_too_little() -> None:
-    assert predict_for_budget([run(1, [(5.0, 2.0), (10.0, 1.9)])], 100.0, 10.0) is None
+    assert predict([run(1, [(5.0, 2.0), (10.0, 1.9)])], 100.0, 10.0) is None
     rising = run(1, [(2.0, 1.0), (4.0, 1.1), (8.0, 1.2), (10.0, 1.3)])
-    assert predict_for_budget([rising], 100.0, 10.0) is None
+    assert predict([rising], 100.0, 10.0) is None
