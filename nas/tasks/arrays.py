@@ -12,10 +12,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import InvalidInput
+from nas.errors import InvalidInput, echo
+from nas.tasks.folders import listed
 
 #: How `.npy` and `.npz` files begin.
-NPY, ZIP = b"\x93NUMPY", b"PK"
+NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
 #: Bytes within which an array's description ends.
 _HEADER = 1 << 14
 #: Bytes of the list of what a `.npz` holds, and of its end.
@@ -89,7 +90,8 @@ class ArrayReader:
                 members = {info.filename: info for info in archive.infolist()}
                 for name in names:
                     if (member := members.get(f"{name}.npy")) is None:
-                        raise self.error(f"this file has no array `{name}`")
+                        has = listed(n.removesuffix(".npy") for n in members) or "no arrays"
+                        raise self.error(f"this file has no array `{name}`; it has {echo(has)}")
                     self.check_size(member.file_size)
                     if member.file_size > _HEADER + _EXPANSION * member.compress_size:
                         raise self.error(

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import InvalidInput
-from nas.recipe import Recipe
+from nas.errors import InvalidInput, echo
+from nas.recipe import TEXT_BPE, Recipe
 from nas.tasks.arrays import NPY, ArrayReader
 from nas.tasks.data import (
     HUB_PREFIX,
@@ -31,6 +31,7 @@ from nas.tasks.data import (
     content_digest,
     is_pickle,
 )
+from nas.tasks.folders import TRAINING, VALIDATION, is_system_folder, listed, own_split
 from nas.tasks.opening import DataFile, OpenData, opened
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ VALIDATION_SHARE = 0.05
 COUNTED_CHARACTERS = 1 << 23
 
 _TOKEN_OF_BYTE = bytes(max(ALPHABET.find(byte), 0) for byte in range(256))
-_SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", ".git"})
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
+#: Ends of the files of a corpus that may have the names of a split: ``wiki.train.tokens``.
+_CORPUS_SUFFIXES = frozenset({".txt", ".tokens", ".raw"})
 #: Bytes read, and encoded, at a time.
 _PIECE = 1 << 16
 #: Bytes of a word: counting pairs takes time quadratic in it.
@@ -53,6 +56,8 @@ _LINE_END = re.compile(rb"\S(?=\n)")
 
 #: A text and where the part of it that is meant starts and stops.
 _Span = tuple[bytes, int, int]
+#: The pieces of a text as they are read, and whether it is validation data.
+_Source = tuple[Iterable[bytes], bool]
 _Tokens = NDArray[np.uint8] | NDArray[np.uint16]
 
 
@@ -93,18 +98,31 @@ class _Reading:
 
     def checked(self, pieces: Iterable[bytes]) -> bytes:
         """The text made of the pieces; `_Unusable` at the first byte that none may have."""
-        kind = "binary" if self.utf8 else "with other characters"
         foreign = self.foreign()
         text = io.BytesIO()
         for piece in chain(pieces, [b""]):
             if found := foreign(piece):
                 byte, offset = found
-                detail = f"has the byte {byte:#04x} at offset {text.tell() + offset}"
-                raise _Unusable(kind, detail)
+                begin = bytes(text.getbuffer()[:2]) + piece[:2]
+                raise self.unusable(byte, text.tell() + offset, piece[offset + 1 :][:1], begin)
             text.write(piece)
         if not text.tell():
             raise _Unusable("empty", "is empty")
         return text.getvalue()
+
+    def unusable(self, byte: int, offset: int, following: bytes, begin: bytes) -> _Unusable:
+        """Why a text with a byte that none may have cannot be used."""
+        kind = "binary" if self.utf8 else "with other characters"
+        detail = f"has the byte {byte:#04x} at offset {offset}"
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            kind, detail = "UTF-16", f"{detail}: it is UTF-16, save it as UTF-8"
+        elif not self.utf8:
+            if byte == ord("\r"):
+                kind = "with line endings of Windows" if following == b"\n" else kind
+                name = "\\r\\n, as Windows has" if following == b"\n" else "\\r"
+                detail = f"{detail}: its lines end in {name}; convert them to \\n"
+            detail += f", or use the recipe {TEXT_BPE.name}, which takes any UTF-8"
+        return _Unusable(kind, detail)
 
 
 def default_folder() -> Path:
@@ -122,10 +140,16 @@ def load_text(
 ) -> TaskData:
     """Read a file, a folder, ``hf:…``, or by default the standard library's `.py` files.
 
+    A folder's sub-folders ``train`` and ``validation``, ``val``, ``dev`` or ``test``
+    (`nas.tasks.folders` has all names), or files such as ``wiki.train.tokens`` and
+    ``wiki.valid.tokens``, are its split.
+
     Texts that are not made solely of the 96 characters (of a user's data with `bpe`: that are not
     UTF-8 or have a NUL byte) are left out and counted, and of equal texts all but one.  Whole texts
     go to validation, chosen by the digest of their content, until they hold 5% of the bytes; where
-    no choice of whole texts holds between 5% and 10%, the last 5% of all do.
+    no choice of whole texts holds between 5% and 10%, the last 5% of all do.  Links, and hidden and
+    system folders, are left out and counted.  The rows of an ``hf:`` dataset are texts, or, where
+    none has several lines, in their order the lines of one text.
 
     With `bpe` the tokens are learnt from the training split alone.  A file ``.npy`` of unsigned
     integers holds tokens already; its last 5% are validation.
@@ -147,11 +171,13 @@ def load_text(
     """
     name = shown or ("the default corpus" if data is None else str(data))
     reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None, learns)
-    if data is not None and root is None and str(data).startswith(HUB_PREFIX):
-        from nas.tasks.hub import hub_texts
-
-        return _task_data(recipe, reading, ([text] for text in hub_texts(str(data))), "texts")
     path = default_folder() if data is None else data
+    if data is not None and root is None and str(data).startswith(HUB_PREFIX):
+        from nas.tasks.hub import local_text
+
+        if (file := local_text(str(data))) is None:
+            return _read_hub(recipe, reading, str(data))
+        path = file
     with opened(path, reading.error, root=root) as found:
         if found.is_folder:
             return _read_folder(recipe, reading, found, data is None)
@@ -166,18 +192,58 @@ def _read_file(recipe: Recipe, reading: _Reading, found: OpenData) -> TaskData:
         raise reading.too_large()
     if head.startswith(NPY):
         return _pretokenised(recipe, reading, found)
-    return _task_data(recipe, reading, [_pieces_of_file(found, found.size)], "files", single=True)
+    source = (_pieces_of_file(found, found.size), False)
+    return _task_data(recipe, reading, [source], "files", Counter(), single=True)
 
 
 def _read_folder(recipe: Recipe, reading: _Reading, found: OpenData, only_python: bool) -> TaskData:
     end = ".py" if only_python else ""
-    files = [file for file in found.files(_SKIPPED_FOLDERS) if file.name.endswith(end)]
+    left_out: Counter[str] = Counter()
+    every = found.files(left_out, lambda name: is_system_folder(name) or name in _PACKAGES)
+    files = [file for file in every if file.name.endswith(end)]
     if sum(file.size for file in files) > MAX_BYTES and (
         sum(file.size for file in files if _is_text(file, reading)) > MAX_BYTES
     ):
         raise reading.too_large()
-    sources = (_pieces_of_file(file, file.size) for file in files)
-    return _task_data(recipe, reading, sources, "files")
+    tops = [] if only_python else [_name_of_split(file) for file in files]
+    train, held = own_split(tops)
+    if not held:
+        sources: Iterable[_Source] = ((_pieces_of_file(f, f.size), False) for f in files)
+        return _task_data(recipe, reading, sources, "files", left_out)
+    chosen = [(f, top in held) for f, top in zip(files, tops, strict=True) if top in train | held]
+    left_out[f"beside {listed(train)} and {listed(held)}"] = len(files) - len(chosen)
+    sources = ((_pieces_of_file(f, f.size), is_held) for f, is_held in chosen)
+    return _task_data(recipe, reading, sources, "files", left_out, own=True)
+
+
+def _read_hub(recipe: Recipe, reading: _Reading, spec: str) -> TaskData:
+    """The rows of a dataset: texts, or, where none has several lines, the lines of one text."""
+    from nas.tasks.hub import hub_texts
+
+    found = hub_texts(spec)
+    left_out: Counter[str] = Counter()
+    if found.whole or any(b"\n" in row[:-1] for row in found.texts):
+        sources = (([text], False) for text in found.texts)
+        of = "" if found.whole else f" of column {echo(found.column)}"
+        return _task_data(recipe, reading, sources, "texts", left_out, of=of)
+    lines = []
+    for row in found.texts:
+        try:
+            lines.append(reading.checked([row]) if row else b"")
+        except _Unusable as error:
+            left_out[f"rows {error.kind}"] += 1
+    text = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
+    of = f" whose lines are the {len(lines):,} rows of column {echo(found.column)}"
+    return _task_data(recipe, reading, [([text], False)], "texts", left_out, of=of)
+
+
+def _name_of_split(file: DataFile) -> str:
+    """What may say the split of a file: its folder, or of `wiki.train.tokens` the `train`."""
+    if len(file.parts) > 1:
+        return file.parts[0]
+    stem, _, suffix = file.name.rpartition(".")
+    names = [n for n in stem.split(".") if n.lower() in (*TRAINING, *VALIDATION)]
+    return names[0] if len(names) == 1 and f".{suffix.lower()}" in _CORPUS_SUFFIXES else ""
 
 
 def _begin(file: DataFile | OpenData) -> bytes:
@@ -229,15 +295,22 @@ def _foreign_to_utf8() -> Callable[[bytes], tuple[int, int] | None]:
 def _task_data(
     recipe: Recipe,
     reading: _Reading,
-    sources: Iterable[Iterable[bytes]],
+    sources: Iterable[_Source],
     called: str,
+    left_out: Counter[str],
+    *,
     single: bool = False,
+    own: bool = False,
+    of: str = "",
 ) -> TaskData:
-    """The usable ones of the sources, each the pieces of one text, split and as tokens."""
+    """The usable ones of the sources, split, unless they are already (`own`), and as tokens.
+
+    `of` says in the summary what the texts were made of.
+    """
     texts: dict[bytes, bytes] = {}
-    left_out: Counter[str] = Counter()
+    held: dict[bytes, bytes] = {}
     size = 0
-    for source in sources:
+    for source, is_held in sources:
         try:
             text = reading.checked(source)
         except _Unusable as error:
@@ -246,18 +319,24 @@ def _task_data(
             left_out[error.kind] += 1
             continue
         digest = hashlib.sha256(text).digest()
-        if digest in texts:
+        split = held if is_held else texts
+        if digest in split:
             left_out["equal to another"] += 1
             continue
-        texts[digest] = text
+        split[digest] = text
         size += len(text)
         if size > MAX_BYTES:
             raise reading.too_large()
-    splits = _split([texts[digest] for digest in sorted(texts)])
+    for digest in texts.keys() & held.keys():
+        left_out["equal to one for training"] += 1
+        size -= len(held.pop(digest))
+    kept, others = ([part[digest] for digest in sorted(part)] for part in (texts, held))
+    splits = (_whole(kept), _whole(others)) if own else _split(kept)
     characters = size
     if reading.utf8:
         characters = sum(len(str(text[a:b], "utf-8")) for text, a, b in _pieces(chain(*splits)))
-    summary = f"{len(texts):,} {called}, {characters:,} characters, {_counted(left_out, called)}"
+    count = len(texts) + len(held)
+    summary = f"{count:,} {called}{of}, {characters:,} characters, {_counted(left_out, called)}"
     # a token is at least a byte: before tokens are learnt from a text that is too short
     if min(map(_size, splits)) >= recipe.least_tokens:
         bpe = recipe.tokenizer == "bpe"
@@ -272,14 +351,17 @@ def _task_data(
         lengths = f"{len(train):,} and {len(validation):,} tokens"
     else:
         lengths = "{:,} and {:,} bytes".format(*map(_size, splits))
+    how = "" if own else f" (the last 5%, or whole {called})"
+    of_others = any("characters" in kind or "line endings" in kind for kind in left_out)
+    other = f"; the recipe {TEXT_BPE.name} takes any UTF-8" if of_others else ""
     raise reading.error(
-        f"of this, {summary}; training and validation (the last 5%, or whole {called}) have "
-        f"{lengths}, and need {recipe.least_tokens:,} tokens each"
+        f"of this, {summary}; training and validation{how} have {lengths}, and need "
+        f"{recipe.least_tokens:,} tokens each{other}"
     )
 
 
 def _counted(left_out: Counter[str], called: str) -> str:
-    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items()))
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items()) if n)
     return f"{left_out.total():,} {called} left out" + (f" ({kinds})" if kinds else "")
 
 
@@ -312,6 +394,10 @@ def _split(texts: list[bytes]) -> tuple[list[_Span], list[_Span]]:
         kept.append((text, 0, cut))
         held.append((text, cut, len(text)))
     return kept, held
+
+
+def _whole(texts: Iterable[bytes]) -> list[_Span]:
+    return [(text, 0, len(text)) for text in texts]
 
 
 def _size(spans: Iterable[_Span]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,23 @@ _PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth"})
 
 #: The arrays of a split by name.
 Arrays = Mapping[str, NDArray[np.generic]]
+
+
+def hub_parts(spec: str) -> tuple[str, str]:
+    """Name of a dataset, and what follows its colon; a path that is there may have colons, too."""
+    whole = spec.removeprefix(HUB_PREFIX)
+    at = len(whole)
+    while at > 0:
+        if is_there(whole[:at]):
+            return whole[:at], whole[at + 1 :]
+        at = whole.rfind(":", 0, at)
+    name, _, part = whole.partition(":")
+    return name, part
+
+
+def is_there(path: str) -> bool:
+    """Whether a path exists; False for names that no file can have."""
+    return os.path.exists(path)  # noqa: PTH110 (Path.exists raises for a long name)
 
 
 @dataclass(frozen=True)

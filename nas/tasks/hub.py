@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import InvalidInput
-from nas.tasks.data import HUB_PREFIX, MAX_BYTES
+from nas.errors import InvalidInput, echo
+from nas.tasks.data import HUB_PREFIX, MAX_BYTES, hub_parts, is_there
+from nas.tasks.table import separated, text_rows
 
 #: End of a local file → what reads it.  None of these readers unpickles; others of the library do.
 _BUILDERS = {
@@ -25,11 +30,40 @@ _ACCEPTED = (
     f"dataset of the hub, a folder or a file ({', '.join(_BUILDERS)})"
 )
 
+#: How files that are not here are read: texts as a whole, and no cell as a missing value.
+_OPTIONS: dict[str, dict[str, object]] = {
+    "text": {"sample_by": "document"},
+    "csv": {"keep_default_na": False},
+}
+
 Row = dict[str, Any]
 
 
-def hub_texts(spec: str) -> list[bytes]:
-    """Every text of a dataset's column `text` or `content`, or of its only column, as UTF-8.
+class _File(Row):
+    """A row that is a whole file of text."""
+
+
+@dataclass(frozen=True)
+class HubTexts:
+    """Texts of a dataset in its order, as UTF-8."""
+
+    texts: list[bytes]
+    #: name of their column
+    column: str
+    #: whether each is a whole file, not a row
+    whole: bool
+
+
+def local_text(spec: str) -> Path | None:
+    """The file that a name means if that is a text file, which no library has to read."""
+    name, split = hub_parts(spec)
+    path = Path(name)
+    is_text = path.suffix.lower() == ".txt" and split in ("", "train") and is_there(name)
+    return path if is_text and path.is_file() else None
+
+
+def hub_texts(spec: str) -> HubTexts:
+    """Every text of a dataset's column `text` or `content`, or of its only column.
 
     Raises
     ------
@@ -37,15 +71,18 @@ def hub_texts(spec: str) -> list[bytes]:
         The library or the dataset is missing, or it has no such column.
     """
     texts: list[bytes] = []
-    size = 0
+    size, column, whole = 0, "", False
     for row in _rows(spec):
+        whole = isinstance(row, _File)
         column = _column(spec, row, _TEXT_COLUMNS)
         text = row[column]
-        if not isinstance(text, str | None):
-            raise _error(spec, f"column {column} of row {len(texts)} is no text")
-        texts.append((text or "").encode("utf-8", "replace"))
+        if isinstance(text, str | None):
+            text = (text or "").encode("utf-8", "replace")
+        elif not isinstance(text, bytes):
+            raise _error(spec, f"column {echo(column)} of row {len(texts)} is no text")
+        texts.append(text)
         size = _added(spec, size, len(texts[-1]))
-    return texts
+    return HubTexts(texts, column, whole)
 
 
 def hub_images(spec: str) -> tuple[list[bytes | NDArray[np.uint8]], list[int | str]]:
@@ -103,7 +140,7 @@ def _added(spec: str, size: int, more: int) -> int:
 def _column(spec: str, row: Row, names: tuple[str, ...]) -> str:
     if found := next((n for n in names if n in row), None):
         return found
-    if len(row) == 1:
+    if len(row) == 1 and not separated([*row]):
         return next(iter(row))
     raise _error(spec, f"a column {' or '.join(names)}; this has {', '.join(row)}")
 
@@ -114,38 +151,81 @@ def _rows(spec: str) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise _error(spec, "this needs pip install 'einsum-nas[data]'") from error
-    name, _, part = spec.removeprefix(HUB_PREFIX).partition(":")
+    name, part = hub_parts(spec)
     configuration, _, split = part.rpartition("/")
     if not name:
         raise _error(spec, "this names no dataset")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else local files are counted online, too
-    try:
-        path = Path(name)
-        local = path.exists()
-        source = str(path.resolve()) if local else name
-        if path.is_file():
-            if (kind := _BUILDERS.get(path.suffix.lower())) is None:
+    with TemporaryDirectory() as folder:
+        try:
+            path = Path(name)
+            local = is_there(name)
+            kind = None
+            if path.is_file() and (kind := _BUILDERS.get(path.suffix.lower())) is None:
                 raise _error(spec, "this file is none of these")
-            builder = datasets.load_dataset_builder(kind, data_files=source)
-        else:
-            builder = datasets.load_dataset_builder(source, configuration or None)
-        reader = type(builder).__module__.rpartition(".")[2]
-        if reader not in _BUILDERS.values():
-            raise _error(spec, f"this dataset is read by {reader!r}")
-        if not local:
-            _added(spec, 0, builder.info.dataset_size or 0)
-            builder.download_and_prepare()
-        found = builder.as_streaming_dataset() if local else builder.as_dataset()
-        split = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
-        if split not in found:
-            raise _error(spec, f"this dataset has the splits {', '.join(map(str, found))}")
-        rows = found[split]
-        for column, feature in (rows.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-        yield from rows
-    except InvalidInput:
-        raise
-    except Exception as error:  # the library's own, pyarrow's, pandas', the network's
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise _error(spec, reason) from error
+            if local:
+                name = _plainly_named(path.resolve(), Path(folder))
+            yield from _rows_of(spec, name, kind, configuration, split, local)
+        except InvalidInput:
+            raise
+        except Exception as error:  # the library's own, pyarrow's, pandas', the network's
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise _error(spec, reason) from error
+
+
+def _plainly_named(path: Path, folder: Path) -> str:
+    """The same data by links in a new folder, for the library takes names for patterns."""
+    if path.is_file():
+        link = folder / f"data{path.suffix.lower()}"
+        link.symlink_to(path)
+        return str(link)
+    for inside, _, files in os.walk(path):
+        here = folder / Path(inside).relative_to(path)
+        here.mkdir(exist_ok=True)
+        for file in files:
+            (here / file).symlink_to(Path(inside, file))
+    return str(folder)
+
+
+def _rows_of(
+    spec: str, source: str, kind: str | None, configuration: str, split: str, local: bool
+) -> Iterator[Row]:
+    import datasets
+
+    def builder_for(**options: object) -> Any:
+        if kind:
+            return datasets.load_dataset_builder(kind, data_files=source, **options)
+        return datasets.load_dataset_builder(source, configuration or None, **options)
+
+    builder = builder_for()
+    reader = type(builder).__module__.rpartition(".")[2]
+    if reader not in _BUILDERS.values():
+        raise _error(spec, f"this dataset is read by {reader!r}")
+    files = builder.config.data_files if local and reader in ("csv", "text") else None
+    if files is not None:
+        for file in files[_split_of(spec, split, files)]:
+            with Path(file).open("rb") as stream:
+                if reader == "text":
+                    yield _File(text=stream.read(MAX_BYTES + 1))
+                else:
+                    yield from text_rows(stream, partial(_error, spec))
+        return
+    if reader in _OPTIONS:
+        builder = builder_for(**_OPTIONS[reader])
+    if not local:
+        _added(spec, 0, builder.info.dataset_size or 0)
+        builder.download_and_prepare()
+    found = builder.as_streaming_dataset() if local else builder.as_dataset()
+    rows = found[_split_of(spec, split, found)]
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    for row in rows:
+        yield _File(row) if reader == "text" else row
+
+
+def _split_of(spec: str, split: str, found: Mapping[str, Any]) -> str:
+    split = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
+    if split not in found:
+        raise _error(spec, f"this dataset has the splits {', '.join(map(str, found))}")
+    return split

@@ -6,11 +6,13 @@ import hashlib
 import io
 import math
 import os
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,10 +30,12 @@ from nas.tasks.data import (
     content_digest,
     is_pickle,
 )
+from nas.tasks.folders import VALIDATION, listed, own_split
 from nas.tasks.opening import DataFile, OpenData, opened
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.ImageFile import ImageFile
 
 #: Share of the images held out for validation where the data has no split of its own, at most.
 VALIDATION_SHARE = 0.2
@@ -39,8 +43,11 @@ VALIDATION_SHARE = 0.2
 _MAX_FILE = 1 << 28
 #: Pixels of all images of a folder that was named over the network, before they are scaled down.
 _MAX_PIXELS = 1 << 32
-#: Sub-folders that are validation data beside one named train; the first that is there is read.
-_VALIDATION_FOLDERS = ("validation", "valid", "val", "test")
+#: Bits that cameras and scanners give a grey value, of those that a 16-bit file can hold.
+_DEPTHS = (8, 10, 12, 14, 16)
+_PHOTOMETRIC = 262  # tag of a TIFF
+#: How Pillow calls channels of 16 bits of which it keeps the upper byte.
+_WIDE = re.compile(r";16[BLN]")
 #: Formats whose decoders start no other program, and how their files end.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 _SUFFIXES = frozenset(
@@ -59,6 +66,16 @@ class _Unusable(Exception):
     """Why an image is left out: the kind under which it is counted."""
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where an image comes from, what errors call it, its label, whether it is for validation."""
+
+    open: Callable[[], IO[bytes]]
+    name: str
+    label: Any = None
+    held: bool = False
+
+
 @dataclass
 class _Reading:
     """What errors call the data, and what has been read of it."""
@@ -72,6 +89,11 @@ class _Reading:
     levels: int = 256
     #: pixels that may still be decoded
     most_pixels: float = math.inf
+    #: largest value of 16 bits in an image of one channel, in those of several (its upper byte)
+    largest: int = -1
+    largest_colour: int = -1
+    #: by how many bits values of 16 bits are shifted; None before `largest` is known
+    shift: int | None = None
 
     @property
     def labelled(self) -> bool:
@@ -131,9 +153,10 @@ def load_images(
     The default, scikit-learn's 1,797 handwritten digits, suits recipes of 8×8 grey images.  Else:
 
     - ``folder/class/*.png`` and other formats; for `pixels` in any sub-folders or none.  Beside a
-      sub-folder ``train``, one named ``validation``, ``valid``, ``val`` or ``test`` is the
-      validation data.  Links inside the folder are not followed; files that cannot be decoded,
-      or are larger than Pillow's limit, are left out and counted.
+      sub-folder ``train``, one named ``validation``, ``val``, ``dev`` or ``test`` is the validation
+      data (`nas.tasks.folders` has all names); with ``train`` alone, its sub-folders are the
+      classes.  Left out and counted are links, hidden and system folders, and files that cannot
+      be decoded or are larger than Pillow's limit.
     - CIFAR-10's and CIFAR-100's ``*.bin``, of which ``test*`` is the validation data.
     - an ``.npz`` with ``images`` (n, h, w) or (n, h, w, 1 or 3), uint8, and ``labels`` (n,); for
       `pixels` also an ``.npy`` of images.
@@ -142,6 +165,8 @@ def load_images(
     out of the middle, averages it down to side×side and, where the recipe's vocabulary V is smaller
     than the number of levels L, maps a value to ``value * V // L``.  One channel is the luminance,
     three repeat a grey one; transparency is dropped, and of an animation the first frame is taken.
+    An image is turned as its EXIF orientation says.  Grey values of 16-bit files are of as many
+    bits (8, 10, 12, 14 or 16) as the largest of all images needs, and scaled to 8.
 
     Without a split of its own, a fifth of the data, at most `recipe.validation_samples`, is held
     out: which, depends on the images' pixels alone, and equal images stay on one side.  With one,
@@ -252,12 +277,6 @@ def _add_arrays(
 
 def _fitted(image: Image.Image, recipe: Recipe) -> _Images:
     """(side, side, channels) of an image that is no smaller."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise _Unusable("of other values")
     image = image.convert("L" if recipe.channels == 1 else "RGB")
     (width, height), side = image.size, recipe.side
     square = min(width, height)
@@ -289,41 +308,78 @@ def _shares(square: int, side: int) -> NDArray[np.float64]:
     return shares
 
 
-def _decoded(reading: _Reading, source: IO[bytes], what: str) -> _Images | None:
-    """An image as the recipe has it; counted and None if it cannot be decoded."""
+def _decoded(reading: _Reading, file: ImageFile, name: str) -> _Images | None:
+    """An opened image as the recipe has it; None if it has to wait for `reading.shift`."""
+    from PIL import Image, ImageOps
+
+    wide = _WIDE.search(str(file.tile))  # before Pillow reduces several channels of 16 bits to 8
+    reading.check_shape(*file.size, name)
+    if reading.shift is None:
+        reading.check_pixels(math.prod(file.size))
+    file.load()
+    with suppress(Exception):  # a broken note about the orientation says nothing about it
+        ImageOps.exif_transpose(file, in_place=True)
+    image: Image.Image = file
+    if image.mode.startswith("I;16"):
+        if getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            raise _Unusable("of other values")  # 0 is white: Pillow leaves them so
+        values = np.asarray(image)
+        if reading.shift is None:
+            reading.largest = max(reading.largest, int(values.max()))
+            return None
+        image = Image.fromarray(np.minimum(values >> reading.shift, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise _Unusable("of other values")
+    elif wide:
+        largest = int(np.asarray(image.convert("RGB")).max())
+        reading.largest_colour = max(reading.largest_colour, largest)
+    return _fitted(image, reading.recipe)
+
+
+def _read_images(reading: _Reading, sources: Sequence[_Source]) -> None:
     from PIL import Image
 
-    try:
-        with Image.open(source, formats=_FORMATS) as image:
-            reading.check_shape(*image.size, what)
-            reading.check_pixels(math.prod(image.size))
-            return _fitted(image, reading.recipe)
-    except InvalidInput:
-        raise
-    except _Unusable as error:
-        reading.left_out[str(error)] += 1
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        reading.left_out["too large"] += 1
-    except Exception:  # decoders raise nearly everything
-        reading.left_out["unreadable"] += 1
-    return None
-
-
-def _read_images(reading: _Reading, sources: Iterator[tuple[Any, str, Any, bool]]) -> None:
-    """Sources are what Pillow opens, what errors call it, a label, whether for validation."""
-    from PIL import Image
-
+    waiting = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd but readable files
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for source, what, label, held in sources:
-            image = _decoded(reading, source, what)
-            if image is not None:
-                reading.add(image[None], [label] if reading.labelled else [], held)
+        for source in sources:
+            try:
+                with source.open() as stream, Image.open(stream, formats=_FORMATS) as image:
+                    pixels = _decoded(reading, image, source.name)
+            except InvalidInput:
+                raise
+            except _Unusable as error:
+                reading.left_out[str(error)] += 1
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+                reading.left_out["too large"] += 1
+            except Exception:  # decoders raise nearly everything
+                reading.left_out["unreadable"] += 1
+            else:
+                if pixels is None:
+                    waiting.append(source)
+                else:
+                    label = [source.label] if reading.labelled else []
+                    reading.add(pixels[None], label, source.held)
+    if reading.shift is None and max(reading.largest, reading.largest_colour) >= 0:
+        reading.shift = _depth(reading) - 8
+        _read_images(reading, waiting)
+
+
+def _depth(reading: _Reading) -> int:
+    """Bits of the values in files of 16 bits: as many as the largest of all images needs."""
+    largest = max(reading.largest, reading.largest_colour << 8)
+    depth = next(bits for bits in _DEPTHS if largest < 1 << bits)
+    if depth < 16 and reading.largest_colour >= 0:
+        raise reading.error(
+            f"the colour images of 16 bits have no value above {largest | 255:,} of 65,535, so "
+            "these are no values of 16 bits; scale them, and save the images with 8 bits"
+        )
+    return depth
 
 
 def _read_folder(reading: _Reading, folder: OpenData) -> None:
-    files = list(folder.files())
+    files = list(folder.files(reading.left_out))
     images = [f for f in files if f.suffix in _SUFFIXES]
     records = [f for f in files if f.suffix == ".bin" and len(f.parts) == 1]
     if records and not images:
@@ -333,33 +389,56 @@ def _read_folder(reading: _Reading, folder: OpenData) -> None:
             with file.open() as stream:
                 if is_pickle(file.name, stream.read(2)):
                     raise reading.arrays.pickled()
-        raise reading.error(f"none of the {len(files):,} files of this folder is an image")
+        raise reading.error(
+            f"none of the {len(files):,} files of this folder is an image"
+            f"{_counted(reading.left_out)}"
+        )
     reading.check_count(len(images))
     reading.left_out["no image"] = len(files) - len(images)
-    tops = {f.parts[0] for f in images}
-    held = next((v for v in _VALIDATION_FOLDERS if {"train", v} <= tops), None)
-
-    def sources() -> Iterator[tuple[Any, str, Any, bool]]:
-        for file in images:
-            parts = file.parts
-            if held and parts[0] not in ("train", held):
-                reading.left_out[f"beside train and {held}"] += 1
-            elif reading.labelled and len(parts) < (3 if held else 2):
-                reading.left_out["without a class"] += 1
-            elif file.size > _MAX_FILE:
-                reading.left_out["too large"] += 1
-            else:
-                label = parts[1 if held else 0] if reading.labelled else None
-                try:
-                    stream = file.open()
-                except OSError:
-                    reading.left_out["unreadable"] += 1
-                    continue
-                with stream:
-                    yield stream, "/".join(parts), label, bool(held) and parts[0] == held
-
+    train, held = _folders_of_split(reading, images)
+    both = " and ".join(map(listed, filter(None, (train, held))))
+    sources = []
+    for file in images:
+        parts = file.parts
+        if train and parts[0] not in train | held:
+            reading.left_out[f"beside {both}"] += 1
+        elif reading.labelled and len(parts) < (3 if train else 2):
+            reading.left_out["without a class"] += 1
+        elif file.size > _MAX_FILE:
+            reading.left_out["too large"] += 1
+        else:
+            label = parts[1 if train else 0]
+            sources.append(_Source(file.open, "/".join(parts), label, parts[0] in held))
     reading.most_pixels = _MAX_PIXELS if folder.from_network else math.inf
-    return _read_images(reading, sources())
+    return _read_images(reading, sources)
+
+
+def _folders_of_split(
+    reading: _Reading, images: Sequence[DataFile]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the folders of the training and of the validation images, if folders are splits."""
+    below: dict[str, set[str]] = {}
+    for file in images:
+        if len(file.parts) > 1:
+            below.setdefault(file.parts[0], set()).update(file.parts[1:-1][:1])
+    train, held = own_split(below)
+    if not reading.labelled:
+        return (train, held) if held else (frozenset(), frozenset())
+    if held or any(below[name] for name in train):
+        return train, held
+    # then the folders are the classes, one of which may well be called train
+    how = "name the split's folders train and validation, or one of them as the data"
+    if len(below) > 1 and all(name.lower() in VALIDATION for name in below):
+        raise reading.error(f"the folders {listed(below)} are splits without one to train; {how}")
+    times = Counter(name for names in below.values() for name in names)
+    twins = [top for top, names in below.items() if sum(times[n] > 1 for n in names) > 1]
+    if len(twins) > 1:
+        shared = {name for name in below[twins[0]] if times[name] > 1}
+        raise reading.error(
+            f"the folders {listed(twins)} hold the same sub-folders, {listed(shared)}, so either "
+            f"may be the classes; {how}, or have no folders in those of the classes"
+        )
+    return frozenset(), frozenset()
 
 
 def _read_cifar(reading: _Reading, files: Sequence[DataFile | OpenData]) -> None:
@@ -399,14 +478,13 @@ def _read_hub(reading: _Reading, spec: str) -> None:
     reading.check_count(len(images))
     labels: Sequence[Any] = found or [None] * len(images)
 
-    def encoded() -> Iterator[tuple[Any, str, Any, bool]]:
-        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-            if isinstance(image, bytes):
-                yield io.BytesIO(image), f"row {row}", label, False
-            else:
-                _add_arrays(reading, image[None], [label])
-
-    _read_images(reading, encoded())
+    sources = []
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        if isinstance(image, bytes):
+            sources.append(_Source(partial(io.BytesIO, image), f"row {row}", label))
+        else:
+            _add_arrays(reading, image[None], [label])
+    _read_images(reading, sources)
 
 
 def _task_data(reading: _Reading, source: str = "") -> TaskData:
@@ -426,7 +504,8 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
     reading.pieces.clear()
     digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
     order = sorted(range(len(images)), key=lambda i: (digests[i], labels[i]))
-    if any(flags) and not all(flags):
+    own = any(flags) and not all(flags)
+    if own:
         train = [i for i in order if not flags[i]]
         known = {digests[i] for i in train}
         others = [i for i in order if flags[i] and digests[i] not in known]
@@ -435,12 +514,20 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
         left_out["validation images beyond the recipe's"] = len(others) - len(validation)
     else:
         train, validation = _split(order, digests, labels, recipe.validation_samples)
-    counts = f"{len(train):,} for training, {len(validation):,} for validation{_counted(left_out)}"
+    counts = f"{len(train):,} for training, {len(validation):,} for validation"
+    if reading.shift is not None:
+        counts += f"; values of 16-bit files read as of {reading.shift + 8} bits"
+        counts += f" (the largest is {reading.largest:,})" if reading.largest >= 0 else ""
+    counts += _counted(left_out)
     least = recipe.min_validation_samples
     if min(len(train), len(validation)) < least:
+        needs = f"at least {least} images for training and {least} for validation"
+        if own:
+            raise reading.error(f"{needs}; of this, {counts}")
+        cause = _why_few(digests, labels, reading.labelled)
         raise reading.error(
-            f"at least {least} images for training and {least} for validation, without a split of "
-            f"its own {math.ceil(least / VALIDATION_SHARE)} that differ; this has {counts}"
+            f"{needs}, without a split of its own {math.ceil(least / VALIDATION_SHARE)} that "
+            f"differ{cause}; this has {counts}"
         )
     shape = f"{recipe.side}×{recipe.side}" + (f"×{recipe.channels}" if recipe.channels > 1 else "")
     if reading.labelled:
@@ -460,6 +547,24 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
     total = len(train) + len(validation)
     summary = f"{total:,} images{source}, {shape}: {counts}"
     return TaskData(recipe, *splits, content_digest(recipe.task, *splits), summary)
+
+
+def _why_few(digests: Sequence[bytes], labels: NDArray[np.int64], labelled: bool) -> str:
+    """What keeps images from being held out for validation, where it is not their number."""
+    different = len(set(digests))
+    if different < len(digests):
+        plural = "are equal" if different == 1 else f"have {different:,} different contents"
+        return (
+            f"; the {len(digests):,} images {plural} (at the recipe's size, without transparency)"
+        )
+    _, counts = np.unique(labels, return_counts=True)
+    single = int((counts == 1).sum())
+    if labelled and single:
+        return (
+            f"; {single:,} of the {len(counts):,} classes have one image, which stays in training: "
+            "a label is to be shared by several images"
+        )
+    return ""
 
 
 def _counted(left_out: Counter[str]) -> str:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from nas.errors import InvalidInput
+from nas.tasks.folders import is_system_folder
 
 #: Files and folders that a folder named over the network may hold, all together.
 MAX_ENTRIES = 1 << 17
@@ -88,13 +90,17 @@ class OpenData:
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         return os.fdopen(os.dup(self._descriptor), "rb")
 
-    def files(self, skipped: Collection[str] = ()) -> Iterator[DataFile]:
+    def files(
+        self, left_out: Counter[str], skips: Callable[[str], bool] = is_system_folder
+    ) -> Iterator[DataFile]:
         """Regular files in a fixed order; links and whatever else there is are passed over.
 
         Parameters
         ----------
-        skipped
-            Names of folders that are not looked into.
+        left_out
+            Counts, by kind, what is passed over.
+        skips
+            Whether folders of a name are not looked into: by default hidden and system folders.
 
         Raises
         ------
@@ -116,10 +122,17 @@ class OpenData:
                         count += 1
                         if self.from_network and count > MAX_ENTRIES:
                             raise self._error(f"at most {MAX_ENTRIES:,} files and folders")
-                        if entry.is_dir(follow_symlinks=False):
-                            names += [entry.name] if entry.name not in skipped else []
+                        if entry.is_symlink():
+                            left_out["linked"] += 1
+                        elif entry.is_dir(follow_symlinks=False):
+                            if skips(entry.name):
+                                left_out["hidden or system folders"] += 1
+                            else:
+                                names.append(entry.name)
                         elif entry.is_file(follow_symlinks=False):
                             sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+                        else:
+                            left_out["no regular file"] += 1
             finally:
                 os.close(descriptor)
             for name in sorted(sizes):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import IO, Any, BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +18,7 @@ from nas.recipe import Recipe
 from nas.tasks.arrays import ZIP, ArrayReader
 from nas.tasks.data import MAX_BYTES, Arrays, TaskData, content_digest, is_pickle
 from nas.tasks.opening import OpenData, opened
+from nas.tasks.table import other_format, read_numbers
 
 #: Hidden layers of the target network and their width.
 TARGET_DEPTH, TARGET_WIDTH = 6, 1024
@@ -28,7 +27,12 @@ _MOMENT_SAMPLES = 16_384
 _PIECE = 8192  # samples that pass through the target network at once
 _VALIDATION_SHARE = 0.1
 _SPLIT_SEED = 20241002
-_LONGEST_LINE = 1 << 20  # of a table, characters
+#: What float32 and what float64 rounds away of 1, and below what two numbers differ by rounding.
+_RESOLUTION, _ROUNDING, _NOISE = 2.0**-24, 2.0**-50, 2.0**-40
+#: Numbers that often mark a missing value, and how many times further than all others lie apart
+#: they have to be away to be taken for that.
+_FILL_VALUES = frozenset({-999.0, -9999.0, -99999.0, -32768.0, 9999.0, 99999.0, 999999.0})
+_FILL_DISTANCE = 10
 _ACCEPTED = (
     "a .csv file of numbers whose last column is the target (a header is allowed), or an .npz "
     "file with `inputs` (rows, columns) and `targets` (rows,)"
@@ -50,12 +54,14 @@ def load_regression(
     network of six hidden layers of 1024 with random weights, each ReLU scaled by sqrt 2, its
     output standardised.  With `recipe.pool` 0, samples are drawn during training instead.
     A file's inputs and target are standardised by its training rows, and its columns set
-    `input_dim`.
+    `input_dim`.  The first row of a .csv is its columns' names unless it is all numbers; one of
+    numbers that is unlike the rows below, such as ``0,1,2``, is refused.
 
     Raises
     ------
     InvalidInput
-        A file that is no table of finite numbers, is too large or has too few rows.
+        A file that is no table of finite numbers, is too large or has too few rows, or has a value
+        beside which the others of its column would be equal.
 
     Source: arXiv:2410.02117, section 4.
     """
@@ -81,8 +87,8 @@ def load_regression(
         return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
 
     with opened(data, refusal, root=root, folders=False) as found:
-        inputs, targets = _read(found, name)
-    return _split(recipe, inputs, targets, name)
+        table = _read(found, refusal)
+    return _split(recipe, table, name, refusal)
 
 
 @lru_cache(maxsize=2)
@@ -116,87 +122,114 @@ def _target(weights: list[Floats], x: Floats) -> Floats:
     return out
 
 
-def _read(found: OpenData, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+@dataclass(frozen=True)
+class _Table:
+    """A user's samples, and where each value stands in their file."""
+
+    #: (rows, columns) and (rows,)
+    inputs: NDArray[np.float64]
+    targets: NDArray[np.float64]
+    #: place of a row's value in a column of the inputs, or, after the last, in the targets
+    place: Callable[[int, int], str]
+    #: how the file was understood, for people
+    how: str = ""
+
+    def columns(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        yield from enumerate(self.inputs.T)
+        yield self.inputs.shape[1], self.targets
+
+
+def _read(found: OpenData, refusal: Callable[[str], InvalidInput]) -> _Table:
     if not 0 < found.size <= MAX_BYTES:
-        raise InvalidInput(
-            "data", name, f"{_ACCEPTED}, of 1 to {MAX_BYTES} bytes; this has {found.size}"
-        )
+        raise refusal(f"1 to {MAX_BYTES:,} bytes; this has {found.size:,}")
     with found.open() as file:
-        start = file.read(2)
+        start = file.read(8)
         file.seek(0)
         if is_pickle(found.name, start):
-            raise InvalidInput(
-                "data", name, f"{_ACCEPTED}; this is a pickle, which is never unpickled"
-            )
-        inputs, targets = _read_npz(file, name) if start == ZIP else _read_csv(file, name)
+            raise refusal("this is a pickle, which is never unpickled")
+        if start.startswith(ZIP):
+            table = _read_npz(file, refusal)
+        elif other := other_format(start):
+            raise refusal(other)
+        else:
+            read = read_numbers(file, refusal)
+            table = _Table(read.values[:, :-1], read.values[:, -1], read.place, f"; {read.how}")
+    inputs, targets = table.inputs, table.targets
     if inputs.ndim != 2 or targets.shape != (len(inputs),) or inputs.shape[1] < 1:
-        raise InvalidInput(
-            "data", name, f"{_ACCEPTED}; this has inputs {inputs.shape} and targets {targets.shape}"
-        )
-    finite = np.isfinite(inputs).all(axis=1) & np.isfinite(targets)
-    if not finite.all():
-        row = int(np.flatnonzero(~finite)[0])
-        raise InvalidInput("data", name, f"finite numbers; sample {row + 1} has another value")
-    return inputs, targets
+        raise refusal(f"this has inputs {inputs.shape} and targets {targets.shape}")
+    for column, values in table.columns():
+        if not (finite := np.isfinite(values)).all():
+            row = int(finite.argmin())
+            raise refusal(
+                f"every number is to be finite; {table.place(row, column)} has {values[row]}"
+            )
+    return table
 
 
-def _read_npz(file: IO[bytes], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    def refusal(what: str) -> InvalidInput:
-        return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
-
+def _read_npz(file: IO[bytes], refusal: Callable[[str], InvalidInput]) -> _Table:
     def check_size(size: int) -> None:
         if size > MAX_BYTES:
-            raise InvalidInput("data", name, f"{_ACCEPTED}, of at most {MAX_BYTES} bytes")
+            raise refusal(f"at most {MAX_BYTES:,} bytes")
 
-    def numbers(array: NDArray[Any]) -> NDArray[np.float64]:
+    def numbers(name: str) -> NDArray[np.float64]:
+        array = arrays[name]
         if array.dtype.kind not in "biuf":
-            raise refusal(f"this has an array of {array.dtype}")
+            raise refusal(f"`{name}` are numbers, these {array.dtype}")
         check_size(array.size * np.dtype(np.float64).itemsize)
         return array.astype(np.float64)
 
+    def place(row: int, column: int) -> str:
+        if column == inputs.shape[1]:
+            return f"row {row + 1:,} of `targets`"
+        return f"row {row + 1:,}, column {column + 1:,} of `inputs`"
+
     arrays = ArrayReader(refusal, check_size).npz(file, ("inputs", "targets"))
-    return numbers(arrays["inputs"]), numbers(arrays["targets"])
+    inputs = numbers("inputs")
+    return _Table(inputs, numbers("targets"), place)
 
 
-def _read_csv(file: BinaryIO, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    try:
-        with io.TextIOWrapper(file, encoding="utf-8") as text, warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # of a table without rows
-            skipped = 0 if _is_numbers(next(_lines(text), "")) else 1
-            text.seek(0)
-            table = np.loadtxt(
-                _lines(text), delimiter=",", skiprows=skipped, ndmin=2, dtype=np.float64
+def _check_spread(table: _Table, refusal: Callable[[str], InvalidInput]) -> None:
+    """No value lies so far from the others of its column that these become equal beside it.
+
+    Such a value marks what was not measured: it would be learnt from, and decide the unit of the
+    column, too.
+    """
+    how = "remove the rows that have it, or replace it"
+    for column, values in table.columns():
+        scaled = _scaled(values)
+        distinct = np.unique(scaled)
+        distinct = distinct[np.diff(distinct, append=np.inf) > _NOISE * np.abs(distinct)]
+        if len(distinct) < 3:
+            continue
+        far = int(np.abs(scaled - np.median(scaled)).argmax())
+        at = f"{table.place(far, column)} has {values[far]:.9g}"
+        half = len(distinct) // 2
+        closest = float((distinct[half:] - distinct[: len(distinct) - half]).min())
+        if closest < _RESOLUTION * scaled.std():
+            raise refusal(
+                f"{at}, so far from the others that half of them would be equal beside it in "
+                f"numbers of 32 bits; if it marks a missing value, {how}; else take logarithms"
             )
-    except UserWarning:
-        raise InvalidInput("data", name, f"{_ACCEPTED}; this has no rows") from None
-    except (ValueError, OverflowError) as error:
-        raise InvalidInput("data", name, f"{_ACCEPTED}; {error}") from error
-    if table.shape[1] < 2:
-        raise InvalidInput("data", name, f"{_ACCEPTED}; this has {table.shape[1]} columns")
-    return table[:, :-1], table[:, -1]
+        others = scaled != scaled[far]
+        gap, spread = np.abs(scaled[others] - scaled[far]).min(), np.ptp(scaled[others])
+        if values[far] in _FILL_VALUES and gap > _FILL_DISTANCE * spread > 0:
+            raise refusal(
+                f"{at} where the others are {values[others].min():.9g} to "
+                f"{values[others].max():.9g}, so it seems to mark a missing value; {how}"
+            )
 
 
-def _lines(text: IO[str]) -> Iterator[str]:
-    """The lines of a text, which are neither long without end nor more than fit."""
-    size = 0
-    while line := text.readline(_LONGEST_LINE):
-        size += len(line)
-        if len(line) == _LONGEST_LINE or size > MAX_BYTES:
-            raise ValueError(f"lines are to have fewer than {_LONGEST_LINE:,} characters")
-        yield line
-
-
-def _is_numbers(line: str) -> bool:
-    try:
-        [float(cell) for cell in line.split(",")]
-    except ValueError:
-        return False
-    return True
+def _scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Columns by powers of two below 1, which is exact, so that no sum of squares overflows."""
+    _, exponents = np.frexp(np.abs(values).max(axis=0))
+    scaled: NDArray[np.float64] = np.ldexp(values, -exponents)
+    return scaled
 
 
 def _split(
-    recipe: Recipe, inputs: NDArray[np.float64], targets: NDArray[np.float64], name: str
+    recipe: Recipe, table: _Table, name: str, refusal: Callable[[str], InvalidInput]
 ) -> TaskData:
+    inputs, targets = table.inputs, table.targets
     rows = len(inputs)
     held = min(recipe.validation_samples, int(rows * _VALIDATION_SHARE))
     if held < recipe.min_validation_samples:
@@ -215,7 +248,9 @@ def _split(
             "data", name, f"{recipe.min_validation_samples} rows for training whose inputs are not "
             f"among those for validation; this has {len(kept)}"
         )  # fmt: skip
-    if np.ptp(targets[kept]) == 0:
+    _check_spread(table, refusal)
+    inputs, targets = _scaled(inputs), _scaled(targets)
+    if np.ptp(targets[kept]) <= _ROUNDING:
         raise InvalidInput("data", name, "a target that varies; this one is constant")
     varies = np.ptp(inputs[kept], axis=0) > 0  # a constant column carries nothing, and becomes 0
     mean, std = inputs[kept].mean(axis=0), np.where(varies, inputs[kept].std(axis=0), 1.0)
@@ -230,5 +265,5 @@ def _split(
         validation,
         content_digest("table", train, validation),
         f"{rows:,} rows of {inputs.shape[1]} inputs: {len(kept):,} for training, {held:,} for "
-        "validation",
+        f"validation{table.how}",
     )

@@ -7,16 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 import nas.tasks.corpus
+import nas.tasks.hub
 from nas.errors import InvalidInput
 from nas.recipe import TEXT
 from nas.tasks.corpus import ALPHABET, learn_tokens, load_text
 from nas.tasks.data import MAX_BYTES, Arrays, TaskData
+from nas.tasks.hub import HubTexts
 from tests.support.corpora import SMALL, SMALL_BPE
 from tests.support.paths import ROOT
 
@@ -138,7 +139,7 @@ def test_the_content_follows_the_text_and_the_split(tmp_path: Path) -> None:
         ("empty folder", "0 files, 0 characters, 0 files left out"),
         ("filtered", "this file has the byte 0xc3 at offset 100001"),
         ("short", "5 and 0 bytes, and need 65 tokens each"),
-        ("few left", "1 files, 9 characters, 2 files left out (2 with other characters)"),
+        ("few left", "9 characters, 2 files left out (1 UTF-16, 1 with other characters)"),
     ],
 )
 def test_unusable_data_is_refused_with_its_name(case: str, says: str, tmp_path: Path) -> None:
@@ -381,18 +382,16 @@ def test_tokens_that_cannot_be_used(tmp_path: Path) -> None:
 def test_texts_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def hub_texts(spec: str) -> list[bytes]:
+    def hub_texts(spec: str) -> HubTexts:
         asked.append(spec)
-        rows = [f"row {i} of many in it\n".encode() for i in range(500)]
-        return [*rows, rows[0], b"", "né".encode(), b"\x00"]
+        rows = [f"row {i}\nof many in it\n".encode() for i in range(500)]
+        return HubTexts([*rows, rows[0], b"", "né".encode(), b"\x00"], "text", False)
 
-    module = ModuleType("nas.tasks.hub")
-    module.hub_texts = hub_texts  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nas.tasks.hub", module)
+    monkeypatch.setattr(nas.tasks.hub, "hub_texts", hub_texts)
     counts = "4 texts left out (1 empty, 1 equal to another, 2 with other characters)"
     assert load_text(SMALL, "hf:some/rows").summary.endswith(counts)
     summary = load_text(replace(SMALL_BPE, vocabulary=270), "hf:some/rows").summary
-    assert summary.startswith("501 texts, ")
+    assert summary.startswith("501 texts of column text, ")
     assert "3 texts left out (1 binary, 1 empty, 1 equal to another)" in summary
     assert asked == ["hf:some/rows"] * 2
     assert "got hf:some/rows;" in refusal("hf:some/rows", replace(SMALL, context=4000))

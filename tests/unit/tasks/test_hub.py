@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -16,8 +17,10 @@ from PIL import Image
 import nas.tasks.hub
 from nas.errors import InvalidInput
 from nas.recipe import IMAGES
-from nas.tasks.hub import hub_images, hub_texts
+from nas.tasks.corpus import load_text
+from nas.tasks.hub import HubTexts, hub_images, hub_texts
 from nas.tasks.images import load_images
+from tests.support.corpora import SMALL
 
 datasets = pytest.importorskip("datasets")
 
@@ -118,8 +121,9 @@ def test_texts(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"n": [1, 2, 3, 4], "text": texts}).to_csv(str(csv))
     jsonl.write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
     expected = [t.encode() for t in texts]
-    assert hub_texts(f"hf:{csv}") == hub_texts(f"hf:{jsonl}") == expected
-    assert hub_texts(f"hf:{csv}:train") == expected
+    assert hub_texts(f"hf:{csv}") == HubTexts(expected, "text", whole=False)
+    assert hub_texts(f"hf:{jsonl}") == HubTexts(expected, "body", whole=False)
+    assert hub_texts(f"hf:{csv}:train").texts == expected
     assert "this dataset has the splits train" in refusal(hub_texts, f"hf:{csv}:test")
     jsonl.write_text('{"a": "x", "b": "y"}\n')
     assert "a column text or content; this has a, b" in refusal(hub_texts, f"hf:{jsonl}")
@@ -132,8 +136,72 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.txt").write_text("one\ntwo\n")
     (folder / "test.txt").write_text("three\n")
-    assert hub_texts(f"hf:{folder}") == [b"one", b"two"]
-    assert hub_texts(f"hf:{folder}:test") == [b"three"]
+    assert hub_texts(f"hf:{folder}") == HubTexts([b"one\ntwo\n"], "text", whole=True)
+    assert hub_texts(f"hf:{folder}:test").texts == [b"three\n"]
+
+
+def test_a_text_file_is_the_text_that_its_path_gives(tmp_path: Path) -> None:
+    """Its lines in their order, equal ones too, whatever the names on the way look like."""
+    text = "".join(f"line {i} begins here\n}}\n" for i in range(400))
+    for name in ("plain", "a:b", "[1] *", "x::y?"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "lines.txt"
+        file.write_text(text)
+        by_path = load_text(SMALL, file)
+        for spec in (f"hf:{file}", f"hf:{file}:train"):
+            found = load_text(SMALL, spec)
+            assert (found.content, found.summary) == (by_path.content, by_path.summary)
+        # the same of the other readers
+        (tmp_path / name / "lines.txt").unlink()
+        rows = datasets.Dataset.from_dict({"text": text.splitlines()})
+        for end, write in (("csv", "to_csv"), ("parquet", "to_parquet"), ("jsonl", "to_json")):
+            with (tmp_path / name / f"train.{end}").open("wb") as stream:
+                getattr(rows, write)(stream)
+            found = load_text(SMALL, f"hf:{tmp_path / name / f'train.{end}'}")
+            assert found.content == by_path.content
+            assert found.summary.startswith("1 texts whose lines are the 800 rows of column text")
+            assert load_text(SMALL, f"hf:{tmp_path / name}:train").content == by_path.content
+            (tmp_path / name / f"train.{end}").unlink()
+
+
+def test_rows_that_cannot_be_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = ["def f():\n", "", "    return 'é'\n", "    return 1"] * 100
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"content": row}) + "\n" for row in rows))
+    (tmp_path / "same.txt").write_text("def f():\n\n    return 1\n" * 100)
+    found = load_text(SMALL, f"hf:{file}")
+    assert found.content == load_text(SMALL, tmp_path / "same.txt").content
+    assert found.summary.endswith(", 100 texts left out (100 rows with other characters)")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("id;text\n1;words\n", "line 1 is the one name id;text; it looks as if cells were separ"),
+        ("id;text\n1;words, words\n", "line 1 is the one name"),
+        ("id\ttext\n1\twords\n", "separated by tabs"),
+        ("id,text\n1,words, words\n", "line 2 has 3 cells where line 1 has 2 names"),
+        ('id,text\n1,"two\nlines"\n2\n', "line 4 has 1 cells"),
+        ('id,text\n1,"never closed\n', "line 2: unexpected end of data"),
+        ("text,text\na,b\n", "line 1 has a name twice: text, text"),
+        ("id,words\n1,a\n", "a column text or content; this has id, words"),
+    ],
+)
+def test_a_csv_of_texts_that_would_be_misread(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "data.csv").write_text(content)
+    assert says in refusal(hub_texts, f"hf:{tmp_path / 'data.csv'}")
+
+
+def test_the_cells_of_a_csv_are_texts_as_they_are(tmp_path: Path) -> None:
+    cells = ["NA", "null", "007", "1e5", "# no comment", 'a "b"', "", "two\n\nlines", " x "]
+    lines = "".join(f'{i},"{cell.replace(chr(34), 2 * chr(34))}"\n' for i, cell in enumerate(cells))
+    (tmp_path / "data.csv").write_text("\ufeffid,text\n\n" + lines)
+    expected = [cell.encode() for cell in cells]
+    assert hub_texts(f"hf:{tmp_path / 'data.csv'}").texts == expected
+    (tmp_path / "data.csv").write_text("text\n" + "x" * 200_000)  # past the limit of `csv`
+    assert len(hub_texts(f"hf:{tmp_path / 'data.csv'}").texts[0]) == 200_000
+    (tmp_path / "data.csv").write_bytes(gzip.compress(b"text\nx\n"))
+    assert "this is gzip: unpack it" in refusal(hub_texts, f"hf:{tmp_path / 'data.csv'}")
 
 
 class Marker:

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def content_of(file: DataFile) -> bytes:
 
 def listed(root: Path, _: Path) -> bytes:
     with opened(root / "in", refused, root=root) as found:
-        return b"".join(map(content_of, found.files()))
+        return b"".join(map(content_of, found.files(Counter())))
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -160,15 +161,22 @@ def test_folders_within_one_another(tmp_path: Path) -> None:
 
 
 def test_files_come_in_a_fixed_order(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "a/x/1.txt", "c.txt", "a/3.txt", "skip/a.txt", "B.txt"):
+    skipped = (".git", ".Trash-1000", "__MACOSX", "@eaDir", "a/lost+found")
+    names = ("b/2.txt", "a/x/1.txt", "c.txt", "a/3.txt", "B.txt", ".c.txt")
+    for name in (*names, *(f"{folder}/a.txt" for folder in skipped)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
+    (tmp_path / "d").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "e.txt").symlink_to(tmp_path / "c.txt")
+    os.mkfifo(tmp_path / "pipe")
     with opened(tmp_path, refused) as found:
-        files = list(found.files({"skip"}))
+        left_out: Counter[str] = Counter()
+        files = list(found.files(left_out))
         assert [content_of(f).decode() for f in files] == ["/".join(f.parts) for f in files]
-    names = ["B.txt", "c.txt", "a/3.txt", "a/x/1.txt", "b/2.txt"]
-    assert ["/".join(f.parts) for f in files] == names
-    assert [f.size for f in files] == [len(n) for n in names]
+    ordered = [".c.txt", "B.txt", "c.txt", "a/3.txt", "a/x/1.txt", "b/2.txt"]
+    assert ["/".join(f.parts) for f in files] == ordered
+    assert [f.size for f in files] == [len(n) for n in ordered]
+    assert left_out == {"hidden or system folders": 5, "linked": 2, "no regular file": 1}
 
 
 @contextlib.contextmanager

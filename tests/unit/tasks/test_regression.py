@@ -152,12 +152,12 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
         tmp_path / "shapes.npz": r"inputs \(5, 2\) and targets \(4,\)",
         tmp_path / "names.npz": "inputs",
         tmp_path / "broken.npz": "accepted",
-        tmp_path / "nan.csv": "sample 124",
+        tmp_path / "nan.csv": "line 124, column 2 has nan",
         tmp_path / "few.csv": "at least 320 rows",
         tmp_path / "constant.csv": "constant",
         tmp_path: "not a regular file",
         tmp_path / "fifo": "not a regular file",
-        huge: "10737418240",
+        huge: "10,737,418,240",
     }
     for path, message in cases.items():
         with pytest.raises(InvalidInput, match=message) as caught:
