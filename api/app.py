@@ -29,7 +29,7 @@ from api import (
 from api.cache import AnswerCache
 from api.following import Follower
 from nas.errors import InvalidInput
-from nas.settings import Settings, settings
+from nas.settings import Settings, is_loopback, settings
 from nas.store import Standings, Store
 from nas.store.quotas import Quotas
 
@@ -58,7 +58,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         Other origins are allowed without access control.
     """
     used = configured or settings()
-    access_control = used.access_control or not auth.is_loopback(address)
+    access_control = used.access_control or not is_loopback(address)
     if used.allowed_origins and not access_control:
         raise InvalidInput(
             "EINSUM_NAS_ALLOWED_ORIGINS", ", ".join(used.allowed_origins),

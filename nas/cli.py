@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from nas import cli_db, cli_keys, cli_searches
-from nas.cli_common import Json, Server, local_store, number, print_json, remote, reported, whole
+from nas.cli_common import (
+    Json,
+    Server,
+    escape_unprintable,
+    local_store,
+    number,
+    print_json,
+    remote,
+    reported,
+    whole,
+)
 from nas.errors import EinsumNasError, InvalidInput, NotFound
 from nas.processes import (
     BAD_INPUT,
@@ -650,7 +660,12 @@ def reproduce(
 def export(
     file_format: Annotated[str, typer.Option("--format", help="csv | parquet | json | optuna")],
     out: Annotated[
-        str, typer.Option(metavar="FILE|URL", help="File to write; for optuna, its storage URL.")
+        str,
+        typer.Option(
+            metavar="FILE|URL",
+            help="File to write, compressed if its name ends in .gz; - for standard output; for "
+            "optuna, its storage URL.",
+        ),
     ],
     task: Task = "text",
     search_id: Annotated[
@@ -667,6 +682,7 @@ def export(
     ] = False,
 ) -> None:
     """Write every trial, or every evaluation, to a file or an Optuna study."""
+    from nas.export import STANDARD_OUTPUT
     from nas.export import export as write
 
     with local_store() as store:
@@ -674,11 +690,12 @@ def export(
             store, file_format, out, task=task, search_id=search_id, rows=rows, study=study,
             overwrite=overwrite,
         )  # fmt: skip
-    print(done.summary)
+    print(done.summary, file=sys.stderr if out == STANDARD_OUTPUT else sys.stdout)
 
 
 def main() -> None:
     """Entry point of the `einsum-nas` command."""
+    escape_unprintable()
     app()
 
 

@@ -68,15 +68,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from gzip import GzipFile
 from itertools import chain, islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO, Literal, get_args, get_type_hints
+from typing import Any, BinaryIO, Literal, cast, get_args, get_type_hints
 
 from nas.answers import resolve_task
 from nas.errors import EinsumNasError, InvalidInput, NotFound
@@ -86,6 +88,12 @@ from nas.theta import AXES
 
 FORMATS = ("csv", "parquet", "json", "optuna")
 ROWS = ("trials", "points")
+#: Stands for standard output where a file is named.
+STANDARD_OUTPUT = "-"
+_GZIP = ".gz"
+#: Ends of names that promise what is not written.
+_OTHER_COMPRESSIONS = (".bz2", ".xz", ".zst", ".lz4", ".br", ".zip", ".7z", ".tgz")
+_LARGEST_INTEGER = 2**63 - 1
 #: Rows held at once, and of a row group of Parquet.
 _BATCH = 4096
 _RUN_A_SEARCH = "`einsum-nas search --task {} --train-flops 5e10 --wait` runs one"
@@ -219,7 +227,8 @@ def export(
     file_format
         One of `FORMATS`.
     out
-        Path of a file, or URL of an Optuna storage.
+        Path of a file, `-` for standard output, or URL of an Optuna storage.  CSV and JSON whose
+        name ends in `.gz` are compressed.
     task
         `name` or `name@fingerprint`; without effect next to `search_id`.
     rows
@@ -260,7 +269,16 @@ def _check(file_format: str, out: str, rows: str, study: str | None, overwrite: 
         return
     if study is not None:
         raise InvalidInput("study", study, "nothing, but with format optuna")
+    if out == STANDARD_OUTPUT:
+        if overwrite:
+            raise InvalidInput("overwrite", "true", "files only, not standard output")
+        return
     path = Path(out)
+    suffix = path.suffix.lower()
+    if file_format == "parquet" and suffix == _GZIP:
+        raise InvalidInput("out", out, "a name without .gz: Parquet is compressed by itself")
+    if suffix in _OTHER_COMPRESSIONS:
+        raise InvalidInput("out", out, "a name that ends in .gz, or that promises no compression")
     if not out or "\0" in out or path.name in ("", ".."):
         raise InvalidInput("out", out, "the path of a file")
     if not path.parent.is_dir():
@@ -337,13 +355,19 @@ def _export_file(store: Store, file_format: str, out: Path, scope: _Scope, rows:
             return _write_json(file, columns, sources)
         return _write_arrow(file, file_format, columns, sources, wide)
 
-    try:
-        count = _replaced(out, write)
-    except OverflowError:
-        # a run of 2^63 FLOPs or more: 64 bits are for everyone else, whose tools know them better
-        count = _replaced(out, partial(write, wide=True))
+    if str(out) == STANDARD_OUTPUT:
+        # nothing that was written can be taken back
+        wide = max(run.trial.train_flops for run in scope.runs(store)) > _LARGEST_INTEGER
+        count = _written_out(partial(write, wide=wide))
+    else:
+        try:
+            count = _replaced(out, write)
+        except OverflowError:
+            # a run of 2^63 FLOPs or more: 64 bits are for everyone else, whose tools know them
+            count = _replaced(out, partial(write, wide=True))
     what = "trials" if rows == "trials" else "evaluations"
-    summary = f"wrote {count} rows to {out}: {what} of {scope}; loss in {unit}"
+    where = "standard output" if str(out) == STANDARD_OUTPUT else out
+    summary = f"wrote {count} rows to {where}: {what} of {scope}; loss in {unit}"
     return Exported(count, str(out), unit, summary)
 
 
@@ -488,12 +512,23 @@ def _write_arrow(
     return count
 
 
+def _written_out(write: Callable[[BinaryIO], int]) -> int:
+    """What `write` gives, once all that it has written has left for standard output."""
+    count = write(sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+    return count
+
+
 def _replaced(out: Path, write: Callable[[BinaryIO], int]) -> int:
     """What `write` gives, once all that it has written stands under the name `out`."""
     with _beside(out) as part:
         try:
             with part.open("wb") as file:
-                count = write(file)
+                if out.suffix.lower() == _GZIP:
+                    with GzipFile(out.stem, "wb", 6, file) as packed:
+                        count = write(cast("BinaryIO", packed))
+                else:
+                    count = write(file)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(out)

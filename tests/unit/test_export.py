@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -348,6 +349,58 @@ def test_a_broken_write_leaves_what_was_there(
         export(ready.store, file_format, str(out), overwrite=True)
     assert out.read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+# --- compressed, and to standard output
+
+
+@pytest.mark.parametrize("file_format", ["csv", "json"])
+def test_a_name_that_ends_in_gz_is_compressed(
+    ready: Filling, tmp_path: Path, file_format: str
+) -> None:
+    plain, packed = tmp_path / f"x.{file_format}", tmp_path / f"x.{file_format}.GZ"
+    for out in (plain, packed):
+        export(ready.store, file_format, str(out))
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file_format", "name", "accepted"),
+    [
+        ("parquet", "x.parquet.gz", "a name without .gz: Parquet is compressed by itself"),
+        ("csv", "x.csv.bz2", "a name that ends in .gz"),
+        ("json", "x.json.ZST", "a name that ends in .gz"),
+    ],
+)
+def test_a_name_that_promises_another_compression(
+    ready: Filling, tmp_path: Path, file_format: str, name: str, accepted: str
+) -> None:
+    with pytest.raises(InvalidInput, match=accepted):
+        export(ready.store, file_format, str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file_format", ["csv", "json", "parquet"])
+def test_standard_output_has_what_a_file_has_and_nothing_else(
+    local: Filling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str
+) -> None:
+    fill(local)
+    # whole numbers past 64 bits: what has left cannot be written again as decimals
+    huge = replace(PLANS[0], steps=10**6 + 1, train_flops_per_step=10**14 + 3)
+    local.plan(local.begin(), 0, plan=huge)
+    monkeypatch.setenv("EINSUM_NAS_DATABASE_URL", str(local.store.engine.url))
+    monkeypatch.chdir(tmp_path)
+    settings.cache_clear()
+    run = CliRunner().invoke
+    for out in ("x", "-"):
+        done = run(app, ["export", "--format", file_format, "--out", out])
+        assert done.exit_code == 0, done.stderr
+    assert done.stdout_bytes == (tmp_path / "x").read_bytes()
+    assert done.stderr.startswith("wrote 8 rows to standard output: trials of text@f1;")
+    assert not (tmp_path / "-").exists()
+    refused = run(app, ["export", "--format", file_format, "--out", "-", "--overwrite"])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    settings.cache_clear()
 
 
 # --- the command

@@ -19,9 +19,9 @@ from sqlalchemy import update
 from api import rates
 from api.app import create_app
 from api.audit import AuditTrail, RequestRecord
-from api.auth import ADMIN, OPEN, Caller, for_operators, is_loopback, scope_of
+from api.auth import ADMIN, OPEN, Caller, for_operators, scope_of
 from nas.errors import InvalidInput
-from nas.settings import Settings
+from nas.settings import Settings, is_loopback
 from nas.store import Leases, Store, upgrade
 from nas.store.audit import Audit, Entry
 from nas.store.engine import writing
