@@ -85,7 +85,7 @@ FRONTIER_RULES = {
 BEST_RULES = {
     **FRONTIER_RULES,
     "budget": "exactly one budget",
-    "train_flops": "not far beyond all measured budgets",
+    "train_flops": "not so far beyond all measured budgets that no measured width would be run",
 }
 STRUCTURE_RULES = {
     "theta": "text that names a structure",

@@ -400,7 +400,7 @@ def judge(found: Answer) -> tuple[Verdict, str]:
         missing = "structured" if structured is None else "dense"
         return "unconfirmed", f"no {missing} model was run within this budget to compare with"
     # all dense models are one structure
-    of_many = f" (the lowest of {found.compared})" if found.compared > 1 else ""
+    of_many = f", the lowest of {found.compared}," if found.compared > 1 else ""
     single = [
         name
         for name, c in ((f"structured model{of_many}", structured), ("dense model", dense))

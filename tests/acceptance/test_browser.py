@@ -44,6 +44,10 @@ def test_a_finished_search_is_all_there(
     best = finished_search.best()
     assert page.inner_text("#structured") == f"{best['best_structured']['loss']:.4f}"
     assert page.inner_text("#dense") == f"{best['best_dense']['loss']:.4f}"
+    assert page.inner_text("#verdict") == best["verdict"] == "unconfirmed"
+    size = "n => getComputedStyle(document.getElementById(n)).fontSize"
+    assert page.evaluate(size, "verdict") == page.evaluate(size, "difference")
+    assert page.locator("button[data-act=retry]").is_hidden()
     assert "7 of 7 runs finished" in page.inner_text("#progress")
     drawn = page.evaluate(
         "['scatter', 'curves'].map(n => document.getElementById(n).data"

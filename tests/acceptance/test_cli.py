@@ -189,7 +189,7 @@ def test_nothing_to_confirm_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [(["--params", "2e4"], "trainable parameters"), (["--step-seconds", "100"], "seconds per step"),
-     (["--train-flops", "1e10", "--snippet"], "replace_linears(model, structure)")],
+     (["--train-flops", "1e10", "--snippet"], "base_width=64")],
 )  # fmt: skip
 def test_best_within_other_budgets_and_as_code(
     service: Service, finished_search: RemoteSearch, arguments: list[str], expected: str
@@ -197,3 +197,5 @@ def test_best_within_other_budgets_and_as_code(
     done = invoke(service.home, "best", "--search", finished_search.id, *arguments)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+    if "--snippet" in arguments:
+        exec(done.stdout, {})

@@ -244,6 +244,8 @@ def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) 
         assert high == pytest.approx(0.2)
         assert best["indistinguishable"] == []
         assert best["kind"] == "measured"
+        assert (best["verdict"], best["base_width"]) == ("unconfirmed", 64)  # one seed
+        assert "one seed" in best["verdict_reason"]
     # Monarch goes from 2.6 to 2.0 over a factor of 4 in compute, straight in log-log
     share = math.log(2.6 / 2.2) / math.log(2.6 / 2.0)
     multiplier = best["multiplier_over_dense"]
