@@ -142,7 +142,8 @@ class _Mix(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, ctx.form = plan, form
         ctx.save_for_backward(x, weights, chosen, a, b)
-        return mixture_kernels.forward(x, weights, chosen, a, b, d_out, plan, form)
+        y = mixture_kernels.forward(x, weights, chosen, a, b, d_out, plan, form)
+        return y if y._base is None else y.clone()  # autograd lets no one write into a view
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

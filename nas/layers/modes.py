@@ -23,7 +23,9 @@ def transforms_active() -> bool:
 def is_recorded(x: Tensor) -> bool:
     """Whether the operations on x are recorded as a program that is to run without this package:
     by `torch.export`, `torch.onnx`, `torch.jit.trace` or `torch.fx`, whose x is a proxy."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing() or isinstance(x, fx.Proxy)
+    if torch.compiler.is_compiling():  # compiled code cannot ask the rest
+        return torch.compiler.is_exporting()
+    return torch._C._is_tracing() or isinstance(x, fx.Proxy)
 
 
 def reshaped_like(y: Tensor, x: Tensor, width: int) -> Tensor:

@@ -67,7 +67,7 @@ class StructuredLinear(nn.Module):
         """A product (n, d_out) that nothing has saved, with the bias and the shape of the input."""
         if self.bias is not None:
             y = plus_bias(y, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out), contiguous, without the bias; as fast as can be."""

@@ -248,4 +248,4 @@ def test_state_dict_round_trip() -> None:
     other.load_state_dict(one.state_dict())
     x = torch.randn(3, 18)
     assert torch.equal(one(x), other(x))
-    assert set(one.state_dict()) == {"A", "bias"}
+    assert set(one.state_dict()) == {"A", "bias", "_extra_state"}

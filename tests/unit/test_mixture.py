@@ -679,7 +679,7 @@ def test_state_dict_and_copies() -> None:
     layer, other = made(NAMES[0], 16, 16), made(NAMES[0], 16, 16)
     x = torch.randn(4, 16, dtype=torch.float64)
     y = layer(x)
-    assert set(layer.state_dict()) == {"A", "B", "gate", "bias"}
+    assert set(layer.state_dict()) == {"A", "B", "gate", "bias", "_extra_state"}
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
     copied = copy.deepcopy(layer)  # whose loss has a graph

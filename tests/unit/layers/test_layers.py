@@ -296,7 +296,7 @@ def test_state_dict_round_trip() -> None:
     other.load_state_dict(one.state_dict())
     x = torch.randn(3, 18)
     assert torch.equal(one(x), other(x))
-    assert set(one.state_dict()) == {"A", "B", "bias"}
+    assert set(one.state_dict()) == {"A", "B", "bias", "_extra_state"}
     assert set(EinsumLinear("dense", 4, 4).state_dict()) == {"weight", "bias"}
 
 

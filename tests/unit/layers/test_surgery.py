@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -10,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 from transformers import (
     GPT2Config,
@@ -253,7 +256,7 @@ def test_what_is_kept(dtype: torch.dtype) -> None:
 def test_without_a_bias_there_is_none() -> None:
     model = mlp(bias=False)
     replace_linears(model, "monarch")
-    assert set(model.state_dict()) == {"0.A", "0.B", "2.A", "2.B"}
+    assert {n for n, _ in model.named_parameters()} == {"0.A", "0.B", "2.A", "2.B"}
 
 
 def test_meta_tensors() -> None:
@@ -261,7 +264,7 @@ def test_meta_tensors() -> None:
     unchanged(
         model,
         lambda: replace_linears(model, "monarch", from_dense=True),
-        r"0\.weight: got a meta tensor",
+        r"0\.linear: got a weight on the meta device",
     )
     replace_linears(model, "monarch")
     assert all(p.is_meta for p in model.parameters())
@@ -708,3 +711,144 @@ def test_bad_widths_and_multipliers_are_named() -> None:
         param_groups(model, 1.0, {nn.Parameter(torch.zeros(2)): 1.0})
     with pytest.raises(InvalidInput, match="extra: got nan"):
         param_groups(model, 1.0, {model.get_parameter("0.bias"): float("nan")})
+
+
+LAYER = nn.Linear(16, 16)
+
+
+class Held(nn.Module):
+    """Holds layers beside the modules that it registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_list, self.in_closure, self.in_dict, self.bound, self.default, self.plain = (
+            nn.Linear(16, 16) for _ in range(6)
+        )
+        self.free = nn.Linear(16, 16)
+        self.layers = [self.in_list, nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))]
+        closed, default = self.in_closure, self.default
+
+        def through(x: Tensor, layer: nn.Module = default) -> Tensor:
+            y: Tensor = closed(layer(x))
+            return y
+
+        self.through = through
+        self.by_name = {"a": partial(self.in_dict.forward)}
+        self.call = self.bound.__call__
+        self.helper = SimpleNamespace(inner=SimpleNamespace(layer=self.plain))
+        self.root = SimpleNamespace(model=SimpleNamespace(config=[1, 2, "three"]))
+        self.world = LAYER
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = LAYER(self.by_name["a"](self.call(self.through(x))))
+        for layer in self.layers:
+            x = layer(x)
+        y: Tensor = self.free(self.helper.inner.layer(x))
+        return y
+
+
+def test_a_layer_that_something_else_holds_is_not_said_to_be_replaced() -> None:
+    model = Held()
+    surgery = replace_linears(model, "monarch")
+    assert [layer.names for layer in surgery.replaced] == [("free",)]
+    reasons = left_out(surgery)
+    for name, where in {
+        "in_list": "layers[0] holds it",
+        "in_closure": "through, which closes over closed, holds it",
+        "default": "through, in its defaults,[0][0] holds it",
+        "in_dict": "by_name['a'] holds it",
+        "bound": "call holds it",
+        "plain": "helper.inner.layer holds it",
+        "world": "which reads the global LAYER, holds it",
+    }.items():
+        assert where in reasons[name], (name, reasons[name])
+    for name in ("layers[1]", "layers[2].0"):
+        assert "does not register" in reasons[name]
+    assert model(torch.randn(2, 16)).shape == (2, 16)
+
+
+def test_a_layer_that_holds_itself_in_a_hook_is_replaced() -> None:
+    model = mlp()
+    model[0].register_forward_hook(lambda module, args, out: out + 0)
+    model.recorded = [1, model]  # type: ignore[assignment]
+    assert len(replace_linears(model, "monarch").replaced) == 2
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 16, 32))
+        self.router_weight = nn.Parameter(torch.randn(4, 16))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 16))
+        self.positions = nn.Parameter(torch.randn(1, 9, 16))
+
+
+def test_linear_maps_that_are_no_linear_layers_are_told() -> None:
+    model = nn.ModuleDict(
+        {
+            "experts": Experts(), "attention": nn.MultiheadAttention(16, 2), "rnn": nn.GRU(16, 16),
+            "embedding": nn.Embedding(9, 16), "conv": nn.Conv1d(16, 16, 3), "mlp": mlp(),
+            "norm": nn.LayerNorm((3, 16)),
+        }
+    )  # fmt: skip
+    told = left_out(replace_linears(model, "monarch", select="mlp.*"))
+    assert set(told) == {
+        "experts.gate_up_proj", "experts.router_weight", "attention.in_proj_weight",
+        "attention.out_proj", "rnn.weight_ih_l0", "rnn.weight_hh_l0",
+    }  # fmt: skip
+    assert told["experts.gate_up_proj"].startswith("it is a parameter (4, 16, 32) of Experts")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_torchscript_compiled_stays() -> None:
+    scripted: Any = torch.jit.script(nn.Sequential(nn.Linear(16, 16)))
+    model = nn.Sequential(nn.Linear(16, 16), scripted)
+    assert left_out(replace_linears(model, "monarch")) == {"1.0": "it is a Linear of TorchScript"}
+    assert model(torch.randn(2, 16)).shape == (2, 16)
+
+
+def test_layers_of_a_surgery_in_inference_mode_can_be_trained() -> None:
+    model = mlp()
+    with torch.inference_mode():
+        replace_linears(model, "monarch", from_dense=True)
+    model(torch.randn(2, 16)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("design", ["monarch", "btt:cores=3,rho=1/8", "convolution:kernel=1/2"])
+def test_reading_the_weight_tells_what_to_do(design: str) -> None:
+    model = mlp()
+    replace_linears(model, design)
+    with pytest.raises(AttributeError, match=r"to_matrix\(\), and select="):
+        _ = model[0].weight
+    assert not hasattr(model[0], "weight")
+    with pytest.raises(AttributeError, match="wait"):
+        _ = model[0].wait
+
+
+@pytest.mark.parametrize("design", ["monarch", "btt:cores=3,rho=1/8", "btt-moe:experts=2,active=1"])
+def test_memory_formats_are_for_images(design: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 16), nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 4))
+    replace_linears(model, design)
+    x = torch.randn(2, 3, 16, 16)
+    expected, strides = model(x), [p.stride() for p in model[2].parameters()]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(model(x), expected)
+    assert [p.stride() for p in model[2].parameters()] == strides
+    assert model.to(torch.float64)[2].bias.dtype == torch.float64
+
+
+def test_gains_can_be_sharded() -> None:
+    layer = EinsumLinear("monarch", 16, 16, normalize=True, gain=True)
+    layer(torch.randn(2, 16)).sum().backward()
+    assert layer.gain_A is not None
+    assert layer.gain_A.grad is not None
+    assert layer.gain_A.grad.shape == layer.gain_A.shape == (1,)
+    x, group = torch.randn(2, 16), torch.distributed
+    expected = layer(x)
+    group.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(layer)
+        torch.testing.assert_close(layer(x), expected)
+    finally:
+        group.destroy_process_group()
