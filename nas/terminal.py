@@ -132,9 +132,9 @@ def _best_lines(best: Answer) -> Iterator[str]:
             f"dense − structured: {gap.difference:+.4f} {best.loss_unit}{unsure} "
             f"({_range(gap.difference_interval, '+.4f')}{_of_samples(best)})"
         )
-    multiplier = best.structured_multiplier or best.multiplier_over_dense
-    if multiplier is not None:
-        yield f"compute multiplier over dense: {_multiplier(multiplier, unsure)}"
+    if best.structured_multiplier is not None:
+        ratio = _multiplier(best.structured_multiplier, unsure)
+        yield f"compute multiplier over dense: {ratio}"
     yield from _rivals(best)
     if best.extrapolation is not None:
         out = best.extrapolation

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,13 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from nas.answers import get_best, get_frontier
-from nas.cost import plans
-from nas.design import exponents, parse_design, structure_of
+from nas.answers import _completed, get_best, get_frontier
+from nas.cost import plan_of_steps, plans
+from nas.design import design_text, exponents, parse_design, structure_of
 from nas.errors import InvalidInput, NotFound
 from nas.layers import EinsumLinear
 from nas.proxy import evaluation_steps
-from nas.recipe import TEXT
+from nas.recipe import RECIPES, TEXT
 from nas.store import Store
 from nas.store.engine import writing
 from nas.structure import Structure
@@ -179,12 +181,13 @@ def test_past_the_measured_budgets_an_answer_is_a_run_that_the_service_would_mak
         assert best.extrapolation.beyond == pytest.approx(budget / 2e11, rel=0.01)
         assert best.best_dense is not None
         assert best.best_structured is not None
-        for found in (best, best.best_dense, best.best_structured, *best.indistinguishable):
+        assert best.design in (best.best_dense.design, best.best_structured.design)
+        for found in (best.best_dense, best.best_structured, *best.indistinguishable):
             planned = {p.width: p for p in plans(TEXT, parse_design(found.design), budget)}
             plan = planned[found.width]
             assert (found.steps, found.train_flops) == (plan.steps, plan.train_flops)
-            assert found.train_flops <= budget
-            assert found is best or found["params"] == plan.params
+            assert (found.params, found.train_flops <= budget) == (plan.params, True)
+            assert found.design != best.design or found.steps == best.steps
         multiplier = best.structured_multiplier
         assert multiplier is not None
         assert multiplier.value is not None
@@ -215,7 +218,7 @@ def test_a_budget_has_to_be_one_positive_number(store: Store) -> None:
             1,
             2.5,
             "unconfirmed",
-            "the lowest of 2\\) and the best dense model were each run with one",
+            "the lowest of 2, and the best dense model were each run with one",
         ),
         (3, 2.5, "structured is lower", "above 0"),
         (3, 1.5, "dense is lower", "below 0"),
@@ -261,6 +264,44 @@ def test_with_nothing_to_compare_no_comparison_is_told(
     shown = " ".join(capsys.readouterr().out.split())
     assert "no other structure was run within this budget" in shown
     assert "1 completed run of 1 search, 1 seed behind" in shown
+
+
+def test_dense_alone_is_kept_and_compared_with_nothing(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(store, [planted("dense", 0, 3.0, 2.0)], fingerprint="planted", budget=2e11)
+    stand(store)
+    best = get_best(store, task=TASK, train_flops=2e9)
+    assert (best.verdict, best.keeps_dense) == ("unconfirmed", True)
+    assert "no structured model" in best.verdict_reason
+    show_best(best)
+    assert "multiplier" not in capsys.readouterr().out
+
+
+def test_what_a_service_says_is_only_a_comment_of_the_snippet(store: Store) -> None:
+    plant(store, [planted("monarch", 0, 3.0, 2.0)], fingerprint="planted", budget=2e11)
+    stand(store)
+    best = get_best(store, task=TASK, train_flops=2e9)
+    said = "x\nraise SystemExit\r\fraise SystemExit\x85\u2028 y"
+    exec(best.model_copy(update={"verdict_reason": said, "task": said}).snippet, {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "completed"),
+    [("mlp-digits-1", {"classes": 7}), ("mlp-regression-1", {"input_dim": 3})],
+)
+def test_runs_are_planned_with_the_recipe_as_data_completes_it(
+    recipe: str, completed: dict[str, Any]
+) -> None:
+    asked = RECIPES[recipe]
+    own = replace(asked, **completed)
+    design = parse_design("monarch")
+    plan = plan_of_steps(own, design, 64, 500)
+    run = SimpleNamespace(
+        design=design_text(design), width=64, train_flops_per_step=plan.train_flops_per_step
+    )
+    assert _completed(asked, [run]) == own  # type: ignore[list-item]
+    assert _completed(own, [run]) == own  # type: ignore[list-item]
 
 
 @pytest.mark.full
@@ -376,9 +417,8 @@ def test_an_answer_makes_layers_and_models(store: Store) -> None:
     assert TEXT.lr in {g["lr"] for g in scope["optimizer"].param_groups}  # of biases
     exec(best.model_copy(update={"dense_minus_structured": None}).snippet, scope)
     assert isinstance(scope["model"][0], torch.nn.Linear)
-    assert {g["lr"] for g in scope["optimizer"].param_groups} == {
-        TEXT.lr, TEXT.lr * TEXT.base_width / 256, TEXT.lr * TEXT.base_width / 1024
-    }  # fmt: skip
+    rates = {g["lr"] for g in scope["optimizer"].param_groups}
+    assert rates == {TEXT.lr, TEXT.lr * TEXT.base_width / 256}  # of biases, of both matrices
     assert best["theta"] == best.theta
     with pytest.raises(KeyError):
         best["snippet"]

@@ -16,7 +16,7 @@ from nas.analysis import Answer, best_for_budget, predict_for_budget
 from nas.analysis.best import BestMultiplier
 from nas.analysis.predict import PredictedAnswer, greatest_runnable, predicted_rival
 from nas.cost import RunPlan, plans, train_flops_per_step
-from nas.design import design_text
+from nas.design import Design, design_text
 from nas.errors import NotFound
 from nas.recipe import TEXT, Recipe
 from nas.store import Run, StoredPoint
@@ -360,6 +360,7 @@ def test_past_the_data_the_laws_are_extrapolated() -> None:
     needed = (40.2 * 1e14**-0.10 / 89.55) ** (-1 / 0.13)
     assert answer.multiplier is not None
     assert answer.multiplier.value == pytest.approx(1e14 / needed, rel=0.01)
+    assert answer.multiplier.value is not None
     assert answer.multiplier.interval is not None
     assert answer.multiplier.interval[0] < answer.multiplier.value < answer.multiplier.interval[1]
     assert answer.indistinguishable == ()
@@ -417,16 +418,16 @@ def test_one_seed_claims_no_interval_of_a_prediction() -> None:
     assert answer.best.interval is None
     assert [r.interval for r in answer.indistinguishable] == [None]
     assert answer.structured_multiplier is not None
-    assert (answer.structured_multiplier.value, answer.structured_multiplier.interval) == (
-        None,
-    ) * 2
+    assert answer.structured_multiplier.value is None
+    assert answer.structured_multiplier.interval is None
     assert "one seed" in str(answer.structured_multiplier.reason)
 
 
 def chinchilla(plan: RunPlan, steps: int) -> float:
     """A loss that size and data lower, each by a power law of its own; dense needs more data."""
     size, data = plan.train_flops_per_step / TEXT.tokens_per_step, steps * TEXT.tokens_per_step
-    return 0.9 + 20.0 * size**-0.25 + (30.0 if plan.dense else 28.0) * data**-0.3
+    loss: float = 0.9 + 20.0 * size**-0.25 + (30.0 if plan.dense else 28.0) * data**-0.3
+    return loss
 
 
 def across_widths(base: int, structure: str, seeds: int, rng: np.random.Generator) -> list[Run]:
@@ -449,7 +450,7 @@ def across_widths(base: int, structure: str, seeds: int, rng: np.random.Generato
 def test_a_prediction_is_a_run_that_the_service_would_make(budget: float) -> None:
     """Its loss and the multiplier lie within their intervals nearly always."""
     rng, held = np.random.default_rng(1), []
-    best = {
+    best: dict[Design, float] = {
         d: min(chinchilla(p, p.steps) for p in plans(TEXT, d, budget))
         for d in (DENSE_THETA, MONARCH)
     }
