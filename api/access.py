@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.health import PROBES
+from api.prefix import path_of
 from api.problems import route_of, unexpected
 from nas.errors import echo
 from nas.logs import bound
@@ -67,14 +68,14 @@ class AccessLog:
 
 def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
     # the audit log records floods, which must not fill the disk through this log
-    quiet = scope["path"] in PROBES or status == 429
+    quiet = path_of(scope) in PROBES or status == 429
     level = logging.DEBUG if quiet else logging.INFO
     if not _log.isEnabledFor(level):
         return
     route = route_of(scope)
     query = scope.get("query_string", b"").decode("latin-1")
     told = {
-        "method": echo(scope["method"]), "route": route, "path": echo(scope["path"]),
+        "method": echo(scope["method"]), "route": route, "path": echo(path_of(scope)),
         "query": echo(query[:_LONGEST_QUERY] + ("…" if len(query) > _LONGEST_QUERY else "")),
         "status": status, "milliseconds": round(milliseconds, 3),
     }  # fmt: skip

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.audit import AuditTrail, RequestRecord
 from api.coalescing import Coalescer
+from api.prefix import path_of, root_of
 from api.problems import problem, responses, unavailable
 from api.rates import Rates, network_of
 from nas.errors import InvalidInput, StoreUnavailable
@@ -305,7 +306,8 @@ class Access:
         if self._on:
             await self._note(context, scope, status, why)
         if status == 401 and context.is_page:
-            return RedirectResponse(f"/login?next={quote(context.path)}", 303)
+            root = root_of(scope)
+            return RedirectResponse(f"{root}/login?next={quote(root + context.path)}", 303)
         kind, title = _KINDS[status]
         given = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
         return problem(status, kind, title, f"{why}: {how}" if how else why, headers=given)
@@ -378,7 +380,7 @@ class RequestContext:
         cookie = None if shown is not None else _cookie(headers.get("cookie"))
         secret = cookie if shown is None else _bearer(shown)
         address = str((scope.get("client") or ("unknown",))[0])
-        path, method = str(scope["path"]), str(scope["method"])
+        path, method = path_of(scope), str(scope["method"])
         wants_page = method == "GET" and "text/html" in headers.get("accept", "")
         return cls(
             method, path, address, network_of(address),

@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.templating import Jinja2Templates
 
 from api import figures
+from api.prefix import root_of
 from api.routes import Axis, SearchId, StoreDep, describe
 from api.schemas import TrialOut
 from nas import answers
@@ -24,7 +25,9 @@ from nas.store.processes import LIVE_SECONDS, Processes
 router = APIRouter(include_in_schema=False)
 _HERE = Path(__file__).parent
 STATIC = _HERE / "static"
-templates = Jinja2Templates(_HERE / "templates")
+templates = Jinja2Templates(
+    _HERE / "templates", context_processors=[lambda request: {"root": root_of(request.scope)}]
+)
 #: Trials that the page's table shows.
 _TABLE_ROWS = 500
 _CACHE = {"Cache-Control": "public, max-age=86400"}

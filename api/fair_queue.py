@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.health import PROBES
+from api.prefix import path_of
 from api.problems import RETRY_AFTER_SECONDS, problem
 from api.rates import network_of
 
@@ -149,7 +150,7 @@ class FairQueue:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on once it has a slot; everything else at once."""
         # probes must be answered however many requests wait
-        if scope["type"] != "http" or scope["path"] in PROBES:
+        if scope["type"] != "http" or path_of(scope) in PROBES:
             await self._app(scope, receive, send)
             return
         network = network_of(str((scope["client"] or ("",))[0]))

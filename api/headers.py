@@ -17,6 +17,8 @@ from secure.headers import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.prefix import path_of
+
 _Headers = tuple[tuple[bytes, bytes], ...]
 _STATIC = "/static/"
 #: Files keep their names over upgrades, so browsers must not cache them for long.
@@ -125,6 +127,6 @@ def _all_headers(scope: Scope, start: Message) -> list[tuple[bytes, bytes]]:
     if scope.get("scheme") == "https":
         headers.append((b"strict-transport-security", _HTTPS_ONLY))
     if b"cache-control" not in named:
-        static = scope["path"].startswith(_STATIC) and start["status"] in _WHOLE_OR_KNOWN
+        static = path_of(scope).startswith(_STATIC) and start["status"] in _WHOLE_OR_KNOWN
         headers.append((b"cache-control", _KEPT if static else _NOT_KEPT))
     return headers

@@ -23,6 +23,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.prefix import path_of
 from api.problems import RETRY_AFTER_SECONDS, problem, responses
 from nas.errors import EinsumNasError, StoreUnavailable
 from nas.settings import Settings
@@ -324,7 +325,7 @@ class Gate:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(_ALWAYS):
+        if scope["type"] != "http" or path_of(scope).startswith(_ALWAYS):
             await self._app(scope, receive, send)
             return
         readiness: Readiness = scope["app"].state.readiness

@@ -13,6 +13,7 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.prefix import path_of
 from api.problems import problem
 from nas.errors import InvalidInput, echo
 from nas.settings import Settings
@@ -62,7 +63,7 @@ class Hosts:
         self._named = TrustedHostMiddleware(_mark, allowed_hosts=allowed, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _PROBES:
+        if scope["type"] == "http" and path_of(scope) not in _PROBES:
             looked_at = {**scope, _MARK: False}
             await self._named(looked_at, receive, _unsaid)
             if not looked_at[_MARK]:

@@ -107,4 +107,4 @@ async def clone_search(
         create_clone, store, search_id, changes, place,
         idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
-    return made(search, new, response)
+    return made(request, search, new, response)

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import Scope
 
+from api.prefix import path_of
 from nas.errors import (
     Conflict,
     IdempotencyConflict,
@@ -209,7 +210,7 @@ def _http(request: Request, error: Exception) -> JSONResponse:
 def _methods(request: Request) -> list[str]:
     """The documented methods of a path; the framework's own list has one route's methods only."""
     paths = request.app.openapi()["paths"]
-    at = [path for path in paths if compile_path(path)[0].match(request.url.path)]
+    at = [path for path in paths if compile_path(path)[0].match(path_of(request.scope))]
     # a fixed path takes precedence over a path with parameters that matches, too
     found = min(at, key=lambda path: path.count("{"), default=None)
     return [method.upper() for method in paths.get(found, ())]

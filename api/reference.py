@@ -122,7 +122,7 @@ def _links(found: str = "") -> dict[str, Any]:
 
 
 _LOCATION = {"Location": {"description": "the search", "required": True, "schema": {
-    "type": "string", "pattern": "^/v1/searches/[0-9a-f]{32}$",
+    "type": "string", "pattern": "^(/[A-Za-z0-9._~-]+)*/v1/searches/[0-9a-f]{32}$",
 }}}  # fmt: skip
 _MADE: dict[str, Any] = {"headers": _LOCATION, "links": _links()}
 #: `responses=` of routes that make a search.

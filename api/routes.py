@@ -18,6 +18,7 @@ from api.auth import Caller
 from api.bodies import REAL, WHOLE, Absent, read_json, read_strictly
 from api.cache import AnswerCache, CachedAnswer
 from api.fair_queue import release_slot
+from api.prefix import root_of
 from api.problems import OF_BODIES, RETRY_AFTER_SECONDS, refusals
 from api.reference import (
     BEST_RULES,
@@ -196,13 +197,13 @@ async def create_search(
         store.create_search, body, data_path=data_path, data_root=data_root,
         idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
-    return made(search, new, response)
+    return made(request, search, new, response)
 
 
-def made(search: Search, new: bool, response: Response) -> SearchOut:
+def made(request: Request, search: Search, new: bool, response: Response) -> SearchOut:
     """The response to a request that creates a search: 200 if its key had created it before."""
     response.status_code = 201 if new else 200
-    response.headers["Location"] = f"/v1/searches/{search.id}"
+    response.headers["Location"] = f"{root_of(request.scope)}/v1/searches/{search.id}"
     return describe(search)
 
 
@@ -307,7 +308,7 @@ async def confirm_search(
         create_confirmation, store, search_id, wanted,
         idempotency_key=idempotency_key, request_id=correlation_id.get(),
     )  # fmt: skip
-    return made(search, new, response)
+    return made(request, search, new, response)
 
 
 @router.get("/trials/{trial_id}", responses=refusals(404), summary="Get a trial with its curve")

@@ -6,7 +6,7 @@ import gc
 import ipaddress
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import uvicorn
@@ -15,6 +15,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api.connections import Gate, Limits, guarded
 from api.fair_queue import FairQueue
+from api.prefix import Prefix, checked_root
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
@@ -86,6 +87,25 @@ def checked_proxies(given: Iterable[str]) -> list[str]:
     return proxies
 
 
+def behind_proxies(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, Callable[[str], bool]]:
+    """(the application with what proxies tell of a request, whether that of an address is believed)
+
+    Raises
+    ------
+    InvalidInput
+        A trusted proxy of the settings is neither an address nor a network, or the path below which
+        they serve the service is none.
+    """
+    root = checked_root(settings)
+    believed = ProxyHeadersMiddleware(
+        FairQueue(app),  # type: ignore[arg-type]
+        checked_proxies(settings.trusted_proxies),
+    )
+    trusted = believed.trusted_hosts.__contains__
+    # outside: it has to see the proxy's own address
+    return Prefix(believed, root, trusted), trusted  # type: ignore[arg-type]
+
+
 def serve(
     app: ASGIApp, settings: Settings, host: str, port: int, *, limits: Limits | None = None
 ) -> None:
@@ -99,18 +119,17 @@ def serve(
     Raises
     ------
     InvalidInput
-        A trusted proxy of the settings is neither an address nor a network.
+        See `behind_proxies`.
     """
-    proxies = checked_proxies(settings.trusted_proxies)
+    outside, trusted = behind_proxies(app, settings)
     files = raise_file_limit()
     used = limits or limits_for(settings, files)
-    believed = ProxyHeadersMiddleware(FairQueue(app), proxies)  # type: ignore[arg-type]
-    gate = Gate(used, trusted=believed.trusted_hosts.__contains__)
+    gate = Gate(used, trusted=trusted)
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # a full collection over all modules would delay every response by 0.1 s
     uvicorn.run(
-        believed,
+        outside,
         host=host,
         port=port,
         http=guarded(gate),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from api.auth import COOKIE, Caller
 from api.dashboard import templates
+from api.prefix import root_of
 from api.rates import Rates
 from nas.settings import Settings
 from nas.store import Store
@@ -23,14 +24,22 @@ _SECONDS_PER_HOUR = 3600.0
 _NO_KEY = "This is not a valid key of this service: it is unknown, revoked or expired."
 
 
-def inside(target: str) -> str:
-    """The page to go to after signing in; "/" for a target outside of this service."""
+def inside(target: str, root: str = "") -> str:
+    """The page to go to after signing in; the first one for a target outside of this service.
+
+    Parameters
+    ----------
+    root
+        Path below which the service is served; a target has it, too.
+    """
+    first = f"{root}/"
     try:
         parts = urlsplit(target)
     except ValueError:
-        return "/"
-    plain = target.startswith("/") and not target.startswith(("//", "/\\")) and target.isprintable()
-    return target if plain and not parts.scheme and not parts.netloc else "/"
+        return first
+    below = target.startswith(first) and not target.startswith(("//", "/\\"))
+    plain = below and target.isprintable() and ".." not in unquote(parts.path).split("/")
+    return target if plain and not parts.scheme and not parts.netloc else first
 
 
 @router.get("/login", response_class=HTMLResponse)
@@ -38,12 +47,12 @@ def login_page(
     request: Request, target: Annotated[str, Query(alias="next", max_length=2048)] = "/"
 ) -> Response:
     if not request.app.state.access_control:  # there is nothing to sign in for
-        return RedirectResponse(inside(target), 303)
+        return RedirectResponse(inside(target, root_of(request.scope)), 303)
     return _page(request, target)
 
 
 def _page(request: Request, target: str, error: str | None = None, status: int = 200) -> Response:
-    shown = {"next": inside(target), "error": error}
+    shown = {"next": inside(target, root_of(request.scope)), "error": error}
     return templates.TemplateResponse(request, "login.html", shown, status_code=status)
 
 
@@ -69,7 +78,7 @@ async def login(request: Request) -> Response:
         return _page(request, target, "The dashboard needs a key with scope `read`.", 403)
     seconds = _SECONDS_PER_HOUR * settings.session_hours
     session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
-    response = RedirectResponse(inside(target), 303)
+    response = RedirectResponse(inside(target, root_of(request.scope)), 303)
     _set(request, response, session, secret)
     return response
 
@@ -85,10 +94,15 @@ async def _form(request: Request) -> bytes:
 
 def _set(request: Request, response: Response, session: Key, secret: str) -> None:
     response.set_cookie(
-        COOKIE, secret, path="/", httponly=True, samesite="strict",
+        COOKIE, secret, path=_cookie_path(request), httponly=True, samesite="strict",
         secure=request.url.scheme == "https",
         max_age=round((session.expires_at or session.created_at) - session.created_at),
     )  # fmt: skip
+
+
+def _cookie_path(request: Request) -> str:
+    """Where browsers send the session's cookie: not to what else the host of a proxy serves."""
+    return root_of(request.scope) or "/"
 
 
 @router.post("/logout")
@@ -101,6 +115,6 @@ async def logout(request: Request) -> Response:
         found = (await run_in_threadpool(keys.find, [digest]))[digest]
         if found.key is not None and found.key.parent is not None:
             await run_in_threadpool(keys.revoke, found.key.id)
-    response = RedirectResponse("/login", 303)
-    response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+    response = RedirectResponse(f"{root_of(request.scope)}/login", 303)
+    response.delete_cookie(COOKIE, path=_cookie_path(request), httponly=True, samesite="strict")
     return response

@@ -83,6 +83,8 @@ class Settings(BaseSettings):
     """Host names that the service answers to, besides this machine's own; separated by commas."""
     allowed_origins: Names = ()
     """Origins (`https://host`) whose pages may send requests, with a key; separated by commas."""
+    root_path: str | None = None
+    """Path below which a proxy serves the service, such as `/nas`; by default none."""
     trusted_proxies: Names = ()
     """Addresses of proxies whose `X-Forwarded-*` headers are trusted; separated by commas."""
     rate_limit: str = "100/second"

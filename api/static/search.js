@@ -2,6 +2,8 @@
 // The page of one search: listens to its events and redraws from one JSON document.
 const root = document.getElementById("search");
 const id = root.dataset.id;
+// path below which the service is served; empty for most
+const service = root.dataset.service;
 const byId = (name) => document.getElementById(name);
 const TERMINAL = ["succeeded", "failed", "cancelled"];
 const fixed = (x, digits = 4) => x.toFixed(digits).replace("-", "−");
@@ -111,7 +113,7 @@ function showTrials(trials, total, best) {
   }
   byId("trials").replaceWith(body);
   byId("more").hidden = trials.length === total;
-  text("more", `Only the first ${trials.length} of ${total} trials are shown; /v1/searches/${id}/trials lists all.`);
+  text("more", `Only the first ${trials.length} of ${total} trials are shown; ${service}/v1/searches/${id}/trials lists all.`);
 }
 
 function showSearch(search, workers, canRetry) {
@@ -148,12 +150,12 @@ function showSearch(search, workers, canRetry) {
 // fetch; where the session has ended, go to the sign-in page, which leads back here
 async function ask(path, options) {
   const response = await fetch(path, options);
-  if (response.status === 401) location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
+  if (response.status === 401) location.assign(`${service}/login?next=${encodeURIComponent(location.pathname)}`);
   return response;
 }
 
 async function refresh() {
-  const response = await ask(`/searches/${id}/live?x=${encodeURIComponent(byId("axis").value)}`);
+  const response = await ask(`${service}/searches/${id}/live?x=${encodeURIComponent(byId("axis").value)}`);
   if (!response.ok) return;
   const live = await response.json();
   showSearch(live.search, live.workers, live.can_retry);
@@ -177,7 +179,7 @@ function soon() { // redraw in a second: many events may come at once
 let events = null;
 function follow() {
   if (events) events.close();
-  const own = events = new EventSource(`/v1/searches/${id}/events`);
+  const own = events = new EventSource(`${service}/v1/searches/${id}/events`);
   // the stream was refused, for example because the session has ended or too many are open
   own.addEventListener("error", () => {
     if (own.readyState !== EventSource.CLOSED) return;
@@ -200,7 +202,7 @@ function follow() {
 byId("axis").addEventListener("change", refresh);
 for (const button of document.querySelectorAll("button.act")) {
   button.addEventListener("click", async () => {
-    const response = await ask(`/v1/searches/${id}/${button.dataset.act}`, { method: "POST" });
+    const response = await ask(`${service}/v1/searches/${id}/${button.dataset.act}`, { method: "POST" });
     if (response.status === 401) return;
     if (!response.ok) { byId("notice").hidden = false; text("notice", (await response.json()).detail); return; }
     if (button.dataset.act === "retry") follow();
