@@ -33,6 +33,7 @@ from nas.tasks.data import (
 )
 from nas.tasks.folders import TRAINING, VALIDATION, is_system_folder, listed, own_split
 from nas.tasks.opening import DataFile, OpenData, opened
+from nas.tasks.table import other_format
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,6 +45,7 @@ VALIDATION_SHARE = 0.05
 #: Bytes of training text from which byte pairs are counted, about; of longer text every k-th piece.
 COUNTED_CHARACTERS = 1 << 23
 
+_ANY_TEXT = f"the recipe {TEXT_BPE.name} takes any UTF-8"
 _TOKEN_OF_BYTE = bytes(max(ALPHABET.find(byte), 0) for byte in range(256))
 _PACKAGES = frozenset({"site-packages", "dist-packages"})
 #: Ends of the files of a corpus that may have the names of a split: ``wiki.train.tokens``.
@@ -103,7 +105,7 @@ class _Reading:
         for piece in chain(pieces, [b""]):
             if found := foreign(piece):
                 byte, offset = found
-                begin = bytes(text.getbuffer()[:2]) + piece[:2]
+                begin = bytes(text.getbuffer()[:8]) + piece[:8]
                 raise self.unusable(byte, text.tell() + offset, piece[offset + 1 :][:1], begin)
             text.write(piece)
         if not text.tell():
@@ -113,16 +115,17 @@ class _Reading:
     def unusable(self, byte: int, offset: int, following: bytes, begin: bytes) -> _Unusable:
         """Why a text with a byte that none may have cannot be used."""
         kind = "binary" if self.utf8 else "with other characters"
+        if other := other_format(begin):
+            return _Unusable("in UTF-16" if "UTF-16" in other else kind, f"is {other}")
         detail = f"has the byte {byte:#04x} at offset {offset}"
-        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            kind, detail = "UTF-16", f"{detail}: it is UTF-16, save it as UTF-8"
-        elif not self.utf8:
-            if byte == ord("\r"):
-                kind = "with line endings of Windows" if following == b"\n" else kind
-                name = "\\r\\n, as Windows has" if following == b"\n" else "\\r"
-                detail = f"{detail}: its lines end in {name}; convert them to \\n"
-            detail += f", or use the recipe {TEXT_BPE.name}, which takes any UTF-8"
-        return _Unusable(kind, detail)
+        if self.utf8:
+            return _Unusable(kind, detail)
+        if byte == ord("\r"):
+            windows = following in (b"\n", b"")
+            kind = "with line endings of Windows" if windows else kind
+            name = "\\r\\n, as Windows has" if windows else "\\r"
+            detail += f": its lines end in {name}; convert them to \\n"
+        return _Unusable(kind, f"{detail}; {_ANY_TEXT}")
 
 
 def default_folder() -> Path:
@@ -223,9 +226,9 @@ def _read_hub(recipe: Recipe, reading: _Reading, spec: str) -> TaskData:
     found = hub_texts(spec)
     left_out: Counter[str] = Counter()
     if found.whole or any(b"\n" in row[:-1] for row in found.texts):
-        sources = (([text], False) for text in found.texts)
+        texts = (([text], False) for text in found.texts)
         of = "" if found.whole else f" of column {echo(found.column)}"
-        return _task_data(recipe, reading, sources, "texts", left_out, of=of)
+        return _task_data(recipe, reading, texts, "texts", left_out, of=of)
     lines = []
     for row in found.texts:
         try:
@@ -234,7 +237,8 @@ def _read_hub(recipe: Recipe, reading: _Reading, spec: str) -> TaskData:
             left_out[f"rows {error.kind}"] += 1
     text = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
     of = f" whose lines are the {len(lines):,} rows of column {echo(found.column)}"
-    return _task_data(recipe, reading, [([text], False)], "texts", left_out, of=of)
+    sources = [([text], False)] if text else []
+    return _task_data(recipe, reading, sources, "texts", left_out, of=of)
 
 
 def _name_of_split(file: DataFile) -> str:
@@ -353,7 +357,7 @@ def _task_data(
         lengths = "{:,} and {:,} bytes".format(*map(_size, splits))
     how = "" if own else f" (the last 5%, or whole {called})"
     of_others = any("characters" in kind or "line endings" in kind for kind in left_out)
-    other = f"; the recipe {TEXT_BPE.name} takes any UTF-8" if of_others else ""
+    other = f"; {_ANY_TEXT}" if of_others and not reading.utf8 else ""
     raise reading.error(
         f"of this, {summary}; training and validation{how} have {lengths}, and need "
         f"{recipe.least_tokens:,} tokens each{other}"

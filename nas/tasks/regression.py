@@ -27,8 +27,10 @@ _MOMENT_SAMPLES = 16_384
 _PIECE = 8192  # samples that pass through the target network at once
 _VALIDATION_SHARE = 0.1
 _SPLIT_SEED = 20241002
-#: What float32 and what float64 rounds away of 1, and below what two numbers differ by rounding.
-_RESOLUTION, _ROUNDING, _NOISE = 2.0**-24, 2.0**-50, 2.0**-40
+#: Standard deviations within which float32 tells few numbers apart (its 1 is of 2^-24).
+_TOO_CLOSE = 2.0**-20
+#: What float64 rounds away of 1, and below what two numbers are taken to differ by rounding.
+_ROUNDING, _NOISE = 2.0**-50, 2.0**-40
 #: Numbers that often mark a missing value, and how many times further than all others lie apart
 #: they have to be away to be taken for that.
 _FILL_VALUES = frozenset({-999.0, -9999.0, -99999.0, -32768.0, 9999.0, 99999.0, 999999.0})
@@ -150,7 +152,7 @@ def _read(found: OpenData, refusal: Callable[[str], InvalidInput]) -> _Table:
         if start.startswith(ZIP):
             table = _read_npz(file, refusal)
         elif other := other_format(start):
-            raise refusal(other)
+            raise refusal(f"this is {other}")
         else:
             read = read_numbers(file, refusal)
             table = _Table(read.values[:, :-1], read.values[:, -1], read.place, f"; {read.how}")
@@ -188,6 +190,13 @@ def _read_npz(file: IO[bytes], refusal: Callable[[str], InvalidInput]) -> _Table
     return _Table(inputs, numbers("targets"), place)
 
 
+def _end_of_equal(values: NDArray[np.intp], start: int) -> int:
+    """The first place, from `start` on, where a value differs from the one before it."""
+    while start < len(values) and values[start] == values[start - 1]:
+        start += 1
+    return start
+
+
 def _check_spread(table: _Table, refusal: Callable[[str], InvalidInput]) -> None:
     """No value lies so far from the others of its column that these become equal beside it.
 
@@ -201,14 +210,15 @@ def _check_spread(table: _Table, refusal: Callable[[str], InvalidInput]) -> None
         distinct = distinct[np.diff(distinct, append=np.inf) > _NOISE * np.abs(distinct)]
         if len(distinct) < 3:
             continue
-        far = int(np.abs(scaled - np.median(scaled)).argmax())
-        at = f"{table.place(far, column)} has {values[far]:.9g}"
         half = len(distinct) // 2
-        closest = float((distinct[half:] - distinct[: len(distinct) - half]).min())
-        if closest < _RESOLUTION * scaled.std():
+        widths = distinct[half:] - distinct[: len(distinct) - half]
+        closest = int(widths.argmin())
+        far = int(np.abs(scaled - distinct[closest]).argmax())
+        at = f"{table.place(far, column)} has {values[far]:.9g}"
+        if widths[closest] < _TOO_CLOSE * scaled.std():
             raise refusal(
-                f"{at}, so far from the others that half of them would be equal beside it in "
-                f"numbers of 32 bits; if it marks a missing value, {how}; else take logarithms"
+                f"{at}, so far from the others that half of these would be all but equal "
+                f"beside it; if it marks a missing value, {how}; else take logarithms"
             )
         others = scaled != scaled[far]
         gap, spread = np.abs(scaled[others] - scaled[far]).min(), np.ptp(scaled[others])
@@ -240,13 +250,16 @@ def _split(
     distinct, which = np.unique(inputs, axis=0, return_inverse=True)
     place = np.random.default_rng(_SPLIT_SEED).permutation(len(distinct))[which.reshape(-1)]
     order = np.argsort(place, kind="stable")
-    while held < rows and place[order[held]] == place[order[held - 1]]:
-        held += 1
+    wanted, held = held, _end_of_equal(place[order], held)
+    if held > rows // 2:  # what occurs more often than validation has rows is for training
+        often = np.bincount(place) > wanted
+        order = np.lexsort((place, often[place]))
+        held = _end_of_equal(place[order], wanted)
     kept = order[held:]
-    if len(kept) < recipe.min_validation_samples:
+    if len(kept) < recipe.min_validation_samples or held > rows // 2:
         raise InvalidInput(
-            "data", name, f"{recipe.min_validation_samples} rows for training whose inputs are not "
-            f"among those for validation; this has {len(kept)}"
+            "data", name, f"rows of which a tenth has inputs that the others do not have; of these "
+            f"{rows:,}, {len(distinct):,} differ in their inputs"
         )  # fmt: skip
     _check_spread(table, refusal)
     inputs, targets = _scaled(inputs), _scaled(targets)

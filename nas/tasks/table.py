@@ -57,6 +57,8 @@ class _Lines:
     error: Callable[[str], InvalidInput]
     numbers: bool
     comments: int = 0
+    #: cells of a row
+    width: int = 0
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         # a byte order mark is no part of the first cell
@@ -65,12 +67,15 @@ class _Lines:
             try:
                 for row in reader:
                     if row and (len(row) > 1 or row[0].strip() or not self.numbers):
+                        self.width = self.width or len(row)
                         yield reader.line_num, row
             except csv.Error as error:
                 raise self.error(f"line {reader.line_num:,}: {error}") from error
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
-                raise self.error(f"it has the byte {byte:#04x}, which is no UTF-8") from error
+                raise self.error(
+                    f"it has the byte {byte:#04x}, which is no UTF-8; save it as UTF-8"
+                ) from error
 
     def _lines(self, text: io.TextIOWrapper) -> Iterator[str]:
         """Lines that are neither long without end nor more than fit."""
@@ -80,6 +85,10 @@ class _Lines:
             if len(line) == longest or size > MAX_BYTES:
                 raise self.error(f"lines are to have fewer than {longest:,} characters")
             if self.numbers and line.startswith("#"):
+                if self.width > 1 and line.count(",") == self.width - 1:
+                    raise self.error(
+                        f"{echo(line.strip())} begins as a comment does, and has the cells of a row"
+                    )
                 self.comments += 1
                 line = "\n"  # so that lines are counted on
             yield line
@@ -105,9 +114,9 @@ class NumberTable:
 
 
 def other_format(begin: bytes) -> str | None:
-    """What a file is that begins so and is no table of comma-separated cells."""
+    """What a file is that begins so and is no text, and what to do with it."""
     found = next((what for magic, what in _OTHERS.items() if begin.startswith(magic)), None)
-    return f"this is {found[0]}: {found[1]}" if found else None
+    return f"{found[0]}: {found[1]}" if found else None
 
 
 def read_numbers(stream: BinaryIO, error: Callable[[str], InvalidInput]) -> NumberTable:
@@ -161,7 +170,7 @@ def text_rows(
         columns have one name; or cells seem to be separated by something else than commas.
     """
     if other := other_format(stream.peek(8)[:8]):
-        raise error(other)
+        raise error(f"this is {other}")
     before = csv.field_size_limit(MAX_BYTES - 1)  # of the whole process
     try:
         rows = _Lines(stream, error, numbers=False).rows()
@@ -219,10 +228,10 @@ def _names(
     if all(cells[i].lower() in _MISSING for i in words):
         raise error(_no_number(line, words[0], cells))
     if "" in cells:
-        raise error(
-            f"line {line:,} has no name for column {cells.index('') + 1:,}; pandas has an index "
-            "there, which to_csv(index=False) leaves out"
+        hint = (
+            "" if cells[0] else "; where that is pandas' index, to_csv(index=False) leaves it out"
         )
+        raise error(f"line {line:,} has no name for column {cells.index('') + 1:,}{hint}")
     mixed = len(words) < len(cells)  # as "id, 2019, 2020"; but "1.O, 2.5" is a misprint
     if mixed and any(
         not (cell[0].isalpha() or cell[0] == "_" if i in words else _WHOLE.fullmatch(cell))
@@ -237,23 +246,32 @@ def _names(
 def _may_be_names(first: list[str], others: list[list[str]]) -> bool:
     """Whether a row of numbers differs in kind from those below it, as ``0,1,2`` or years do."""
     numbers = list(map(float, first))
-    rises = _rises(first)
-    whole = all(map(_WHOLE.fullmatch, first))
     below = [bool(_WHOLE.fullmatch(cell.strip())) for cells in others for cell in cells]
     if len(first) < 2 or not below:
         return False
+    whole = all(map(_WHOLE.fullmatch, first))
+    rises = all(a < b for a, b in pairwise(numbers))
     if whole and rises and not all(below):
         return True
     if whole and len(set(numbers)) == len(numbers) and not any(below):
         return True
-    steps = {b - a for a, b in pairwise(numbers)}
-    even = len(numbers) > 2 and max(steps) - min(steps) < 1e-9 * max(map(abs, numbers))
-    years = whole and numbers[0] >= 1900 and numbers[-1] <= 2100
-    return rises and (even or years) and not any(map(_rises, others))
+    # few numbers are evenly spaced by chance, whole ones rather than others
+    counts = len(numbers) > 3 or not whole or numbers[:2] == [0, 1]
+    if counts and _even(first) and 10 * sum(map(_even, others)) < len(others):
+        return True
+    return rises and _years(first) and not any(map(_years, others))
 
 
-def _rises(cells: list[str]) -> bool:
-    return all(map(_is_number, cells)) and all(float(a) < float(b) for a, b in pairwise(cells))
+def _even(cells: list[str]) -> bool:
+    """Whether a row rises by equal steps, as positions do."""
+    if len(cells) < 3 or not all(map(_is_number, cells)):
+        return False
+    steps = [float(b) - float(a) for a, b in pairwise(cells)]
+    return min(steps) > 0 and max(steps) - min(steps) < 1e-6 * max(steps)
+
+
+def _years(cells: list[str]) -> bool:
+    return all(_WHOLE.fullmatch(cell) and 1900 <= float(cell) <= 2100 for cell in cells)
 
 
 def _no_number(line: int, column: int, cells: list[str], names: list[str] | None = None) -> str:

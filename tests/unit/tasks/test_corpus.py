@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,6 +91,81 @@ def test_the_split_is_by_file(text_folder: Path) -> None:
     assert not held_files & kept_files
 
 
+@pytest.mark.parametrize(
+    ("train", "held", "beside"),
+    [
+        ("train/a.txt", "valid/b.txt", "notes/c.txt"),
+        ("Training/deep/a", "DEV/b", "c.txt"),
+        ("train/a", "validation/b", "test/c"),
+        ("wiki.train.tokens", "wiki.valid.tokens", "README.md"),
+        ("train.txt", "val.txt", "test.txt"),
+    ],
+)
+def test_a_split_of_its_own(tmp_path: Path, train: str, held: str, beside: str) -> None:
+    texts = {train: "to learn from\n" * 300, held: "to be asked for\n" * 90, beside: "other\n"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    names = [re.split(r"[/.]", name.removeprefix("wiki."))[0] for name in (train, held)]
+    for recipe in (SMALL, replace(SMALL_BPE, vocabulary=262)):
+        data = load_text(recipe, tmp_path)
+        assert f", 1 files left out (1 beside {names[0]} and {names[1]})" in data.summary
+        if recipe is SMALL:
+            assert (characters(data.train), characters(data.validation)) == (
+                texts[train], texts[held]
+            )  # fmt: skip
+    # a validation text that is one for training, too, is none
+    (tmp_path / held).with_name("again." + Path(held).name).write_text(texts[train])
+    assert "1 equal to one for training" in load_text(SMALL, tmp_path).summary
+    (tmp_path / held).write_text("too short\n")
+    assert "training and validation have 4,200 and 10 bytes, and need 65" in refusal(tmp_path)
+
+
+def test_programs_of_such_names_are_no_split(tmp_path: Path) -> None:
+    for name in ("train.py", "test.py", "model.py"):
+        (tmp_path / name).write_text(f"# {name}\n" * 300)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.txt").write_text("training alone\n" * 300)
+    assert load_text(SMALL, tmp_path).summary.startswith("4 files, ")
+
+
+def test_hidden_folders_and_links_are_left_out_and_counted(
+    text_folder: Path, tmp_path: Path
+) -> None:
+    content = load_text(SMALL, text_folder).content
+    text_folder = Path(shutil.copytree(text_folder, tmp_path / "copy"))
+    for name in (".git", ".ipynb_checkpoints", "site-packages"):
+        (text_folder / name).mkdir()
+        (text_folder / name / "a.txt").write_text("none of it\n" * 300)
+    (text_folder / "link.txt").symlink_to(text_folder / ".git" / "a.txt")
+    data = load_text(SMALL, text_folder)
+    assert data.content == content
+    counts = "(3 hidden or system folders, 1 linked, 2 with other characters)"
+    assert data.summary.endswith(f", 6 files left out {counts}")
+
+
+@pytest.mark.parametrize(
+    ("content", "says", "kind"),
+    [
+        (b"a line\r\n", r"lines end in \r\n, as Windows has; convert them to \n", "of Windows"),
+        (b"a line\r", r"lines end in \r; convert them to \n", "with other characters"),
+        (b"a\tline\n", "the byte 0x09 at offset 1; the recipe gpt-bpe-1 takes", "with other char"),
+        ("a line\n".encode("utf-16"), "this file is UTF-16: save it as UTF-8", "in UTF-16"),
+        (gzip.compress(b"a line\n"), "this file is gzip: unpack it", "with other characters"),
+    ],
+)
+def test_texts_that_cannot_be_used_have_a_reason(
+    tmp_path: Path, content: bytes, says: str, kind: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content * 1000)
+    assert says in refusal(tmp_path / "a.txt").encode().decode("unicode_escape").replace(
+        "\r", r"\r"
+    ).replace("\n", r"\n")
+    assert kind in refusal(tmp_path)
+    if kind in ("of Windows", "with other characters"):
+        assert "the recipe gpt-bpe-1 takes any UTF-8" in refusal(tmp_path)
+
+
 def test_one_file_is_split_at_its_end(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     text = "".join(f"line {i}\n" for i in range(30_000))  # longer than a piece that is read
@@ -139,7 +216,7 @@ def test_the_content_follows_the_text_and_the_split(tmp_path: Path) -> None:
         ("empty folder", "0 files, 0 characters, 0 files left out"),
         ("filtered", "this file has the byte 0xc3 at offset 100001"),
         ("short", "5 and 0 bytes, and need 65 tokens each"),
-        ("few left", "9 characters, 2 files left out (1 UTF-16, 1 with other characters)"),
+        ("few left", "9 characters, 2 files left out (1 in UTF-16, 1 with other characters)"),
     ],
 )
 def test_unusable_data_is_refused_with_its_name(case: str, says: str, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from nas.tasks.images import load_images
 CLASSES = replace(IMAGES, min_validation_samples=4, validation_samples=10)
 CLASSES_CIFAR = replace(IMAGES_CIFAR, min_validation_samples=4, validation_samples=10)
 GREY = replace(PIXELS, min_validation_samples=4, validation_samples=10, vocabulary=256)
+COLOUR_8 = replace(PIXELS_CIFAR, min_validation_samples=4, validation_samples=10, side=8)
 COLOUR = replace(PIXELS_CIFAR, min_validation_samples=4, validation_samples=10)
 
 
@@ -164,10 +167,13 @@ def test_every_class_is_in_training(tmp_path: Path) -> None:
     assert data.recipe.classes == 40
 
 
-@pytest.mark.parametrize("held", ["validation", "val", "test"])
-def test_a_split_of_its_own(tmp_path: Path, held: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "held"),
+    [("train", "validation"), ("Train", "Val"), ("training", "testing"), ("TRN", "dev")],
+)
+def test_a_split_of_its_own(tmp_path: Path, train: str, held: str) -> None:
     images = noise(45, 8, 8)
-    folder_of(tmp_path / "train", images[:30])
+    folder_of(tmp_path / train, images[:30])
     folder_of(tmp_path / held, images[28:])  # two of them known from training
     folder_of(tmp_path / "extra", noise(3, 8, 8, seed=5))
     data = load_images(CLASSES, tmp_path)
@@ -176,12 +182,166 @@ def test_a_split_of_its_own(tmp_path: Path, held: str) -> None:
     assert data.recipe.classes == 2
     assert data.summary == (
         "40 images, 8×8, 2 classes: 30 for training, 10 for validation; 10 files or images left "
-        f"out (3 beside train and {held}, 2 equal to a training image, 5 validation images beyond "
-        "the recipe's)"
+        f"out (3 beside {train} and {held}, 2 equal to a training image, 5 validation images "
+        "beyond the recipe's)"
     )
     assert sizes(load_images(GREY, tmp_path)) == (30, 10)
     save(tmp_path / held / "new" / "0.png", images[44] ^ 1)
     assert "no training image has the class new" in refusal(CLASSES, tmp_path)
+
+
+def test_of_two_validation_folders_the_later_is_left_out(tmp_path: Path) -> None:
+    images = noise(60, 8, 8)
+    for name, part in (("train", images[:40]), ("test", images[40:50]), ("Valid", images[50:])):
+        folder_of(tmp_path / name, part)
+    for recipe in (CLASSES, GREY):
+        data = load_images(recipe, tmp_path)
+        assert rows(data.validation["images"]) == rows(images[50:, ..., None])
+        assert data.summary.endswith("; 10 files or images left out (10 beside train and Valid)")
+
+
+def test_training_images_alone_are_no_class(tmp_path: Path) -> None:
+    images = noise(50, 8, 8)
+    folder_of(tmp_path / "plain", images)
+    folder_of(tmp_path / "split" / "Train", images)
+    folder_of(tmp_path / "split" / "unlabelled", noise(5, 8, 8, seed=1), ["."])
+    data = load_images(CLASSES, tmp_path / "split")
+    assert data.content == load_images(CLASSES, tmp_path / "plain").content
+    assert data.summary.endswith("; 5 files or images left out (5 beside Train)")
+    # but a class may be called so
+    vehicles = load_images(CLASSES, folder_of(tmp_path / "vehicles", images, ["train", "bus"]))
+    named = load_images(CLASSES, folder_of(tmp_path / "named", images, ["y", "x"]))
+    assert vehicles.content == named.content
+
+
+@pytest.mark.parametrize(
+    ("tops", "classes", "says"),
+    [
+        (["fold1", "fold2"], "ab", "the folders fold1, fold2 hold the same sub-folders, a, b"),
+        (["train2017", "val2017"], "ab", "hold the same sub-folders"),
+        (["cat", "dog"], ["train", "val"], "the folders cat, dog hold the same sub-folders, train"),
+        (["val", "test"], "ab", "the folders test, val are splits without one to train"),
+        (["Val", "Test"], ["."], "the folders Test, Val are splits without one to train"),
+    ],
+)
+def test_folders_that_may_be_splits_are_no_classes(
+    tmp_path: Path, tops: list[str], classes: Sequence[str], says: str
+) -> None:
+    for seed, top in enumerate(tops):
+        folder_of(tmp_path / top, noise(30, 8, 8, seed=seed), classes)
+    assert says in refusal(CLASSES, tmp_path)
+    assert sum(sizes(load_images(GREY, tmp_path))) == 60  # no classes: all images
+
+
+def test_what_systems_put_beside_images_is_no_class(tmp_path: Path) -> None:
+    images = noise(50, 8, 8)
+    plain = load_images(CLASSES, folder_of(tmp_path / "plain", images))
+    names = (
+        ".ipynb_checkpoints",
+        ".Trash-1000",
+        "@eaDir",
+        "__MACOSX",
+        "$RECYCLE.BIN",
+        "lost+found",
+    )
+    for folder in (tmp_path / "0", tmp_path / "1" / "train"):
+        folder_of(folder, images)
+        folder_of(folder, noise(6, 8, 8, seed=1), names)
+    for top in "01":
+        data = load_images(CLASSES, tmp_path / top)
+        assert data.content == plain.content
+        assert data.summary.endswith("; 6 files or images left out (6 hidden or system folders)")
+    # one sub-folder of a name in each class is no split
+    folder_of(tmp_path / "deep", images, ["a/images", "b/images"])
+    assert load_images(CLASSES, tmp_path / "deep").content == plain.content
+
+
+@pytest.mark.parametrize("end", ["png", "jpg", "tiff"])
+def test_images_are_turned_as_their_orientation_says(tmp_path: Path, end: str) -> None:
+    upright = np.zeros((8, 12), np.uint8)
+    upright[:4, :8], upright[:, :6] = 120, upright[:, :6] + 60
+    image = Image.fromarray(upright)
+    turns = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of how it was taken
+    for orientation, turn in turns.items():
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        taken = image if turn is None else image.transpose(Image.Transpose(turn))
+        (tmp_path / end).mkdir(exist_ok=True)
+        for i in range(5):
+            options: dict[str, Any] = {"quality": 95} if end == "jpg" else {}
+            taken.save(tmp_path / end / f"{orientation}-{i}.{end}", exif=exif, **options)
+    folder_of(tmp_path / end, noise(20, 8, 8), ["."])
+    data = load_images(GREY, tmp_path / end)
+    found = np.concatenate([data.train["images"], data.validation["images"]])[..., 0].astype(int)
+    middle = upright[:, 2:10].astype(int)
+    assert (np.abs(found - middle).max(axis=(1, 2)) < 16).sum() == 40
+
+
+def test_a_broken_note_of_the_orientation_is_no_broken_image(tmp_path: Path) -> None:
+    for i, image in enumerate(noise(20, 8, 8)):
+        exif = b"Exif\0\0MM\0*\0\0\0\xffgarbage"
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg", exif=exif)
+    assert sum(sizes(load_images(GREY, tmp_path))) == 20
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("end", ["png", "tiff"])
+def test_values_of_16_bit_files_are_as_many_bits_as_they_need(
+    tmp_path: Path, bits: int, end: str
+) -> None:
+    eight = noise(50, 8, 8)
+    eight[0, 0, 0] = 255
+    for i, image in enumerate(eight):
+        deep = image.astype(np.uint16) << (bits - 8)
+        Image.fromarray(deep).save(tmp_path / f"{i}.{end}")
+    save(tmp_path / "8.bmp", noise(1, 8, 8, seed=1)[0])  # whose values are as they are
+    data = load_images(GREY, tmp_path)
+    assert everything(data) == rows(eight, noise(1, 8, 8, seed=1))
+    how = f"read as of {bits} bits (the largest is {255 << (bits - 8):,})"
+    assert data.summary.endswith(f"validation; values of 16-bit files {how}")
+
+
+def png_of_16_bits(path: Path, values: NDArray[np.uint16]) -> None:
+    """Three channels of 16 bits, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + data)
+
+
+def test_colours_of_16_bits_are_not_of_fewer(tmp_path: Path) -> None:
+    colours = noise(20, 8, 8, 3)
+    for i, image in enumerate(colours):
+        png_of_16_bits(tmp_path / f"{i}.png", image.astype(np.uint16) << 8)
+    data = load_images(COLOUR_8, tmp_path)
+    assert everything(data) == rows(colours)
+    assert data.summary.endswith("; values of 16-bit files read as of 16 bits")
+    for bits, largest in ((12, "4,095"), (8, "255")):
+        for i, image in enumerate(colours):
+            png_of_16_bits(tmp_path / f"{i}.png", image.astype(np.uint16) << (bits - 8))
+        assert f"have no value above {largest} of 65,535" in refusal(COLOUR_8, tmp_path)
+
+
+def test_few_images_for_validation_have_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, images=noise(50, 8, 8), labels=np.array([f"{i}.png" for i in range(50)]))
+    says = "50 of the 50 classes have one image, which stays in training"
+    assert says in refusal(CLASSES, path)
+    np.savez(path, images=np.zeros((50, 8, 8), np.uint8), labels=np.arange(50) % 2)
+    assert "the 50 images are equal" in refusal(CLASSES, path)
+    np.savez(path, images=np.repeat(noise(2, 8, 8), 25, axis=0), labels=np.arange(50) // 25)
+    assert "the 50 images have 2 different contents" in refusal(CLASSES, path)
+    images = noise(50, 8, 8)
+    for name in ("train", "val"):
+        folder_of(tmp_path / "folder" / name, images)
+    says = "0 for validation; 50 files or images left out (50 equal to a training image)"
+    assert says in refusal(CLASSES, tmp_path / "folder")
 
 
 def test_areas_are_averaged(tmp_path: Path) -> None:
@@ -219,10 +379,7 @@ def test_channels(tmp_path: Path) -> None:
     found = np.concatenate([p["images"][p["labels"] == 0] for p in (one.train, one.validation)])
     for image in found[..., 0].astype(int):
         assert np.abs(luminance - image).max(axis=(1, 2)).min() <= 1
-    # 16 bits, a palette, and transparency
-    for i, image in enumerate(noise(17, 8, 8, seed=2)):
-        save(tmp_path / "deep" / f"{i}.png", image.astype(np.uint16) * 256 + 77)
-    assert rows(noise(17, 8, 8, seed=2)) < everything(load_images(GREY, tmp_path))
+    # a palette, and transparency
     Image.fromarray(colour[0]).quantize(8).save(tmp_path / "a.png", transparency=bytes(8))
     Image.new("LA", (8, 8), (33, 0)).save(tmp_path / "b.png")
     assert bytes([33] * 64) in everything(load_images(GREY, tmp_path))
@@ -280,6 +437,13 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     os.mkfifo(inside / "a" / "pipe.png")
     data = load_images(CLASSES, inside)
     assert (sum(sizes(data)), data.recipe.classes) == (50, 2)
+    says = "; 3 files or images left out (2 linked, 1 no regular file)"
+    assert data.summary.endswith(says)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(outside / "a", target_is_directory=True)
+    assert "0 files of this folder is an image; 1 files or images left out (1 linked)" in (
+        refusal(CLASSES, tmp_path / "links")
+    )
     (tmp_path / "named").symlink_to(inside)  # the user's own
     assert load_images(CLASSES, tmp_path / "named").content == data.content
 
@@ -349,7 +513,11 @@ def test_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        ({"labels": np.zeros(50, int)}, "no array `images`"),
+        ({"labels": np.zeros(50, int)}, "no array `images`; it has labels"),
+        (
+            {f"arr_{i}": np.zeros(1) for i in range(7)},
+            "has arr_0, arr_1, arr_2, arr_3, arr_4 and 2 m",
+        ),
         ({"images": noise(50, 8, 8)}, "no array `labels`"),
         ({"images": noise(50, 8, 8), "labels": np.zeros(49, int)}, "these int64 of shape (49,)"),
         ({"images": noise(50, 8, 8), "labels": np.zeros(50)}, "these float64 of shape (50,)"),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +17,7 @@ from nas.errors import InvalidInput
 from nas.recipe import REGRESSION
 from nas.tasks import load_data
 from nas.tasks.batches import training_batches
-from nas.tasks.data import Arrays
+from nas.tasks.data import Arrays, TaskData
 
 SMALL = replace(REGRESSION, pool=2000, validation_samples=200)
 Floats = NDArray[np.floating[Any]]
@@ -92,6 +94,8 @@ def test_a_users_table(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(x.std(axis=0), [1, 1, 0], atol=1e-5)  # the third is constant
     np.testing.assert_allclose(floats(data.train, "targets"), x[:, 0], atol=1e-4)
     assert load_data(REGRESSION, path).fingerprint == data.fingerprint
+    how = {"csv": "; line 1 read as a sample", "headed": "; line 1 read as names, target target"}
+    assert data.summary.endswith("50 for validation" + how.get(kind, ""))
 
 
 def test_equal_inputs_stay_on_one_side(tmp_path: Path) -> None:
@@ -101,6 +105,84 @@ def test_equal_inputs_stay_on_one_side(tmp_path: Path) -> None:
     train = {r.tobytes() for r in data.train["inputs"]}
     assert len(data.validation["inputs"]) == 100
     assert not any(r.tobytes() in train for r in data.validation["inputs"])
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e-200, 1e-310, 2.0**900])
+def test_the_unit_of_a_table_changes_nothing(scale: float, tmp_path: Path) -> None:
+    rows = table()
+    data = saved(tmp_path / "t.npz", rows[:, :-1], rows[:, -1])
+    again = saved(tmp_path / "t.npz", rows[:, :-1] * scale, rows[:, -1] * scale)
+    for name in ("inputs", "targets"):
+        np.testing.assert_allclose(
+            floats(again.train, name),
+            floats(data.train, name),
+            rtol=1e-6 if scale > 1e-300 else 1e-3,
+        )
+    if scale == 2.0**900:
+        assert again.content == data.content
+
+
+def saved(path: Path, inputs: Floats, targets: Floats) -> TaskData:
+    np.savez(path, inputs=inputs, targets=targets)
+    return load_data(REGRESSION, path)
+
+
+FILLS = [
+    9.969209968386869e36,
+    1e20,
+    -9999.0,
+    1e9,
+    float(np.finfo("f4").max),
+    -float(np.finfo("f8").max),
+]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("share", [1, 200, 320])
+def test_a_value_that_marks_what_is_missing_is_named(
+    fill: float, share: int, tmp_path: Path
+) -> None:
+    for column, place in ((1, "column 2 of `inputs`"), (3, "of `targets`")):
+        rows = table()
+        rows[100 : 100 + share, column] = fill
+        with pytest.raises(
+            InvalidInput, match=rf"row 101.* {place} has {re.escape(f'{fill:.9g}')}"
+        ):
+            saved(tmp_path / "t.npz", rows[:, :-1], rows[:, -1])
+    rows = table()
+    rows[7, 0] = fill
+    np.savetxt(tmp_path / "t.csv", rows, delimiter=",", header="a,b,c,y", comments="# x\n\n")
+    with pytest.raises(InvalidInput, match=r"line 11, column 1 \(a\) has"):
+        load_data(REGRESSION, tmp_path / "t.csv")
+
+
+def test_far_values_that_are_measured_pass(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal(500)
+    heavy, counts = np.exp(3 * rng.standard_normal(500)), rng.integers(0, 3, 500).astype(float)
+    counts[9] = 5000
+    rounded, rare = np.where(rng.random(500) < 0.5, 0.1 + 0.2, 0.3), np.zeros(500)
+    rounded[3], rare[4] = 5.0, 1e9
+    clock = 1.7e18 + np.arange(500) * 1e9
+    data = saved(tmp_path / "t.npz", np.column_stack([heavy, counts, rounded, rare, clock, y]), y)
+    assert np.isfinite(floats(data.train, "inputs")).all()
+    assert len(np.unique(data.train["inputs"][:, 4])) == len(data.train["inputs"])
+
+
+def test_a_target_that_varies_by_rounding_alone_is_constant(tmp_path: Path) -> None:
+    y = np.where(np.arange(500) % 2, 0.1 + 0.2, 0.3)
+    with pytest.raises(InvalidInput, match="constant"):
+        saved(tmp_path / "t.npz", table()[:, :-1], y)
+
+
+def test_inputs_that_are_mostly_equal_are_for_training(tmp_path: Path) -> None:
+    rows = table(1000)
+    rows[:600, :-1] = 0
+    data = saved(tmp_path / "t.npz", rows[:, :-1], rows[:, -1])
+    assert (len(data.train["inputs"]), len(data.validation["inputs"])) == (900, 100)
+    rows[:980, :-1] = 0
+    with pytest.raises(InvalidInput, match="of these 1,000, 21 differ in their inputs"):
+        saved(tmp_path / "t.npz", rows[:, :-1], rows[:, -1])
 
 
 @pytest.mark.parametrize("value", [0.3, 7.7, 1e-3])
@@ -145,12 +227,10 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
         write("binary.csv", bytes(range(256)) * 9): "accepted",
         write("pickle.csv", pickle.dumps(Evil())): "never unpickled",
         write("pickle.PT", pickle.dumps(Evil(), protocol=0)): "never unpickled",
-        write("one.csv", b"1\n2\n3\n"): "1 columns",
-        write("header.csv", b"a,b,target\n"): "no rows",
-        write("ragged.csv", b"1,2\n3\n"): "accepted",
+        write("gz.csv", gzip.compress(b"1,2\n")): "this is gzip: unpack it",
         tmp_path / "objects.npz": "accepted",
         tmp_path / "shapes.npz": r"inputs \(5, 2\) and targets \(4,\)",
-        tmp_path / "names.npz": "inputs",
+        tmp_path / "names.npz": "no array `inputs`; it has x",
         tmp_path / "broken.npz": "accepted",
         tmp_path / "nan.csv": "line 124, column 2 has nan",
         tmp_path / "few.csv": "at least 320 rows",
