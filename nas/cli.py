@@ -240,15 +240,17 @@ def _checked_data(request: SearchRequest) -> str | None:
     if request.data is None:
         return None
     from nas.tasks import load_data
-    from nas.tasks.data import HUB_PREFIX
+    from nas.tasks.data import HUB_PREFIX, hub_parts, is_there
 
     data = load_data(request.settings, request.data)
     request.check_budget(data.recipe)
     print(f"data: {data.summary}, fingerprint {data.fingerprint}", file=sys.stderr)
-    prefix = HUB_PREFIX if request.data.startswith(HUB_PREFIX) else ""
     # absolute, because a worker may run in another folder
-    name, colon, split = request.data.removeprefix(prefix).partition(":" if prefix else "\0")
-    return f"{prefix}{Path(name).resolve() if Path(name).exists() else name}{colon}{split}"
+    if not request.data.startswith(HUB_PREFIX):
+        return str(Path(request.data).resolve())
+    name, part = hub_parts(request.data)
+    place = str(Path(name).resolve()) if is_there(name) else name
+    return f"{HUB_PREFIX}{place}" + (f":{part}" if part else "")
 
 
 def _search_remotely(server: str, fields: dict[str, Any], wait: bool, as_json: bool) -> None:
