@@ -31,8 +31,10 @@ def register(program: typer.Typer) -> None:
     program.command()(reported(audit))
 
 
-def duration(text: str) -> float:
+def duration(text: str | float) -> float:
     """Convert a time such as 90d, 12h, 30m or 45s to seconds."""
+    if isinstance(text, float):  # an option's default
+        return text
     found = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if found is None:
         raise typer.BadParameter(f"got {text}; accepted: a time such as 90d, 12h, 30m or 45s")

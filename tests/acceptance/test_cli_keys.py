@@ -94,6 +94,9 @@ def test_keys_tenants_and_the_audit_log(tmp_path: Path) -> None:
         command(tmp_path, "keys", "rotate", key["id"], "--grace", "1h", "--json").stdout
     )
     assert rotated["rotated_from"] == key["id"]
+    # a secret where an id belongs is not said again; without a grace the old key ends at once
+    mistaken = command(tmp_path, "keys", "rotate", key["key"], status=1)
+    assert key["key"][5:] not in mistaken.stderr
     shown = command(tmp_path, "keys", "list").stdout
     assert key["id"] in shown
     assert key["key"] not in shown
