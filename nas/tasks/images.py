@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ from nas.tasks.data import (
     content_digest,
     is_pickle,
 )
-from nas.tasks.folders import VALIDATION, listed, own_split
+from nas.tasks.folders import folders_of_split, listed
 from nas.tasks.opening import DataFile, OpenData, opened
+from nas.tasks.scaling import Pixels, fitted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,8 +60,6 @@ _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_100 = frozenset({"train.bin", "test.bin"})
 _CIFAR_PIECE = 4096  # records read at a time
 
-_Images = NDArray[np.uint8]
-
 
 class _Unusable(Exception):
     """Why an image is left out: the kind under which it is counted."""
@@ -83,7 +82,7 @@ class _Reading:
     recipe: Recipe
     name: str
     #: images (n, side, side, channels), their labels, whether they are validation data
-    pieces: list[tuple[_Images, Sequence[Any], bool]] = field(default_factory=list)
+    pieces: list[tuple[Pixels, Sequence[Any], bool]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     #: values that a pixel of the source may have
     levels: int = 256
@@ -137,7 +136,7 @@ class _Reading:
         if self.most_pixels < 0:
             raise self.error(f"images of at most {_MAX_PIXELS:,} pixels all together")
 
-    def add(self, images: _Images, labels: Sequence[Any], held: bool = False) -> None:
+    def add(self, images: Pixels, labels: Sequence[Any], held: bool = False) -> None:
         self.pieces.append((images, labels, held))
 
 
@@ -271,44 +270,11 @@ def _add_arrays(
         from PIL import Image
 
         images = images[..., 0] if images.shape[3] == 1 else images
-        images = np.stack([_fitted(Image.fromarray(i), recipe) for i in images])
+        images = np.stack([fitted(Image.fromarray(i), recipe) for i in images])
     reading.add(images, labels, held)
 
 
-def _fitted(image: Image.Image, recipe: Recipe) -> _Images:
-    """(side, side, channels) of an image that is no smaller."""
-    image = image.convert("L" if recipe.channels == 1 else "RGB")
-    (width, height), side = image.size, recipe.side
-    square = min(width, height)
-    left, top = (width - square) // 2, (height - square) // 2
-    image = image.crop((left, top, left + square, top + square))
-    pixels = np.array(image, dtype=np.uint8).reshape(square, square, recipe.channels)
-    return pixels if square == side else _averaged(pixels, side)
-
-
-def _averaged(pixels: _Images, side: int) -> _Images:
-    """Means over equal areas, rounded half up: (square, square, channels) → (side, side, …)."""
-    square = len(pixels)
-    shares = _shares(square, side)
-    rows = (shares @ pixels.reshape(square, -1)).reshape(side, square, -1)
-    means: _Images = ((shares @ rows + square**2 / 2) // square**2).astype(np.uint8)
-    return means
-
-
-@lru_cache(maxsize=64)
-def _shares(square: int, side: int) -> NDArray[np.float64]:
-    """How much of each pixel of a row lies in each of `side` parts: (side, square).
-
-    The whole row is square · side long, a pixel `side` and a part `square`: all numbers are whole,
-    and sums of them exact.
-    """
-    pixel, part = np.arange(square) * side, np.arange(side)[:, None] * square
-    overlap = np.minimum(pixel + side, part + square) - np.maximum(pixel, part)
-    shares: NDArray[np.float64] = np.maximum(overlap, 0).astype(np.float64)
-    return shares
-
-
-def _decoded(reading: _Reading, file: ImageFile, name: str) -> _Images | None:
+def _decoded(reading: _Reading, file: ImageFile, name: str) -> Pixels | None:
     """An opened image as the recipe has it; None if it has to wait for `reading.shift`."""
     from PIL import Image, ImageOps
 
@@ -333,7 +299,7 @@ def _decoded(reading: _Reading, file: ImageFile, name: str) -> _Images | None:
     elif wide:
         largest = int(np.asarray(image.convert("RGB")).max())
         reading.largest_colour = max(reading.largest_colour, largest)
-    return _fitted(image, reading.recipe)
+    return fitted(image, reading.recipe)
 
 
 def _read_images(reading: _Reading, sources: Sequence[_Source]) -> None:
@@ -395,7 +361,7 @@ def _read_folder(reading: _Reading, folder: OpenData) -> None:
         )
     reading.check_count(len(images))
     reading.left_out["no image"] = len(files) - len(images)
-    train, held = _folders_of_split(reading, images)
+    train, held = folders_of_split([f.parts for f in images], reading.labelled, reading.error)
     both = " and ".join(map(listed, filter(None, (train, held))))
     sources = []
     for file in images:
@@ -411,34 +377,6 @@ def _read_folder(reading: _Reading, folder: OpenData) -> None:
             sources.append(_Source(file.open, "/".join(parts), label, parts[0] in held))
     reading.most_pixels = _MAX_PIXELS if folder.from_network else math.inf
     return _read_images(reading, sources)
-
-
-def _folders_of_split(
-    reading: _Reading, images: Sequence[DataFile]
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the folders of the training and of the validation images, if folders are splits."""
-    below: dict[str, set[str]] = {}
-    for file in images:
-        if len(file.parts) > 1:
-            below.setdefault(file.parts[0], set()).update(file.parts[1:-1][:1])
-    train, held = own_split(below)
-    if not reading.labelled:
-        return (train, held) if held else (frozenset(), frozenset())
-    if held or any(below[name] for name in train):
-        return train, held
-    # then the folders are the classes, one of which may well be called train
-    how = "name the split's folders train and validation, or one of them as the data"
-    if len(below) > 1 and all(name.lower() in VALIDATION for name in below):
-        raise reading.error(f"the folders {listed(below)} are splits without one to train; {how}")
-    times = Counter(name for names in below.values() for name in names)
-    twins = [top for top, names in below.items() if sum(times[n] > 1 for n in names) > 1]
-    if len(twins) > 1:
-        shared = {name for name in below[twins[0]] if times[name] > 1}
-        raise reading.error(
-            f"the folders {listed(twins)} hold the same sub-folders, {listed(shared)}, so either "
-            f"may be the classes; {how}, or have no folders in those of the classes"
-        )
-    return frozenset(), frozenset()
 
 
 def _read_cifar(reading: _Reading, files: Sequence[DataFile | OpenData]) -> None:

@@ -15,9 +15,12 @@ import pytest
 from PIL import Image
 
 import nas.tasks.hub
+from nas.cli import _checked_data
 from nas.errors import InvalidInput
 from nas.recipe import IMAGES
+from nas.request import SearchRequest
 from nas.tasks.corpus import load_text
+from nas.tasks.data import hub_parts
 from nas.tasks.hub import HubTexts, hub_images, hub_texts
 from nas.tasks.images import load_images
 from tests.support.corpora import SMALL
@@ -162,6 +165,16 @@ def test_a_text_file_is_the_text_that_its_path_gives(tmp_path: Path) -> None:
             assert found.summary.startswith("1 texts whose lines are the 800 rows of column text")
             assert load_text(SMALL, f"hf:{tmp_path / name}:train").content == by_path.content
             (tmp_path / name / f"train.{end}").unlink()
+
+
+def test_a_relative_name_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "l.txt").write_text("a line of text\n" * 9000)
+    for name, part in (("a:b/l.txt", ""), ("a:b/l.txt", ":train"), ("a:b", "")):
+        request = SearchRequest(task="text", data=f"hf:{name}{part}", train_flops=1e13)
+        assert _checked_data(request) == f"hf:{tmp_path / name}{part}"
+    assert hub_parts("hf:some/rows:plain/test") == ("some/rows", "plain/test")
 
 
 def test_rows_that_cannot_be_lines_are_left_out_and_counted(tmp_path: Path) -> None:
