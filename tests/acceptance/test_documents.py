@@ -40,6 +40,8 @@ EXPECTED: dict[str, list[list[str]]] = {
         [f"{Structure.of(BTT, 768, 3072).macs} "],
         ["of the weight's norm is lost"],
         ["transformer.h.1.mlp.c_proj", "left out: lm_head: not selected"],
+        ["EinsumLinear(theta=1/2,0,1/2,0,1/2,1/2,0, d_in=128, d_out=512"],
+        ["torch.Size([3, 256])"],
         ["btt-moe", "gate", "Pareto front"],
         ["'dropped': 0"],
         ["gemm=", "1024x1024:32.1.32.1.32.32.1 tokens=512"],
