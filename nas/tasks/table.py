@@ -140,7 +140,7 @@ def read_numbers(stream: BinaryIO, error: Callable[[str], InvalidInput]) -> Numb
         if len(cells) != len(first):
             raise error(_uneven(line, cells, first_line, first, bool(names)))
         try:
-            numbers.extend(map(_number, cells))
+            numbers.extend(map(float if "_" not in "".join(cells) else _number, cells))
         except ValueError:
             wrong = next(i for i, cell in enumerate(cells) if not _is_number(cell))
             raise error(_no_number(line, wrong, cells, names)) from None
