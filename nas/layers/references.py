@@ -1,4 +1,4 @@
-"""Modules that a model reaches by other ways than the modules it registers."""
+"""Modules and tensors that a model reaches by other ways than those it registers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _LEAVES = (
-    str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType, Tensor,
+    str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType,
     torch.dtype, torch.device, torch.Generator, torch.storage.UntypedStorage,
+    torch.optim.Optimizer,  # which learns what it is given, and calls nothing
 )  # fmt: skip
 #: Objects that are looked through; what a module holds beside its layers is far less.
 _MOST = 1 << 16
 
 
-def held_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(where, module) for modules in attributes, containers, closures, defaults and globals.
+def held_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module | Tensor]]:
+    """(where, module or tensor) for those in attributes, containers, closures and the like.
 
     Looked through are all attributes of the model's modules and what their classes' functions
     refer to; not what only a C extension holds.  Modules inside one that is not registered come
@@ -60,6 +61,8 @@ def held_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                     if name:
                         yield inner, module
                     attributes(inner, module)
+        elif isinstance(value, Tensor):
+            yield where, value
         elif not isinstance(value, _LEAVES) and id(value) not in seen:
             seen.add(id(value))
             waiting.extend(_inside(where, value))
@@ -91,5 +94,20 @@ def _inside(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{where}[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, _SEQUENCES):
         yield from ((f"{where}[{i}]", part) for i, part in enumerate(value))
-    elif isinstance(attributes := getattr(value, "__dict__", None), dict):
-        yield from ((f"{where}.{name}", part) for name, part in attributes.items())
+    else:
+        yield from ((f"{where}.{name}", part) for name, part in _attributes(value))
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """Of a plain object, those in its slots too; nothing is computed."""
+    if isinstance(own := getattr(value, "__dict__", None), dict):
+        yield from own.items()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            member = vars(cls).get(name)
+            if isinstance(member, MemberDescriptorType):
+                try:
+                    yield name, member.__get__(value)
+                except AttributeError:  # not set
+                    continue

@@ -309,9 +309,17 @@ def _other_maps(model: nn.Module, linears: list[_Linear]) -> list[LeftOut]:
     """Linear maps that are not among the model's linear layers; layers that are, but that something
     else holds too, get that as their reason."""
     registered = {linear.module: linear for linear in linears}
+    weights = {
+        _memory(weight): linear
+        for linear in linears
+        if (weight := linear.module._parameters.get("weight")) is not None
+    }
     others: dict[nn.Module, LeftOut] = {}
     for where, module in held_elsewhere(model):
-        if linear := registered.get(module):
+        if isinstance(module, Tensor):
+            if linear := weights.get(_memory(module)):
+                linear.reason = linear.reason or f"{where} holds its weight too"
+        elif linear := registered.get(module):
             linear.reason = linear.reason or f"{where} holds it too, and would call the old layer"
         elif isinstance(module, nn.Linear) or is_conv1d(module):
             reason = f"it is a {type(module).__name__} that the model does not register"

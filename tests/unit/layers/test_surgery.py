@@ -716,6 +716,11 @@ def test_bad_widths_and_multipliers_are_named() -> None:
 LAYER = nn.Linear(16, 16)
 
 
+class Slot:
+    __slots__ = ("layer", "unset")
+    layer: nn.Module
+
+
 class Held(nn.Module):
     """Holds layers beside the modules that it registers."""
 
@@ -724,7 +729,7 @@ class Held(nn.Module):
         self.in_list, self.in_closure, self.in_dict, self.bound, self.default, self.plain = (
             nn.Linear(16, 16) for _ in range(6)
         )
-        self.free = nn.Linear(16, 16)
+        self.in_slot, self.weighed, self.free = (nn.Linear(16, 16) for _ in range(3))
         self.layers = [self.in_list, nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))]
         closed, default = self.in_closure, self.default
 
@@ -736,6 +741,9 @@ class Held(nn.Module):
         self.by_name = {"a": partial(self.in_dict.forward)}
         self.call = self.bound.__call__
         self.helper = SimpleNamespace(inner=SimpleNamespace(layer=self.plain))
+        self.slot = Slot()
+        self.slot.layer = self.in_slot
+        self.weights = [self.weighed.weight, self.free.weight.clone()]
         self.root = SimpleNamespace(model=SimpleNamespace(config=[1, 2, "three"]))
         self.world = LAYER
 
@@ -743,8 +751,8 @@ class Held(nn.Module):
         x = LAYER(self.by_name["a"](self.call(self.through(x))))
         for layer in self.layers:
             x = layer(x)
-        y: Tensor = self.free(self.helper.inner.layer(x))
-        return y
+        y: Tensor = self.free(self.slot.layer(self.helper.inner.layer(x)))
+        return y @ self.weights[0].T
 
 
 def test_a_layer_that_something_else_holds_is_not_said_to_be_replaced() -> None:
@@ -759,6 +767,8 @@ def test_a_layer_that_something_else_holds_is_not_said_to_be_replaced() -> None:
         "in_dict": "by_name['a'] holds it",
         "bound": "call holds it",
         "plain": "helper.inner.layer holds it",
+        "in_slot": "slot.layer holds it",
+        "weighed": "weights[0] holds its weight too",
         "world": "which reads the global LAYER, holds it",
     }.items():
         assert where in reasons[name], (name, reasons[name])
