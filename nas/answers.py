@@ -496,8 +496,8 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
     if budget > most:
         raise InvalidInput(
             "train_flops", budget,
-            f"at most {most:.4g}: {MOST_BEYOND:g} times the greatest measured on it, "
-            f"{greatest:.4g}, and no more than a search takes",
+            f"at most {most:.4g} on {scope.label}: {MOST_BEYOND:g} times the greatest measured "
+            f"there, {greatest:.4g}, and no more than the {MAX_TRAIN_FLOPS:g} of a search",
         )  # fmt: skip
     runs, left_out = _evidence(standings, scope, "train_flops", greatest)
     recipe = _completed(scope.recipe, runs)

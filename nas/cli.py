@@ -395,7 +395,11 @@ def best(
         str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
     ] = None,
     snippet: Annotated[
-        bool, typer.Option("--snippet", help="Print only Python code that uses the structure.")
+        bool,
+        typer.Option(
+            "--snippet",
+            help="Print only a program that uses the structure, or keeps dense.",
+        ),
     ] = False,
     server: Server = None,
     as_json: Json = False,

@@ -6,7 +6,7 @@ use.
 
 from __future__ import annotations
 
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -325,9 +325,11 @@ class Answer(Result):
             )
             if self.best_structured is not None:
                 lines.append(f'the best structure found: "{self.best_structured.design}"')
-        return "".join(
-            fill(line, 88, initial_indent="# ", subsequent_indent="# ") + "\n" for line in lines
-        )
+        wrap = TextWrapper(
+            88, initial_indent="# ", subsequent_indent="# ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        return "".join(wrap.fill(line) + "\n" for line in lines)
 
 
 _WIDTH = "width = 256  # of your model, whose feed-forward block this is\n"

@@ -29,7 +29,7 @@ from nas.analysis.scaling import (
     ratio_over_seeds,
     summarise_multiplier,
 )
-from nas.errors import InvalidInput
+from nas.errors import InvalidInput, counted
 from nas.study.findings import PAPER_EXPONENTS, findings_of
 from nas.study.wording import (
     REFERENCE,
@@ -217,8 +217,8 @@ class Task:
     def _warnings(self) -> Iterator[str]:
         if len(self.seeds) < _FEWEST_SEEDS:
             yield (
-                f"{len(self.seeds)} seed(s): {_FEWEST_SEEDS} are the fewest that give a useful "
-                "interval" + ("; here it is unknown" if len(self.seeds) == 1 else "")
+                f"{counted(len(self.seeds), 'seed')}: {_FEWEST_SEEDS} are the fewest that give a "
+                "useful interval" + ("; here it is unknown" if len(self.seeds) == 1 else "")
             )
         if self.failures:
             yield f"{len(self.failures)} of {self.runs} runs failed; they are listed below"

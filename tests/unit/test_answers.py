@@ -250,6 +250,8 @@ def test_the_verdict_rests_on_seeds(
     snippet = best.snippet
     assert f"# verdict: {verdict}" in snippet
     assert "base_width=64" in snippet
+    assert best.best_structured is not None
+    assert f'"{best.best_structured.design}"' in snippet
     keeps = verdict in ("dense is lower", "no clear difference") or dense is None
     assert ("# keep dense" in snippet) == keeps
     assert ("replace_linears(" in snippet) != keeps

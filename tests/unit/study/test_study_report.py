@@ -77,7 +77,7 @@ def test_one_seed_decides_nothing() -> None:
     assert group["verdict"] == "undecided"
     assert group["ratios"]["C"]["interval"] is None
     assert group["text"].endswith("(1 seed, interval unknown)")
-    assert "1 seed(s)" in result["tasks"][0]["warnings"][0]
+    assert "1 seed:" in result["tasks"][0]["warnings"][0]
     assert {f["agreement"] for f in result["findings"]} <= {"undecided", "not run"}
 
 
