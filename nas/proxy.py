@@ -171,6 +171,8 @@ def train(
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:
         try:
+            if any("gain_" in name and not t.dim() for name, t in saved["model"].items()):
+                raise ValueError("its gains are scalars, as an earlier version had them")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from nas.errors import InvalidInput
@@ -11,7 +11,13 @@ from nas.layers.einsum_linear import EinsumLinear
 from nas.layers.mixing import mix
 from nas.layers.mixture_kernels import Form
 from nas.layers.mixture_plan import MixturePlan, choose_mixture_plan
-from nas.layers.modes import is_recorded, over_nested, plus_bias, reshaped_like
+from nas.layers.modes import (
+    is_recorded,
+    over_nested,
+    plus_bias,
+    reshaped_like,
+    without_autocast,
+)
 from nas.layers.normalization import cap_rms
 from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
 from nas.layers.structured import StructuredLinear, sized
@@ -138,8 +144,10 @@ class MixtureLinear(Gated, StructuredLinear):
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """As of every structured layer; `routing` replaces the gate, and a layer without a gate
         needs it: else ValueError."""
-        if not isinstance(routing, Routing):  # nor the proxy of a tracer
+        if routing is None or isinstance(routing, fx.Proxy):  # what torch.fx gives for None
             return super().forward(x)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"routing must be a Routing or None, got {type(routing).__name__}")
         self._check(x)
         y = self.product(x.reshape(-1, self.in_features), routing)
         return self._finished(y, x)
@@ -165,9 +173,10 @@ class MixtureLinear(Gated, StructuredLinear):
         if gate is None:
             raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate")
         dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
-        logits = functional.linear(x.to(dtype), self.gate.to(dtype))  # type: ignore[union-attr]
-        best, chosen = torch.topk(logits, self.structure.active, dim=-1)
-        gates = torch.zeros_like(logits).scatter(-1, chosen, torch.softmax(best, -1))
+        with without_autocast(gate.device):  # as `route`
+            logits = functional.linear(x.to(dtype), self.gate.to(dtype))  # type: ignore[union-attr]
+            best, chosen = torch.topk(logits, self.structure.active, dim=-1)
+            gates = torch.zeros_like(logits).scatter(-1, chosen, torch.softmax(best, -1))
         return gates.to(x.dtype)
 
     def route(self, x: Tensor) -> Routing:
@@ -362,10 +371,10 @@ class MixtureFFN(nn.Module):
         )
         hidden = torch.einsum("ni,eoi->neo", x, first)
         if self.mlp_in.bias is not None:
-            hidden = hidden + self.mlp_in.bias
+            hidden = hidden + self.mlp_in.bias.to(hidden.dtype)
         y = torch.einsum("nei,eoi->neo", functional.gelu(hidden), second)
         y = torch.einsum("neo,ne->no", y, self.mlp_in._gates(x))
-        return y if self.mlp_out.bias is None else y + self.mlp_out.bias
+        return y if self.mlp_out.bias is None else y + self.mlp_out.bias.to(y.dtype)
 
 
 def _structure(

@@ -23,7 +23,7 @@ def transforms_active() -> bool:
 def is_recorded(x: Tensor) -> bool:
     """Whether the operations on x are recorded as a program that is to run without this package:
     by `torch.export`, `torch.onnx`, `torch.jit.trace` or `torch.fx`, whose x is a proxy."""
-    if torch.compiler.is_compiling():  # compiled code cannot ask the rest
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the questions below
         return torch.compiler.is_exporting()
     return torch._C._is_tracing() or isinstance(x, fx.Proxy)
 

@@ -11,7 +11,7 @@ from nas.layers.modes import is_recorded, transforms_active
 
 
 def cap_rms(weight: Tensor, cap: float, gain: Tensor | None = None) -> Tensor:
-    """gain · W / max(1, RMS(W)/cap), differentiated through; the shape of W.  `gain` is (1,).
+    """gain · W / max(1, RMS(W)/cap), differentiated through; W's shape.  `gain` has shape (1,).
 
     In eager code one function with a written-out gradient: as separate operations its many small
     tensors would cost a narrow layer more time than its products.

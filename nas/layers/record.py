@@ -26,7 +26,7 @@ class LayerRecord:
     gain: bool
     zero_init: bool
     d_in_base: int
-    #: of this description
+    #: of what a record holds
     version: Literal[1] = 1
 
     @property
@@ -52,18 +52,19 @@ class LayerRecord:
 
     @staticmethod
     def of_tensor(stored: object) -> LayerRecord:
-        """The record that `to_tensor` gave, also after a cast to a dtype that holds 0 … 255.
+        """The record that `to_tensor` gave, also after a cast, or as a mean of equal ones.
 
         Raises
         ------
         InvalidInput
-            It is none, or of a later version.
+            It is not a record, or one of a later version.
         """
         accepted = "a layer's record, as its state_dict has it, of version 1"
         if not isinstance(stored, Tensor) or stored.dim() != 1 or stored.is_meta:
             got = f"{type(stored).__name__} {getattr(stored, 'shape', '')}".strip()
             raise InvalidInput("record", got, accepted)
-        text = stored.detach().to("cpu", torch.uint8).numpy().tobytes()
+        values = stored.detach().to("cpu", torch.float32).round()
+        text = values.clamp(0, 255).to(torch.uint8).numpy().tobytes()
         try:
             record: LayerRecord = _adapter().validate_json(text)
         except ValueError as error:  # pydantic's, and those of structures that cannot be

@@ -4,82 +4,107 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from functools import partial
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from itertools import chain
+from types import (
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
-_SEQUENCES = (list, tuple, set, frozenset, deque)
+_MAPPINGS = (dict, MappingProxyType)
+_SEQUENCES = (list, tuple, set, frozenset, deque, KeysView, ValuesView, ItemsView)
+#: What refers to no module; an optimiser holds parameters and calls nothing.
 _LEAVES = (
-    str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType,
-    torch.dtype, torch.device, torch.Generator, torch.storage.UntypedStorage,
-    torch.optim.Optimizer,  # which learns what it is given, and calls nothing
+    str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType, torch.dtype,
+    torch.device, torch.Generator, torch.storage.UntypedStorage, torch.optim.Optimizer,
 )  # fmt: skip
-#: Objects that are looked through; what a module holds beside its layers is far less.
-_MOST = 1 << 16
+#: Objects that are looked through.
+MOST_OBJECTS = 1 << 20
+
+_Found = tuple[str, Any]
 
 
-def held_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module | Tensor]]:
-    """(where, module or tensor) for those in attributes, containers, closures and the like.
+def held_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module | Tensor] | None]:
+    """(where, module or tensor) of what the model's modules refer to without registering it.
 
-    Looked through are all attributes of the model's modules and what their classes' functions
-    refer to; not what only a C extension holds.  Modules inside one that is not registered come
-    with it.
+    Looked through are their attributes and slots; containers, plain objects, functions (closures,
+    defaults, attributes), methods, `functools.partial` and weak references in these; and the
+    functions of their classes, with the globals that these read and the functions of the same file
+    that they call.  What only an extension in C holds is not found.  A module that is not
+    registered is looked into as one that is.  None, as the last, where there are too many objects.
     """
-    registered = {id(m): name for name, m in model.named_modules()}
-    seen: set[int] = set()
-    waiting: deque[tuple[str, Any]] = deque()
+    registered = {id(m) for m in model.modules()}
+    seen: dict[int, Any] = {}  # the objects too, so that no other gets the id of one
+    waiting: deque[_Found] = deque()
 
-    def attributes(where: str, module: nn.Module) -> None:
-        waiting.extend(
-            (f"{where}.{name}".lstrip("."), value)
-            for name, value in vars(module).items()
-            if name not in _REGISTERED
-        )
+    def is_new(value: Any) -> bool:
+        if id(value) in seen:
+            return False
+        seen[id(value)] = value
+        return True
+
+    def look_into(where: str, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule) or not is_new(module):
+            return
+        for name, value in _attributes(module):
+            if name not in _REGISTERED:
+                waiting.append((f"{where}.{name}".lstrip("."), value))
         for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
-            if id(cls) not in seen:
-                seen.add(id(cls))
+            if is_new(cls):
                 waiting.extend((f"{cls.__name__}.{name}", v) for name, v in vars(cls).items())
 
     for name, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            attributes(name, module)
-    while waiting and len(seen) < _MOST:
+        look_into(name, module)
+    while waiting:
         where, value = waiting.popleft()
-        if isinstance(value, nn.Module):
+        if isinstance(value, weakref.ProxyTypes):
+            value = _of_proxy(value)
+        if isinstance(value, Tensor):
+            yield where, value
+        elif isinstance(value, nn.Module):
             yield where, value
             if id(value) not in registered and not isinstance(value, torch.jit.ScriptModule):
-                for name, module in value.named_modules():
-                    if id(module) in seen or id(module) in registered:
-                        continue
-                    seen.add(id(module))
+                for name, module in value.named_modules(remove_duplicate=False):
                     inner = f"{where}.{name}".rstrip(".")
                     if name:
                         yield inner, module
-                    attributes(inner, module)
-        elif isinstance(value, Tensor):
-            yield where, value
-        elif not isinstance(value, _LEAVES) and id(value) not in seen:
-            seen.add(id(value))
-            waiting.extend(_inside(where, value))
+                    for slot, parameter in module._parameters.items():
+                        if parameter is not None:
+                            yield f"{inner}.{slot}", parameter
+                    look_into(inner, module)
+        elif not isinstance(value, _LEAVES) and is_new(value):
+            if len(seen) > MOST_OBJECTS:
+                yield None
+                return
+            waiting.extend(part for part in _inside(where, value) if _may_refer(part[1]))
 
 
-def _inside(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _may_refer(value: Any) -> bool:
+    return isinstance(value, weakref.ProxyTypes) or not isinstance(value, _LEAVES)
+
+
+def _of_proxy(proxy: Any) -> Any:
+    """The object of a weak proxy, which passes for that in all but identity; None if it is gone."""
+    try:
+        return proxy.__repr__.__self__
+    except (ReferenceError, AttributeError):
+        return None
+
+
+def _inside(where: str, value: Any) -> Iterator[_Found]:
     """What a value that is no module refers to, and where."""
     if isinstance(value, FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            try:
-                yield f"{where}, which closes over {name},", cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-        yield f"{where}, in its defaults,", (value.__defaults__, value.__kwdefaults__)
-        for name in value.__code__.co_names:
-            if isinstance(found := value.__globals__.get(name), nn.Module):
-                yield f"{where}, which reads the global {name},", found
+        yield from _of_function(where, value)
     elif isinstance(value, MethodType):
         yield from ((where, value.__self__), (where, value.__func__))
     elif isinstance(value, partial):
@@ -90,22 +115,40 @@ def _inside(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((where, f) for f in (value.fget, value.fset) if f is not None)
     elif isinstance(value, weakref.ref):
         yield where, value()
-    elif isinstance(value, dict):
-        yield from ((f"{where}[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, _MAPPINGS):
+        for key, part in value.items():
+            shown = repr(key) if isinstance(key, str | int) else type(key).__name__
+            yield from ((f"{where}[{shown}]", part), (f"a key of {where}", key))
     elif isinstance(value, _SEQUENCES):
         yield from ((f"{where}[{i}]", part) for i, part in enumerate(value))
-    else:
-        yield from ((f"{where}.{name}", part) for name, part in _attributes(value))
+    yield from ((f"{where}.{name}", part) for name, part in _attributes(value))
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Of a plain object, those in its slots too; nothing is computed."""
+def _of_function(where: str, function: FunctionType) -> Iterator[_Found]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f"the closure of {where} ({name})", cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    defaults = chain(function.__defaults__ or (), (function.__kwdefaults__ or {}).values())
+    yield from ((f"a default of {where}", default) for default in defaults)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+        for name in code.co_names:
+            found = function.__globals__.get(name)
+            foreign = isinstance(found, FunctionType) and found.__module__ != function.__module__
+            if not foreign:
+                yield f"the global {name}, read by {where},", found
+
+
+def _attributes(value: Any) -> Iterator[_Found]:
+    """Those that an object has itself, in slots too; nothing is computed."""
     if isinstance(own := getattr(value, "__dict__", None), dict):
         yield from own.items()
     for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            member = vars(cls).get(name)
+        for name, member in vars(cls).items() if "__slots__" in vars(cls) else ():
             if isinstance(member, MemberDescriptorType):
                 try:
                     yield name, member.__get__(value)

@@ -53,7 +53,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         metadata = {"format": "pt", "einsum_nas": json.dumps(layers)}
         safetensors.torch.save_model(model, str(path), metadata)
     elif callable(save_pretrained := getattr(model, "save_pretrained", None)):
-        save_pretrained(path)
+        # under the model's own names, not those of its class's first release
+        save_pretrained(path, save_original_format=False)
     else:
         raise InvalidInput("path", str(path), "a file that ends in .safetensors")
 
@@ -64,8 +65,8 @@ def load(model: _Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) -
     Parameters
     ----------
     model
-        The model as it was before its layers were replaced, or after.  On the meta device it takes
-        over the tensors as they are.
+        The model as it was before its layers were replaced, or after.  Where it lies on the meta
+        device it takes the tensors themselves, not copies of them.
     source
         What `save` or ``save_pretrained`` wrote, or a `state_dict`.
 
@@ -77,7 +78,9 @@ def load(model: _Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) -
     ------
     InvalidInput
         No such file; a record of a layer that the model cannot have; tensors that it lacks or that
-        are missing, as where weights of structured layers come without their records.
+        are missing, as where weights of structured layers come without their records; tensors that
+        are on the meta device afterwards, such as buffers that no file has.  The model may have
+        been changed by then.
 
     >>> from nas.layers import replace_linears
     >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -88,13 +91,7 @@ def load(model: _Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) -
     """
     state = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     shown = "a state_dict" if isinstance(source, Mapping) else str(source)
-    end = f".{RECORD}"
-    records = {
-        name.removesuffix(end): LayerRecord.of_tensor(stored)
-        for name, stored in state.items()
-        if name.endswith(end)
-    }
-    rebuild(model, records)
+    rebuild(model, _records(model, state))
     meta = any(p.is_meta for p in model.parameters())
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=meta)
@@ -110,7 +107,24 @@ def load(model: _Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) -
             "source", shown, "weights of this model with the records of its structured layers; "
             f"this {' and '.join(what)}",
         )  # fmt: skip
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if left := [name for name, tensor in tensors if tensor.is_meta]:
+        accepted = "one on a real device, for these come from no file"
+        raise InvalidInput("model", f"one on the meta device, with {_some(left)}", accepted)
     return model
+
+
+def _records(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, LayerRecord]:
+    """The records in a state by the names of their layers; extra state of others is not ours."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for key, stored in state.items():
+        name, _, last = key.rpartition(".")
+        kind = type(modules.get(name, model))
+        has_own = kind.get_extra_state is not nn.Module.get_extra_state
+        if last == RECORD and (issubclass(kind, StructuredLinear) or not has_own):
+            found[name] = LayerRecord.of_tensor(stored)
+    return found
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -120,8 +134,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         index = path / "model.safetensors.index.json"
         files = [path / "model.safetensors"]
         if index.is_file():
-            shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
-            files = [path / Path(shard).name for shard in sorted(set(shards))]
+            try:
+                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            except (ValueError, KeyError) as error:
+                raise InvalidInput(
+                    "source", str(path), f"{_ACCEPTED}; {index.name}: {error}"
+                ) from None
+            files = [path / Path(shard).name for shard in sorted(shards)]
     state: dict[str, Tensor] = {}
     for file in files:
         try:

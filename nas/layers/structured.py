@@ -64,7 +64,7 @@ class StructuredLinear(nn.Module):
         return self._finished(self._product(x.reshape(-1, self.in_features)), x)
 
     def _finished(self, y: Tensor, x: Tensor) -> Tensor:
-        """A product (n, d_out) that nothing has saved, with the bias and the shape of the input."""
+        """A product (n, d_out), not saved by autograd, with the bias and the input's dimensions."""
         if self.bias is not None:
             y = plus_bias(y, self.bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
@@ -109,14 +109,15 @@ class StructuredLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._is_plain_matrix:
+        if self.is_plain_matrix:
             del destination[prefix + RECORD]
 
     @property
-    def _is_plain_matrix(self) -> bool:
+    def is_plain_matrix(self) -> bool:
         """Whether `torch.nn.Linear` computes the same from the same state_dict."""
         weight = self._parameters.get("weight")
-        plain = not (self.normalize or self.in_place_of_conv1d)
+        plain = not self.normalize and self.d_in_base == self.in_features
+        plain = plain and not self.in_place_of_conv1d
         return plain and weight is not None and weight.dim() == 2
 
     def _load_from_state_dict(
@@ -149,7 +150,8 @@ class StructuredLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # memory formats are for images, which factors of four or five axes are not
         def flat(tensor: Tensor) -> Tensor:
-            if tensor.dim() in (4, 5) and tensor.is_contiguous():
+            plain = type(tensor) in (Tensor, nn.Parameter)  # nor a shard of one
+            if plain and tensor.dim() in (4, 5) and tensor.is_contiguous():
                 return fn(tensor.view(-1)).view(tensor.shape)
             return fn(tensor)
 

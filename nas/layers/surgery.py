@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nas.cost import FLOPS_PER_MAC
 from nas.design import Aligned, Design, described, design_text, parse_design
@@ -20,7 +22,7 @@ from nas.errors import InvalidInput
 from nas.layers.building import build_layer, layer_of
 from nas.layers.einsum_linear import EinsumLinear
 from nas.layers.record import LayerRecord
-from nas.layers.references import held_elsewhere
+from nas.layers.references import MOST_OBJECTS, held_elsewhere
 from nas.layers.structured import StructuredLinear, sized
 from nas.mixture import Mixture
 from nas.structure import MAX_DIMENSION, LinearStructure
@@ -44,9 +46,9 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 #: Modules whose parameters are what they are named after: no linear map, or one of their own kind.
 _OWN_KINDS = (
     nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm,
-    nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU,
+    nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU, parametrize.ParametrizationList,
 )  # fmt: skip
-#: In the config of a model of transformers, which refuses to load what has no `quant_method`.
+#: In the config of a model of transformers: `from_pretrained` fails, for it has no `quant_method`.
 _MARK = {"einsum_nas": "this model has structured layers: nas.layers.load(model, folder) loads it"}
 _DESIGNS = get_args(Design)
 #: How many names a message lists.
@@ -190,15 +192,18 @@ def replace_linears(
     them parametrised, lazy and quantised ones and ``MultiheadAttention.out_proj``; parts of
     adapters such as LoRA; layers with other parameters (weight norm, pruning), with hooks on their
     weight or state_dict, with a replaced forward; layers that a list, a closure or the like holds
-    too, which would go on calling the old one; and layers whose weight the forward of a module
-    around them reads, as far as its code shows it as ``self.….weight``.  The inference fast path of
-    `torch.nn.TransformerEncoder` and its layers, which does so too, is turned off instead.
+    too (`nas.layers.references` says what is searched), which would go on calling the old one; and
+    layers whose weight the forward of a module around them reads, as far as its code shows it as
+    ``self.….weight``.  The inference fast path of `torch.nn.TransformerEncoder` and its layers,
+    which does so too, is turned off instead.
     Reported beside them are linear maps that are no linear layers: layers that only a list or the
     like holds, those of TorchScript, and matrices that are parameters of other modules, such as the
     weights of experts in one tensor.
 
-    A Hugging Face model's ``config`` is marked, so that ``from_pretrained`` fails on what
-    ``save_pretrained`` writes instead of drawing dense weights anew: `nas.layers.load` reads it.
+    The ``config`` of each Hugging Face model in `model` is marked, so that ``from_pretrained``
+    fails on what ``save_pretrained`` writes instead of drawing dense weights anew;
+    `nas.layers.load` reads it.  Give the whole model: of a part alone, such as its list of blocks,
+    the model around it is not known.
 
     Raises
     ------
@@ -281,7 +286,7 @@ def _replace(
             if child in layers:
                 parent._modules[name] = layers[child]
     _avoid_fast_paths(model)
-    if layers:
+    if not all(layer.is_plain_matrix for layer in layers.values()):
         _mark(model)
     left_out = [LeftOut(tuple(x.names), x.reason) for x in linears if x.reason is not None]
     return Surgery(
@@ -297,12 +302,20 @@ def _replace(
 def _mark(model: nn.Module) -> None:
     """Keep transformers from taking what it saves of the model for dense weights.
 
-    A class of someone else's may well build its structured layers itself, and stays as it is.
+    A class that replaces its layers in its constructor will do so again, and is not marked.
     """
-    config: Any = getattr(model, "config", None)
-    stock = type(model).__module__.startswith("transformers.")
-    if stock and hasattr(config, "to_json_string") and not hasattr(config, "quantization_config"):
-        config.quantization_config = dict(_MARK)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        maker = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "__init__" else None
+        if isinstance(maker, nn.Module) and hasattr(maker, "save_pretrained"):
+            return
+        frame = frame.f_back
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        saves = hasattr(module, "save_pretrained") and hasattr(config, "to_json_string")
+        if saves and not hasattr(config, "quantization_config"):
+            config.quantization_config = dict(_MARK)
 
 
 def _other_maps(model: nn.Module, linears: list[_Linear]) -> list[LeftOut]:
@@ -310,20 +323,25 @@ def _other_maps(model: nn.Module, linears: list[_Linear]) -> list[LeftOut]:
     else holds too, get that as their reason."""
     registered = {linear.module: linear for linear in linears}
     weights = {
-        _memory(weight): linear
+        _storage(weight): linear
         for linear in linears
         if (weight := linear.module._parameters.get("weight")) is not None
     }
-    others: dict[nn.Module, LeftOut] = {}
-    for where, module in held_elsewhere(model):
-        if isinstance(module, Tensor):
-            if linear := weights.get(_memory(module)):
+    others: dict[Any, LeftOut] = {}
+    for held in held_elsewhere(model):
+        if held is None:
+            reason = f"only the first {MOST_OBJECTS:,} objects were searched for other holders"
+            others[None] = LeftOut(("what the model refers to",), reason)
+            continue
+        where, value = held
+        if isinstance(value, Tensor):
+            if linear := weights.get(_storage(value)):
                 linear.reason = linear.reason or f"{where} holds its weight too"
-        elif linear := registered.get(module):
+        elif linear := registered.get(value):
             linear.reason = linear.reason or f"{where} holds it too, and would call the old layer"
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
-            reason = f"it is a {type(module).__name__} that the model does not register"
-            others.setdefault(module, LeftOut((where,), reason))
+        elif isinstance(value, nn.Linear) or is_conv1d(value):
+            reason = f"it is a {type(value).__name__} that the model does not register"
+            others.setdefault(value, LeftOut((where,), reason))
     found = list(others.values())
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -570,7 +588,7 @@ def _sharing(model: nn.Module, linears: list[_Linear]) -> dict[nn.Module, Hashab
             continue
         for linear in going:
             keys[linear.module] = key
-            if linear.design != going[0].design:
+            if _factors_of(linear) != _factors_of(going[0]):
                 raise InvalidInput(
                     "theta",
                     f"{linear.design} for {linear.names[0]}",
@@ -579,11 +597,25 @@ def _sharing(model: nn.Module, linears: list[_Linear]) -> dict[nn.Module, Hashab
     return keys
 
 
+def _factors_of(linear: _Linear) -> object:
+    """Equal for layers that can share their factors."""
+    found = linear.design
+    return (found.computes, found.gain) if isinstance(found, LayerRecord) else found
+
+
 def _memory(tensor: Tensor) -> Hashable:
     """Equal for tensors that begin at the same place in memory, or are the same object."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if plain and not tensor.is_meta and tensor.numel():
         return tensor.device, tensor.data_ptr()
+    return id(tensor)
+
+
+def _storage(tensor: Tensor) -> Hashable:
+    """Equal for tensors that share memory, views too, or are the same object."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if plain and not tensor.is_meta and tensor.numel():
+        return tensor.device, tensor.untyped_storage().data_ptr()
     return id(tensor)
 
 

@@ -20,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from nas.errors import InvalidInput
@@ -130,10 +132,85 @@ def test_a_model_of_transformers_there_and_back(make: Callable[[], Any], tmp_pat
     assert torch.equal(fresh(TOKENS).logits, expected)
     again = load(fresh, tmp_path)  # into a model that is as it should be
     assert torch.equal(again(TOKENS).logits, expected)
+
+
+def test_a_model_on_the_meta_device_takes_the_tensors() -> None:
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    if make is llama:  # GPT-2's causal mask is a buffer that no file has
-        assert not any(p.is_meta for p in load(empty, tmp_path).parameters())
+        empty, rotary = gpt2(), llama()
+    model = gpt2()
+    replace_linears(model, "monarch", select="transformer.h.*")
+    got = load(empty, model.state_dict())(TOKENS).logits
+    torch.testing.assert_close(got, model(TOKENS).logits)
+    with pytest.raises(InvalidInput, match=r"on the meta device, with model\.rotary_emb\.inv_freq"):
+        load(rotary, llama().state_dict())  # a buffer that is in no file
+
+
+def test_models_that_transformers_writes_under_other_names(tmp_path: Path) -> None:
+    def mixtral() -> Any:
+        return MixtralForCausalLM(
+            MixtralConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                          num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+        ).eval()  # fmt: skip
+
+    model = mixtral()
+    replace_linears(model, "monarch")
+    save(model, tmp_path)
+    assert torch.equal(load(mixtral(), tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_every_whole_model_of_transformers_is_marked(tmp_path: Path) -> None:
+    net = gpt2()
+    replace_linears(nn.ModuleDict({"net": net}), "monarch")
+    assert "einsum_nas" in net.config.quantization_config
+    dense = llama()
+    replace_linears(dense, "dense")  # nothing but weights of linear layers
+    dense.save_pretrained(tmp_path)
+    same = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(same(TOKENS).logits, dense(TOKENS).logits)
+
+
+class Counting(nn.Module):
+    """Has extra state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count = nn.Linear(16, 16), torch.tensor([1, 2, 3], dtype=torch.uint8)
+
+    def get_extra_state(self) -> Any:
+        return self.count
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state
+
+
+def test_extra_state_of_others_is_theirs() -> None:
+    model = Counting()
+    replace_linears(model, "monarch")
+    model.count = torch.tensor([4], dtype=torch.uint8)
+    fresh = load(Counting(), model.state_dict())
+    assert fresh.count.tolist() == [4]
+    assert torch.equal(fresh.layer(torch.ones(2, 16)), model.layer(torch.ones(2, 16)))
+
+
+def test_a_shared_weight_with_one_bias() -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model, x = tied(), torch.randn(2, 16)
+    replace_linears(model, "monarch")
+    fresh = load(tied(), model.state_dict())
+    assert fresh[0].A is fresh[1].A
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_means_of_checkpoints_have_their_record() -> None:
+    model = mlp()
+    replace_linears(model, "monarch")
+    state = model.state_dict()
+    mean = {name: sum(v / 7 for _ in range(7)) for name, v in state.items()}
+    load(mlp(), mean)
 
 
 def test_shards_and_single_files(tmp_path: Path) -> None:

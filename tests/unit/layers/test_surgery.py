@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from nas.errors import InvalidInput
-from nas.layers import EinsumLinear, Surgery, param_groups, replace_linears
+from nas.layers import EinsumLinear, Surgery, param_groups, references, replace_linears
 from nas.structure import LinearStructure, Structure
 from nas.theta import Theta
 
@@ -762,19 +764,98 @@ def test_a_layer_that_something_else_holds_is_not_said_to_be_replaced() -> None:
     reasons = left_out(surgery)
     for name, where in {
         "in_list": "layers[0] holds it",
-        "in_closure": "through, which closes over closed, holds it",
-        "default": "through, in its defaults,[0][0] holds it",
+        "in_closure": "the closure of through (closed) holds it",
+        "default": "a default of through holds it",
         "in_dict": "by_name['a'] holds it",
         "bound": "call holds it",
         "plain": "helper.inner.layer holds it",
         "in_slot": "slot.layer holds it",
         "weighed": "weights[0] holds its weight too",
-        "world": "which reads the global LAYER, holds it",
+        "world": "the global LAYER, read by Held.",
     }.items():
         assert where in reasons[name], (name, reasons[name])
     for name in ("layers[1]", "layers[2].0"):
         assert "does not register" in reasons[name]
     assert model(torch.randn(2, 16)).shape == (2, 16)
+
+
+class Inner(dict[str, Any]):
+    layer: nn.Module
+
+
+class Slotted(nn.Module):
+    __slots__ = ("__own",)
+
+    def hold(self, layer: nn.Module) -> None:
+        self.__own = layer
+
+
+WAYS: dict[str, Callable[[nn.Linear], Any]] = {
+    "a registered layer in a container that is not": lambda x: [nn.Sequential(x)],
+    "a key": lambda x: {x: 1.0},
+    "a view of a dict": lambda x: {"a": x}.values(),
+    "a read-only dict": lambda x: MappingProxyType({"a": x}),
+    "an attribute of a dict": lambda x: _with(Inner(), x),
+    "an attribute of a function": lambda x: _with(lambda: None, x),
+    "a private slot of a module": lambda x: _in_slot(x),
+    "a global": lambda x: LAYERS.append(x) or (lambda: lambda: LAYERS[0]),
+    "a global in a helper": lambda x: LAYERS.append(x) or (lambda: _helper()),
+    "a weak reference": lambda x: weakref.ref(x),
+    "a part of its weight": lambda x: [x.weight[4:]],
+    "a tie that is not registered": lambda x: [_tied(x)],
+    "a default of many": lambda x: [lambda y=1: y, [[lambda y=x: y]]],
+    "after many objects": lambda x: [[(i,) for i in range(70_000)], x],
+}
+LAYERS: list[nn.Module] = []
+
+
+def _helper() -> nn.Module:
+    return LAYERS[0]
+
+
+def _with(thing: Any, layer: nn.Module) -> Any:
+    thing.layer = layer
+    return thing
+
+
+def _in_slot(layer: nn.Module) -> nn.Module:
+    (slotted := Slotted()).hold(layer)
+    return slotted
+
+
+def _tied(layer: nn.Linear) -> nn.Embedding:
+    embedding = nn.Embedding(16, 16)
+    embedding.weight = layer.weight
+    return embedding
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_way_a_layer_is_held(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", [model[1]] if "global" in way else [])
+    model[0].__dict__["held"] = WAYS[way](part(model, "1", nn.Linear))
+    surgery = replace_linears(model, "monarch")
+    assert "1" in left_out(surgery), surgery
+    assert [layer.names for layer in surgery.replaced] == [("0",)]
+
+
+def test_the_search_for_holders_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "MOST_OBJECTS", 50)
+    model = mlp()
+    model[0].__dict__["many"] = [[i] for i in range(60)]
+    assert (
+        "were searched" in left_out(replace_linears(model, "monarch"))["what the model refers to"]
+    )
+
+
+def test_keys_need_no_text() -> None:
+    class Silent:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    model = mlp()
+    model[0].__dict__["silent"] = {Silent(): 1}
+    assert len(replace_linears(model, "monarch").replaced) == 2
 
 
 def test_a_layer_that_holds_itself_in_a_hook_is_replaced() -> None:
