@@ -142,6 +142,7 @@ def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSe
     assert best["train_flops"] <= float(budget)
 
 
+@FULL
 def test_search_and_confirm_with_wait_run_their_own_workers(
     tmp_path: Path, text_folder: Path
 ) -> None:
