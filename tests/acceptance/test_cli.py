@@ -14,6 +14,7 @@ from nas.store import Store, upgrade
 from tests.support.commands import execute, invoke
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
+from tests.support.tiers import FULL
 
 BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["inspect", "1/2,0,1/4,0,1/2,1/2,0", "--d-in", "8", "--d-out", "8"],
