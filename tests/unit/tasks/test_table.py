@@ -149,7 +149,7 @@ def test_files_that_are_often_taken_for_tables() -> None:
     parquet = io.BytesIO()
     pyarrow.parquet.write_table(pa.table({"a": [1.0]}), parquet)
     for content, says in (
-        (gzip.compress(b"1,2\n"), "gzip: unpack it"),
+        (gzip.compress(b"1,2\n", mtime=0), "gzip: unpack it"),
         (bz2.compress(b"1,2\n"), "bzip2: unpack it"),
         ("1,2\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
         (parquet.getvalue(), "Parquet: write it with pandas.read_parquet"),
