@@ -34,7 +34,7 @@ function showBest(best) {
   const gap = best.dense_minus_structured;
   if (gap) text("difference", signed(gap.difference));
   text("verdict", best.verdict);
-  text("difference-note", `${gap ? `${range(gap.difference_interval, signed)}${samples}; ` : ""}${best.verdict_reason}`);
+  text("difference-note", `${gap ? `${range(gap.difference_interval, signed)}${samples}; ` : ""}${best.verdict_reason.replaceAll("`", "")}`);
   const m = best.structured_multiplier;
   if (m) {
     const sign = { at_least: "≥ ", less_than: "< " }[m.kind] || "";
