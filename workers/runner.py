@@ -70,13 +70,21 @@ class _Experiment:
     begun: dict[str, float] = field(default_factory=dict)
     #: Tune's trial id → why its last attempt ended
     reasons: dict[str, str] = field(default_factory=dict)
-    #: Tune's trial id → how often it was started anew
-    recoveries: Counter[str] = field(default_factory=Counter)
+    #: Tune's trial id → ours
+    ids: dict[str, int] = field(default_factory=dict)
+    #: our trial id → how often its process died
+    deaths: Counter[int] = field(default_factory=Counter)
 
     def out_of_time(self, trial_id: str) -> bool:
         """Whether an attempt that died just now had used up its time."""
         begun = self.begun.get(trial_id)
         return begun is not None and time.monotonic() - begun >= _NEARLY * self.trial_seconds
+
+    def given_up(self, number: int, reason: str) -> tuple[str, TrialFailure]:
+        """Why a trial failed whose process died as often as it may, and the kind of that."""
+        times = counted(self.deaths[number], "time")
+        kind: TrialFailure = "memory" if _of_memory(reason) else "process"
+        return f"failed {times}; before the last: {reason}", kind
 
     @property
     def too_late(self) -> str:
@@ -133,7 +141,8 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
                 trainable,
                 tune_config=tune.TuneConfig(
                     search_alg=_SessionSearcher(key),
-                    num_samples=remaining,
+                    # at most, for a trial that Tune gives up too early becomes another of Tune's
+                    num_samples=remaining * (1 + _MAX_PROCESS_FAILURES),
                     max_concurrent_trials=min(settings.concurrency or capacity, capacity),
                     reuse_actors=True,
                     trial_dirname_creator=_directory_name,
@@ -182,12 +191,14 @@ class _SessionSearcher(Searcher):
     def __init__(self, key: str) -> None:
         super().__init__()
         self._key = key
-        #: Tune's trial id → ours
-        self._ids: dict[str, int] = {}
 
     @property
     def _session(self) -> SearchSession:
         return _experiments[self._key].session
+
+    @property
+    def _ids(self) -> dict[str, int]:
+        return _experiments[self._key].ids
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         with _remembered(self._key):
@@ -215,39 +226,47 @@ class _SessionSearcher(Searcher):
                 return
             with bound(trial_id=number):
                 state = self._end(trial_id, number, _read_report(result or {}), error)
-            metrics.TRIALS.labels(state).inc()
             begun = _experiments[self._key].begun.pop(trial_id, None)
+            if state is None:
+                return
+            metrics.TRIALS.labels(state).inc()
             if begun is not None:
                 metrics.TRIAL_SECONDS.observe(time.monotonic() - begun)
 
-    def _end(self, trial_id: str, number: int, report: dict[str, Any], error: bool) -> str:
-        """Store how a trial ended; its state."""
+    def _end(self, trial_id: str, number: int, report: dict[str, Any], error: bool) -> str | None:
+        """Store how a trial ended; its state, or None if it is to run again."""
         if error:
-            self._fail(trial_id, number)
-        elif "failure" in report:
+            return "failed" if self._fail(trial_id, number) else None
+        if "failure" in report:
             failed = report["failure"]
             _log.warning("trial failed: %s", failed["reason"])
             self._session.fail(number, failed["reason"], failed["kind"])
-        elif "ended" in report:
+            return "failed"
+        if "ended" in report:
             ended = report["ended"]
             self._session.complete(number, ended["environment"], MeasuredCost(**ended["cost"]))
             return "complete"
-        else:  # stopped with the search: it stays unfinished until the search ends
-            return "stopped"
-        return "failed"
+        return "stopped"  # with the search: it stays unfinished until the search ends
 
-    def _fail(self, trial_id: str, number: int) -> None:
-        """End a trial whose process did not live through any attempt."""
-        times = _experiments[self._key].recoveries[trial_id] + 1
-        if _experiments[self._key].out_of_time(trial_id):
-            self._session.fail(number, _experiments[self._key].too_late, "timeout")
-            return
-        reason = _experiments[self._key].reasons.get(trial_id, "its process died")
-        kind: TrialFailure = "memory" if _of_memory(reason) else "process"
-        _log.warning("trial given up: %s", reason)
-        self._session.fail(
-            number, f"failed {counted(times, 'time')}; before the last: {reason}", kind
-        )
+    def _fail(self, trial_id: str, number: int) -> bool:
+        """End a trial whose process died and that Tune gives up; False if it is to run again.
+
+        Where a process dies as it is handed from one trial to the next, Tune counts its death
+        twice, and gives the trial up before its process has died as often as it may.
+        """
+        experiment = _experiments[self._key]
+        experiment.deaths[number] += 1
+        reason = experiment.reasons.get(trial_id, "its process died")
+        if experiment.out_of_time(trial_id):
+            self._session.fail(number, experiment.too_late, "timeout")
+        elif experiment.deaths[number] <= _MAX_PROCESS_FAILURES:
+            _log.warning("trial queued again: %s", reason)
+            self._session.retry(number)
+            return False
+        else:
+            _log.warning("trial given up: %s", reason)
+            self._session.fail(number, *experiment.given_up(number, reason))
+        return True
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the only truth."""
@@ -281,16 +300,22 @@ class _Attempts(Callback):
         experiment = _experiments[self._key]
         reason = _reason(trial)
         experiment.reasons[trial.trial_id] = reason
-        experiment.recoveries[trial.trial_id] += 1
+        number = experiment.ids[trial.trial_id]
+        experiment.deaths[number] += 1
         if experiment.out_of_time(trial.trial_id):
-            # read by the process that Tune starts for the next attempt
-            run = json.loads(trial.config["run"])
-            late = {"reason": experiment.too_late, "kind": "timeout"}
-            trial.config["run"] = json.dumps({**run, "failure": late})
-            _log.warning("trial ended: %s", late["reason"])
+            _refuse(trial, experiment.too_late, "timeout")
+        elif experiment.deaths[number] > _MAX_PROCESS_FAILURES:
+            _refuse(trial, *experiment.given_up(number, reason))
         else:
             _log.warning("trial started anew: %s", reason)
         experiment.begun.pop(trial.trial_id, None)
+
+
+def _refuse(trial: Any, reason: str, kind: TrialFailure) -> None:
+    """Let the process that Tune starts for the next attempt report that there is none."""
+    run = json.loads(trial.config["run"])
+    trial.config["run"] = json.dumps({**run, "failure": {"reason": reason, "kind": kind}})
+    _log.warning("trial ended: %s", reason)
 
 
 def _reason(trial: Any) -> str:

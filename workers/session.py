@@ -113,6 +113,8 @@ class SearchSession:
         #: key → trials that equal the running one and will share its result
         self._twins: dict[str, list[Trial]] = {}
         self._running: dict[int, Trial] = {}
+        #: looked up no more: Tune asks for trials many times a second
+        self._proposed_all = False
 
     def _sql(self, write: Callable[..., T], *args: Any, **named: Any) -> T:
         """Retry while the database is unavailable; the watchdog ends the process if that lasts."""
@@ -183,12 +185,14 @@ class SearchSession:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no further trial will ever start."""
+        """Whether no further trial will ever start: one that runs may have to start again."""
         return self.signals.stop or (
-            not self._waiting and not any(self._twins.values()) and self._planned_all()
+            not self._waiting and not self._running and self._planned_all()
         )
 
     def _planned_all(self) -> bool:
+        if self._proposed_all:
+            return True
         stored = self._sql(self._store.trials, self.search.id)
         return self._unproposed(stored) <= 0 or self._flops_reached(stored) is not None
 
@@ -203,9 +207,12 @@ class SearchSession:
         return f"total_train_flops {limits.total_train_flops:.6g}"
 
     def _propose(self) -> Trial | None:
+        if self._proposed_all:
+            return None
         stored = self._sql(self._store.trials, self.search.id)
         candidates = [t for t in stored if t.kind == "candidate"]
-        if self._unproposed(candidates) <= 0 or self._flops_reached(stored) is not None:
+        self._proposed_all = self._unproposed(candidates) <= 0
+        if self._proposed_all or self._flops_reached(stored) is not None:
             return None
         number = self._first_candidate + len(candidates)
         known = {t.key for t in stored}
@@ -241,6 +248,11 @@ class SearchSession:
         """End a trial without a result; a waiting twin gets its own run."""
         self._sql(self._leases.fail_trial, self._lease, trial_id, reason, failure)
         self._settle(trial_id)
+
+    def retry(self, trial_id: int) -> None:
+        """Queue a running trial again, whose process died; it is the next one."""
+        trial = self._running.pop(trial_id)
+        self._waiting.extendleft(reversed([trial, *self._twins.pop(trial.key)]))
 
     def _settle(self, trial_id: int) -> None:
         trial = self._running.pop(trial_id)
