@@ -16,6 +16,7 @@ from nas.request import SearchRequest
 from nas.store import Store, Trial, upgrade
 from tests.support.services import PATIENCE, service_environment, wait_for
 from tests.support.small import TINY
+from tests.support.tiers import FULL
 
 #: Runs of seconds: what is lost and what is proposed does not depend on how long they train.
 REQUEST = SearchRequest.checked(
@@ -123,6 +124,7 @@ def ancestors(status: str) -> list[int]:
     return found
 
 
+@FULL
 def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(
     tmp_path: Path, text_folder: Path
 ) -> None:
