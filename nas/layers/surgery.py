@@ -244,15 +244,12 @@ def rebuild(model: nn.Module, records: Mapping[str, LayerRecord]) -> None:
         linear.reason = "not selected" if name is None else None
     _replace(model, linears, False, False, False)
     reasons = {name: linear.reason for linear in linears for name in linear.names}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, record in records.items():
-        if reasons.get(name, "") is None or isinstance(_module(model, name), StructuredLinear):
+        if isinstance(modules.get(name), StructuredLinear):
             continue
         why = reasons.get(name) or "the model has no linear layer there"
         raise InvalidInput("model", f"{record} for {name}", f"layers that can take it: {why}")
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules(remove_duplicate=False)).get(name)
 
 
 @torch.inference_mode(False)
@@ -322,11 +319,10 @@ def _other_maps(model: nn.Module, linears: list[_Linear]) -> list[LeftOut]:
     """Linear maps that are not among the model's linear layers; layers that are, but that something
     else holds too, get that as their reason."""
     registered = {linear.module: linear for linear in linears}
-    weights = {
-        _storage(weight): linear
-        for linear in linears
-        if (weight := linear.module._parameters.get("weight")) is not None
-    }
+    weights: dict[Hashable, list[_Linear]] = {}
+    for linear in linears:
+        if (weight := linear.module._parameters.get("weight")) is not None:
+            weights.setdefault(_memory(weight, whole=True), []).append(linear)
     others: dict[Any, LeftOut] = {}
     for held in held_elsewhere(model):
         if held is None:
@@ -335,10 +331,11 @@ def _other_maps(model: nn.Module, linears: list[_Linear]) -> list[LeftOut]:
             continue
         where, value = held
         if isinstance(value, Tensor):
-            if linear := weights.get(_storage(value)):
+            for linear in weights.get(_memory(value, whole=True), ()):
                 linear.reason = linear.reason or f"{where} holds its weight too"
-        elif linear := registered.get(value):
-            linear.reason = linear.reason or f"{where} holds it too, and would call the old layer"
+        elif value in registered:
+            reason = f"{where} holds it too, and would call the old layer"
+            registered[value].reason = registered[value].reason or reason
         elif isinstance(value, nn.Linear) or is_conv1d(value):
             reason = f"it is a {type(value).__name__} that the model does not register"
             others.setdefault(value, LeftOut((where,), reason))
@@ -603,19 +600,13 @@ def _factors_of(linear: _Linear) -> object:
     return (found.computes, found.gain) if isinstance(found, LayerRecord) else found
 
 
-def _memory(tensor: Tensor) -> Hashable:
-    """Equal for tensors that begin at the same place in memory, or are the same object."""
+def _memory(tensor: Tensor, *, whole: bool = False) -> Hashable:
+    """Equal for tensors that begin at the same place in memory, or are the same object; `whole`:
+    for all that share memory, such as views."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if plain and not tensor.is_meta and tensor.numel():
-        return tensor.device, tensor.data_ptr()
-    return id(tensor)
-
-
-def _storage(tensor: Tensor) -> Hashable:
-    """Equal for tensors that share memory, views too, or are the same object."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if plain and not tensor.is_meta and tensor.numel():
-        return tensor.device, tensor.untyped_storage().data_ptr()
+        at = tensor.untyped_storage() if whole else tensor
+        return tensor.device, at.data_ptr()
     return id(tensor)
 
 

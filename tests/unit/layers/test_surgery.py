@@ -848,6 +848,14 @@ def test_the_search_for_holders_ends_and_says_so(monkeypatch: pytest.MonkeyPatch
     assert "were searched" in told
 
 
+def test_all_weights_of_one_buffer_that_is_held() -> None:
+    model, buffer = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(2, 16, 16)
+    for layer, values in zip(model, buffer, strict=True):
+        layer.weight = nn.Parameter(values)
+    model.__dict__["buffer"] = [buffer]
+    assert set(left_out(replace_linears(model, "monarch"))) == {"0", "1"}
+
+
 def test_keys_need_no_text() -> None:
     class Silent:
         def __repr__(self) -> str:
