@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -85,7 +86,8 @@ class Namespaces:
             except subprocess.TimeoutExpired:
                 process.kill()
             for number in self._processes():
-                os.kill(number, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # ended since it was listed
+                    os.kill(number, signal.SIGKILL)
             process.communicate()
         self._started.clear()
 
