@@ -52,34 +52,34 @@ audit: $(VENV)/.dev  ## known vulnerabilities of the pinned packages; AUDIT_OFFL
 	$(BIN)/python .ci/audit
 
 bench: bench-layers  ## ratios measured in one run, as JSON and as tables
-	$(BIN)/python -m benchmarks.sizing
-	$(BIN)/python -m benchmarks.surgery
-	$(BIN)/python -m benchmarks.mixtures
-	$(BIN)/python -m benchmarks.coordinates
-	$(BIN)/python -m benchmarks.proposals
+	$(BIN)/python -m benchmarks.kernels.sizing
+	$(BIN)/python -m benchmarks.kernels.surgery
+	$(BIN)/python -m benchmarks.kernels.mixtures
+	$(BIN)/python -m benchmarks.science.coordinates
+	$(BIN)/python -m benchmarks.science.proposals
 
 bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and the papers' path; FULL=1: all
-	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.kernels.layers
 
 bench-training: $(VENV)/.dev  ## published regression, learning rates across widths, experts on text: an hour
-	$(BIN)/python -m benchmarks.published
-	$(BIN)/python -m benchmarks.rates
-	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.science.published
+	$(BIN)/python -m benchmarks.science.rates
+	$(BIN)/python -m benchmarks.science.families
 
 bench-answers: $(VENV)/.dev  ## fits, answers of known truth, and a million trials: three quarters of an hour
-	$(BIN)/python -m benchmarks.coverage
-	$(BIN)/python -m benchmarks.answers
-	$(BIN)/python -m benchmarks.size
+	$(BIN)/python -m benchmarks.science.coverage
+	$(BIN)/python -m benchmarks.science.answers
+	$(BIN)/python -m benchmarks.service.size
 
 bench-faults: $(VENV)/.dev  ## kills, outages, races, lost nodes, backups under load, a soak: two hours
-	$(BIN)/python -m benchmarks.faults
-	$(BIN)/python -m benchmarks.cluster
-	$(BIN)/python -m benchmarks.backup
-	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.service.faults
+	$(BIN)/python -m benchmarks.service.cluster
+	$(BIN)/python -m benchmarks.service.backup
+	$(BIN)/python -m benchmarks.service.soak
 
 bench-edge: $(VENV)/.dev  ## hostile clients beside others, and ten thousand fuzzed requests: half an hour
-	$(BIN)/python -m benchmarks.edge
-	$(BIN)/python -m benchmarks.fuzz
+	$(BIN)/python -m benchmarks.service.edge
+	$(BIN)/python -m benchmarks.service.fuzz
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:

@@ -9,25 +9,12 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 from fastapi.staticfiles import StaticFiles
 
-from api import (
-    access,
-    admin,
-    auth,
-    bodies,
-    dashboard,
-    events,
-    exports,
-    headers,
-    health,
-    hosts,
-    lifecycle,
-    metrics,
-    problems,
-    routes,
-    signin,
-)
-from api.cache import AnswerCache
-from api.following import Follower
+from api import auth, problems
+from api.caching.cache import AnswerCache
+from api.caching.following import Follower
+from api.dashboard import pages, signin
+from api.middleware import access, bodies, headers, hosts
+from api.routes import admin, events, exports, health, lifecycle, metrics, v1
 from nas.errors import InvalidInput
 from nas.settings import Settings, is_loopback, settings
 from nas.store import Standings, Store
@@ -102,14 +89,14 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     headers.install(app)
     app.include_router(health.health)
     app.include_router(metrics.router, dependencies=[Depends(auth.for_operators)])
-    app.include_router(routes.router)
+    app.include_router(v1.router)
     app.include_router(lifecycle.router)
     app.include_router(events.router, dependencies=[Depends(bodies.read_strictly)])
     app.include_router(exports.router)
     strict = Depends(bodies.read_strictly)
     app.include_router(admin.router, dependencies=[Depends(auth.for_operators), strict])
-    app.include_router(dashboard.router)
+    app.include_router(pages.router)
     app.include_router(signin.router)
     auth.document(app, access_control=access_control)
-    app.mount("/static", StaticFiles(directory=dashboard.STATIC), name="static")
+    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     return app

@@ -18,11 +18,11 @@ from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.audit import AuditTrail, RequestRecord
-from api.coalescing import Coalescer
-from api.prefix import path_of, root_of
+from api.caching.coalescing import Coalescer
+from api.limits.rates import Rates, network_of
+from api.middleware.audit import AuditTrail, RequestRecord
+from api.middleware.prefix import path_of, root_of
 from api.problems import problem, responses, unavailable
-from api.rates import Rates, network_of
 from nas.errors import InvalidInput, StoreUnavailable
 from nas.settings import Settings, is_loopback
 from nas.store import Store

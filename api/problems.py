@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import Scope
 
-from api.prefix import path_of
+from api.middleware.prefix import path_of
 from nas.errors import (
     Conflict,
     IdempotencyConflict,

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from api.schemas import PriorityIn, SearchOut
-from nas.confirm import ConfirmRequest
-from nas.recipe import Recipe
-from nas.request import SearchRequest
+from nas.planning.recipe import Recipe
+from nas.planning.request import SearchRequest
+from nas.service.confirm import ConfirmRequest
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

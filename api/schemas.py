@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nas.request import MAX_PRIORITY, WHOLE, SearchRequest
-from nas.results import DESIGN, THETA
+from nas.planning.request import MAX_PRIORITY, WHOLE, SearchRequest
+from nas.records.answers import DESIGN, THETA
 from nas.store import StoredPoint, Trial
 
 

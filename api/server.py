@@ -13,9 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api.connections import Gate, Limits, guarded
-from api.fair_queue import FairQueue
-from api.prefix import Prefix, checked_root
+from api.limits.connections import Gate, Limits, guarded
+from api.limits.fair_queue import FairQueue
+from api.middleware.prefix import Prefix, checked_root
 from nas.errors import InvalidInput
 from nas.settings import Settings
 

@@ -31,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def command_line() -> str:
     """Every command and its options."""
     done = subprocess.run(
-        [sys.executable, "-m", "typer", "nas.cli", "utils", "docs", "--name", "einsum-nas"],
+        [sys.executable, "-m", "typer", "nas.cli.main", "utils", "docs", "--name", "einsum-nas"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     text = html.unescape(done.stdout)
@@ -76,8 +76,8 @@ def metrics() -> str:
     from prometheus_client import generate_latest
 
     from api.app import create_app
-    from nas.metrics import REGISTRY
     from nas.settings import Settings
+    from workers.metrics import REGISTRY
 
     with tempfile.TemporaryDirectory() as home:
         with TestClient(create_app(Settings(home=Path(home))), "http://127.0.0.1") as client:

@@ -22,7 +22,7 @@ import httpx2 as httpx
 
 from nas.errors import Conflict, EinsumNasError, IdempotencyConflict, InvalidInput, NotFound, echo
 from nas.logs import masked
-from nas.results import Answer, FrontierAnswer
+from nas.records.answers import Answer, FrontierAnswer
 from nas.settings import TENANT, is_loopback
 
 _TERMINAL = ("succeeded", "failed", "cancelled")
@@ -237,7 +237,7 @@ class RemoteSearch(_Stored):
         Parameters
         ----------
         fields
-            top, seeds, longer, spread; see `nas.confirm.ConfirmRequest`.
+            top, seeds, longer, spread; see `nas.service.confirm.ConfirmRequest`.
         """
         data = self.client.send(_confirmation(self.id, fields, idempotency_key))
         return RemoteSearch(data["id"], data, self.client)

@@ -7,6 +7,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import quote
 
 from pydantic import (
     BeforeValidator,
@@ -167,9 +168,7 @@ class Settings(BaseSettings):
         except OSError as error:
             accepted = f"a folder that can be written ({error.strerror})"
             raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None
-        from nas.store.engine import sqlite_url
-
-        return sqlite_url(self.embedded_database)
+        return f"sqlite:///{quote(str(self.embedded_database), safe=' +/')}"
 
 
 def is_loopback(address: str) -> bool:

@@ -16,12 +16,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from nas import metrics
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.logs import bound, carried
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store, upgrade
 from nas.tasks import TaskData, load_data
+from workers import metrics
 from workers.presence import Presence
 from workers.session import SearchSession, Signals
 
@@ -288,14 +288,14 @@ def _nothing_to_join(_settings: Settings) -> None:
 def _join_cluster(settings: Settings) -> None:
     """Join the cluster of `RAY_ADDRESS`; a local one is started when there is work."""
     if os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
-        from workers import cluster  # ray takes seconds to import
+        from workers.ray import cluster  # ray takes seconds to import
 
         cluster.connect(settings)
         cluster.trial_capacity(cluster.trial_resources(settings))
 
 
 def _ray_runner(session: SearchSession, data: TaskData, settings: Settings) -> None:
-    from workers import cluster, runner
+    from workers.ray import cluster, runner
 
     try:
         cluster.connect(settings)

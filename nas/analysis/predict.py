@@ -24,9 +24,9 @@ from nas.analysis.laws import (
     fit_scaling_law,
 )
 from nas.analysis.scaling import compute_optimal
-from nas.cost import RunPlan, admissible, plans
-from nas.design import parse_design
-from nas.recipe import Recipe
+from nas.designs.design import parse_design
+from nas.planning.cost import RunPlan, admissible, plans
+from nas.planning.recipe import Recipe
 from nas.store import Run
 
 #: A law is fitted to what was measured within this factor of the greatest budget: what a run

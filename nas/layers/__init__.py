@@ -1,20 +1,20 @@
 """Structured linear layers for PyTorch."""
 
+from nas.layers.base import StructuredLinear
 from nas.layers.building import build_layer, layer_of
-from nas.layers.chain_linear import ChainLinear
-from nas.layers.convolution_linear import ConvolutionLinear
-from nas.layers.einsum_linear import EinsumLinear
-from nas.layers.measuring import remember_plans, remembered_plans
-from nas.layers.mixture_linear import (
+from nas.layers.chain import ChainLinear
+from nas.layers.convolution import ConvolutionLinear
+from nas.layers.einsum import EinsumLinear
+from nas.layers.kernels.measuring import remember_plans, remembered_plans
+from nas.layers.kernels.plan import Plan
+from nas.layers.mixture import (
     MixtureFFN,
     MixtureLinear,
     auxiliary_loss,
     router_statistics,
 )
 from nas.layers.mup import param_groups
-from nas.layers.plan import Plan
 from nas.layers.saving import load, save
-from nas.layers.structured import StructuredLinear
 from nas.layers.surgery import Surgery, replace_linears
 
 __all__ = [

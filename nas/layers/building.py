@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from nas.chain_structure import ChainStructure
-from nas.convolution import ConvolutionStructure
-from nas.design import Aligned, Design, design_text, parse_design, structure_of, with_heads
+from nas.designs.chain_structure import ChainStructure
+from nas.designs.convolution import ConvolutionStructure
+from nas.designs.design import Aligned, Design, design_text, parse_design, structure_of, with_heads
+from nas.designs.einsum import LinearStructure, Structure
+from nas.designs.mixture import MixtureStructure
 from nas.errors import InvalidInput
-from nas.layers.chain_linear import ChainLinear
-from nas.layers.convolution_linear import ConvolutionLinear
-from nas.layers.einsum_linear import EinsumLinear
-from nas.layers.mixture_linear import MixtureLinear
-from nas.layers.structured import StructuredLinear
-from nas.mixture import MixtureStructure
-from nas.structure import LinearStructure, Structure
+from nas.layers.base import StructuredLinear
+from nas.layers.chain import ChainLinear
+from nas.layers.convolution import ConvolutionLinear
+from nas.layers.einsum import EinsumLinear
+from nas.layers.mixture import MixtureLinear
 
 
 def build_layer(structure: LinearStructure, **options: Any) -> StructuredLinear:
@@ -54,7 +54,7 @@ def layer_of(
     Raises
     ------
     InvalidInput
-        As `nas.design.structure_of`; heads that do not divide the dimension, or of a design that
+        As `structure_of`; heads that do not divide the dimension, or of a design that
         is not aligned.
 
     >>> layer_of("monarch@heads", 64, 64, heads=4).structure.sizes.phi

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nas.designs.einsum import Structure
 from nas.errors import InvalidInput
-from nas.structure import Structure
 
 #: Entries of W that one batched decomposition takes in float64 (32 MiB), if a block is not larger.
 _CHUNK_ENTRIES = 1 << 22
@@ -71,7 +71,7 @@ def fit_factors(
     InvalidInput
         A dense structure; a weight of another shape, not real floating point, or not finite.
 
-    >>> from nas.taxonomy import parse_theta
+    >>> from nas.designs.taxonomy import parse_theta
     >>> structure = Structure.of(parse_theta("kronecker"), 9, 4)
     >>> weight = torch.kron(torch.rand(2, 3), torch.rand(2, 3))
     >>> fit_factors(weight, structure).relative_error < 1e-6

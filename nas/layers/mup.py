@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nas.errors import InvalidInput
-from nas.layers.structured import StructuredLinear
+from nas.layers.base import StructuredLinear
 from nas.layers.surgery import is_conv1d
 
 

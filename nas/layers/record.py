@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nas.chain_structure import ChainStructure
-from nas.convolution import ConvolutionStructure
+from nas.designs.chain_structure import ChainStructure
+from nas.designs.convolution import ConvolutionStructure
+from nas.designs.einsum import Structure
+from nas.designs.mixture import MixtureStructure
 from nas.errors import InvalidInput
-from nas.mixture import MixtureStructure
-from nas.structure import Structure
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nas.errors import InvalidInput
+from nas.layers.base import RECORD, StructuredLinear
 from nas.layers.record import LayerRecord
-from nas.layers.structured import RECORD, StructuredLinear
 from nas.layers.surgery import rebuild
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nas.cost import FLOPS_PER_MAC
-from nas.design import Aligned, Design, described, design_text, parse_design
+from nas.designs.design import Aligned, Design, described, design_text, parse_design
+from nas.designs.einsum import MAX_DIMENSION, LinearStructure
+from nas.designs.mixture import Mixture
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
+from nas.layers.base import StructuredLinear, sized
 from nas.layers.building import build_layer, layer_of
-from nas.layers.einsum_linear import EinsumLinear
+from nas.layers.einsum import EinsumLinear
 from nas.layers.record import LayerRecord
 from nas.layers.references import MOST_OBJECTS, held_elsewhere
-from nas.layers.structured import StructuredLinear, sized
-from nas.mixture import Mixture
-from nas.structure import MAX_DIMENSION, LinearStructure
-from nas.theta import Theta
+from nas.planning.cost import FLOPS_PER_MAC
 
 AnyDesign = Design | str | Sequence[float]
 Select = Callable[[str, nn.Module], bool] | str | Sequence[str]
@@ -168,10 +168,9 @@ def replace_linears(
     model
         Any module that holds linear layers.
     theta
-        A structure (θ, or any design that `nas.design.parse_design` reads and single layers can
-        have), or structures by shell-style patterns on names, the first that matches
-        counting: ``{"*.attn.*": "btt:rho=1/4", "*": "monarch"}``.  Layers that no pattern matches
-        stay.
+        A structure (θ, or any design that `parse_design` reads and single layers can have), or
+        structures by shell-style patterns on names, the first that matches counting: ``{"*.attn.*":
+        "btt:rho=1/4", "*": "monarch"}``.  Layers that no pattern matches stay.
     select
         Which layers: a function of (name, module), or shell-style patterns on names.  Default: all.
         A layer held under several names is selected by any of them.

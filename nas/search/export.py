@@ -33,6 +33,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.analysis.frontier import non_dominated
+from nas.designs.theta import AXES
 from nas.errors import InvalidInput, NotFound, StoreUnavailable
 from nas.store import CurvePoint, StoredPoint
 from nas.store.dump import (
@@ -42,7 +43,6 @@ from nas.store.dump import (
     refusing,
     translating,
 )
-from nas.theta import AXES
 
 METRICS = ("train_flops", "loss")
 _LONGEST_NAME = 512  # characters, the width of Optuna's column

@@ -17,14 +17,14 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from nas.chain import ChainTheta, intervals
-from nas.convolution import Convolution
-from nas.cost import RunPlan, least_budget, plan_at
-from nas.design import Design, aligned
-from nas.mixture import Mixture
-from nas.recipe import Recipe
-from nas.request import SearchRequest, Space
-from nas.theta import DENSE, Theta
+from nas.designs.chain import ChainTheta, intervals
+from nas.designs.convolution import Convolution
+from nas.designs.design import Design, aligned
+from nas.designs.mixture import Mixture
+from nas.designs.theta import DENSE, Theta
+from nas.planning.cost import RunPlan, least_budget, plan_at
+from nas.planning.recipe import Recipe
+from nas.planning.request import SearchRequest, Space
 
 #: Least share of the budget that a run of the `pareto` objective spends, where the smallest
 #: model admits it.
@@ -146,7 +146,7 @@ def design_of(designs: Space, params: Mapping[str, Any]) -> Design:
         return chain_of(params, chosen["factors"])
     found: Theta | Mixture = theta_of(params)
     if family == "low-rank-moe":
-        # at least one slice for each expert; `nas.cost.fit` makes it whole ones
+        # at least one slice for each expert; `nas.planning.cost.fit` makes it whole ones
         theta = Theta(1, 0, 0, 0, 1, 0, _with_zero(params["rho_share"]))
         found = Mixture(theta, chosen["experts"], chosen["active"])
     elif family == "btt-moe":

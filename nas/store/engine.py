@@ -80,11 +80,6 @@ def open_engine(
     return engine
 
 
-def sqlite_url(file: Path) -> str:
-    """The URL of a SQLite file, whatever characters its path has."""
-    return URL.create("sqlite", database=str(file)).render_as_string()
-
-
 def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite URL; None for another kind of database."""
     parsed = parse(url)

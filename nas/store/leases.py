@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from nas.design import exponents
+from nas.designs.design import exponents
 from nas.errors import LeaseLost
 from nas.store import lifecycle, rows, standings
 from nas.store.engine import writing

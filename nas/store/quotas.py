@@ -15,7 +15,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from nas.errors import QuotaExceeded
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import rows
 from nas.store.records import TERMINAL

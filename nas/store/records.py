@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nas.cost import RunPlan
-from nas.request import SearchRequest
+from nas.planning.cost import RunPlan
+from nas.planning.request import SearchRequest
 
 SearchState = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 #: Why a search failed: its attempts are used up, its input cannot be used, no candidate completed,
@@ -64,7 +64,7 @@ class TrialDraft:
 
 @dataclass(frozen=True, slots=True)
 class StoredPoint:
-    """One evaluation of a trial; see `nas.proxy.Point`."""
+    """One evaluation of a trial; see `nas.training.run.Point`."""
 
     step: int
     train_flops: float
@@ -88,7 +88,7 @@ class Trial:
     sampler_state: Mapping[str, Any]
     unseen: tuple[int, ...]
     theta: tuple[float, ...]
-    #: text of the design, which `nas.design.parse_design` reads
+    #: text of the design, which `nas.designs.design.parse_design` reads
     design: str
     name: str
     structures: tuple[str, ...]

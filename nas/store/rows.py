@@ -12,12 +12,12 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from nas.cost import RunPlan
-from nas.design import Design, design_text
-from nas.request import SearchRequest
+from nas.designs.design import Design, design_text
+from nas.designs.theta import Theta
+from nas.planning.cost import RunPlan
+from nas.planning.request import SearchRequest
 from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow, database_now
-from nas.theta import Theta
 
 #: The tally's name for planned dense references, next to the states of trials.
 REFERENCES = "references"

@@ -135,7 +135,7 @@ class TrialRow(Base):
     sampler_state: Mapped[dict[str, Any]] = mapped_column(JSON)
     #: numbers of earlier trials that were still running when this one was proposed
     unseen: Mapped[list[int]] = mapped_column(JSON)
-    #: exponents; see `nas.design.exponents`
+    #: exponents; see `nas.designs.design.exponents`
     theta: Mapped[list[float]] = mapped_column(JSON)
     #: text of the design; None for two factors, which theta says
     design: Mapped[str | None] = mapped_column(String(2048))

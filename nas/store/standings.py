@@ -46,15 +46,15 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from nas.design import canonical_design, design_text, parse_design
-from nas.recipe import TASKS
+from nas.designs.design import canonical_design, design_text, parse_design
+from nas.designs.theta import Theta
+from nas.planning.recipe import TASKS
 from nas.settings import DEFAULT_TENANT
 from nas.store import rows
 from nas.store.engine import reading, translated
 from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
 from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 from nas.store.searches import Store
-from nas.theta import Theta
 
 #: Number of models that are kept at every budget, for structured and for dense layers each.
 KEPT_MODELS = 64

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nas.analysis.scaling import HULL_TOLERANCE, common_mean, mean_over_seeds, ratio_over_seeds
+from nas.designs.theta import DENSE, SUM_TOLERANCE, Theta
 from nas.study.wording import REFERENCE, estimate, plain, verdict_of, verdict_text
-from nas.theta import DENSE, SUM_TOLERANCE, Theta
 
 if TYPE_CHECKING:
     from nas.study.report import Task

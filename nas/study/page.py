@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.figures_style import (
+from nas.analysis.style import (
     DENSE,
     MARK,
     STRUCTURED,

@@ -29,6 +29,8 @@ from nas.analysis.scaling import (
     ratio_over_seeds,
     summarise_multiplier,
 )
+from nas.designs.taxonomy import taxonomy
+from nas.designs.theta import DENSE, SUM_TOLERANCE, Theta
 from nas.errors import InvalidInput, counted
 from nas.study.findings import PAPER_EXPONENTS, findings_of
 from nas.study.wording import (
@@ -40,8 +42,6 @@ from nas.study.wording import (
     verdict_of,
     verdict_text,
 )
-from nas.taxonomy import taxonomy
-from nas.theta import DENSE, SUM_TOLERANCE, Theta
 
 Json = dict[str, Any]
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from nas.errors import EinsumNasError, InvalidInput
-from nas.proxy import Execution
 from nas.study.page import render
 from nas.study.report import analyse
 from nas.study.runs import run_all
 from nas.study.scales import runs_of, studies_of
 from nas.tasks import load_data
+from nas.training.run import Execution
 
 MIN_SEEDS, MAX_SEEDS = 1, 100
 #: (runs finished, runs in all, what happens) → shown to people

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from nas.checkpoint import Checkpoint
-from nas.cost import RunPlan
-from nas.design import design_text, exponents
+from nas.designs.design import design_text, exponents
 from nas.errors import RunFailed
+from nas.planning.cost import RunPlan
+from nas.planning.recipe import Recipe
 from nas.processes import end_with
-from nas.proxy import Execution, execution_plans, train
-from nas.recipe import Recipe
 from nas.tasks import TaskData
+from nas.training.checkpoint import Checkpoint
+from nas.training.run import Execution, execution_plans, train
 
 _CHECKPOINT_SECONDS = 20.0
 _data: Mapping[str, TaskData] = {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nas.cost import RunPlan, plan_at, plans
+from nas.designs.taxonomy import parse_theta
 from nas.errors import InvalidInput
-from nas.recipe import REGRESSION, TEXT, TEXT_PAPER, Recipe, with_overrides
+from nas.planning.cost import RunPlan, plan_at, plans
+from nas.planning.recipe import REGRESSION, TEXT, TEXT_PAPER, Recipe, with_overrides
 from nas.study.runs import StudyRun
 from nas.tasks import TaskData
-from nas.taxonomy import parse_theta
 
 #: The compared structures: of each kind of the taxonomy (ω, ψ) several.
 STRUCTURES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from nas.recipe import Recipe
+from nas.planning.recipe import Recipe
 from nas.tasks.data import TaskData
 
 __all__ = ["TaskData", "load_data"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from nas.recipe import Recipe
+from nas.planning.recipe import Recipe
 from nas.tasks.data import Arrays
 
 Pair = tuple[Tensor, Tensor]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput, echo
-from nas.recipe import TEXT_BPE, Recipe
+from nas.planning.recipe import TEXT_BPE, Recipe
 from nas.tasks.arrays import NPY, ArrayReader
 from nas.tasks.data import (
     HUB_PREFIX,

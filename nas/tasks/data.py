@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.recipe import Recipe
+from nas.planning.recipe import Recipe
 
 #: Data that the `datasets` library reads is named with this before it.
 HUB_PREFIX = "hf:"

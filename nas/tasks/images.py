@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
-from nas.recipe import Recipe
+from nas.planning.recipe import Recipe
 from nas.tasks.arrays import NPY, ZIP, ArrayReader
 from nas.tasks.data import (
     HUB_PREFIX,

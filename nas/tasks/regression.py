@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
-from nas.recipe import Recipe
+from nas.planning.recipe import Recipe
 from nas.tasks.arrays import ZIP, ArrayReader
 from nas.tasks.data import MAX_BYTES, Arrays, TaskData, content_digest, is_pickle
 from nas.tasks.opening import OpenData, opened

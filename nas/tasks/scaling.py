@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.recipe import Recipe
+from nas.planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,15 +12,15 @@ import httpx2 as httpx
 import pytest
 from sqlalchemy import select, update
 
-from nas.cost import RunPlan, plan_at, references
-from nas.request import SearchRequest
+from nas.designs.taxonomy import parse_theta
+from nas.planning.cost import RunPlan, plan_at, references
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import AXES, Leases, Store, StoredPoint, TrialDraft
 from nas.store.engine import writing
 from nas.store.schema import EventRow, SearchRow, TrialRow
 from nas.study.page import render
 from nas.study.report import analyse
-from nas.taxonomy import parse_theta
 from tests.support.browser import Seen, chromium, needs_chromium, watched
 from tests.support.services import Service, api, running
 from tests.support.studies import study

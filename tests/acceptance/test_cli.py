@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nas.cli import app
+from nas.cli.main import app
 from nas.client import RemoteSearch
 from nas.store import Store, upgrade
 from tests.support.commands import execute, invoke

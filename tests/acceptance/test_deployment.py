@@ -23,7 +23,7 @@ from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
 from nas import settings as nas_settings
-from nas.cli import app
+from nas.cli.main import app
 from tests.support.paths import ROOT
 
 DOCKER = ROOT / "docker"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nas.structure import Structure
-from nas.taxonomy import parse_theta
+from nas.designs.einsum import Structure
+from nas.designs.taxonomy import parse_theta
 from tests.support.paths import ROOT
 from tests.support.services import PATIENCE, Service
 from tests.support.tiers import FULL

@@ -9,7 +9,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from nas.cli import app
+from nas.cli.main import app
 from nas.settings import settings
 from tests.support.services import PATIENCE, service_environment
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nas.designs.taxonomy import parse_theta
 from nas.layers import EinsumLinear
-from nas.models import build_model, build_optimizer
-from nas.recipe import REGRESSION, Recipe
+from nas.planning.recipe import REGRESSION, Recipe
 from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
-from nas.taxonomy import parse_theta
+from nas.training.models import build_model, build_optimizer
 
 #: Updates are compared once features are learned: at the first steps those of a layer of low rank
 #: are still small, for a random factor passes on only d^ρ of d directions.

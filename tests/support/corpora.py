@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nas.recipe import TEXT, TEXT_BPE
+from nas.planning.recipe import TEXT, TEXT_BPE
 
 SMALL = replace(TEXT, context=4, min_validation_samples=13)
 SMALL_BPE = replace(TEXT_BPE, context=4, min_validation_samples=13, vocabulary=300)

@@ -7,11 +7,11 @@ from typing import Any
 
 from sqlalchemy import event
 
-from nas.cost import RunPlan, references
-from nas.design import parse_design
-from nas.request import SearchRequest
+from nas.designs.design import parse_design
+from nas.designs.theta import Theta
+from nas.planning.cost import RunPlan, references
+from nas.planning.request import SearchRequest
 from nas.store import Lease, Leases, MeasuredCost, Store, StoredPoint, Trial, TrialDraft, upgrade
-from nas.theta import Theta
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 4})
 

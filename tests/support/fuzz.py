@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nas.design import parse_design
+from nas.designs.design import parse_design
 from nas.settings import Settings
 from nas.store.keys import Keys
 from tests.support.planting import PlantedRun, open_store, plant, stand

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
-from nas.design import Design, design_name, design_text, exponents, kind_of
-from nas.request import SearchRequest
+from nas.designs.design import Design, design_name, design_text, exponents, kind_of
+from nas.planning.request import SearchRequest
 from nas.store import Store, upgrade
 from nas.store.engine import writing
 from nas.store.rows import digest_of_model, pack_floats, stored_design

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from nas.checkpoint import Checkpoint
-from nas.cost import plan_of_steps
-from nas.proxy import Point, train
-from nas.recipe import RECIPES, with_overrides
+from nas.designs.taxonomy import parse_theta
+from nas.planning.cost import plan_of_steps
+from nas.planning.recipe import RECIPES, with_overrides
 from nas.tasks import load_data
-from nas.taxonomy import parse_theta
+from nas.training.checkpoint import Checkpoint
+from nas.training.run import Point, train
 
 #: recipe → settings that make it quick
 SMALL = {

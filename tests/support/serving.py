@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from api.connections import Limits
+from api.limits.connections import Limits
 from nas.settings import Settings
 from nas.store import Store
 from tests.support.services import PATIENCE, Service, running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from nas.theta import Theta
+from nas.designs.theta import Theta
 
 
 @st.composite

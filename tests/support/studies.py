@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.taxonomy import parse_theta
+from nas.designs.taxonomy import parse_theta
 
 Record = dict[str, Any]
 

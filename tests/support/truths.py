@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from nas.answers import get_best
-from nas.cost import train_flops_per_step
+from nas.designs.theta import DENSE, Theta
 from nas.errors import NotFound
-from nas.recipe import TEXT
-from nas.results import Answer
-from nas.theta import DENSE, Theta
+from nas.planning.cost import train_flops_per_step
+from nas.planning.recipe import TEXT
+from nas.records.answers import Answer
+from nas.service.answers import get_best
 from tests.support.planting import PlantedRun, open_store, plant, stand
 
 STRUCTURES, SEEDS, EVALUATIONS = 20, 5, 12

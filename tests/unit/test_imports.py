@@ -52,7 +52,8 @@ def test_api_starts_without_torch_ray_and_optuna() -> None:
 
 def test_preview_needs_no_torch() -> None:
     code = (
-        "import sys; from nas.catalogue import get_preview; from nas.request import SearchRequest; "
+        "import sys; from nas.service.catalogue import get_preview; "
+        "from nas.planning.request import SearchRequest; "
         "p = get_preview(SearchRequest.checked({'train_flops': 2e11})); "
         "print(len(p['references']), 'torch' in sys.modules)"
     )

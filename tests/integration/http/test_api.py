@@ -14,17 +14,17 @@ import pytest
 from fastapi.testclient import TestClient
 
 import nas.tasks
-from api import routes
-from api.figures import draw_scatter, scatter_data
+from api.dashboard.figures import draw_scatter, scatter_data
+from api.routes import v1 as routes
 from api.schemas import SearchPage, TrialPage
-from nas.cost import RunPlan, plan_at, plan_of_steps, references
-from nas.recipe import RECIPES
-from nas.request import SearchRequest
+from nas.designs.taxonomy import parse_theta
+from nas.designs.theta import Theta
+from nas.planning.cost import RunPlan, plan_at, plan_of_steps, references
+from nas.planning.recipe import RECIPES
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import CurvePoint, Leases, Store, StoredPoint, TrialDraft
 from nas.tasks import corpus
-from nas.taxonomy import parse_theta
-from nas.theta import Theta
 from tests.support.services import PATIENCE
 
 BUDGET = 2e11

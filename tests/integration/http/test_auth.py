@@ -16,10 +16,10 @@ from fastapi import HTTPException, Request
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from api import rates
 from api.app import create_app
-from api.audit import AuditTrail, RequestRecord
 from api.auth import ADMIN, OPEN, Caller, for_operators, scope_of
+from api.limits import rates
+from api.middleware.audit import AuditTrail, RequestRecord
 from nas.errors import InvalidInput
 from nas.settings import Settings, is_loopback
 from nas.store import Leases, Store, upgrade

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from nas.data_folder import data_inside
 from nas.errors import InvalidInput
+from nas.service.data_folder import data_inside
 from nas.settings import Settings
 from nas.store import Store
 from nas.tasks.opening import MAX_DEPTH, MAX_ENTRIES

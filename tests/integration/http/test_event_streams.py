@@ -15,9 +15,9 @@ import httpx2 as httpx
 import pytest
 from sqlalchemy import delete
 
-from api.events import EventStream
-from api.following import POLL_SECONDS, Follower, TooManyStreams
-from nas.request import SearchRequest
+from api.caching.following import POLL_SECONDS, Follower, TooManyStreams
+from api.routes.events import EventStream
+from nas.planning.request import SearchRequest
 from nas.store import Event, Leases, Store, upgrade
 from nas.store import rows as store_rows
 from nas.store.engine import writing

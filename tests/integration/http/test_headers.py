@@ -14,8 +14,8 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.responses import Response
 
-from api import dashboard
 from api.app import create_app
+from api.dashboard import pages as dashboard
 from nas.settings import Settings
 
 #: On whatever is answered.

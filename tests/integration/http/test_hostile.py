@@ -14,7 +14,7 @@ from urllib.parse import quote, quote_from_bytes
 import httpx2 as httpx
 import pytest
 
-from api.bodies import MAX_BODY, MAX_DEPTH
+from api.middleware.bodies import MAX_BODY, MAX_DEPTH
 from tests.support.hostile import (
     FRAGMENTS,
     TEXTS,

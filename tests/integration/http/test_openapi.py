@@ -16,8 +16,8 @@ from jsonschema.validators import validator_for
 
 from api.app import create_app
 from api.problems import PROBLEM_JSON
-from nas.design import inspect_design, parse_design
-from nas.recipe import Recipe
+from nas.designs.design import inspect_design, parse_design
+from nas.planning.recipe import Recipe
 from nas.settings import Settings
 
 _METHODS = ("get", "post")

@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
-from api import health
 from api.app import create_app
+from api.routes import health
 from nas.errors import EinsumNasError, InvalidInput
 from nas.logs import configure
 from nas.settings import Settings
@@ -106,7 +106,7 @@ def test_a_request_is_one_line_that_names_its_route(client: TestClient, lines: i
     client.get(f"/v1/searches?nothing={'q' * 5000}")
     client.get("/nowhere/at/all")
     client.get("/healthz")
-    one, two, none, probe = logged(lines, "api.access")
+    one, two, none, probe = logged(lines, "api.middleware.access")
     assert (one["method"], one["route"], one["status"]) == (
         "GET", "/v1/searches/{search_id}", 422,
     )  # fmt: skip

@@ -13,9 +13,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from api.prefix import OWN, checked_root, path_of, root_of
+from api.dashboard.signin import inside
+from api.middleware.prefix import OWN, checked_root, path_of, root_of
 from api.server import behind_proxies
-from api.signin import inside
 from nas.errors import InvalidInput
 from nas.settings import Settings
 from nas.store import Store, upgrade

@@ -1,4 +1,4 @@
-"""Some of the generated requests of `benchmarks.fuzz`, whose own run makes more than 10,000."""
+"""Some of the generated requests of `benchmarks.service.fuzz`, whose own run makes 10,000."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from api.connections import Limits
+from api.limits.connections import Limits
 from api.server import checked_proxies, limits_for
 from nas.errors import InvalidInput
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store.keys import Keys
 from tests.support.services import PATIENCE, wait_for

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from api.health import refuse_unusable
-from nas.doctor import examine
+from api.routes.health import refuse_unusable
 from nas.errors import InvalidInput
+from nas.service.doctor import examine
 from nas.settings import Settings
 from nas.store import upgrade
 from nas.store.engine import open_engine

@@ -22,9 +22,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from typer.testing import CliRunner
 
-from nas.answers import get_best, get_frontier
-from nas.cli_db import app
+from nas.cli.db import app
 from nas.errors import Conflict, EinsumNasError, InvalidInput, LeaseLost, NotFound
+from nas.service.answers import get_best, get_frontier
 from nas.settings import settings
 from nas.store import AXES, Lease, Leases, Store, StoredPoint, upgrade
 from nas.store.backup import Restored, _snapshot, backup, restore
@@ -358,7 +358,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     limited = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
-        "from nas.cli_db import app\n"
+        "from nas.cli.db import app\n"
         "app()\n"
     )
     result = subprocess.run(

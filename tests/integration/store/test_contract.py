@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.design import exponents, parse_design
+from nas.designs.design import exponents, parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.store import Lease, Leases, Search, Store, StoredPoint, upgrade
 from nas.store.leases import MAX_ATTEMPTS

@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from nas.answers import get_best, get_frontier
 from nas.errors import IdempotencyConflict
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
+from nas.service.answers import get_best, get_frontier
 from nas.store import Leases, Store, upgrade
 from nas.store.backup import backup, restore
 from nas.store.engine import open_engine

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from nas.clone import create_clone
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
+from nas.service.clone import create_clone
 from nas.store import Lease, Leases, Search, Store
 from tests.support.stored import LONG, REQUEST, completed, draft, together
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import text, update
 
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.store import Leases, Store
 from nas.store.engine import writing
 from nas.store.gauges import SchemaState, read_database, read_gauges
 from nas.store.processes import Processes
 from nas.store.schema import ProcessRow, SearchRow, database_now
-from nas.theta import Theta
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
 
@@ -144,7 +144,7 @@ def test_gauges_agree_with_the_store(store: Store) -> None:
 
 def test_tallies_are_what_the_trials_are(store: Store) -> None:
     """The metrics never count trials: what they add up instead must say the same."""
-    from nas.cost import plan_at
+    from nas.planning.cost import plan_at
     from nas.store import TrialDraft
 
     leases = Leases(store)

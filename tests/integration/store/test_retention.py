@@ -13,9 +13,9 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from nas.cli_db import app
-from nas.confirm import ConfirmRequest, create_confirmation
+from nas.cli.db import app
 from nas.errors import InvalidInput, NotFound
+from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.settings import settings
 from nas.store import Leases, Store, StoredPoint
 from nas.store import retention as module

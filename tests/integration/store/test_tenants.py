@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from nas import answers
-from nas.catalogue import get_tasks
-from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import InvalidInput, NotFound, QuotaExceeded
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
+from nas.service import answers
+from nas.service.catalogue import get_tasks
+from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.store import Leases, Standings, Store, StoredPoint, task_scope, upgrade
 from nas.store.audit import Audit
 from nas.store.migrate import downgrade_within, migrating

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Store
 from nas.tasks import TaskData

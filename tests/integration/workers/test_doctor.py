@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text, update
 
-from nas.doctor import Check, examine, examine_here, shared_memory, show_checks, worst
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
+from nas.service.doctor import Check, examine, examine_here, shared_memory, show_checks, worst
 from nas.settings import Settings, settings
 from nas.store import Store, upgrade
 from nas.store.engine import writing
@@ -26,7 +26,7 @@ from nas.store.processes import Processes
 from nas.store.schema import ProcessRow, SearchRow
 from tests.support.services import PATIENCE, free_port
 from tests.support.tiers import FULL
-from workers.diagnosis import examine_cluster
+from workers.ray.diagnosis import examine_cluster
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
 
@@ -71,7 +71,7 @@ def test_a_good_installation_has_no_problem(database_url: str, tmp_path: Path) -
 
 def test_it_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     code = (
-        "import sys; from nas.doctor import examine; from nas.settings import Settings; "
+        "import sys; from nas.service.doctor import examine; from nas.settings import Settings; "
         f"examine(Settings(home={str(tmp_path)!r})); "
         "print(sorted({'torch', 'ray', 'optuna'} & set(sys.modules)))"
     )

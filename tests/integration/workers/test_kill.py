@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.store import Store, Trial, upgrade
 from tests.support.services import PATIENCE, service_environment, wait_for
 from tests.support.small import TINY

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Lease, Leases, Renewal, Search, Store, upgrade
 from nas.store.processes import Processes
 from nas.tasks import TaskData
 from tests.support.services import PATIENCE, wait_for
-from workers import cluster
 from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
+from workers.ray import cluster
 from workers.session import SearchSession, Signals
 
 LEASE = Lease("s", 1, "w", 0.6)

@@ -9,14 +9,14 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nas import metrics
 from nas.errors import InvalidInput
 from tests.support.paths import ROOT
+from workers import metrics
 
 #: A worker's life in short; prints what is scraped.
 _LIFE = """
 import time, urllib.request
-from nas import metrics
+from workers import metrics
 from tests.support.paths import ROOT
 port = metrics.serve(0, "127.0.0.1")
 metrics.CLAIMS.labels("claimed").inc()

@@ -42,7 +42,7 @@ HARMLESS = [
 OWN = """
 import sys, ray
 from nas.settings import Settings
-from workers import cluster
+from workers.ray import cluster
 from tests.support.paths import ROOT
 cluster.connect(Settings())
 ray.get(ray.remote(lambda: 0).remote())
@@ -274,7 +274,7 @@ def test_the_own_token_goes_with_the_own_cluster(monkeypatch: pytest.MonkeyPatch
     """Whoever joins another one later has the token that their environment or home gives."""
     from ray._private import ray_constants
 
-    from workers import cluster
+    from workers.ray import cluster
 
     expected = ray_constants.ENABLE_RAY_CLUSTER
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", expected)

@@ -1,1 +1,1 @@
-"""Faults on purpose, and what must hold after them; full size: `python -m benchmarks.faults`."""
+"""Faults on purpose, and what must hold after them; full size: `benchmarks.service.faults`."""

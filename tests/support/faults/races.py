@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.cost import references
 from nas.errors import Conflict, LeaseLost
+from nas.planning.cost import references
 from nas.store import Lease, Leases, Store, StoredPoint, TrialDraft
 from tests.support.faults.checker import TERMINAL, Expected, audit
 from tests.support.faults.databases import Database

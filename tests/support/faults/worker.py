@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import LeaseLost
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import StoredPoint, Trial
 from nas.tasks import TaskData

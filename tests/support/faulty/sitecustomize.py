@@ -65,12 +65,12 @@ def faulty(train: Any) -> Any:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Patches `nas.proxy` when it is imported, and imports nothing itself."""
+    """Patches `nas.training.run` when it is imported, and imports nothing itself."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "nas.proxy":
+        if name != "nas.training.run":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:

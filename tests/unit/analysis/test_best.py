@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from nas.analysis import Answer, best_for_budget, predict_for_budget
 from nas.analysis.best import BestMultiplier
 from nas.analysis.predict import PredictedAnswer, greatest_runnable, predicted_rival
-from nas.cost import RunPlan, plans, train_flops_per_step
-from nas.design import Design, design_text
+from nas.designs.design import Design, design_text
+from nas.designs.taxonomy import parse_theta
 from nas.errors import NotFound
-from nas.recipe import TEXT, Recipe
+from nas.planning.cost import RunPlan, plans, train_flops_per_step
+from nas.planning.recipe import TEXT, Recipe
 from nas.store import Run, StoredPoint
 from nas.store.standings import structure_key
-from nas.taxonomy import parse_theta
 
 STEP = 0.01  # FLOPs of a step
 DENSE, DENSE_THETA, MONARCH = "dense", parse_theta("dense"), parse_theta("monarch")

@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nas.designs.einsum import Structure
+from nas.designs.taxonomy import parse_theta
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers import fitting
 from nas.layers.fitting import Fit, fit_factors
-from nas.structure import Structure
-from nas.taxonomy import parse_theta
-from nas.theta import Theta
 from tests.support.strategies import thetas
 
 GENERAL = "1/2,1/4,1/4,1/4,1/2,1/4,1/4"

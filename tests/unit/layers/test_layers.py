@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nas.designs.einsum import Structure
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, param_groups
-from nas.structure import Structure
-from nas.theta import Theta
 from tests.support.paths import DATA
 from tests.support.strategies import thetas
 

@@ -21,14 +21,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas.designs.einsum import Structure
+from nas.designs.taxonomy import parse_theta
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Plan
-from nas.layers.contraction import contract, plain
-from nas.layers.measuring import remember_plans, remembered_plans
-from nas.layers.plan import candidates, choose, onednn_available
-from nas.structure import Structure
-from nas.taxonomy import parse_theta
-from nas.theta import Theta
+from nas.layers.kernels.contraction import contract, plain
+from nas.layers.kernels.measuring import remember_plans, remembered_plans
+from nas.layers.kernels.plan import candidates, choose, onednn_available
 from tests.support.strategies import thetas
 from tests.support.tiers import thinned
 

@@ -28,10 +28,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from nas.designs.einsum import LinearStructure, Structure
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Surgery, param_groups, references, replace_linears
-from nas.structure import LinearStructure, Structure
-from nas.theta import Theta
 from tests.support.tiers import FULL
 
 EXACT = "btt:rho=1/2"  # any square matrix whose side is a square

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import qmc
 
-from nas.cost import RunPlan
-from nas.request import OBJECTIVES, SAMPLERS, SearchRequest
+from nas.planning.cost import RunPlan
+from nas.planning.request import OBJECTIVES, SAMPLERS, SearchRequest
 from nas.search import PastTrial, Proposal, propose
 from nas.search.propose import MAX_ATTEMPTS
 from nas.search.space import distributions, plan_of, theta_of

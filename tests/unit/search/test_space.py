@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
 
-from nas.chain import ChainTheta
-from nas.cost import structures_of
-from nas.design import Aligned, design_text, family_of, parse_design
+from nas.designs.chain import ChainTheta
+from nas.designs.design import Aligned, design_text, family_of, parse_design
+from nas.designs.mixture import MixtureStructure
 from nas.errors import InvalidInput
-from nas.mixture import MixtureStructure
-from nas.request import FAMILIES, OBJECTIVES, SAMPLERS, SearchRequest
+from nas.planning.cost import structures_of
+from nas.planning.request import FAMILIES, OBJECTIVES, SAMPLERS, SearchRequest
 from nas.search import PastTrial, propose
 from nas.search.space import design_of, distributions, plan_of
 

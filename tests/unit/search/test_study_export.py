@@ -13,12 +13,12 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from nas.designs.theta import AXES
 from nas.errors import InvalidInput, NotFound
-from nas.export import export
 from nas.search.export import export_to_optuna
+from nas.service.export import export
 from nas.store import Store, upgrade
 from nas.store.dump import StoredRun, iterate_runs
-from nas.theta import AXES
 from tests.support.filling import FINGERPRINT, PLANS, Filling, fill
 
 NAME = f"einsum-nas text@{FINGERPRINT}"

@@ -13,15 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nas.cli import app
-from nas.cost import plan_of_steps
+from nas.cli.main import app
+from nas.designs.taxonomy import parse_theta, taxonomy
 from nas.errors import InvalidInput
-from nas.proxy import Execution, train
-from nas.recipe import REGRESSION
+from nas.planning.cost import plan_of_steps
+from nas.planning.recipe import REGRESSION
 from nas.study.runs import StudyRun, run_all
 from nas.study.scales import SCALES, STRUCTURES, Study, runs_of, studies_of
 from nas.tasks import TaskData, load_data
-from nas.taxonomy import parse_theta, taxonomy
+from nas.training.run import Execution, train
 from tests.support.paths import ROOT
 from tests.support.tiers import FULL
 
@@ -98,12 +98,12 @@ def test_reproduce_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 PROGRAM = """
 import dataclasses, signal, sys
 from pathlib import Path
-from nas.cost import plan_of_steps
-from nas.proxy import Execution, train
-from nas.recipe import REGRESSION
+from nas.planning.cost import plan_of_steps
+from nas.training.run import Execution, train
+from nas.planning.recipe import REGRESSION
 from nas.study import runs
 from nas.tasks import load_data
-from nas.taxonomy import parse_theta
+from nas.designs.taxonomy import parse_theta
 from tests.support.paths import ROOT
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from nas.designs.taxonomy import parse_theta
 from nas.errors import InvalidInput
 from nas.study.page import render
 from nas.study.report import GROUPS, analyse, group_of, summary_lines
 from nas.study.wording import REFERENCE
-from nas.taxonomy import parse_theta
 from tests.support.studies import NAMES, Record, record, study
 
 PLANTED = {"dense": 1.0, "monarch": 1.002, "btt:rho=1/4": 1.0, "low-rank:rho=1/2": 1.3,

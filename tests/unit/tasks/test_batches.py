@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nas.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
+from nas.planning.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
 from nas.tasks.batches import sample_losses, training_batches, validation_set
 
 RNG = np.random.default_rng(0)

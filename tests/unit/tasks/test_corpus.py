@@ -16,7 +16,7 @@ import pytest
 import nas.tasks.corpus
 import nas.tasks.hub
 from nas.errors import InvalidInput
-from nas.recipe import TEXT
+from nas.planning.recipe import TEXT
 from nas.tasks.corpus import ALPHABET, learn_tokens, load_text
 from nas.tasks.data import MAX_BYTES, Arrays, TaskData
 from nas.tasks.hub import HubTexts

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import nas.tasks.hub
-from nas.cli import _checked_data
+from nas.cli.main import _checked_data
 from nas.errors import InvalidInput
-from nas.recipe import IMAGES
-from nas.request import SearchRequest
+from nas.planning.recipe import IMAGES
+from nas.planning.request import SearchRequest
 from nas.tasks.corpus import load_text
 from nas.tasks.data import hub_parts
 from nas.tasks.hub import HubTexts, hub_images, hub_texts

@@ -20,7 +20,7 @@ from PIL import Image
 
 import nas.tasks.images
 from nas.errors import InvalidInput
-from nas.recipe import IMAGES, IMAGES_CIFAR, IMAGES_VIT, PIXELS, PIXELS_CIFAR, Recipe
+from nas.planning.recipe import IMAGES, IMAGES_CIFAR, IMAGES_VIT, PIXELS, PIXELS_CIFAR, Recipe
 from nas.tasks.data import MAX_BYTES, TaskData
 from nas.tasks.images import load_images
 

@@ -21,12 +21,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from nas.checkpoint import Checkpoint
 from nas.errors import InvalidInput
-from nas.recipe import IMAGES, PIXELS, REGRESSION, TEXT, TEXT_BPE, Recipe
+from nas.planning.recipe import IMAGES, PIXELS, REGRESSION, TEXT, TEXT_BPE, Recipe
 from nas.store.backup import restore
 from nas.store.schema import Base
 from nas.tasks import load_data
+from nas.training.checkpoint import Checkpoint
 from tests.support.paths import ROOT
 from tests.support.tiers import thinned
 

@@ -23,7 +23,7 @@ import pytest
 
 import nas.tasks.images
 from nas.errors import InvalidInput
-from nas.recipe import IMAGES, PIXELS, REGRESSION, TEXT, TEXT_BPE, Recipe
+from nas.planning.recipe import IMAGES, PIXELS, REGRESSION, TEXT, TEXT_BPE, Recipe
 from nas.tasks import load_data
 from nas.tasks.opening import MAX_DEPTH, DataFile, OpenData, opened
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
-from nas.recipe import REGRESSION
+from nas.planning.recipe import REGRESSION
 from nas.tasks import load_data
 from nas.tasks.batches import training_batches
 from nas.tasks.data import Arrays, TaskData

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from nas.answers import get_best
-from nas.confirm import ConfirmRequest, create_confirmation
 from nas.errors import EinsumNasError, InvalidInput, LeaseLost
-from nas.request import SearchRequest
+from nas.planning.request import SearchRequest
+from nas.service.answers import get_best
+from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.store import Lease, Leases, Renewal, Search, Store, StoredPoint, Trial, upgrade
 from workers.session import SearchSession, Signals, grouped
 
@@ -121,7 +121,7 @@ def test_a_dead_workers_session_can_write_nothing(store: Store) -> None:
 
 def test_checkpoints_are_each_tenants_own(store: Store) -> None:
     """Named by the key of the run, which is the same for equal runs of any tenant."""
-    from workers.runner import trial_config  # which brings Ray along
+    from workers.ray.runner import trial_config  # which brings Ray along
 
     keys = set()
     for tenant in ("default", "a"):
@@ -166,7 +166,7 @@ def test_a_twin_waits_for_the_running_one_and_shares_its_result(store: Store) ->
 
 
 def _plan_of(trial: Trial, session: SearchSession) -> Any:
-    from nas.cost import references
+    from nas.planning.cost import references
 
     plans = references(session.recipe, session.request.train_flops, 3)
     return next(p for p in plans if p.width == trial.width)

@@ -1,0 +1,95 @@
+"""Cache of encoded answers, each valid until the runs that it is computed from change.
+
+An answer is cached with the revision of its task or search, a number that every completed run
+raises.  Each request reads that number again, and uses the cached answer only if it is unchanged,
+so no answer is ever older than the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
+
+from api.caching.coalescing import Coalescer
+from nas.store import Standings
+
+_CAPACITY = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class CachedAnswer:
+    """An answer as JSON, plain and compressed."""
+
+    body: bytes
+    gzipped: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    revision: int
+    answer: CachedAnswer
+
+
+class AnswerCache:
+    """Least-recently-used cache of answers, by question; belongs to one event loop."""
+
+    def __init__(self, standings: Standings, capacity: int = _CAPACITY) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._making: dict[Hashable, asyncio.Lock] = {}
+        self._revisions = Coalescer(standings.revisions)
+
+    async def get(
+        self, scope: str, question: Hashable, make: Callable[[], BaseModel]
+    ) -> CachedAnswer:
+        """The answer to a question; computed once for requests that come at the same time.
+
+        Parameters
+        ----------
+        scope
+            As in `nas.store.standings`, or a task: the answer depends on its runs only.
+        make
+            Computes the answer; called in a thread if no cached answer is valid.
+        """
+        revision = await self._revisions.get(scope)
+        if revision is None:  # no run is complete: `make` raises, and errors are not cached
+            return await run_in_threadpool(_encoded, make)
+        found = self._find(question, revision)
+        if found is not None:
+            return found
+        lock = self._making.setdefault(question, asyncio.Lock())
+        try:
+            async with lock:
+                found = self._find(question, revision)
+                if found is None:
+                    # `revision` was read before the runs, so it may be too low, never too high:
+                    # an answer with later runs is then computed once more, but is not wrong
+                    found = await run_in_threadpool(_encoded, make)
+                    self._keep(question, _Entry(revision, found))
+                return found
+        finally:
+            self._making.pop(question, None)
+
+    def _find(self, question: Hashable, revision: int) -> CachedAnswer | None:
+        entry = self._entries.get(question)
+        if entry is None or entry.revision < revision:
+            return None
+        self._entries.move_to_end(question)
+        return entry.answer
+
+    def _keep(self, question: Hashable, entry: _Entry) -> None:
+        self._entries[question] = entry
+        self._entries.move_to_end(question)
+        while len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+
+
+def _encoded(make: Callable[[], BaseModel]) -> CachedAnswer:
+    body = make().model_dump_json().encode()
+    return CachedAnswer(body, gzip.compress(body, compresslevel=5))

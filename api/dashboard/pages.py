@@ -1,0 +1,102 @@
+"""The dashboard: pages from templates and figures as JSON; it loads nothing from other sites."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.templating import Jinja2Templates
+
+from api.dashboard import figures
+from api.middleware.prefix import root_of
+from api.routes.v1 import Axis, SearchId, StoreDep, describe
+from api.schemas import TrialOut
+from nas.errors import InvalidInput, NotFound
+from nas.service import answers
+from nas.store import AXES
+from nas.store.processes import LIVE_SECONDS, Processes
+
+router = APIRouter(include_in_schema=False)
+_HERE = Path(__file__).parent
+STATIC = _HERE / "static"
+templates = Jinja2Templates(
+    _HERE / "templates", context_processors=[lambda request: {"root": root_of(request.scope)}]
+)
+#: Trials that the page's table shows.
+_TABLE_ROWS = 500
+_CACHE = {"Cache-Control": "public, max-age=86400"}
+
+
+@router.get("/", response_class=HTMLResponse)
+def index(request: Request, store: StoreDep) -> Response:
+    found = [describe(s).model_dump() for s in store.searches(limit=100)]
+    return templates.TemplateResponse(request, "index.html", {"searches": found})
+
+
+@router.get("/searches/{search_id}", response_class=HTMLResponse)
+def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Response:
+    search = store.search(search_id)
+    recipe = search.request.settings
+    shown = {
+        "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name,
+        "axes": AXES, "plotly_styles": plotly_styles(),
+    }  # fmt: skip
+    return templates.TemplateResponse(request, "search.html", shown)
+
+
+@router.get("/searches/{search_id}/live")
+def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -> Response:
+    """Everything that the page of a search shows, as one JSON document."""
+    answers.checked_axis(x)
+    search = store.search(search_id)
+    points = store.curve_points(search_id=search_id)
+    budget, unit = search.request.train_flops, search.request.settings.loss_unit
+    try:
+        found = answers.get_best(store, search_id=search_id, train_flops=budget)
+        best: dict[str, Any] | None = found.model_dump(mode="json")
+    except (NotFound, InvalidInput):
+        best = None  # nothing has completed yet, or nothing near the budget
+    from plotly.utils import PlotlyJSONEncoder  # on first use: importing plotly is slow
+
+    body = {
+        "search": describe(search).model_dump(),
+        "can_retry": store.can_retry(search_id),
+        "best": best,
+        "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
+        "scatter": figures.draw_scatter(figures.scatter_data(points, x), x, budget, unit),
+        "curves": figures.draw_curves(figures.curves_data(points), unit),
+        "trials_total": sum(search.trial_counts.values()),
+        "trials": [TrialOut.of(t).model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
+    }
+    return Response(
+        json.dumps(body, cls=PlotlyJSONEncoder, allow_nan=False), media_type="application/json"
+    )
+
+
+@router.get("/static/plotly.min.js")
+def plotly_script() -> Response:
+    return FileResponse(_plotly(), media_type="text/javascript", headers=_CACHE)
+
+
+def _plotly() -> Path:
+    spec = importlib.util.find_spec("plotly")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "package_data" / "plotly.min.js"
+
+
+@lru_cache(maxsize=1)
+def plotly_styles() -> tuple[str, ...]:
+    """Ids of the <style> elements that plotly.js would add for its maps.
+
+    It adds none that is there already, and the pages' policy refuses inline styles, so the page has
+    empty elements with these ids.  The ids are digests that change with plotly's version.
+    """
+    script = _plotly().read_text(encoding="utf-8")
+    return tuple(dict.fromkeys(re.findall(r'getElementById\("([0-9a-f]{64})"\)', script)))

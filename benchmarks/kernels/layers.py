@@ -1,0 +1,208 @@
+"""Structured layers against the papers' path, `torch.einsum` and dense: time of every pass.
+
+The contenders take turns on the same tensors: `EinsumLinear` with the plan that its cost model
+chooses (`ours`), the same restricted to the matrix products that `torch.nn.Linear` uses
+(`ours_blas`), the papers' path and one `torch.einsum`, all of the same structure; and
+`torch.nn.Linear` (`dense`) and the dense `EinsumLinear` (`dense_ours`) of the same dimensions.
+`off_dense_rate` is time per FLOP over that of the faster dense one.  By default the 23 θ of the
+papers on four shapes with 1024 tokens and one thread; with FULL=1 also 4096 tokens and two threads.
+With a GPU the same in bfloat16 there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.kernels.interleaved import keep_freed_memory, median_interval, report, rounds
+from benchmarks.kernels.papers import STRUCTURES, one_einsum
+from benchmarks.kernels.papers import product as papers_product
+from nas.layers import EinsumLinear
+from nas.layers.kernels.plan import choose
+
+SHAPES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))
+_SECONDS_PER_ROW = 2.0
+_PASSES = ("forward", "forward+backward")
+
+
+def pass_seconds(
+    call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, leaves: list[Tensor]
+) -> Callable[[], tuple[float, float]]:
+    """A contender: seconds of (forward, forward + backward)."""
+
+    def now() -> float:
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def run() -> tuple[float, float]:
+        for leaf in leaves:
+            leaf.grad = None
+        started = now()
+        y = call(x)
+        middle = now()
+        torch.autograd.backward(y, dy)
+        return middle - started, now() - started
+
+    return run
+
+
+def measure(
+    name: str, d_in: int, d_out: int, tokens: int, threads: int, device: str
+) -> list[dict[str, Any]]:
+    """Rows, one for each pass, of one structure and shape."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    ours = EinsumLinear(STRUCTURES[name], d_in, d_out, False, device=device, dtype=dtype)
+    dense = nn.Linear(d_in, d_out, False, device=device, dtype=dtype)
+    x = torch.randn(tokens, d_in, device=device, dtype=dtype).requires_grad_()
+    dy = torch.randn(tokens, d_out, device=device, dtype=dtype)
+    structure = ours.structure
+
+    def padded(path: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        surplus = structure.padded_in - d_in
+        return lambda x: path(functional.pad(x, (0, surplus)) if surplus else x, ours.A, ours.B)[
+            :, :d_out
+        ]
+
+    ours_blas, dense_ours = copy.deepcopy(ours), EinsumLinear("dense", d_in, d_out, False).to(x)
+    ours_blas.plan = choose(structure, tokens, x.device, dtype, library="blas")
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours": ours, "dense": dense, "dense_ours": dense_ours, "ours_blas": ours_blas,
+        "papers": padded(papers_product), "einsum": padded(one_einsum),
+    }  # fmt: skip
+    error = 1e-3 if dtype == torch.float32 else 5e-2
+    for path in ("papers", "einsum", "ours_blas"):
+        torch.testing.assert_close(calls[path](x), ours(x), rtol=error, atol=error)
+    leaves = [x, *(p for m in (ours, ours_blas, dense, dense_ours) for p in m.parameters())]
+    timed = rounds(
+        {contender: pass_seconds(call, x, dy, leaves) for contender, call in calls.items()},
+        _SECONDS_PER_ROW,
+        least=3,
+    )
+    flops_over_dense = structure.macs / (d_in * d_out)
+    rows = []
+    for part, label in enumerate(_PASSES):
+        seconds = {contender: times[:, part] for contender, times in timed.items()}
+        row: dict[str, Any] = {
+            "theta": name, "d_in": d_in, "d_out": d_out, "tokens": tokens, "threads": threads,
+            "device": device, "dtype": str(dtype).removeprefix("torch."), "pass": label,
+            "plan": str(ours.plan_for(tokens)), "rounds": len(seconds["ours"]),
+            "flops_over_dense": flops_over_dense,
+        }  # fmt: skip
+        for contender, times in seconds.items():
+            row[f"{contender}_seconds"] = median_interval(times)[0]
+        for key, one, other in (
+            ("papers_over_ours", "papers", "ours"),
+            ("einsum_over_ours", "einsum", "ours"),
+            ("papers_over_ours_blas", "papers", "ours_blas"),
+            ("ours_over_dense", "ours", "dense"),
+            ("ours_over_dense_ours", "ours", "dense_ours"),
+        ):
+            row[key], row[f"{key}_low"], row[f"{key}_high"] = median_interval(
+                seconds[one] / seconds[other]
+            )
+        slower = max(row["ours_over_dense"], row["ours_over_dense_ours"])
+        row["off_dense_rate"] = slower / flops_over_dense
+        rows.append(row)
+    return rows
+
+
+def table_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What people read of a row: ratios with their intervals."""
+
+    def with_interval(key: str) -> str:
+        return f"{row[key]:.2f} ({row[f'{key}_low']:.2f}–{row[f'{key}_high']:.2f})"
+
+    return {
+        "theta": row["theta"],
+        "layer": f"{row['d_in']}→{row['d_out']}",
+        "tokens": row["tokens"],
+        "threads": row["threads"],
+        "FLOPs/dense": row["flops_over_dense"],
+        "rounds": row["rounds"],
+        "ours_ms": 1e3 * row["ours_seconds"],
+        "papers/ours": with_interval("papers_over_ours"),
+        "papers/ours_blas": f"{row['papers_over_ours_blas']:.2f}",
+        "einsum/ours": with_interval("einsum_over_ours"),
+        "ours/dense": with_interval("ours_over_dense"),
+        "off_dense_rate": row["off_dense_rate"],
+        "plan": row["plan"].split()[0],
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means and extremes over rows of one pass, device and number of threads."""
+
+    def mean(key: str, chosen: list[dict[str, Any]]) -> float:
+        return math.exp(sum(math.log(r[key]) for r in chosen) / len(chosen))
+
+    blocks = [r for r in rows if r["theta"].startswith("btt")]
+    cheap = [r for r in rows if r["flops_over_dense"] <= 1]
+    dear = [r for r in rows if r["flops_over_dense"] > 1]
+    slowest = min(rows, key=lambda r: r["papers_over_ours"])
+    return {
+        "pass": rows[0]["pass"],
+        "device": rows[0]["device"],
+        "threads": rows[0]["threads"],
+        "rows": len(rows),
+        "papers/ours_BTT": mean("papers_over_ours", blocks),
+        "papers/ours_all": mean("papers_over_ours", rows),
+        "papers/ours_blas_BTT": mean("papers_over_ours_blas", blocks),
+        "papers/ours_blas_all": mean("papers_over_ours_blas", rows),
+        "einsum/ours_all": mean("einsum_over_ours", rows),
+        "papers/ours_least": f"{slowest['papers_over_ours']:.2f} "
+        f"({slowest['papers_over_ours_low']:.2f}–{slowest['papers_over_ours_high']:.2f}) "
+        f"{slowest['theta']} {slowest['d_in']}→{slowest['d_out']}",
+        "rows_below_0.95": sum(r["papers_over_ours_high"] < 0.95 for r in rows),
+        "ours/dense_most,_FLOPs_≤_dense": max(r["ours_over_dense"] for r in cheap),
+        "ours/dense_most,_FLOPs_>_dense": max((r["ours_over_dense"] for r in dear), default="–"),
+        "off_dense_rate": mean("off_dense_rate", rows),
+    }
+
+
+def main() -> None:
+    keep_freed_memory()
+    full = os.environ.get("FULL") == "1"
+    devices = [("cpu", t) for t in ((1, 2) if full else (1,))]
+    devices += [("cuda", 1)] if torch.cuda.is_available() else []
+    grid = list(product(devices, SHAPES, (1024, 4096) if full else (1024,), STRUCTURES))
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for done, ((device, threads), (d_in, d_out), tokens, name) in enumerate(grid):
+        torch.set_num_threads(threads)
+        rows += measure(name, d_in, d_out, tokens, threads, device)
+        if sys.stderr.isatty() or done % 23 == 22:
+            spent = time.perf_counter() - started
+            print(f"{done + 1}/{len(grid)} structures, {spent:.0f} s", file=sys.stderr)
+    both = [r for r in rows if r["pass"] == _PASSES[1]]
+    report(
+        "EinsumLinear, forward + backward: medians of interleaved rounds (interval)",
+        [table_row(r) for r in both],
+        rows,
+    )
+    summaries = [
+        summary([r for r in rows if (r["device"], r["threads"], r["pass"]) == (*where, label)])
+        for where in devices
+        for label in _PASSES
+    ]
+    for where in summaries:
+        report(
+            "Geometric means and extremes of the ratios",
+            [{"ratio": k, "": v} for k, v in where.items()],
+            [where],
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Searches on Ray clusters of several nodes; `python -m` runs them all."""

@@ -1,0 +1,130 @@
+"""`einsum-nas db`: schema upgrades, backups, and deletion of old data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+
+from nas.cli.common import Json, local_store, number, print_json, reported
+
+app = typer.Typer(help="Upgrade, back up, restore or prune the database.", no_args_is_help=True)
+
+_COUNTED = ("searches", "trials", "points", "events")
+BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup file.")]
+
+
+@app.command()
+@reported
+def upgrade(as_json: Json = False) -> None:
+    """Upgrade the database's schema to this version."""
+    with local_store() as store:
+        revision = store.schema_revision()
+    if as_json:
+        print_json({"revision": revision})
+    else:
+        print(f"schema at revision {revision}")
+
+
+@app.command()
+@reported
+def backup(
+    file: BackupFile,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a consistent snapshot of the database to one SQLite file; services may keep running.
+
+    This does not upgrade the database, so you can make a backup before you upgrade.
+    """
+    from nas.settings import settings
+    from nas.store.backup import backup as write
+
+    made = write(settings().resolved_database_url, file, overwrite=overwrite)
+    if as_json:
+        print_json({"file": str(made.path), "bytes": made.bytes, **asdict(made.manifest)})
+        return
+    print(f"{made.path}: {decimal(made.bytes)}, schema {made.manifest.revision}")
+    print(_counts(made.manifest.rows))
+
+
+@app.command()
+@reported
+def restore(file: BackupFile, as_json: Json = False) -> None:
+    """Copy a backup, or another SQLite database of einsum-nas, into the empty database."""
+    from nas.settings import settings
+    from nas.store.backup import restore as read
+
+    done = read(file, settings().resolved_database_url)
+    if as_json:
+        print_json(asdict(done))
+        return
+    print(f"restored {file}: schema {done.file_revision}, now {done.revision}")
+    print(_counts(done.rows))
+    if done.released:
+        print(f"searches that were running at the time of the backup: {len(done.released)}")
+
+
+@app.command()
+@reported
+def prune(
+    event_days: Annotated[
+        float | None,
+        typer.Option(
+            parser=number, metavar="N",
+            help="Days after the end of a search until its detailed events are deleted; "
+            "its milestones stay. By default EINSUM_NAS_EVENT_DAYS.",
+        ),
+    ] = None,
+    failed_days: Annotated[
+        float | None,
+        typer.Option(
+            parser=number, metavar="N",
+            help="Days until failed and cancelled searches without any result are deleted. "
+            "By default EINSUM_NAS_FAILED_DAYS.",
+        ),
+    ] = None,
+    audit_days: Annotated[
+        float | None,
+        typer.Option(
+            parser=number, metavar="N",
+            help="Days until records of the audit log are deleted, at least 90. By default "
+            "EINSUM_NAS_AUDIT_DAYS.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Delete old events, old audit records, and old searches without any result."""
+    from nas.settings import settings
+    from nas.store.retention import prune as delete
+
+    used = settings()
+    with local_store() as store:
+        done = delete(
+            store,
+            event_days=used.event_days if event_days is None else event_days,
+            failed_days=used.failed_days if failed_days is None else failed_days,
+            audit_days=used.audit_days if audit_days is None else audit_days,
+            dry_run=dry_run,
+        )
+    if as_json:
+        print_json({**asdict(done), "dry_run": dry_run})
+        return
+    verb = "would delete" if dry_run else "deleted"
+    print(
+        f"{verb} {done.searches:,} searches with {done.trials:,} trials, {done.events:,} "
+        f"events of other searches, and {done.audit:,} records of the audit log"
+    )
+
+
+def _counts(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{rows.get(name, 0):,} {name}" for name in _COUNTED)

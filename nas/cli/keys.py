@@ -1,0 +1,221 @@
+"""Commands of access control: keys, tenants and their quotas, the audit log."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nas.cli.common import Json, local_store, number, print_json, reported, whole
+from nas.errors import InvalidInput
+from nas.settings import DEFAULT_TENANT, TENANT
+
+if TYPE_CHECKING:
+    from nas.store.keys import Key
+
+app = typer.Typer(no_args_is_help=True, help="API keys: create, list, rotate, revoke.")
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+KeyId = Annotated[
+    str, typer.Argument(metavar="ID", help="The key's id (not secret), as `keys list` shows it.")
+]
+Tenant = Annotated[str | None, typer.Option(help="Only those of this tenant.")]
+
+
+def register(program: typer.Typer) -> None:
+    """Add the commands to the program's."""
+    program.add_typer(app, name="keys")
+    program.command()(reported(tenants))
+    program.command()(reported(audit))
+
+
+def duration(text: str | float) -> float:
+    """Convert a time such as 90d, 12h, 30m or 45s to seconds."""
+    if isinstance(text, float):  # an option's default
+        return text
+    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
+    if found is None:
+        raise typer.BadParameter(f"got {text}; accepted: a time such as 90d, 12h, 30m or 45s")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+@app.command()
+@reported
+def create(
+    name: Annotated[str, typer.Option(help="Who uses the key, or for what.")],
+    scopes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scope",
+            help="What the key may do, repeatable. read: see searches | submit: create and change "
+            "searches | admin: see workers, metrics and the audit log of all tenants. By default "
+            "read and submit.",
+        ),
+    ] = None,
+    tenant: Annotated[
+        str, typer.Option(help="Tenant whose searches the key gives access to.")
+    ] = DEFAULT_TENANT,
+    expires: Annotated[
+        float | None,
+        typer.Option(
+            parser=duration,
+            metavar="TIME",
+            help="Time until the key expires, such as 90d or 12h; by default it never does.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Create a key and print it; it cannot be shown again."""
+    from nas.store.keys import Keys
+
+    with local_store() as store:
+        key, secret = Keys(store).create(
+            tenant, name, scopes or ["read", "submit"], seconds=expires
+        )
+    _show_new(key, secret, as_json)
+
+
+def _show_new(key: Key, secret: str, as_json: bool) -> None:
+    if as_json:
+        print_json({**_plain(key), "key": secret})
+        return
+    about = f"key {key.id} of tenant {key.tenant}, {_ends(key)}"
+    print(f"{about}; store it now, it cannot be shown again:", file=sys.stderr)
+    print(secret)
+
+
+@app.command(name="list")
+@reported
+def list_keys(tenant: Tenant = None, as_json: Json = False) -> None:
+    """List keys, without their secrets, which are not stored."""
+    from nas.store.keys import Keys
+
+    with local_store() as store:
+        found = Keys(store).list(tenant)
+    if as_json:
+        print_json([_plain(key) for key in found])
+        return
+    from nas.cli.terminal import show_keys
+
+    show_keys(found, _ends)
+
+
+@app.command()
+@reported
+def rotate(
+    key_id: KeyId,
+    grace: Annotated[
+        float,
+        typer.Option(
+            parser=duration,
+            metavar="TIME",
+            help="Time for which the old key stays valid, such as 1h or 7d; by default none.",
+        ),
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Replace a key by a new one and print it; it cannot be shown again."""
+    from nas.store.keys import Keys
+
+    with local_store() as store:
+        key, secret = Keys(store).rotate(key_id, grace_seconds=grace)
+    _show_new(key, secret, as_json)
+
+
+@app.command()
+@reported
+def revoke(key_id: KeyId) -> None:
+    """Revoke a key and the browser sessions that it opened, at once; this cannot be undone."""
+    from nas.store.keys import Keys
+
+    with local_store() as store:
+        key = Keys(store).revoke(key_id)
+    print(f"key {key.id} ({key.name}) of tenant {key.tenant} is revoked")
+
+
+def tenants(
+    set_tenant: Annotated[
+        str | None, typer.Option("--set", metavar="NAME", help="Tenant whose quotas to set.")
+    ] = None,
+    searches: Annotated[
+        int | None,
+        typer.Option(parser=whole, metavar="N", help="Quota of searches that have not ended."),
+    ] = None,
+    train_flops: Annotated[
+        float | None,
+        typer.Option(
+            parser=number,
+            metavar="FLOPS",
+            help="Quota of train FLOPs within EINSUM_NAS_QUOTA_DAYS days.",
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(parser=whole, metavar="N", help="Quota of searches that run at once."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show tenants' quotas and their use; --set changes a tenant's quotas."""
+    from nas.store.tenants import all_use, set_quotas
+
+    quotas = {"searches": searches, "train_flops": train_flops, "concurrency": concurrency}
+    given = {name: value for name, value in quotas.items() if value is not None}
+    if set_tenant is None and given:
+        raise InvalidInput(next(iter(given)), next(iter(given.values())), "together with --set")
+    with local_store() as store:
+        if set_tenant is not None:
+            if re.fullmatch(TENANT, set_tenant) is None:
+                raise InvalidInput("set", set_tenant, "1 to 64 letters, digits and . _ -")
+            if not given:
+                raise InvalidInput("set", set_tenant, "with a quota, such as --searches 10")
+            set_quotas(store, set_tenant, **given)
+        found = all_use(store)
+    if as_json:
+        print_json([use.as_dict for use in found])
+        return
+    from nas.cli.terminal import show_tenants
+
+    show_tenants(found)
+
+
+def audit(
+    tenant: Tenant = None,
+    limit: Annotated[
+        int, typer.Option(parser=whole, metavar="N", help="How many, from 1 to 500.")
+    ] = 50,
+    as_json: Json = False,
+) -> None:
+    """Show the newest records of the audit log: who did what, and who was refused."""
+    from dataclasses import asdict
+
+    from nas.store.audit import Audit
+
+    if not 1 <= limit <= 500:
+        raise InvalidInput("limit", limit, "a whole number from 1 to 500")
+    with local_store() as store:
+        found = Audit(store).entries(limit=limit, tenant=tenant)
+    if as_json:
+        print_json([asdict(entry) for entry in found])
+        return
+    from nas.cli.terminal import show_audit
+
+    show_audit(found)
+
+
+def _plain(key: Key) -> dict[str, Any]:
+    shown = (
+        "id", "tenant", "name", "created_at", "expires_at", "revoked_at", "used_at", "rotated_from"
+    )  # fmt: skip
+    return {**{name: getattr(key, name) for name in shown}, "scopes": list(key.scopes)}
+
+
+def _ends(key: Key) -> str:
+    """When the key expires, or why it is no longer valid."""
+    refusal = key.refusal(time.time())
+    if refusal is not None:
+        return refusal
+    if key.expires_at is None:
+        return "never expires"
+    return "expires " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))

@@ -1,0 +1,401 @@
+"""Tables and progress of the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nas.designs.design import described
+from nas.errors import counted
+from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier
+
+if TYPE_CHECKING:
+    from nas.store.audit import Entry
+    from nas.store.keys import Key
+    from nas.store.quotas import Use
+
+console = Console()
+_FINISHED = ("complete", "failed", "stopped")
+
+
+_PROGRESS_COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+    TextColumn("runs"), TimeElapsedColumn(),
+)  # fmt: skip
+
+
+@contextmanager
+def study_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar over the runs of a study; call it with (finished, total, current step)."""
+    with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
+        bar = progress.add_task("", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total or None, description=what)
+            if not console.is_terminal:
+                console.print(f"{done} of {total} runs: {what}", markup=False)
+
+        yield show
+
+
+@contextmanager
+def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A progress bar over the runs of a search; call it with the search in REST's form."""
+    with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
+        bar = progress.add_task("waiting for a worker", total=None)
+        seen = -1
+
+        def show(search: Mapping[str, Any]) -> None:
+            nonlocal seen
+            counts = search["trial_counts"]
+            done = sum(counts.get(state, 0) for state in _FINISHED)
+            total = search["runs_total"]
+            progress.update(bar, completed=done, total=total, description=search["state"])
+            if not console.is_terminal and total and done != seen:
+                console.print(f"{search['state']}: {done} of {counted(total, 'run')} finished")
+            seen = done
+
+        yield show
+
+
+def show_frontier(front: FrontierAnswer) -> None:
+    """Print the Pareto front over all structures, dense ones included."""
+    unit = front.x_unit.partition(":")[0]
+    measured = ", measured" if front.x_measured else ""
+    table = Table(title=f"Pareto front: loss against {unit}{measured}", title_justify="left")
+    columns = [(unit, True)] if front.x != "train_flops" else []
+    for name, right in (
+        *columns, ("train FLOPs", True), ("loss", True), ("structure", False), ("width", True),
+        ("steps", True), ("trial", True),
+    ):  # fmt: skip
+        table.add_column(name, justify="right" if right else "left")
+    for p in front.frontier:
+        own = [f"{p[front.x]:.6g}"] if columns else []
+        table.add_row(
+            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", described(p.design),
+            str(p.width), str(p.steps), f"#{p.number}",
+        )  # fmt: skip
+    console.print(table)
+    line = f"{counted(front.points, 'point')} of {counted(front.trials, 'completed run')}. "
+    line += f"loss: {front.y_unit}"
+    if front.hypervolume is not None:
+        hv = front.hypervolume
+        line += (
+            f"\nhypervolume {hv.overall:.4g} (structured {hv.structured:.4g}, dense "
+            f"{hv.dense:.4g}) {hv.unit}, up to {hv.reference[0]:.4g} and loss {hv.reference[1]:.4g}"
+        )
+    for kind, law in (("structured", front.structured_law), ("dense", front.dense_law)):
+        if law is not None:
+            offset = f"{law.offset:.4g} + " if law.offset else ""
+            line += (
+                f"\n{kind}: loss ≈ {offset}{law.a:.4g} · C^(-{law.b:.4g}) on its "
+                f"{counted(law.points, 'compute-optimal point')}"
+            )
+    console.print(line, style="dim")
+
+
+def show_best(best: Answer) -> None:
+    """Print the best structured and the best dense model side by side, with intervals."""
+    unit = "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
+    table = Table(title=f"Best within {best.budget:.4g} {unit}: {best.kind}", title_justify="left")
+    table.add_column("")
+    table.add_column("structured")
+    table.add_column("dense")
+    runs = (best.best_structured, best.best_dense)
+    table.caption = f"validation loss in {best.loss_unit}"
+    for label, read in _BEST_ROWS:
+        table.add_row(label, *("–" if r is None else read(r) for r in runs))
+    console.print(table)
+    for line in _best_lines(best):
+        console.print(line, markup=False, highlight=False)
+    for line in _small_print(best):
+        console.print(line, style="dim", markup=False, highlight=False)
+
+
+def _best_lines(best: Answer) -> Iterator[str]:
+    interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
+    name = described(best.design)
+    yield f"best: {name}, width {best.width}, {counted(best.steps, 'step')}"
+    yield f"verdict: {best.verdict} ({best.verdict_reason})"
+    yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
+    unsure = ", unconfirmed" if best.verdict == "unconfirmed" else ""
+    gap = best.dense_minus_structured
+    if gap is not None:
+        yield (
+            f"dense − structured: {gap.difference:+.4f} {best.loss_unit}{unsure} "
+            f"({_range(gap.difference_interval, '+.4f')}{_of_samples(best)})"
+        )
+    if best.structured_multiplier is not None:
+        ratio = _multiplier(best.structured_multiplier, unsure)
+        yield f"compute multiplier over dense: {ratio}"
+    yield from _rivals(best)
+    if best.extrapolation is not None:
+        out = best.extrapolation
+        yield (
+            f"PREDICTED, at {out.beyond:.3g} times the greatest budget measured "
+            f"({out.measured[0]:.3g} to {out.measured[1]:.3g} train FLOPs): {out.law}, fitted to "
+            f"{counted(out.widths, 'width')}"
+        )
+        if out.left_out:
+            were = "structure is" if out.left_out == 1 else "structures are"
+            yield (
+                f"{out.left_out:,} measured {were} left out: no law can be fitted at widths that "
+                "would be run at this budget"
+            )
+    yield _tau_line(best)
+
+
+def _multiplier(found: Multiplier, unsure: str) -> str:
+    if found.value is None:
+        return f"unknown ({found.reason})"
+    sign = {"at_least": "≥ ", "less_than": "< "}.get(found.kind, "")
+    seeds = counted(found.seeds, "seed")
+    if found.interval is not None:
+        seeds = f"95%: {_ratio(found.interval[0])} to {_ratio(found.interval[1])}, {seeds}"
+    predicted = ", predicted" if found.kind == "predicted" else ""
+    return f"{sign}{_ratio(found.value)}{unsure} ({seeds}{predicted})"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _of_samples(best: Answer) -> str:
+    """What intervals of differences are of, where they are not over seeds."""
+    alone = best.kind == "measured" and best.evidence.noise is None
+    return ", of the validation samples alone" if alone else ""
+
+
+def _rivals(best: Answer) -> Iterator[str]:
+    count = best.evidence.compared
+    if not count:
+        yield "no other structure was run within this budget to compare with"
+        return
+    if not best.indistinguishable:
+        others = "the one other structure" if count == 1 else f"the {count:,} next best"
+        yield f"clearly different from {others}{_of_samples(best)}"
+        return
+    together = " (simultaneous intervals)" if best.kind == "measured" and count > 1 else ""
+    yield (
+        f"not clearly different from the best, of {count:,} compared{together}{_of_samples(best)}:"
+    )
+    for r in best.indistinguishable[:_SHOWN_RIVALS]:
+        yield (
+            f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
+            f"({_range(r.difference_interval, '+.4f')})"
+        )
+    more = len(best.indistinguishable) - _SHOWN_RIVALS
+    if more > 0:
+        yield f"  and {more:,} more (--json)"
+
+
+_SHOWN_RIVALS = 6
+
+
+def _tau_line(best: Answer) -> str:
+    found = best.confirmation
+    if found is None:
+        return "not confirmed with fresh seeds yet; run `einsum-nas confirm`"
+    tau = "none" if found.tau is None else f"{found.tau:.2f}"
+    return (
+        f"confirmed: {counted(found.candidates, 'run')} with "
+        f"{counted(found.seeds, 'fresh seed')} each at {found.longer:g}× their compute; Kendall's "
+        f"τ of the ranking {tau} ({_range(found.interval, '.2f')})"
+    )
+
+
+def _range(interval: tuple[float, float] | None, form: str) -> str:
+    if interval is None:
+        return "interval unknown"
+    return f"95%: {interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _small_print(best: Answer) -> Iterator[str]:
+    evidence = best.evidence
+    yield (
+        f"{best.kind} on {best.task}: {counted(evidence.trials, 'completed run')} of "
+        f"{counted(evidence.searches, 'search', 'searches')}, "
+        f"{counted(evidence.seeds, 'seed')} behind the best"
+    )
+    yield f"intervals: {best.interval_means}"
+    if best.comparisons_mean != best.interval_means:
+        yield f"comparisons: {best.comparisons_mean}"
+    if best.validation_interval is not None:
+        low, high = best.validation_interval
+        yield (
+            f"95% interval of the loss over the sampling of the validation data: {low:.4f} to "
+            f"{high:.4f}"
+        )
+    if not best.confirmed and best.kind == "measured":
+        yield "the loss comes from the runs that the best was selected by, so it is biased low"
+
+
+_BEST_ROWS: Sequence[tuple[str, Callable[[Candidate], str]]] = (
+    ("structure", lambda r: r.name),
+    ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r.theta) or "none"),
+    ("validation loss", lambda r: f"{r.loss:.4f}"),
+    ("seeds", lambda r: f"{r.seeds}{' fresh' if r.confirmed else ''}"),
+    ("width", lambda r: str(r.width)),
+    ("steps", lambda r: str(r.steps)),
+    ("train FLOPs", lambda r: f"{r.train_flops:.6e}"),
+    ("inference FLOPs/token", lambda r: f"{r.inference_flops:.4e}"),
+    ("parameters", lambda r: f"{r.params:,}"),
+    ("time per step", lambda r: _measured(r.step_seconds, 1e3, "ms")),
+    ("peak memory", lambda r: _measured(r.peak_memory, 2**-20, "MiB")),
+    ("trial", lambda r: f"#{r.number}"),
+)
+
+
+def _measured(value: float | None, scale: float, unit: str) -> str:
+    return "not measured" if value is None else f"{value * scale:.4g} {unit} measured"
+
+
+def show_structure(inspected: Mapping[str, Any]) -> None:
+    """Print the exact properties of one structure of any family."""
+    table = Table(show_header=False)
+    for key in _STRUCTURE_ROWS:
+        value = inspected.get(key)
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            value = "  ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+        table.add_row(key, str(value))
+    dense = inspected["dense_macs"]
+    share = f"{inspected['macs'] / dense:.4f} of dense"
+    table.add_row("MACs per token", f"{inspected['macs']:,}  ({share})")
+    if "macs_a_first" in inspected:
+        orders = f"{inspected['macs_a_first']:,} A first, {inspected['macs_b_first']:,} B first"
+        table.add_row("  by order", orders)
+    if "gate_macs" in inspected:
+        table.add_row("  in the gate", f"{inspected['gate_macs']:,}")
+    table.add_row("FLOPs per token", f"{inspected['flops']:,} forward")
+    table.add_row("parameters", f"{inspected['params']:,}")
+    if inspected.get("rank") is not None:
+        table.add_row("rank", f"{inspected['rank']:,} {inspected.get('rank_is', 'generic')}")
+    if "omega" in inspected:
+        table.add_row("ω  ψ  ν", "  ".join(f"{inspected[k]:.4g}" for k in ("omega", "psi", "nu")))
+        table.add_row(
+            "  of the integers",
+            "  ".join(f"{inspected[f'{k}_integer']:.4g}" for k in ("omega", "psi", "nu")),
+        )
+    if "padded_in" in inspected:
+        padded = f"{inspected['padded_in']:,} inputs, {inspected['padded_out']:,} outputs"
+        table.add_row("axes multiply to", padded)
+    if "waste" in inspected:
+        table.add_row(
+            "waste", f"{inspected['waste']:.2%} more MACs, for padded inputs and dropped outputs"
+        )
+    if inspected.get("dropped_inputs") or inspected.get("constant_outputs"):
+        table.add_row(
+            "lost to rounding",
+            f"{inspected['dropped_inputs']:,} inputs are dropped, "
+            f"{inspected['constant_outputs']:,} outputs are always zero",
+        )
+    for f in inspected.get("factors", ()):
+        table.add_row(
+            f"factor {f['name']}",
+            f"fan in {f['fan_in']}, fan out {f['fan_out']}, init std {f['init_std']:.6g}, "
+            f"Adam multiplier {f['adam_lr_multiplier']:.6g}",
+        )
+    if inspected.get("degenerate"):
+        table.add_row("note", "degenerate: it costs more than dense and expresses no more")
+    console.print(table)
+
+
+_STRUCTURE_ROWS = (
+    "name", "family", "theta", "canonical_theta", "experts", "active", "sizing", "sizes", "axes",
+    "kernel", "einsum", "contraction",
+)  # fmt: skip
+
+
+def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print searches, newest first, with full ids, which other commands take."""
+    table = Table("search", "state", "task", "budget", "runs", "priority", box=None, pad_edge=False)
+    for s in found:
+        runs = f"{s['trial_counts'].get('complete', 0)}"
+        runs += f"/{s['runs_total']}" if s["runs_total"] else ""
+        task = s["task"] + ("" if s["tenant"] == "default" else f" of {s['tenant']}")
+        budget, priority = f"{s['request']['train_flops']:.3g}", str(s["priority"])
+        table.add_row(s["id"], s["state"], escape(task), budget, runs, priority)
+        failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
+        why = s["limit_reached"] or failed
+        if why:
+            table.add_row(f"  {escape(why)}")
+    console.print(table if found else "no search matches these filters")
+
+
+def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of workers and services."""
+    if not found:
+        console.print("no worker or service was seen recently; `einsum-nas worker` starts one")
+        return
+    table = Table("process", "kind", "state", "search", "version", "about")
+    for p in found:
+        about = ", ".join(f"{name} {value}" for name, value in p["about"].items())
+        table.add_row(
+            p["name"], p["kind"], p["state"], p["search_id"] or "", p["version"], escape(about)
+        )
+    console.print(table)
+
+
+def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
+    """Print a table of keys; `ends` describes when a key expires."""
+    if not found:
+        console.print("there is no key; `einsum-nas keys create --name NAME` creates one")
+        return
+    table = Table("key", "tenant", "name", "scopes", "ends", "last used", box=None, pad_edge=False)
+    for key in found:
+        used = "never" if key.used_at is None else _day(key.used_at)
+        row = (key.id, key.tenant, escape(key.name), ", ".join(key.scopes), ends(key), used)
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_tenants(found: Sequence[Use]) -> None:
+    """Print a table of tenants' quotas and their use."""
+    if not found:
+        console.print("no tenant has a search or a quota")
+        return
+    table = Table("tenant", "searches", "running", "train FLOPs", box=None, pad_edge=False)
+    for use in found:
+        table.add_row(
+            use.tenant,
+            f"{use.searches} of {_or_any(use.quotas.searches)}",
+            f"{use.running} of {_or_any(use.quotas.concurrency)}",
+            f"{use.train_flops:.4g} of {_or_any(use.quotas.train_flops)} "
+            f"in {use.quotas.days:g} days",
+        )
+    console.print(table)
+
+
+def _or_any(limit: float | None) -> str:
+    return "any number" if limit is None else f"{limit:.6g}"
+
+
+def show_audit(found: Sequence[Entry]) -> None:
+    """Print records of the audit log, newest first, one a line."""
+    for line in found:
+        who = line.tenant or "unknown caller"
+        who += f" (key {line.key_id})" if line.key_id else ""
+        whence = f"from {line.address}" if line.address else ""
+        answer = "" if line.status is None else str(line.status)
+        parts = (
+            _day(line.created_at), who, line.action, line.target, answer, line.reason, whence
+        )  # fmt: skip
+        told = "  ".join(part for part in parts if part)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if not found:
+        console.print("the audit log is empty")
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

@@ -1,0 +1,415 @@
+"""Mixtures of experts: a structured layer whose slices are chosen token by token.
+
+    y = Σ_{e chosen} g_e(x) W_e x,    g = softmax over the k largest of the logits x·gateᵀ
+
+Each of E experts W_e is a two-factor einsum: its share of the slices of the ρ axis of one layer, so
+that only k of E shares are computed for a token.  With one slice each, experts of β = δ = 0 make up
+BTT-MoE (arXiv:2410.02117, section 5).  In dense-MoE an expert is a matrix, in the standard mixture
+("ffn-moe") a whole feed-forward block.  1 MAC = 2 FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from nas.designs.einsum import Sizes, Structure, factor_row
+from nas.designs.theta import AXES, DENSE, Theta, exact_exponent, format_exponent, parse_exponent
+from nas.errors import InvalidInput
+
+MAX_EXPERTS = 1024
+#: Family → its exponents with their defaults.
+_FAMILIES: dict[str, dict[str, float]] = {
+    "btt-moe": {"alpha": 0.5, "epsilon": 0.5, "rho": 0.0},
+    "low-rank-moe": {"rho": 0.5},
+    "dense-moe": {},
+    "ffn-moe": {},
+    "einsum-moe": {},
+}
+_COUNTS = {"experts": 8, "active": 2}
+MIXTURE_FORMS = (
+    "btt-moe (alpha=1/2, epsilon=1/2, rho=0), low-rank-moe (rho=1/2), dense-moe, ffn-moe or "
+    "einsum-moe:theta=alpha beta gamma delta epsilon phi rho, each with experts=8, active=2, "
+    "such as btt-moe:experts=16,active=2"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """E experts of which each token uses k, whatever the dimensions.
+
+    `theta` is the structure of the whole layer, kept canonical, whose ρ axis is divided evenly
+    among the experts (θρ = 0: one slice each; else the multiple of E nearest to it); None where
+    experts are whole feed-forward blocks.
+
+    >>> Mixture(Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), 8, 2).name
+    'btt-moe:alpha=1/2,epsilon=1/2,experts=8,active=2'
+
+    Raises
+    ------
+    InvalidInput
+        Not 2 to 1024 experts, or not 1 to `experts` active ones.
+    """
+
+    theta: Theta | None
+    experts: int
+    active: int
+
+    def __post_init__(self) -> None:
+        if self.theta is not None:
+            if not isinstance(self.theta, Theta):
+                raise InvalidInput("theta", self.theta, "a Theta, or None for ffn-moe")
+            object.__setattr__(self, "theta", self.theta.canonical())
+        check_experts(self.experts, self.active)
+
+    @property
+    def family(self) -> str:
+        """dense-moe, low-rank-moe, btt-moe (Monarch included), einsum-moe or ffn-moe."""
+        t = self.theta
+        if t is None:
+            return "ffn-moe"
+        if t.is_dense:
+            return "dense-moe"
+        if t.beta or t.delta:
+            return "einsum-moe"
+        return "btt-moe" if t.gamma or t.phi else "low-rank-moe"
+
+    @property
+    def name(self) -> str:
+        """For people: exponents as fractions or to four digits, those that are 0 left out."""
+        t = self.theta
+        options = []
+        if t is not None and self.family == "einsum-moe":
+            options = ["theta=" + " ".join(map(format_exponent, t.values))]
+        elif t is not None:
+            shown = [axis for axis in _FAMILIES[self.family] if axis != "rho" or t.rho]
+            if self.family == "low-rank-moe":
+                shown = ["rho"]  # whose default is not 0
+            options = [f"{axis}={format_exponent(getattr(t, axis))}" for axis in shown]
+        return self._joined(self.family, options)
+
+    @property
+    def text(self) -> str:
+        """Exact: `parse_mixture` gives back an equal mixture."""
+        t, family = self.theta, self.family
+        if t is None:
+            return self._joined(family, [])
+        if family != "einsum-moe":
+            exponents = {axis: getattr(t, axis) for axis in _FAMILIES[family]}
+            if _theta_of(family, exponents).canonical() == t:
+                return self._joined(
+                    family, [f"{a}={exact_exponent(v)}" for a, v in exponents.items()]
+                )
+        return self._joined("einsum-moe", ["theta=" + " ".join(map(exact_exponent, t.values))])
+
+    def _joined(self, family: str, options: list[str]) -> str:
+        counts = [f"experts={self.experts}", f"active={self.active}"]
+        return f"{family}:{','.join(options + counts)}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_experts(experts: Any, active: Any) -> None:
+    """Raises `InvalidInput` unless 2 ≤ experts ≤ 1024 and 1 ≤ active ≤ experts."""
+    accepted = f"a whole number from 2 to {MAX_EXPERTS}; a mixture has at least 2 experts"
+    if isinstance(experts, bool) or not isinstance(experts, int):
+        raise InvalidInput("experts", experts, accepted)
+    if not 2 <= experts <= MAX_EXPERTS:
+        raise InvalidInput("experts", experts, accepted)
+    whole = isinstance(active, int) and not isinstance(active, bool)
+    if not (whole and 1 <= active <= experts):
+        accepted = f"a whole number from 1 to {experts}, the number of experts"
+        raise InvalidInput("active", f"active={active} of experts={experts}", accepted)
+
+
+def parse_mixture(text: str) -> Mixture:
+    """A mixture from its name and options.
+
+    >>> parse_mixture("btt-moe:experts=16").text
+    'btt-moe:alpha=0.5,epsilon=0.5,rho=0.0,experts=16,active=2'
+
+    Raises
+    ------
+    InvalidInput
+        Unknown name or option, an option twice, or a value off its range.
+    """
+    if not isinstance(text, str) or len(text) > 400:
+        raise InvalidInput("mixture", text, MIXTURE_FORMS)
+    family, _, options = text.strip().partition(":")
+    if family not in _FAMILIES:
+        raise InvalidInput("mixture", text, MIXTURE_FORMS)
+    exponents, counts = dict(_FAMILIES[family]), dict(_COUNTS)
+    own = ["theta"] if family == "einsum-moe" else [*exponents]
+    theta: Theta | None = None
+    seen: set[str] = set()
+    for option in filter(None, (part.strip() for part in options.split(","))):
+        key, _, value = option.partition("=")
+        if key not in (*own, *counts) or key in seen:
+            takes = ", ".join(f"{o}=" for o in (*own, *counts))
+            raise InvalidInput("mixture", text, f"{family} takes {takes} each once")
+        seen.add(key)
+        if key in counts:
+            if not (value.isascii() and value.isdigit() and len(value) < 10):
+                raise InvalidInput(key, value, "a whole number")
+            counts[key] = int(value)
+        elif key == "theta":
+            parts = value.split()
+            if len(parts) != len(AXES):
+                raise InvalidInput("theta", value, "seven numbers with spaces between them")
+            theta = Theta(
+                *(_exponent(p, f"theta.{axis}") for p, axis in zip(parts, AXES, strict=True))
+            )
+        else:
+            exponents[key] = _exponent(value, f"theta.{key}")
+            if exponents[key] > 1:
+                raise InvalidInput(f"theta.{key}", value, "a number from 0 to 1")
+    if family == "einsum-moe":
+        if theta is None:
+            raise InvalidInput("mixture", text, "einsum-moe:theta= with seven numbers")
+    elif family != "ffn-moe":
+        theta = _theta_of(family, exponents)
+    return Mixture(theta, counts["experts"], counts["active"])
+
+
+def _exponent(text: str, field: str) -> float:
+    # as `repr` writes small numbers, which `parse_exponent` leaves out
+    if re.fullmatch(r"\d(\.\d{1,17})?e-\d{1,3}", text.strip()):
+        return float(text)
+    return parse_exponent(text, field)
+
+
+def _theta_of(family: str, e: dict[str, float]) -> Theta:
+    if family == "dense-moe":
+        return DENSE
+    if family == "low-rank-moe":
+        return Theta(1, 0, 0, 0, 1, 0, e["rho"])
+    return Theta(e["alpha"], 0, 1 - e["alpha"], 0, e["epsilon"], 1 - e["epsilon"], e["rho"])
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureStructure:
+    """The integers of a mixture for a layer d_in → d_out: one expert, and how many.
+
+    `expert` is the two-factor structure of one expert, or dense; `gated` whether the layer has the
+    gate (d_in → E), or is told which experts to use.  Fans, and with them initialisation and
+    learning rates, are those of one expert, as if its slices were the ρ axis.
+
+    >>> s = MixtureStructure.of(parse_mixture("btt-moe:experts=8,active=2"), 1024, 1024)
+    >>> s.macs, s.params  # two experts and the gate; eight experts and the gate
+    (139264, 532480)
+    """
+
+    expert: Structure
+    experts: int
+    active: int
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        check_experts(self.experts, self.active)
+        if not isinstance(self.expert, Structure):
+            raise InvalidInput("expert", self.expert, "the Structure of one expert")
+
+    @staticmethod
+    def of(mixture: Mixture, d_in: int, d_out: int, gated: bool = True) -> MixtureStructure:
+        """The structure of a mixture for a layer with `d_in` inputs and `d_out` outputs.
+
+        θρ = 0 is one slice per expert; otherwise the slices of the whole layer are the multiple of
+        E nearest to ρ = min(d_in, d_out)^θρ, divided evenly.  Where θ amounts to a dense layer, so
+        does each expert.
+
+        Raises
+        ------
+        InvalidInput
+            More experts than ρ; a mixture of whole feed-forward blocks; a dimension that
+            `Structure.of` refuses.
+        """
+        if mixture.theta is None:
+            accepted = "a mixture with θ; ffn_structures gives the two layers of ffn-moe"
+            raise InvalidInput("mixture", mixture.name, accepted)
+        return _mixture_structure(mixture, d_in, d_out, gated)
+
+    @staticmethod
+    def split(whole: Structure, experts: int, active: int, gated: bool = True) -> MixtureStructure:
+        """The structure whose experts share the ρ axis of `whole` evenly.
+
+        Raises
+        ------
+        InvalidInput
+            E does not divide ρ, or is no number of experts.
+        """
+        check_experts(experts, active)
+        rho = whole.sizes.rho
+        if rho % experts:
+            raise InvalidInput("experts", experts, f"a divisor of the rank axis, ρ={rho}")
+        return MixtureStructure(_with_rho(whole, rho // experts), experts, active, gated)
+
+    @property
+    def d_in(self) -> int:
+        return self.expert.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.expert.d_out
+
+    @property
+    def gate_macs(self) -> int:
+        """Multiply-accumulates of the gate per token, and its parameters: d_in·E; 0 if none."""
+        return self.d_in * self.experts if self.gated else 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token: the k experts that are computed, and the gate."""
+        return self.active * self.expert.macs + self.gate_macs
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs per token: 2 × MACs."""
+        return 2 * self.macs
+
+    @property
+    def params(self) -> int:
+        """Parameters of all experts and the gate, bias not counted."""
+        return self.experts * self.expert.params + self.gate_macs
+
+    @property
+    def is_dense(self) -> bool:
+        """Never: it is not one matrix."""
+        return False
+
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether an expert costs more than a dense one, which can express the same operators."""
+        return self.expert.is_degenerate
+
+    @property
+    def waste(self) -> float:
+        """As `Structure.waste`, of one expert."""
+        return self.expert.waste
+
+    @property
+    def whole(self) -> Structure:
+        """The layer of all slices with equal gates: the expert with E times its ρ axis.
+
+        Of dense experts that is one matrix.
+        """
+        expert = self.expert
+        return _with_rho(expert, expert.sizes.rho * self.experts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal integer operators."""
+        gate = "" if self.gated else " ungated"
+        return f"{self.active}of{self.experts}{gate}:{self.expert.fingerprint}"
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of the factors of an expert, in the order they are contracted."""
+        return self.expert.factors
+
+    def fans(self, factor: str) -> tuple[int, int]:
+        """(fan in, fan out) of a factor of one expert, or of the gate."""
+        return (self.d_in, self.experts) if factor == "gate" else self.expert.fans(factor)
+
+    def init_std(self, factor: str) -> float:
+        """Standard deviation of a factor at initialisation, that of one expert; 0 of the gate."""
+        return 0.0 if factor == "gate" else self.expert.init_std(factor)
+
+    def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
+        """As `Structure.adam_lr_multiplier` of one expert; d_in_base / d_in for the gate."""
+        if factor != "gate":
+            return self.expert.adam_lr_multiplier(factor, d_in_base)
+        return (self.d_in if d_in_base is None else d_in_base) / self.d_in
+
+
+def ffn_structures(
+    mixture: Mixture, width: int, hidden: int
+) -> tuple[MixtureStructure, MixtureStructure]:
+    """The layers width → hidden, gated, and hidden → width, ungated, of an ffn-moe block."""
+    if mixture.theta is not None:
+        raise InvalidInput("mixture", mixture.name, "ffn-moe, whose experts are whole blocks")
+    return (
+        MixtureStructure(Structure.of(DENSE, width, hidden), mixture.experts, mixture.active),
+        MixtureStructure(
+            Structure.of(DENSE, hidden, width), mixture.experts, mixture.active, gated=False
+        ),
+    )
+
+
+@lru_cache(maxsize=65536)
+def _mixture_structure(mixture: Mixture, d_in: int, d_out: int, gated: bool) -> MixtureStructure:
+    assert mixture.theta is not None
+    expert, experts = Structure.of(mixture.theta, d_in, d_out), mixture.experts
+    if expert.is_dense:
+        expert = Structure.of(DENSE, d_in, d_out)
+    elif mixture.theta.rho:
+        rho = expert.sizes.rho
+        if rho < experts:
+            accepted = f"at most the rank axis of θ at {d_in} → {d_out}, ρ={rho}, or θρ = 0"
+            raise InvalidInput("experts", experts, accepted)
+        expert = _with_rho(expert, round(rho / experts))
+    return MixtureStructure(expert, experts, mixture.active, gated)
+
+
+def _with_rho(structure: Structure, rho: int) -> Structure:
+    """The same with another number of slices, with the θρ that it amounts to."""
+    narrow = min(structure.d_in, structure.d_out)
+    exponent = min(1.0, math.log(rho) / math.log(narrow)) if narrow > 1 else 0.0
+    s = structure.sizes
+    return Structure(
+        replace(structure.theta, rho=exponent),
+        structure.d_in,
+        structure.d_out,
+        Sizes(s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, rho),
+    )
+
+
+def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object]:
+    """Everything exact about a mixture at d_in → d_out, as plain JSON values.
+
+    `macs` and `flops` are per token and forward, the k chosen experts and the gate;
+    `experts_macs_all` is what computing all experts would take.  `sizes`, `rank`, `waste` and
+    `factors` are those of one expert, `rho` the slices of all.
+
+    Raises
+    ------
+    InvalidInput
+        As `MixtureStructure.of`.
+    """
+    structure = MixtureStructure.of(mixture, d_in, d_out)
+    assert mixture.theta is not None
+    expert, s = structure.expert, structure.expert.sizes
+    return {
+        "theta": list(mixture.theta.values),
+        "name": mixture.name,
+        "text": mixture.text,
+        "family": mixture.family,
+        "experts": mixture.experts,
+        "active": mixture.active,
+        "d_in": d_in,
+        "d_out": d_out,
+        "sizes": {
+            "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma,
+            "delta": s.delta, "epsilon": s.epsilon, "phi": s.phi, "rho": s.rho,
+        },
+        "rho": s.rho * mixture.experts,
+        "expert_dense": expert.is_dense,
+        "einsum": expert.einsum,
+        "macs": structure.macs,
+        "flops": structure.flops,
+        "gate_macs": structure.gate_macs,
+        "expert_macs": expert.macs,
+        "experts_macs_all": mixture.experts * expert.macs,
+        "params": structure.params,
+        "rank": expert.rank,
+        "padded_in": expert.padded_in,
+        "padded_out": expert.padded_out,
+        "waste": structure.waste,
+        "dense_macs": d_in * d_out,
+        "degenerate": structure.is_degenerate,
+        "fingerprint": structure.fingerprint,
+        "factors": [factor_row(structure, f) for f in (*structure.factors, "gate")],
+    }  # fmt: skip

@@ -1,0 +1,133 @@
+"""What a θ is: its name among the known families, and ω, ψ, ν (arXiv:2410.02117, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nas.designs.theta import AXES, DENSE, Theta, format_exponent, parse_exponent
+from nas.errors import InvalidInput
+
+#: Family → its default exponents. Private axes given to a family change their complement too.
+_FAMILIES: dict[str, dict[str, float]] = {
+    "dense": {},
+    "low-rank": {"rho": 0.5},
+    "kronecker": {"alpha": 0.5, "epsilon": 0.5},
+    "tensor-train": {"alpha": 0.5, "epsilon": 0.5, "rho": 0.25},
+    "monarch": {},
+    "btt": {"alpha": 0.5, "epsilon": 0.5, "rho": 0.25},
+}
+NAMED_FORMS = (
+    "dense, low-rank:rho=1/2, kronecker, tensor-train:rho=1/4, monarch, btt:rho=1/4 "
+    "(kronecker, tensor-train and btt also take alpha= and epsilon=), "
+    "or seven numbers alpha,beta,gamma,delta,epsilon,phi,rho such as 1/2,0,1/2,0,1/2,1/2,0"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Taxonomy:
+    """Scaling exponents of a θ for a square layer of dimension d."""
+
+    #: compute per parameter is d^omega; 0 means no parameter is shared
+    omega: float
+    #: rank is d^psi; 1 is full rank
+    psi: float
+    #: compute is d^(1 + nu); 1 is dense
+    nu: float
+
+
+def taxonomy(theta: Theta) -> Taxonomy:
+    """ω, ψ and ν, which hold for the canonical form and are therefore taken there.
+
+    >>> taxonomy(parse_theta("monarch"))
+    Taxonomy(omega=0.0, psi=1.0, nu=0.5)
+    """
+    t = theta.canonical()
+    inner = min(t.alpha, t.epsilon)
+    return Taxonomy(
+        omega=_clean(min(t.alpha + t.delta, t.beta + t.epsilon) - inner),
+        psi=_clean(1.0 + min(0.0, 1.0 + t.rho - t.alpha - t.epsilon)),
+        nu=_clean(1.0 + t.rho - inner),
+    )
+
+
+def _clean(value: float) -> float:
+    """Round away the last bits, so that 1 - .33 - .67 is 0."""
+    return round(value, 12) + 0.0
+
+
+def parse_theta(text: str) -> Theta:
+    """A θ from its seven numbers or from a name.
+
+    >>> str(parse_theta("btt:rho=1/4"))
+    '1/2,0,1/2,0,1/2,1/2,1/4'
+
+    Raises
+    ------
+    InvalidInput
+        Unknown name, unknown or missing exponent, or an exponent off its range.
+    """
+    if not isinstance(text, str) or len(text) > 400:
+        raise InvalidInput("theta", text, NAMED_FORMS)
+    name, _, options = text.strip().partition(":")
+    if name not in _FAMILIES:
+        if name[:1].isdigit() or name[:1] in "-.+":
+            return Theta.parse(text)
+        raise InvalidInput("theta", text, NAMED_FORMS)
+    exponents = dict(_FAMILIES[name])
+    for option in filter(None, options.split(",")):
+        axis, _, value = option.partition("=")
+        if axis not in exponents:
+            takes = ", ".join(f"{a}=" for a in _FAMILIES[name]) or "no options"
+            raise InvalidInput("theta", text, f"{name} takes {takes}")
+        exponents[axis] = parse_exponent(value, f"theta.{axis}")
+        if exponents[axis] > 1:
+            raise InvalidInput(f"theta.{axis}", value, "a number from 0 to 1")
+    return _named(name, exponents)
+
+
+def _named(name: str, e: dict[str, float]) -> Theta:
+    if name == "dense":
+        return DENSE
+    if name == "low-rank":
+        return Theta(1, 0, 0, 0, 1, 0, e["rho"])
+    if name == "monarch":
+        return Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0)
+    alpha, epsilon, rho = e["alpha"], e["epsilon"], e.get("rho", 0.0)
+    if name == "btt":
+        return Theta(alpha, 0, 1 - alpha, 0, epsilon, 1 - epsilon, rho)
+    return Theta(alpha, 1 - alpha, 0, 1 - epsilon, epsilon, 0, rho)
+
+
+def name_of(theta: Theta) -> str:
+    """The most specific family name with its exponents, or `einsum` for a θ without one.
+
+    >>> name_of(Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0))
+    'monarch'
+    """
+    t = theta.canonical()
+    if t.is_dense:
+        return "dense"
+    zero = {axis for axis in AXES if getattr(t, axis) == 0}
+    if {"beta", "gamma", "delta", "phi"} <= zero:
+        return f"low-rank:rho={format_exponent(t.rho)}"
+    alpha, epsilon, rho = (format_exponent(v) for v in (t.alpha, t.epsilon, t.rho))
+    if {"beta", "delta"} <= zero:
+        if t == _named("monarch", {}):
+            return "monarch"
+        return f"btt:alpha={alpha},epsilon={epsilon},rho={rho}"
+    if {"gamma", "phi"} <= zero:
+        if "rho" in zero:
+            return f"kronecker:alpha={alpha},epsilon={epsilon}"
+        return f"tensor-train:alpha={alpha},epsilon={epsilon},rho={rho}"
+    return "einsum"
+
+
+def describe(theta: Sequence[float]) -> str:
+    """The name of a θ, or its seven numbers where it has none.
+
+    >>> describe([0.5, 0.25, 0.25, 0, 0.5, 0.5, 0])
+    'einsum 0.5,0.25,0.25,0,0.5,0.5,0'
+    """
+    name = name_of(Theta(*theta))
+    return name if name != "einsum" else "einsum " + ",".join(f"{v:.3g}" for v in theta)

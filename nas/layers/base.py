@@ -1,0 +1,239 @@
+"""What every structured linear layer has, whatever its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nas.designs.einsum import LinearStructure
+from nas.errors import InvalidInput
+from nas.layers.modes import (
+    autocast_dtype,
+    is_recorded,
+    over_nested,
+    plus_bias,
+    reshaped_like,
+)
+from nas.layers.record import LayerRecord
+
+_Structure = TypeVar("_Structure", bound=LinearStructure)
+
+
+#: Ends the name under which a state_dict holds what a layer is.
+RECORD = "_extra_state"
+
+
+class StructuredLinear(nn.Module):
+    """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers.
+
+    A `state_dict` holds a record of what the layer is beside its tensors; a layer that computes
+    something else from the same tensors refuses them.  See `nas.layers.saving`.
+    """
+
+    structure: LinearStructure
+    in_features: int
+    out_features: int
+    #: input dimension of this layer in the base model at which the learning rate was tuned
+    d_in_base: int
+    normalize: bool
+    zero_init: bool
+    bias: Tensor | None
+    #: whether it took the place of a layer whose weight is the transpose of its own
+    in_place_of_conv1d: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out); no tokens give an empty output.
+
+        Raises
+        ------
+        ValueError
+            Another last dimension than d_in.
+        TypeError
+            A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
+        """
+        if is_recorded(x):
+            y = self._plain(x.reshape(-1, self.in_features))
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
+            return reshaped_like(y, x, self.out_features)
+        if x.is_nested:
+            return over_nested(self, x)
+        self._check(x)
+        return self._finished(self._product(x.reshape(-1, self.in_features)), x)
+
+    def _finished(self, y: Tensor, x: Tensor) -> Tensor:
+        """A product (n, d_out), not saved by autograd, with the bias and the input's dimensions."""
+        if self.bias is not None:
+            y = plus_bias(y, self.bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(n, d_in) → (n, d_out), contiguous, without the bias; as fast as can be."""
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The same by operators of torch alone, which a program without this package can run.
+
+        Nothing depends on the values or the number of rows of `x`, which may be a proxy.
+        """
+        raise NotImplementedError
+
+    @property
+    def record(self) -> LayerRecord:
+        """What this layer is built from."""
+        gain = any(name.startswith("gain_") for name, _ in self.named_parameters(recurse=False))
+        return LayerRecord(
+            self.structure,  # type: ignore[arg-type]
+            self.bias is not None, self.normalize, gain, self.zero_init, self.d_in_base,
+        )  # fmt: skip
+
+    def get_extra_state(self) -> Tensor:
+        """The record of the layer, for its state_dict."""
+        return self.record.to_tensor()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Checks that the tensors beside this record mean the same here.
+
+        Raises
+        ------
+        InvalidInput
+            They do not, or this is no record.
+        """
+        found = LayerRecord.of_tensor(state)
+        if found.computes != self.record.computes:
+            raise InvalidInput("state_dict", f"the tensors of {found}", f"those of {self.record}")
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_plain_matrix:
+            del destination[prefix + RECORD]
+
+    @property
+    def is_plain_matrix(self) -> bool:
+        """Whether `torch.nn.Linear` computes the same from the same state_dict."""
+        weight = self._parameters.get("weight")
+        plain = not self.normalize and self.d_in_base == self.in_features
+        plain = plain and not self.in_place_of_conv1d
+        return plain and weight is not None and weight.dim() == 2
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + RECORD
+        for name, parameter in self.named_parameters(recurse=False):
+            stored = state_dict.get(prefix + name)
+            if parameter.shape == (1,) and isinstance(stored, Tensor) and not stored.dim():
+                state_dict[prefix + name] = stored.reshape(1)  # as gains were stored once
+        try:
+            if key in state_dict:
+                self.set_extra_state(state_dict[key])
+        except InvalidInput as error:  # before any tensor is taken over
+            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:  # of before there were records
+            missing_keys.remove(key)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # memory formats are for images, which factors of four or five axes are not
+        def flat(tensor: Tensor) -> Tensor:
+            plain = type(tensor) in (Tensor, nn.Parameter)  # nor a shard of one
+            if plain and tensor.dim() in (4, 5) and tensor.is_contiguous():
+                return fn(tensor.view(-1)).view(tensor.shape)
+            return fn(tensor)
+
+        applied: Self = super()._apply(flat, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "weight":
+                raise
+            raise AttributeError(
+                f"{self._described()} has no weight: its matrix is to_matrix(), and select= of "
+                "replace_linears leaves out a layer whose weight is read"
+            ) from None
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The learned tensors with a learning rate of their own, by the names that
+        `structure.adam_lr_multiplier` knows: factors, and a gate."""
+        raise NotImplementedError
+
+    def _any_factor(self) -> Tensor:
+        """A factor, for the layer's dtype and device."""
+        return self.factors()[self.structure.factors[0]]
+
+    def _check(self, x: Tensor) -> None:
+        """Raise `ValueError` or `TypeError` for an input of another dimension or dtype."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self._described()} got an input of shape {tuple(x.shape)}; "
+                f"its last dimension must be {self.in_features}"
+            )
+        dtype = self._any_factor().dtype
+        if x.dtype == dtype:
+            return
+        alike = autocast_dtype(x.device, x.dtype) == autocast_dtype(x.device, dtype)
+        if not (x.is_floating_point() and alike):
+            raise TypeError(
+                f"{self._described()} got an input of dtype {x.dtype}; "
+                f"it must be {dtype}, the dtype of the layer, or floating point under autocast"
+            )
+
+    def _described(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    @property
+    def plan(self) -> Any:
+        """The execution plan that was fixed, or None where each input chooses its own."""
+        raise NotImplementedError
+
+    @plan.setter
+    def plan(self, value: Any) -> None:
+        raise NotImplementedError
+
+    def plan_for(
+        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The plan that runs an input of `tokens` tokens; `device` and `dtype` are those of the
+        product, the layer's by default."""
+        raise NotImplementedError
+
+    def to_matrix(self) -> Tensor:
+        """The matrix W (d_out, d_in) that the layer applies, without the bias."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A dense `torch.nn.Linear` that computes the same, with parameters of its own."""
+        w = self.to_matrix()
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, w.device, w.dtype
+        )
+        linear.weight.copy_(w)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear
+
+
+def sized(structure: _Structure, d_in: int, d_out: int) -> _Structure:
+    """The structure itself; `InvalidInput` unless it is of a layer d_in → d_out."""
+    if (structure.d_in, structure.d_out) != (d_in, d_out):
+        accepted = f"{structure.d_in}, {structure.d_out}, the dimensions of the structure"
+        raise InvalidInput("d_in, d_out", f"{d_in}, {d_out}", accepted)
+    return structure

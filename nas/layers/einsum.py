@@ -1,0 +1,271 @@
+"""`EinsumLinear`: a linear layer whose matrix is a two-factor einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nas.designs.einsum import Sizing, Structure
+from nas.designs.taxonomy import parse_theta
+from nas.designs.theta import Theta
+from nas.errors import InvalidInput
+from nas.layers.base import StructuredLinear, sized
+from nas.layers.fitting import check_finite, fit_factors
+from nas.layers.kernels import measuring
+from nas.layers.kernels.contraction import contract, plain
+from nas.layers.kernels.einsum import matrix, workspace_elements
+from nas.layers.kernels.plan import Plan
+from nas.layers.normalization import cap_rms
+
+
+class EinsumLinear(StructuredLinear):
+    """y = x Wᵀ + bias with W (d_out, d_in) of the structure θ; shape (..., d_in) → (..., d_out).
+
+    Parameters
+    ----------
+    theta
+        A `Theta`, seven exponents, a name such as ``"btt:rho=1/4"``, or the integer `Structure`
+        of a layer d_in → d_out.
+    d_in, d_out
+        Any dimensions.  Where they cannot be factored near θ the input is zero-padded at its end
+        and surplus outputs are cut; no input is dropped and no output is constant.
+    bias
+        Whether to add a learned bias (d_out,), zero at initialisation.
+    zero_init
+        Start as the zero map, as the last layer of a residual branch does: only the factor that
+        is contracted last is zero, so that gradients flow.
+    normalize
+        Cap the RMS of each factor at its initial standard deviation σ: W / max(1, RMS(W)/σ),
+        differentiated through.  Source: arXiv:2410.02117, appendix.
+    gain
+        With `normalize`, a learned scalar per factor.
+    d_in_base
+        Input dimension of this layer in the base model at which the learning rate was tuned;
+        see `nas.layers.param_groups`.  Default: d_in.
+    sizing
+        How exponents become integers; ``"paper"`` rounds as the papers' code does, which may drop
+        inputs and leave outputs constant; see `nas.designs.einsum.Structure.of`.
+    plan
+        The execution plan, fixed; see `plan`.
+
+    Raises
+    ------
+    InvalidInput
+        θ, a dimension, the sizing or the plan is not one that can be built.
+
+    The factors are the parameters ``A`` (γ, ρ, φ, δ, α) and ``B`` (φ, γ, ρ, β, ε); a dense layer
+    has ``weight`` (d_out, d_in) instead, as `torch.nn.Linear`.
+
+    >>> layer = EinsumLinear("monarch", 64, 256)
+    >>> layer(torch.zeros(5, 64)).shape
+    torch.Size([5, 256])
+    """
+
+    #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
+    relative_error: float | None = None
+    structure: Structure
+    _plan: Plan | None = None
+    gain_A: Tensor | None
+    gain_B: Tensor | None
+
+    def __init__(
+        self,
+        theta: Theta | str | Sequence[float] | Structure,
+        d_in: int,
+        d_out: int,
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        normalize: bool = False,
+        gain: bool = False,
+        d_in_base: int | None = None,
+        sizing: Sizing = "least-waste",
+        plan: Plan | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.structure = _structure(theta, d_in, d_out, sizing)
+        self.plan = plan
+        self.in_features, self.out_features = d_in, d_out
+        self.zero_init, self.normalize = zero_init, normalize
+        self.d_in_base = d_in if d_in_base is None else d_in_base
+        s = self.structure.sizes
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if self.structure.is_dense:
+            self.weight = empty(d_out, d_in)
+        else:
+            self.A = empty(s.gamma, s.rho, s.phi, s.delta, s.alpha)
+            self.B = empty(s.phi, s.gamma, s.rho, s.beta, s.epsilon)
+        one_gain = normalize and gain
+        self.register_parameter("gain_A", empty(1) if one_gain else None)
+        self.register_parameter(
+            "gain_B", empty(1) if one_gain and not self.structure.is_dense else None
+        )
+        self.register_parameter("bias", empty(d_out) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the factors anew: normal, std sqrt(min(f_in, f_out)) / f_in."""
+        for name, factor in self.factors().items():
+            factor.normal_(0.0, self.structure.init_std(name), generator=generator)
+        if self.zero_init:
+            last = self.weight if self.structure.is_dense else self.B
+            last.zero_()
+        for scalar in (self.gain_A, self.gain_B):
+            if scalar is not None:
+                scalar.fill_(1.0)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors by name; a dense layer's matrix is factor A."""
+        return {"A": self.weight} if self.structure.is_dense else {"A": self.A, "B": self.B}
+
+    def _effective(self, name: str, gain: Tensor | None) -> Tensor:
+        """The factor as it enters the product: capped at its initial RMS and scaled."""
+        factor: Tensor = self.factors()[name]
+        return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
+
+    def _product(self, x: Tensor) -> Tensor:
+        return contract(x, *self._effective_factors(), self.out_features, self._plan)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return plain(x, *self._effective_factors(), self.structure)
+
+    def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
+        a = self._effective("A", self.gain_A)
+        return a, None if self.structure.is_dense else self._effective("B", self.gain_B)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The execution plan that was fixed, or None where each input chooses its own.
+
+        Set it to a `Plan`, to its text, or to None.  Plans change speed and memory, and the result
+        by rounding only; they are no part of `state_dict`.
+
+        >>> layer = EinsumLinear("monarch", 64, 64)
+        >>> layer.plan = "a-first tile=128 first=batched second=batched gemm=blas"
+        >>> str(layer.plan_for(1024))
+        'a-first tile=128 first=batched second=batched gemm=blas'
+        """
+        return self._plan
+
+    @plan.setter
+    def plan(self, value: Plan | str | None) -> None:
+        if value is None:
+            self._plan = None
+            return
+        plan = Plan.parse(value) if isinstance(value, str) else value
+        if not isinstance(plan, Plan):
+            raise InvalidInput("plan", value, "a Plan, its text, or None")
+        self._plan = plan.checked(self.structure)
+
+    def plan_for(
+        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Plan:
+        """The plan that runs an input of `tokens` tokens: fixed, else remembered, else modelled.
+
+        `device` and `dtype` are those of the product (under autocast its dtype); the layer's by
+        default.
+        """
+        if self._plan is not None:
+            return self._plan
+        device = self._any_factor().device if device is None else device
+        dtype = self._any_factor().dtype if dtype is None else dtype
+        return measuring.resolve(self.structure, tokens, device, dtype)
+
+    def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Plan:
+        """Time the candidate plans on inputs of `tokens` tokens, remember and return the fastest.
+
+        From then on every layer of this structure runs it on inputs of so many tokens, on this
+        device, in this dtype and with this number of threads; see `nas.layers.kernels.measuring`.
+        """
+        factor = self._any_factor()
+        return measuring.measure(
+            self.structure, tokens, factor.device, factor.dtype if dtype is None else dtype
+        )
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """Memory that forward and backward of `tokens` tokens hold at once, at most.
+
+        Besides input, output, parameters and all gradients; between forward and backward nothing
+        but the input is held.  Under a tiled plan it does not grow with the tokens.
+        """
+        elements = workspace_elements(self.structure, self.plan_for(tokens), tokens)
+        return elements * self._any_factor().element_size()
+
+    def to_matrix(self) -> Tensor:
+        """The matrix W (d_out, d_in) that the layer applies, without the bias."""
+        return matrix(*self._effective_factors(), self.out_features, self.in_features)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        theta: Theta | str | Sequence[float],
+        *,
+        d_in_base: int | None = None,
+    ) -> EinsumLinear:
+        """The layer of structure θ nearest to a dense one in Frobenius norm, with its bias.
+
+        How near is in `relative_error`: ‖W − Ŵ‖ / ‖W‖.  A truncated SVD per pair (γ, φ), and so
+        globally optimal, where nothing is padded: this is the SVD of low-rank, the rearranged SVD
+        of Kronecker and Tensor-Train, the block SVD of Monarch and BTT.  Where padding leaves
+        entries of the matrix free, alternating least squares goes on from it.
+
+        Raises
+        ------
+        InvalidInput
+            Not a `torch.nn.Linear`, or a weight with NaN or infinity or on the meta device.
+
+        >>> dense = nn.Linear(64, 64)
+        >>> layer = EinsumLinear.from_linear(dense, "btt:rho=1/2")
+        >>> layer.relative_error < 1e-6  # at ρ = 1/2 a square BTT can be any matrix
+        True
+        """
+        if not isinstance(linear, nn.Linear):
+            raise InvalidInput("linear", type(linear).__name__, "a torch.nn.Linear")
+        w = linear.weight
+        if w.is_meta:
+            raise InvalidInput("linear", "a weight on the meta device", "a weight with values")
+        layer = cls(
+            theta, linear.in_features, linear.out_features, linear.bias is not None,
+            d_in_base=d_in_base, device=w.device, dtype=w.dtype,
+        )  # fmt: skip
+        if layer.structure.is_dense:
+            check_finite(w)
+            layer.weight.copy_(w)
+            layer.relative_error = 0.0
+        else:
+            fit = fit_factors(w, layer.structure)
+            layer.A.copy_(fit.A)
+            layer.B.copy_(fit.B)
+            layer.relative_error = fit.relative_error
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def extra_repr(self) -> str:
+        s = self.structure
+        return (
+            f"theta={s.theta}, d_in={s.d_in}, d_out={s.d_out}, bias={self.bias is not None}, "
+            f"macs={s.macs}, rank={s.rank}"
+        )
+
+
+def _structure(
+    theta: Theta | str | Sequence[float] | Structure, d_in: int, d_out: int, sizing: Sizing
+) -> Structure:
+    if isinstance(theta, Structure):
+        return sized(theta, d_in, d_out)
+    return Structure.of(
+        parse_theta(theta) if isinstance(theta, str) else Theta.of(theta), d_in, d_out, sizing
+    )

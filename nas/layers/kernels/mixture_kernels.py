@@ -1,0 +1,307 @@
+"""The product of a mixture of experts and its gradient, by any plan, without autograd.
+
+    y_t = Σ_j w_tj · W_{e(t,j)} x_t        over the k chosen experts e(t, j) of token t
+
+Shapes: n tokens, E experts, k chosen each, m = n·k assignments; x (n, d_in), weights and chosen
+(n, k), y (n, d_out); A (E, γ, ρ, φ, δ, α) and B (E, φ, γ, ρ, β, ε), or for dense experts A
+(E, d_out, d_in) and no B.  `Form` says whether x or y are instead rows of assignments, sorted by
+expert (m, ·), as inside a feed-forward block.  Assignments are sorted, never dropped: every shape
+but that of a padded batch depends on n and k alone.
+
+Backward saves the input only.  With u_j = W_eᵀ dy_t, which no weight has touched, the gradients
+are dw_j = ⟨u_j, x_t⟩ and dx_t = Σ w_j u_j, and those of the factors are products with w_j x_t.
+The products of sorted rows are those of `nas.layers.kernels.grouped`; under the grouping ``all`` no
+row is sorted, and gates between the factors are zero for experts that were not chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nas.layers.kernels import einsum as kernels
+from nas.layers.kernels import grouped
+from nas.layers.kernels.mixture_plan import MixturePlan
+
+#: Whether tokens are gathered from x (n, ·) or x holds sorted assignments (m, ·), and whether
+#: assignments are combined into y (n, ·) or returned sorted (m, ·).
+Form = Literal["both", "gather", "combine", "sorted"]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Rows:
+    """Which row of a product each assignment is: sorted by expert, and padded if batched."""
+
+    def __init__(self, chosen: Tensor, experts: int, padded: bool) -> None:
+        self.k = chosen.shape[1]
+        flat = chosen.reshape(-1)
+        self.experts = experts
+        #: assignment (t·k + j) of each sorted row
+        self.order = torch.argsort(flat, stable=True)
+        self.tokens = self.order.div(self.k, rounding_mode="floor") if self.k > 1 else self.order
+        self.counts = torch.bincount(flat, minlength=experts)
+        #: rows of each expert where they are padded
+        self.capacity = 0
+        self.slots: Tensor | None = None
+        if padded:
+            loads = self.counts.tolist()
+            self.capacity = max(loads, default=0)
+            ends = self.counts.cumsum(0)
+            shift = torch.arange(experts, device=flat.device) * self.capacity - ends + self.counts
+            row = torch.arange(len(flat), device=flat.device)
+            self.slots = row + shift.index_select(0, flat.index_select(0, self.order))
+
+    def take(self, t: Tensor, gathered: bool) -> Tensor:
+        """Rows of the product from tokens (n, ·) or from sorted assignments (m, ·)."""
+        if self.slots is None:
+            return t.index_select(0, self.tokens) if gathered else t
+        source = self.tokens if gathered else torch.arange(len(self.order), device=t.device)
+        # a padded row is a copy of some other, whose weight is 0 wherever it would count
+        table = source.new_zeros(self.experts * self.capacity).index_copy_(0, self.slots, source)
+        return t.index_select(0, table)
+
+    def give(self, rows: Tensor, combined: bool, weights: Tensor | None) -> Tensor:
+        """The inverse of `take`: weighted sums over the k assignments of a token, or sorted."""
+        if not combined:
+            return rows if self.slots is None else rows.index_select(0, self.slots)
+        row = torch.arange(len(self.order), device=rows.device)
+        row = row.new_empty(row.shape).index_copy_(
+            0, self.order, row if self.slots is None else self.slots
+        )
+        starts = torch.arange(0, len(row), self.k, device=rows.device)
+        flat = None if weights is None else weights.reshape(-1)
+        # one pass that gathers, scales and sums in a fixed order
+        return torch.embedding_bag(rows, row, starts, False, 0, False, flat)[0]
+
+    def scales(self, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The weight of each row, (rows, 1); None where all are 1."""
+        if self.slots is None:
+            if weights is None:
+                return None
+            return weights.reshape(-1).index_select(0, self.order)[:, None]
+        scale = torch.zeros(self.experts * self.capacity, dtype=dtype, device=self.order.device)
+        if weights is None:
+            return scale.index_fill_(0, self.slots, 1)[:, None]
+        sorted_weights = weights.reshape(-1).index_select(0, self.order)
+        return scale.index_copy_(0, self.slots, sorted_weights)[:, None]
+
+
+def forward(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    d_out: int,
+    plan: MixturePlan,
+    form: str,
+) -> Tensor:
+    """y, by `plan`."""
+    if not chosen.numel():
+        return x.new_zeros(0, d_out)
+    x, a, b = x.contiguous(), a.contiguous(), None if b is None else b.contiguous()
+    gathers, combines = form in ("both", "gather"), form in ("both", "combine")
+    if plan.grouping == "all":
+        return _all_forward(x, weights, chosen, a, b, d_out, plan)
+    rows = _Rows(chosen, len(a), plan.grouping == "batched")
+    xs = rows.take(x, gathers)
+    if plan.grouping == "experts":
+        assert plan.plan is not None
+        ys = grouped.experts_forward(xs, rows.counts, a, b, d_out, plan.plan)
+    elif plan.grouping == "batched":
+        ys = grouped.batched_forward(xs, a, b, d_out)
+    elif plan.grouping == "matrices" and b is not None:
+        ys = grouped.matrices_forward(xs, rows.counts, a, b, d_out)
+    else:
+        ys = grouped.grouped_forward(xs, rows.counts, a, b, d_out)
+    return rows.give(ys, combines, weights)
+
+
+def backward(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    dy: Tensor,
+    plan: MixturePlan,
+    form: str,
+    wanted: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of x, weights, A and B, each None where it is not wanted."""
+    if not chosen.numel():
+        zeros = [
+            torch.zeros_like(t) if t is not None and needed else None
+            for t, needed in zip((x, weights, a, b), wanted, strict=True)
+        ]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
+    x, a, b = x.contiguous(), a.contiguous(), None if b is None else b.contiguous()
+    dy = dy.contiguous()
+    gathers, combines = form in ("both", "gather"), form in ("both", "combine")
+    if plan.grouping == "all":
+        return _all_backward(x, weights, chosen, a, b, dy, plan, wanted)
+    rows = _Rows(chosen, len(a), plan.grouping == "batched")
+    xs, dys = rows.take(x, gathers), rows.take(dy, combines)
+    scale = rows.scales(weights if combines else None, x.dtype)
+    need_weights = wanted[1] and combines
+    inner = (wanted[0] or need_weights, wanted[2], wanted[3])
+    scaled = xs if scale is None or not (wanted[2] or wanted[3]) else xs * scale
+    if plan.grouping == "experts":
+        assert plan.plan is not None
+        found = grouped.experts_backward(scaled, rows.counts, a, b, dys, plan.plan, inner)
+    elif plan.grouping == "batched":
+        found = grouped.batched_backward(scaled, a, b, dys, inner)
+    elif plan.grouping == "matrices" and b is not None:
+        found = grouped.matrices_backward(scaled, rows.counts, a, b, dys, inner)
+    else:
+        found = grouped.grouped_backward(scaled, rows.counts, a, b, dys, inner)
+    u, da, db = found
+    dx = d_weights = None
+    if need_weights:
+        assert u is not None
+        along = torch.linalg.vecdot(u, xs)
+        along = along if rows.slots is None else along.index_select(0, rows.slots)
+        d_weights = weights.new_empty(weights.numel()).index_copy_(0, rows.order, along)
+        d_weights = d_weights.view(weights.shape)
+    if wanted[0]:
+        assert u is not None
+        if gathers:
+            dx = rows.give(u, True, weights if combines else None)
+        else:
+            dx = rows.give(u if scale is None or not combines else u * scale, False, None)
+    return dx, d_weights, da, db
+
+
+def _gates(x: Tensor, weights: Tensor, chosen: Tensor, experts: int) -> Tensor:
+    """The weights as (n, E)."""
+    return weights.new_zeros(len(x), experts).scatter_(1, chosen, weights)
+
+
+def _all_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A as (γ, Eρφδ, α) and B as (φ, γEρβ, ε)."""
+    first = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[5])
+    return first, b.permute(1, 2, 0, 3, 4, 5).reshape(b.shape[1], -1, b.shape[5])
+
+
+def _gated_layout(z: Tensor, a: Tensor, beta: int) -> Tensor:
+    """z (γ, E, ρφδβ, t) as (φ, γEρβ, δt)."""
+    experts, gamma, rho, phi, delta, _ = a.shape
+    if beta == delta == 1:
+        return z.view(gamma * experts * rho, phi, -1).transpose(0, 1)
+    z = z.view(gamma, experts * rho, phi, delta, beta, -1).permute(2, 0, 1, 4, 3, 5)
+    return z.reshape(phi, gamma * experts * rho * beta, -1)
+
+
+def _all_forward(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    d_out: int,
+    plan: MixturePlan,
+) -> Tensor:
+    n, experts = len(x), len(a)
+    gates = _gates(x, weights, chosen, experts)
+    y = x.new_empty(n, d_out)
+    tiles = kernels._tiles(n, plan.tile)
+    if b is None:
+        flat = a.view(-1, a.shape[2]).t()
+        for tile in tiles:
+            u = (x[tile] @ flat).view(-1, experts, d_out)
+            torch.bmm(gates[tile, None], u, out=y[tile, None])
+        return y
+    first, last = _all_factors(a, b)
+    in_axes, out_axes = kernels._axes(a[0], b[0])
+    gamma, beta, _ = in_axes
+    for tile in tiles:
+        xs = kernels._rows(kernels._cube(x[tile], in_axes, False), "batched")
+        g = gates[tile].t()
+        z = torch.bmm(first, xs.transpose(1, 2)).view(gamma, experts, -1, g.shape[1])
+        z.mul_(g[:, None])
+        out = kernels._target(y[tile], out_axes)
+        left = _gated_layout(z, a, beta).transpose(1, 2)
+        kernels._place(out.permute(1, 3, 0, 2), left, last, "batched", "blas")
+        kernels._deliver(out, y[tile])
+    return y
+
+
+def _all_backward(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    dy: Tensor,
+    plan: MixturePlan,
+    wanted: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    n, experts = len(x), len(a)
+    gates = _gates(x, weights, chosen, experts)
+    dx = torch.empty_like(x) if wanted[0] else None
+    d_gates = torch.empty_like(gates) if wanted[1] else None
+    accumulator = kernels._accumulator(a)
+    tiles = kernels._tiles(n, plan.tile)
+    if b is None:
+        da = torch.zeros_like(a, dtype=accumulator) if wanted[2] else None
+        side = a.transpose(0, 1).reshape(a.shape[1], -1)  # (d_out, E·d_in)
+        for tile in tiles:
+            if dx is not None or d_gates is not None:
+                u = (dy[tile] @ side).view(-1, experts, x.shape[1])  # Wᵀ dy of each expert
+                if dx is not None:
+                    torch.bmm(gates[tile, None], u, out=dx[tile, None])
+                if d_gates is not None:
+                    torch.bmm(u, x[tile, :, None], out=d_gates[tile, :, None])
+            if da is not None:
+                spread = (gates[tile, :, None] * dy[tile, None]).flatten(1)  # (t, E·d_out)
+                kernels._accumulate(
+                    da.view(1, -1, x.shape[1]), spread.t()[None], x[tile][None], "batched", "blas"
+                )
+        return (
+            dx,
+            None if d_gates is None else d_gates.gather(1, chosen),
+            None if da is None else da.to(a.dtype),
+            None,
+        )
+    first, last = _all_factors(a, b)
+    gamma, rho, phi, delta, alpha = a.shape[1:]
+    beta, epsilon = b.shape[4:]
+    in_axes, out_axes = (gamma, beta, alpha), (phi, epsilon, delta)
+    d_first = torch.zeros_like(first, dtype=accumulator) if wanted[2] else None
+    d_last = torch.zeros_like(last, dtype=accumulator) if wanted[3] else None
+    for tile in tiles:
+        xs = kernels._rows(kernels._cube(x[tile], in_axes, False), "batched")
+        dys = kernels._rows(kernels._cube(dy[tile], out_axes, True), "batched")  # (φ, δt, ε)
+        g = gates[tile].t()  # (E, t)
+        z = None
+        if d_last is not None or d_gates is not None:
+            z = torch.bmm(first, xs.transpose(1, 2)).view(gamma, experts, -1, g.shape[1])
+        if d_last is not None:
+            assert z is not None
+            kernels._accumulate(
+                d_last, _gated_layout(z * g[:, None], a, beta), dys, "batched", "blas"
+            )
+        dz = torch.bmm(last, dys.transpose(1, 2)).view(phi, gamma, experts * rho, beta, delta, -1)
+        dz = dz.permute(1, 2, 0, 4, 3, 5).reshape(gamma, experts, -1, g.shape[1])
+        if d_gates is not None:
+            assert z is not None
+            d_gates[tile] = z.mul_(dz).sum((0, 2)).t()
+        if d_first is None and dx is None:
+            continue
+        dz = (dz * g[:, None]).reshape(gamma, experts * rho * phi * delta, -1)  # (γ, Eρφδ, βt)
+        if d_first is not None:
+            kernels._accumulate(d_first, dz, xs, "batched", "blas")
+        if dx is not None:
+            out = kernels._target(dx[tile], in_axes)
+            kernels._place(out.permute(1, 2, 0, 3), dz.transpose(1, 2), first, "batched", "blas")
+            kernels._deliver(out, dx[tile])
+    da = db = None
+    if d_first is not None:
+        da = d_first.view(gamma, experts, rho, phi, delta, alpha).transpose(0, 1)
+        da = da.to(a.dtype).contiguous()
+    if d_last is not None:
+        db = d_last.view(phi, gamma, experts, rho, beta, epsilon).permute(2, 0, 1, 3, 4, 5)
+        db = db.to(b.dtype).contiguous()
+    return dx, None if d_gates is None else d_gates.gather(1, chosen), da, db

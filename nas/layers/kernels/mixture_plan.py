@@ -1,0 +1,242 @@
+"""Execution plans of mixtures of experts: which of the exact ways to compute one is run.
+
+A `MixturePlan` is to a mixture what a `Plan` is to a single layer: chosen by a cost model, read,
+stored as text, and fixed.  No plan depends on the loads of the experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch.nn import functional
+
+from nas.designs.einsum import Sizes
+from nas.designs.mixture import MixtureStructure
+from nas.errors import InvalidInput
+from nas.layers.kernels.plan import (
+    MACS_PER_SECOND,
+    Operator,
+    Plan,
+    bucket,
+    candidates,
+    cost,
+    tile_of,
+)
+
+#: How the experts are taken together; see `MixturePlan`.
+Grouping = Literal["experts", "batched", "grouped", "matrices", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class MixturePlan:
+    """One way to compute a mixture; all give the same result to rounding.
+
+    ``experts``
+        One expert after another, each by `plan` (None: as `measuring.resolve` says for the mean
+        number of tokens).
+    ``batched``
+        Each expert's tokens padded to the largest number, experts in the batch dimension.
+    ``grouped``
+        `torch.nn.functional.grouped_mm`; without it (float64, older torch) products in turn.
+    ``matrices``
+        The matrix of each expert, made of its factors, and then as ``grouped``: narrow layers.
+    ``all``
+        Every expert on every token, with weight 0 where it is not chosen; `tile` tokens at a time
+        (0: all at once).  Products that have sorted rows on a side run as ``experts``.
+
+    >>> str(MixturePlan.parse("grouping=all tile=256"))
+    'grouping=all tile=256'
+    """
+
+    grouping: Grouping
+    tile: int = 0
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        if self.grouping not in get_args(Grouping):
+            choices = " | ".join(get_args(Grouping))
+            raise InvalidInput("plan.grouping", self.grouping, choices)
+        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 0:
+            raise InvalidInput("plan.tile", self.tile, "a number of tokens, or 0 for all at once")
+        if self.tile and self.grouping != "all":
+            raise InvalidInput("plan.tile", self.tile, "0, but for grouping=all")
+        if self.plan is not None and self.grouping != "experts":
+            raise InvalidInput("plan", str(self.plan), "a plan of experts for grouping=experts")
+
+    @classmethod
+    def parse(cls, text: str) -> MixturePlan:
+        """Read what `str` wrote.
+
+        Raises
+        ------
+        InvalidInput
+            Not such a text.
+        """
+        form = (
+            "a plan such as 'grouping=batched', 'grouping=grouped', 'grouping=matrices', "
+            "'grouping=all tile=256' or "
+            "'grouping=experts a-first tile=256 first=batched second=batched gemm=blas'"
+        )
+        words = text.split() if isinstance(text, str) else []
+        name, _, grouping = words[0].partition("=") if words else ("", "", "")
+        if name != "grouping":
+            raise InvalidInput("plan", text, form)
+        rest = words[1:]
+        if grouping == "experts" and rest:
+            return cls("experts", plan=Plan.parse(" ".join(rest)))
+        tile = 0
+        if len(rest) == 1 and grouping == "all" and rest[0].startswith("tile="):
+            digits = rest.pop().removeprefix("tile=")
+            if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
+                raise InvalidInput("plan.tile", digits, "a number of tokens, or 0 for all")
+            tile = int(digits)
+        if rest:
+            raise InvalidInput("plan", text, form)
+        return cls(grouping, tile)  # type: ignore[arg-type]
+
+    def checked(self, structure: MixtureStructure) -> MixturePlan:
+        """This plan, if its part for single experts can run `structure` here."""
+        if self.plan is not None:
+            self.plan.checked(structure.expert)
+        return self
+
+    def __str__(self) -> str:
+        if self.grouping == "all":
+            return f"grouping=all tile={self.tile}"
+        return f"grouping={self.grouping}" + ("" if self.plan is None else f" {self.plan}")
+
+
+# Seconds on one core besides those that `kernels.plan` knows, fitted to widths 16 to 1024.
+_DISPATCH_SECONDS = 110e-6  # sorting, counting, index arithmetic, forward and backward
+_ROW_MOVE_SECONDS = 0.45e-9  # a number gathered or combined
+_PRODUCT_SECONDS = 2e-6  # a product within a grouped one
+_EXPERT_SECONDS = 25e-6  # slicing for one expert
+_PADDING = 1.3  # the largest load over the mean, as a guess that no load may change
+_SPILL_BYTES = 5 << 20  # a batch that is wider than this leaves the cache,
+_SPILL = 2.0  # and takes so many times as long
+_GATE_MOVES = 4  # passes over the intermediate of all experts for gates and their gradient
+
+
+def choose_mixture_plan(
+    structure: MixtureStructure,
+    tokens: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> MixturePlan:
+    """The plan that a cost model expects to take the least time, forward and backward.
+
+    It depends on the structure, the tokens (rounded up to a power of two), the kind of device and
+    the dtype alone, never on the loads, so that the same layer runs the same plan every time.
+    """
+    return choose_for_sizes(
+        structure.expert, structure.experts, structure.active, bucket(tokens),
+        torch.device(device).type, dtype, False,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=65536)
+def choose_for_sizes(
+    expert: Operator,
+    experts: int,
+    active: int,
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    sorted_rows: bool,
+) -> MixturePlan:
+    """The same from what decides: `tokens` is a `bucket`, `sorted_rows` whether x or y has such."""
+    kind = torch.device(device)
+    rows = tokens * active
+    mean = max(1, -(-rows // experts))
+    plans = candidates(expert, mean, kind, dtype)
+    best = min(plans, key=lambda plan: cost(plan, expert, mean))
+    one_by_one = MixturePlan("experts", plan=best)
+    tile = tile_of(_all_sizes(expert, experts), kind, dtype)
+    everything = MixturePlan("all", 0 if 2 * tile >= tokens else tile)
+    if device != "cpu":
+        if not sorted_rows and experts * _expert_macs(expert) * tokens < 1 << 28:
+            return everything  # so small that launches decide
+        half = dtype in (torch.bfloat16, torch.float16)
+        return MixturePlan("grouped" if half and has_grouped_mm() else "batched")
+    dispatch = _DISPATCH_SECONDS + rows * 3 * (expert.d_in + expert.d_out) * _ROW_MOVE_SECONDS
+    found = {
+        one_by_one: dispatch + experts * (_EXPERT_SECONDS + cost(best, expert, mean)),
+        MixturePlan("batched"): dispatch + _batched_cost(expert, experts, mean * _PADDING, dtype),
+    }
+    by_matrix = MixturePlan("grouped" if expert.is_dense else "matrices")
+    found[by_matrix] = dispatch + _matrices_cost(expert, experts, rows)
+    if not sorted_rows:
+        found[everything] = _all_cost(expert, experts, tokens, everything.tile)
+    return min(found, key=lambda plan: found[plan])
+
+
+def _expert_macs(expert: Operator) -> int:
+    """Multiply-accumulates per token of one expert, A first."""
+    return expert.d_in * expert.d_out if expert.is_dense else expert.sizes.macs_a_first
+
+
+def _all_sizes(expert: Operator, experts: int) -> Sizes:
+    """All experts as one operator."""
+    s = expert.sizes
+    if expert.is_dense:
+        return Sizes(expert.d_in, 1, 1, 1, expert.d_out, 1, expert.d_out * experts)
+    return Sizes(s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho * experts)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """An operator for `nas.layers.kernels.plan.cost`."""
+
+    d_in: int
+    d_out: int
+    sizes: Sizes
+    is_dense: bool = False
+    fingerprint: str = ""
+
+
+def _batched_cost(expert: Operator, experts: int, rows: float, dtype: torch.dtype) -> float:
+    """Products over (γ, E) and (φ, E) in one batch each."""
+    s = expert.sizes
+    # as many blocks as one operator of E times γ and φ has, but each takes only its own expert
+    wide = Sizes(s.alpha, s.beta, s.gamma * experts, s.delta, s.epsilon, s.phi * experts, s.rho)
+    one = _Sized(expert.d_in, expert.d_out, wide)
+    if expert.is_dense:
+        one = _Sized(expert.d_in, expert.d_out, expert.sizes, True)
+        seconds = experts * cost(Plan("materialised"), one, math.ceil(rows))
+        between = 0
+    else:
+        seconds = cost(Plan("a-first"), one, math.ceil(rows)) / experts
+        between = s.beta * s.gamma * s.delta * s.phi * s.rho
+    held = experts * rows * (expert.d_in + between + expert.d_out) * dtype.itemsize
+    return seconds * (_SPILL if held > _SPILL_BYTES else 1.0)
+
+
+def _matrices_cost(expert: Operator, experts: int, rows: int) -> float:
+    """Three products with the matrices; these built twice, and their gradient taken apart."""
+    rate, entries = MACS_PER_SECOND["blas"], expert.d_in * expert.d_out
+    products = 3 * (rows * entries / rate + experts * _PRODUCT_SECONDS)
+    if expert.is_dense:
+        return products
+    return products + experts * entries * (7 * _ROW_MOVE_SECONDS + 8 * expert.sizes.rho / rate)
+
+
+def _all_cost(expert: Operator, experts: int, tokens: int, tile: int) -> float:
+    """Every expert on every token."""
+    if expert.is_dense:
+        wide = experts * (expert.d_in + expert.d_out) * tokens
+        dense = _Sized(expert.d_in, expert.d_out * experts, expert.sizes, True)
+        products = cost(Plan("materialised"), dense, tokens)
+    else:
+        sizes = _all_sizes(expert, experts)
+        wide = sizes.beta * sizes.gamma * sizes.delta * sizes.phi * sizes.rho * tokens
+        products = cost(Plan("a-first", tile), _Sized(expert.d_in, expert.d_out, sizes), tokens)
+    return products + _GATE_MOVES * wide * _ROW_MOVE_SECONDS
+
+
+def has_grouped_mm() -> bool:
+    """Whether this torch has products of ragged groups."""
+    return hasattr(functional, "grouped_mm")

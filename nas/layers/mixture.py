@@ -1,0 +1,393 @@
+"""`MixtureLinear` and `MixtureFFN`: layers and feed-forward blocks as mixtures of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from nas.designs.mixture import Mixture, MixtureStructure, ffn_structures, parse_mixture
+from nas.errors import InvalidInput
+from nas.layers.base import StructuredLinear, sized
+from nas.layers.einsum import EinsumLinear
+from nas.layers.kernels.mixing import mix
+from nas.layers.kernels.mixture_kernels import Form
+from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan
+from nas.layers.modes import (
+    is_recorded,
+    over_nested,
+    plus_bias,
+    reshaped_like,
+    without_autocast,
+)
+from nas.layers.normalization import cap_rms
+from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
+
+__all__ = ["MixtureFFN", "MixtureLinear", "auxiliary_loss", "router_statistics"]
+
+
+class MixtureLinear(Gated, StructuredLinear):
+    """y = Σ_e g_e(x) W_e x + bias over the k chosen of E experts; (..., d_in) → (..., d_out).
+
+    g is the softmax over the k largest logits x·gateᵀ.  Only the chosen experts are computed, and
+    no token is dropped, however unequal the loads.
+
+    Parameters
+    ----------
+    mixture
+        A `Mixture` with θ, its text such as ``"btt-moe:experts=8,active=2"``, or the sized
+        `MixtureStructure` of a layer d_in → d_out.
+    bias
+        Whether to add a learned bias (d_out,), shared by the experts.
+    zero_init
+        Start as the zero map: the factor that is contracted last is zero.
+    normalize, gain
+        As for `EinsumLinear`; the RMS of a factor is that over all experts.
+    d_in_base
+        Input dimension of this layer in the base model at which the learning rate was tuned.
+    plan
+        The execution plan, fixed; see `plan`.
+
+    Raises
+    ------
+    InvalidInput
+        The mixture, a dimension or the plan is not one that can be built.
+
+    Parameters of the module: ``A`` (E, γ, ρ, φ, δ, α) and ``B`` (E, φ, γ, ρ, β, ε) with the ρ of
+    one expert, or ``weight`` (E, d_out, d_in) for dense experts; ``gate`` (E, d_in), zero at
+    initialisation, where all tokens choose the same experts with equal weights.  After each forward
+    in training mode ``auxiliary_loss`` is that of the gate; see `nas.layers.routing`.
+
+    >>> layer = MixtureLinear("btt-moe:experts=4,active=2", 64, 256)
+    >>> layer(torch.zeros(5, 64)).shape
+    torch.Size([5, 256])
+    """
+
+    structure: MixtureStructure
+    _plan: MixturePlan | None = None
+    gain_A: Tensor | None
+    gain_B: Tensor | None
+    gate: nn.Parameter | None
+
+    def __init__(
+        self,
+        mixture: Mixture | str | MixtureStructure,
+        d_in: int,
+        d_out: int,
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        normalize: bool = False,
+        gain: bool = False,
+        d_in_base: int | None = None,
+        plan: MixturePlan | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.structure = _structure(mixture, d_in, d_out)
+        self.plan = plan
+        self.in_features, self.out_features = d_in, d_out
+        self.zero_init, self.normalize = zero_init, normalize
+        self.d_in_base = d_in if d_in_base is None else d_in_base
+        expert, experts = self.structure.expert, self.structure.experts
+        s = expert.sizes
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if expert.is_dense:
+            self.weight = empty(experts, d_out, d_in)
+        else:
+            self.A = empty(experts, s.gamma, s.rho, s.phi, s.delta, s.alpha)
+            self.B = empty(experts, s.phi, s.gamma, s.rho, s.beta, s.epsilon)
+        one_gain = normalize and gain
+        self.register_parameter("gain_A", empty(1) if one_gain else None)
+        self.register_parameter("gain_B", empty(1) if one_gain and not expert.is_dense else None)
+        self.register_parameter("gate", empty(experts, d_in) if self.structure.gated else None)
+        self.register_parameter("bias", empty(d_out) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the factors anew, each expert as a layer of its own; the gate becomes zero."""
+        for name, factor in self.factors().items():
+            if name == "gate":
+                factor.zero_()
+            else:
+                factor.normal_(0.0, self.structure.init_std(name), generator=generator)
+        if self.zero_init:
+            last = self.weight if self.structure.expert.is_dense else self.B
+            last.zero_()
+        for scalar in (self.gain_A, self.gain_B):
+            if scalar is not None:
+                scalar.fill_(1.0)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors by name, the matrices of dense experts being A; and the gate if there is."""
+        found = {"A": self.weight} if self.structure.expert.is_dense else {"A": self.A, "B": self.B}
+        return found if self.gate is None else {**found, "gate": self.gate}
+
+    def _effective(self, name: str, factor: Tensor, gain: Tensor | None) -> Tensor:
+        return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
+
+    def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
+        if self.structure.expert.is_dense:
+            return self._effective("A", self.weight, self.gain_A), None
+        return (
+            self._effective("A", self.A, self.gain_A),
+            self._effective("B", self.B, self.gain_B),
+        )
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """As of every structured layer; `routing` replaces the gate, and a layer without a gate
+        needs it: else ValueError."""
+        if routing is None or isinstance(routing, fx.Proxy):  # what torch.fx gives for None
+            return super().forward(x)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"routing must be a Routing or None, got {type(routing).__name__}")
+        self._check(x)
+        y = self.product(x.reshape(-1, self.in_features), routing)
+        return self._finished(y, x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.product(x, self.route(x))
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Every expert on every token: as many times the work as there are experts."""
+        (a, b), e = self._effective_factors(), self.structure.expert
+        gates = self._gates(x)
+        if b is None:  # one product at a time, for the order of three depends on the sizes
+            return torch.einsum("neo,ne->no", torch.einsum("ni,eoi->neo", x, a), gates)
+        s = e.sizes
+        x = functional.pad(x, (0, e.padded_in - e.d_in))
+        z = torch.einsum("ngba,egrfda->negbrfd", x.reshape(-1, s.gamma, s.beta, s.alpha), a)
+        y = torch.einsum("negbrfd,efgrbs->nefsd", z, b)
+        return torch.einsum("nefsd,ne->nfsd", y, gates).flatten(1)[:, : e.d_out]
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """The weight of each expert (n, E), 0 for those that are not chosen; as `_plain`."""
+        gate = self._parameters["gate"]
+        if gate is None:
+            raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate")
+        dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
+        with without_autocast(gate.device):  # as `route`
+            logits = functional.linear(x.to(dtype), self.gate.to(dtype))  # type: ignore[union-attr]
+            best, chosen = torch.topk(logits, self.structure.active, dim=-1)
+            gates = torch.zeros_like(logits).scatter(-1, chosen, torch.softmax(best, -1))
+        return gates.to(x.dtype)
+
+    def route(self, x: Tensor) -> Routing:
+        """The gate's decision for x (n, d_in), which it remembers."""
+        if self.gate is None:
+            raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate; pass a routing")
+        routing = route(x, self.gate, self.structure.active)
+        self._remember(routing, self.training)
+        return routing
+
+    def product(self, x: Tensor, routing: Routing, form: Form = "both") -> Tensor:
+        """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`."""
+        a, b = self._effective_factors()
+        weights, chosen = routing.weights, routing.chosen
+        return mix(x, weights, chosen, a, b, self.out_features, self._plan, form)
+
+    @property
+    def plan(self) -> MixturePlan | None:
+        """The execution plan that was fixed, or None where each input chooses its own.
+
+        Set it to a `MixturePlan`, to its text, or to None.  Plans change speed and memory, and the
+        result by rounding only; they are no part of `state_dict`.
+
+        >>> layer = MixtureLinear("btt-moe", 64, 64, plan="grouping=batched")
+        >>> str(layer.plan_for(1024))
+        'grouping=batched'
+        """
+        return self._plan
+
+    @plan.setter
+    def plan(self, value: MixturePlan | str | None) -> None:
+        if value is None:
+            self._plan = None
+            return
+        plan = MixturePlan.parse(value) if isinstance(value, str) else value
+        if not isinstance(plan, MixturePlan):
+            raise InvalidInput("plan", value, "a MixturePlan, its text, or None")
+        self._plan = plan.checked(self.structure)
+
+    def plan_for(
+        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MixturePlan:
+        """The plan that runs an input of `tokens` tokens: fixed, else by the cost model.
+
+        `device` and `dtype` are those of the product; the layer's by default.
+        """
+        if self._plan is not None:
+            return self._plan
+        factor = self._any_factor()
+        return choose_mixture_plan(
+            self.structure,
+            tokens,
+            factor.device if device is None else device,
+            factor.dtype if dtype is None else dtype,
+        )
+
+    def to_matrix(self) -> Tensor:
+        """Raises TypeError: which matrix a mixture applies depends on the token."""
+        raise TypeError(
+            f"MixtureLinear({self.extra_repr()}) is not one matrix: each token has its own, "
+            "the weighted sum of its experts"
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_einsum(cls, layer: EinsumLinear, experts: int, active: int) -> MixtureLinear:
+        """The mixture whose experts are the ρ slices of an existing layer, ρ/E each.
+
+        The gate is zero and B is multiplied by E, so that with `active` = `experts`, where each
+        weight is 1/E, the output is that of the layer.  Factors that the layer normalises are
+        taken as they are after it, and normalised no more.
+
+        Raises
+        ------
+        InvalidInput
+            Not an `EinsumLinear`, or one with a single matrix or in the papers' sizing; E does not
+            divide its ρ; E and k that no mixture has.
+        """
+        if not isinstance(layer, EinsumLinear):
+            raise InvalidInput("layer", type(layer).__name__, "an EinsumLinear")
+        whole = layer.structure
+        if whole.is_dense or whole.sizing == "paper":
+            accepted = "an EinsumLinear of two factors in the sizing least-waste"
+            raise InvalidInput("layer", f"EinsumLinear({layer.extra_repr()})", accepted)
+        structure = MixtureStructure.split(whole, experts, active)
+        a, b = layer._effective_factors()
+        assert b is not None
+        made = cls(
+            structure, layer.in_features, layer.out_features, layer.bias is not None,
+            d_in_base=layer.d_in_base, device=a.device, dtype=a.dtype,
+        )  # fmt: skip
+        made.A.copy_(_split(a, 1, experts))
+        made.B.copy_(_split(b, 2, experts) * experts)
+        if made.bias is not None and layer.bias is not None:
+            made.bias.copy_(layer.bias)
+        made.zero_init = layer.zero_init
+        return made.train(layer.training)
+
+    def extra_repr(self) -> str:
+        s = self.structure
+        return (
+            f"experts={s.experts}, active={s.active}, theta={s.expert.theta}, d_in={s.d_in}, "
+            f"d_out={s.d_out}, bias={self.bias is not None}, macs={s.macs}"
+        )
+
+
+class MixtureFFN(nn.Module):
+    """The standard mixture: y = Σ_e g_e(x) W2_e gelu(W1_e x + b1) + b2; (..., width) → the same.
+
+    Tokens are routed once, by the gate of ``mlp_in``; hidden values stay sorted by expert between
+    the two layers, both `MixtureLinear` with dense experts.  Their biases are shared by the
+    experts.
+
+    Parameters
+    ----------
+    mlp_in, mlp_out
+        Two layers of equal experts and active ones, the first with a gate; see `of`.
+
+    Raises
+    ------
+    InvalidInput
+        Layers that do not fit each other.
+
+    >>> MixtureFFN.of("ffn-moe:experts=4,active=2", 16, 64)(torch.zeros(2, 3, 16)).shape
+    torch.Size([2, 3, 16])
+    """
+
+    def __init__(self, mlp_in: MixtureLinear, mlp_out: MixtureLinear) -> None:
+        super().__init__()
+        one, other = mlp_in.structure, mlp_out.structure
+        fits = (one.d_out, one.experts, one.active) == (other.d_in, other.experts, other.active)
+        if not (fits and one.gated):
+            got = f"{one.fingerprint} and {other.fingerprint}"
+            raise InvalidInput(
+                "layers", got, "layers of one hidden dimension, E and k, with a gate"
+            )
+        self.mlp_in, self.mlp_out = mlp_in, mlp_out
+
+    @classmethod
+    def of(
+        cls,
+        mixture: Mixture | str,
+        width: int,
+        hidden: int,
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        normalize: bool = False,
+        gain: bool = False,
+        plan: MixturePlan | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MixtureFFN:
+        """A block of a `Mixture` without θ, or of its text such as ``"ffn-moe:experts=8"``.
+
+        Options as of `MixtureLinear`, for both layers but `zero_init`, for ``mlp_out`` alone.
+        """
+        if not isinstance(mixture, Mixture):
+            mixture = parse_mixture(mixture)
+        first, second = ffn_structures(mixture, width, hidden)
+        return cls(
+            MixtureLinear(
+                first, width, hidden, bias, normalize=normalize, gain=gain, plan=plan,
+                device=device, dtype=dtype,
+            ),
+            MixtureLinear(
+                second, hidden, width, bias, zero_init=zero_init, normalize=normalize, gain=gain,
+                plan=plan, device=device, dtype=dtype,
+            ),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) → (..., width)."""
+        if is_recorded(x):
+            y = self._plain(x.reshape(-1, self.mlp_in.in_features))
+            return reshaped_like(y, x, self.mlp_out.out_features)
+        if x.is_nested:
+            return over_nested(self, x)
+        self.mlp_in._check(x)
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.mlp_in.route(flat)
+        hidden = self.mlp_in.product(flat, routing, "gather")
+        if self.mlp_in.bias is not None:
+            hidden = plus_bias(hidden, self.mlp_in.bias)
+        y = self.mlp_out.product(functional.gelu(hidden), routing, "combine")
+        return self.mlp_out._finished(y, x)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """(n, width) → (n, width); see `StructuredLinear._plain`."""
+        (first, _), (second, _) = (
+            layer._effective_factors() for layer in (self.mlp_in, self.mlp_out)
+        )
+        hidden = torch.einsum("ni,eoi->neo", x, first)
+        if self.mlp_in.bias is not None:
+            hidden = hidden + self.mlp_in.bias.to(hidden.dtype)
+        y = torch.einsum("nei,eoi->neo", functional.gelu(hidden), second)
+        y = torch.einsum("neo,ne->no", y, self.mlp_in._gates(x))
+        return y if self.mlp_out.bias is None else y + self.mlp_out.bias.to(y.dtype)
+
+
+def _structure(
+    mixture: Mixture | str | MixtureStructure, d_in: int, d_out: int
+) -> MixtureStructure:
+    if isinstance(mixture, MixtureStructure):
+        return sized(mixture, d_in, d_out)
+    if not isinstance(mixture, Mixture):
+        mixture = parse_mixture(mixture)
+    return MixtureStructure.of(mixture, d_in, d_out)
+
+
+def _split(factor: Tensor, axis: int, experts: int) -> Tensor:
+    """The slices along `axis` as (E, ..., ρ/E, ...)."""
+    shape = factor.shape
+    return factor.view(*shape[:axis], experts, -1, *shape[axis + 1 :]).movedim(axis, 0)

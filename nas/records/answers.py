@@ -1,0 +1,362 @@
+"""Answers as values: the same for REST, the command line and Python.
+
+Torch-free.  What an answer is good for, a layer or a whole model in its structure, is imported on
+use.
+"""
+
+from __future__ import annotations
+
+from textwrap import TextWrapper
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nas.designs.design import Aligned, described, parse_design
+from nas.designs.mixture import Mixture
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.layers import StructuredLinear
+    from nas.layers.surgery import Surgery
+
+Pair = tuple[float, float]
+THETA = (
+    "exponents: seven for two factors and mixtures of them, more for a longer chain, none for a "
+    "convolution and for experts that are feed-forward blocks"
+)
+DESIGN = "structure of every layer, as text that `einsum-nas inspect` and `replace_linears` read"
+
+
+class Result(BaseModel):
+    """A frozen value whose fields can also be read as items."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in type(self).model_fields:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+class Point(Result):
+    """A point of a run's learning curve."""
+
+    search_id: str
+    trial_id: int
+    number: int = Field(description="number of the trial in its search")
+    kind: str = Field(description="candidate | reference | confirmation")
+    name: str
+    theta: list[float] = Field(description=THETA)
+    design: str = Field(description=DESIGN)
+    width: int
+    seed: int
+    steps: int
+    train_flops: float
+    loss: float = Field(description="mean over the task's fixed validation samples")
+    loss_stderr: float = Field(description="standard error over the validation samples")
+    train_seconds: float = Field(description="measured seconds of training up to this point")
+    inference_flops: float = Field(description="forward FLOPs per token of the whole model")
+    params: int = Field(description="trainable parameters of the whole model")
+    step_seconds: float | None = Field(description="measured seconds of a training step")
+    peak_memory: int | None = Field(description="measured peak memory of training, bytes")
+
+
+class FrontierAnswer(Result):
+    """Pareto fronts of loss against one axis, both minimised, over completed runs."""
+
+    x: str = Field(description="axis: the field of a point that the front is drawn against")
+    x_unit: str
+    x_measured: bool = Field(
+        description="whether values of the axis were measured during the runs, not computed"
+    )
+    y: Literal["loss"] = "loss"
+    y_unit: str
+    frontier: list[Point] = Field(description="over every structure")
+    structured: list[Point]
+    dense: list[Point]
+    compute_optimal: list[int] | None = Field(
+        description="positions in `frontier` of the compute-optimal points: those on the lower "
+        "convex hull in log-log or within 2% of it; null on other axes than train FLOPs"
+    )
+    structured_law: Law | None = Field(description="null if there are too few points")
+    dense_law: Law | None
+    hypervolume: Hypervolume | None = Field(description="null for an empty front")
+    points: int = Field(description="evaluations of completed runs")
+    trials: int = Field(description="completed runs")
+
+
+class Law(Result):
+    """loss = offset + a · C^(-b), C in train FLOPs, fitted to compute-optimal points of a front.
+
+    It is fitted to whatever runs are on the front, so it has no interval.
+    """
+
+    a: float
+    b: float
+    offset: float = Field(description="0 unless the points support another value")
+    points: int
+    fitted: Pair = Field(description="least and greatest train FLOPs of the points")
+
+
+class Hypervolume(Result):
+    """Area that a front dominates, over decades of the axis times the unit of the loss.
+
+    Up to the reference point: the greatest value of the axis on any front, and the greatest loss.
+    """
+
+    overall: float
+    structured: float
+    dense: float
+    reference: Pair = Field(description="(axis, loss)")
+    unit: str
+
+
+class Candidate(Result):
+    """A structure at a width, and its loss at the budget."""
+
+    search_id: str
+    trial_id: int = Field(description="trial of the first of its runs")
+    number: int
+    kind: str
+    name: str
+    theta: list[float] = Field(description=THETA)
+    design: str = Field(description=DESIGN)
+    width: int
+    seeds: int = Field(description="number of runs with distinct seeds; the loss is their mean")
+    steps: int
+    train_flops: float
+    loss: float
+    confirmed: bool = Field(description="whether the loss comes from confirmations only")
+    inference_flops: float
+    params: int
+    step_seconds: float | None
+    peak_memory: int | None
+
+
+class Rival(Candidate):
+    """A structure compared with another."""
+
+    difference: float = Field(description="its loss minus the other's")
+    difference_interval: Pair | None = Field(
+        description="95%; simultaneous over all compared structures in measured answers, for each "
+        "structure alone in predicted ones; null if unknown"
+    )
+
+
+class Multiplier(Result):
+    """Compute multiplier over dense: train FLOPs of the best dense run within the budget, divided
+    by the train FLOPs that the structure needs for the same loss."""
+
+    value: float | None
+    kind: str = Field(
+        description="exact | at_least: the structure's curves begin below that loss | less_than: "
+        "they never reach it | undetermined | predicted"
+    )
+    interval: Pair | None = Field(
+        description="95% over seeds; null for a bound or a single measured seed. A predicted value "
+        "always has one"
+    )
+    seeds: int
+    reason: str | None = Field(None, description="why there is no value; null where there is one")
+
+
+class Evidence(Result):
+    """The runs that an answer rests on."""
+
+    trials: int = Field(description="completed runs on the task or in the search")
+    points: int = Field(description="their evaluations")
+    searches: int
+    seeds: int = Field(description="seeds behind the best one's loss")
+    compared: int = Field(description="structures that the best was compared with")
+    noise: float | None = Field(
+        description="standard deviation of the logarithm of a loss from seed to seed, pooled over "
+        "models that were run more than once; null where none was"
+    )
+    not_finite: int = Field(
+        0, description="runs near the best that were left out because one of their stored values "
+        "is not finite"
+    )  # fmt: skip
+
+
+class RankCorrelation(Result):
+    """How well the runs that were ranked agree with their confirmations: Kendall's τ-b.
+
+    Over the runs of one search at one budget: the largest such group that was confirmed.
+    """
+
+    tau: float | None = Field(description="null for fewer than 2 runs, or if all are tied")
+    interval: Pair | None = Field(description="95%; null for fewer than 5 runs")
+    candidates: int = Field(description="runs that were confirmed, dense ones included")
+    seeds: int = Field(description="smallest number of confirmations of one of these runs")
+    longer: float = Field(description="train FLOPs of a confirmation relative to its run's")
+
+
+class Extrapolation(Result):
+    """How far a predicted answer lies outside of what was measured."""
+
+    measured: Pair = Field(description="least and greatest train FLOPs of the evidence")
+    beyond: float = Field(description="budget divided by the greatest measured train FLOPs")
+    law: str = Field(description="law that was fitted to the structure's compute-optimal points")
+    widths: int = Field(description="number of widths that it was fitted to")
+    left_out: int = Field(
+        0, description="structures near the best that are not extrapolated: no law can be fitted "
+        "to them at widths that would be run at this budget"
+    )  # fmt: skip
+
+
+class Answer(Result):
+    """The best structure within a budget.
+
+    A predicted one is a run that a search with this budget could make: its width and steps are
+    within the recipe's.
+    """
+
+    kind: Literal["measured", "predicted"]
+    budget: float
+    budget_axis: str
+    budget_unit: str
+    task: str = Field(description="name@fingerprint")
+    name: str
+    theta: list[float] = Field(description=THETA)
+    canonical_theta: list[float]
+    design: str = Field(description=DESIGN)
+    width: int
+    steps: int
+    train_flops: float
+    train_flops_unit: str
+    expected_loss: float
+    loss_unit: str
+    interval: Pair | None = Field(
+        description="95% interval of the expected loss over other seeds; null if unknown"
+    )
+    interval_means: str
+    validation_interval: Pair | None = Field(
+        description="95% interval over the sampling of the validation data; null if unknown"
+    )
+    verdict: Literal["structured is lower", "dense is lower", "no clear difference", "unconfirmed"]
+    verdict_reason: str = Field(
+        description="why. It is unconfirmed unless both the best structured and the best dense "
+        "model were measured with several seeds, or with new ones"
+    )
+    multiplier_over_dense: Multiplier | None
+    structured_multiplier: Multiplier | None = Field(
+        description="multiplier of the best structured model, if the best model is dense"
+    )
+    indistinguishable: list[Rival] = Field(
+        description="structures whose loss does not clearly differ from that of the best"
+    )
+    comparisons_mean: str
+    best_structured: Candidate | None
+    best_dense: Candidate | None
+    dense_minus_structured: Rival | None
+    confirmed: bool = Field(
+        description="whether the expected loss comes from new seeds only; otherwise it comes from "
+        "the runs that the best was selected by, so it is biased low"
+    )
+    confirmation: RankCorrelation | None = Field(description="null before any `confirm`")
+    base_width: int = Field(
+        description="width of the dense model at which `base_lr` was tuned: `base_width` of "
+        "`nas.layers.param_groups`"
+    )
+    base_lr: float = Field(description="learning rate of the runs at that width")
+    evidence: Evidence
+    extrapolation: Extrapolation | None = Field(description="null for a measured answer")
+
+    def layer(self, d_in: int, d_out: int, **options: Any) -> StructuredLinear:
+        """A layer of this structure; options as of `nas.layers.layer_of`, among them the heads
+        that a projection of attention makes or reads."""
+        from nas.layers import layer_of
+
+        return layer_of(self.design, d_in, d_out, **options)
+
+    def replace_linears(self, model: nn.Module, **options: Any) -> Surgery:
+        """Put this structure in the place of a model's linear layers; options and report as of
+        `nas.layers.replace_linears`."""
+        from nas.layers import replace_linears
+
+        return replace_linears(model, self.design, **options)
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether a model had better stay as it is: no structure is told apart from dense."""
+        gap = self.dense_minus_structured
+        interval = None if gap is None else gap.difference_interval
+        return self._is_dense or interval is None or interval[0] <= 0
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.best_dense is not None and self.best_dense.design == self.design
+
+    @property
+    def snippet(self) -> str:
+        """A program that puts this structure into a small model and trains a step; where nothing
+        is told apart from dense, one that keeps the model dense."""
+        design = parse_design(self.design)
+        imports, model, use, run = "param_groups, replace_linears", _MODEL, _REPLACE, _STEP
+        if self.keeps_dense:
+            imports, use = "param_groups", ""
+        elif isinstance(design, Aligned):
+            imports, model, use, run = "layer_of, param_groups", _HEADS, _ALIGNED, "print(model)\n"
+        elif isinstance(design, Mixture) and design.theta is None:
+            imports, model, use = "MixtureFFN, param_groups", _WIDTH, _FEED_FORWARD
+        structure = "" if self.keeps_dense else f'structure = "{self.design}"\n'
+        tuned = f"lr={self.base_lr:g}, base_width={self.base_width}, width=width"
+        return (
+            f"{self._about}import torch\nfrom nas.layers import {imports}\n\n{model}\n"
+            f"# --- paste from here\n{structure}{use}"
+            f"# the learning rate was tuned on dense models of width {self.base_width}; width is\n"
+            "# that of your model\n"
+            f"optimizer = torch.optim.AdamW(param_groups(model, {tuned}))\n"
+            f"# --- to here\n\n{run}"
+        )
+
+    @property
+    def _about(self) -> str:
+        """What a snippet is for, as comments."""
+        lines = [
+            f"{self.kind} best for {self.task} within {self.budget:.4g} {self.budget_axis}: "
+            f"{described(self.design)}",
+            f"verdict: {self.verdict} ({self.verdict_reason})",
+        ]
+        if self.keeps_dense:
+            lines.append(
+                "keep dense: no structure is told apart from it, so your model stays as it is"
+            )
+            if self.best_structured is not None:
+                lines.append(f'the best structure found: "{self.best_structured.design}"')
+        wrap = TextWrapper(
+            88, initial_indent="# ", subsequent_indent="# ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        return "".join(wrap.fill(line) + "\n" for line in lines)
+
+
+_WIDTH = "width = 256  # of your model, whose feed-forward block this is\n"
+_MODEL = """\
+# a small model to see it run; yours takes its place
+width = 256
+model = torch.nn.Sequential(
+    torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Linear(4 * width, width)
+)
+"""
+_REPLACE = "print(replace_linears(model, structure))\n"
+_STEP = """\
+inputs = torch.randn(32, width)
+loss = (model(inputs) - inputs).square().mean()
+loss.backward()
+optimizer.step()
+print(f"loss {loss.item():.4f}, and one step taken")
+"""
+#: What single layers cannot be told of: which make heads, and which belong to one block.
+_HEADS = "width, heads = 768, 12  # of your model, whose layers these are\n"
+_ALIGNED = """\
+layers = {
+    name: layer_of(structure, width, width, heads=heads, side=side)
+    for name, side in {"query": "out", "key": "out", "value": "out", "attention_out": "in"}.items()
+}
+layers["mlp_in"] = layer_of(structure, width, 4 * width)
+layers["mlp_out"] = layer_of(structure, 4 * width, width)
+model = torch.nn.ModuleDict(layers)
+"""
+_FEED_FORWARD = "model = MixtureFFN.of(structure, width, 4 * width)\n"

@@ -1,0 +1,621 @@
+"""Computes the answers of REST and CLI from the store: fronts, and the best within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nas.analysis import best_for_budget, predict_for_budget
+from nas.analysis.best import OVER_SEEDS, BestMultiplier, Contender, judge
+from nas.analysis.best import Answer as BestFound
+from nas.analysis.best import Rival as BestRival
+from nas.analysis.confirmation import rank_correlation
+from nas.analysis.frontier import axis_value, hypervolume, non_dominated
+from nas.analysis.laws import Curve, choose_law
+from nas.analysis.predict import (
+    MOST_BEYOND,
+    NO_DENSE,
+    PredictedMultiplier,
+    PredictedRival,
+    Prediction,
+    formula,
+    greatest_runnable,
+    predicted_rival,
+)
+from nas.analysis.scaling import compute_optimal
+from nas.designs.design import canonical_design, design_text, exponents, parse_design
+from nas.designs.theta import DENSE
+from nas.errors import InvalidInput, NotFound
+from nas.planning.cost import (
+    FLOPS_PER_MAC,
+    MAX_TRAIN_FLOPS,
+    TRAIN_OVER_FORWARD,
+    RunPlan,
+    plans,
+    train_flops_per_step,
+)
+from nas.planning.recipe import TASKS, Recipe
+from nas.records.answers import (
+    Answer,
+    Candidate,
+    Evidence,
+    Extrapolation,
+    FrontierAnswer,
+    Hypervolume,
+    Law,
+    Multiplier,
+    Point,
+    RankCorrelation,
+    Rival,
+)
+from nas.store import (
+    AXES,
+    CurvePoint,
+    Run,
+    ScopeState,
+    Standings,
+    Store,
+    StoredPoint,
+    task_scope,
+)
+
+FLOPS_UNIT = AXES["train_flops"].unit
+UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
+PREDICTED = "the losses are extrapolated; no run was made at this budget"
+OF_LAW = (
+    "95% over runs with other seeds, by the jackknife, spanned over laws with and without an "
+    "offset and of the last factor of 64 and of 8 in compute; that one of them goes on to hold "
+    "outside of what was measured is assumed"
+)
+
+
+def resolve_task(store: Store, task: str) -> tuple[str, str]:
+    """(name, fingerprint) of `name` or `name@fingerprint`.
+
+    A bare name means its default data and recipe.
+
+    Raises
+    ------
+    InvalidInput
+        Unknown task.
+    NotFound
+        No search on the task's default data has begun on this store.
+    """
+    name, _, fingerprint = task.partition("@")
+    if name not in TASKS:
+        raise InvalidInput("task", task, f"{' | '.join(TASKS)}, or one of them with @fingerprint")
+    if not fingerprint:
+        found = store.default_fingerprint(name)
+        if found is None:
+            others = ", ".join(f"{name}@{f[0]}" for f in store.task_fingerprints(name)[:8])
+            raise NotFound(
+                f"no search on the default data and recipe of task {name!r} has begun here"
+                + (f"; there are results for {others}" if others else "")
+                + f"; run `einsum-nas search --task {name} --train-flops 2e11 --wait`"
+            )
+        fingerprint = found
+    return name, fingerprint
+
+
+def checked_flops(value: float, field: str = "train_flops") -> float:
+    """`value` if it is a positive finite number of FLOPs."""
+    if not (math.isfinite(value) and value > 0):
+        raise InvalidInput(field, value, "a finite number above 0")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What an answer is about: a task's data and recipe, or one search on it."""
+
+    #: of `nas.store.standings`
+    name: str
+    task: str
+    #: None for a search whose data no worker has loaded yet
+    fingerprint: str | None
+    #: as it was asked for: what the data of a user completes is not in it, see `_completed`
+    recipe: Recipe
+
+    @property
+    def loss_unit(self) -> str:
+        return self.recipe.loss_unit
+
+    @property
+    def label(self) -> str:
+        """name@fingerprint of the task."""
+        return f"{self.task}@{self.fingerprint}"
+
+
+def resolve_scope(store: Store, task: str | None, search_id: str | None) -> Scope:
+    """The scope that exactly one of a task and a search names.
+
+    Raises
+    ------
+    InvalidInput
+        Not exactly one of the two is given, or the task is unknown.
+    NotFound
+        No such search, or nothing has begun on the task.
+    """
+    if (task is None) == (search_id is None):
+        raise InvalidInput("task, search", f"{task}, {search_id}", "exactly one of the two")
+    if search_id is not None:
+        search = store.search(search_id)
+        return Scope(search.id, search.task, search.task_fingerprint, search.request.settings)
+    name, fingerprint = resolve_task(store, task or "")
+    newest = next((r for f, _, r in store.task_fingerprints(name) if f == fingerprint), None)
+    if newest is None:
+        raise _nothing_yet(f"task {name}@{fingerprint}", name)
+    scope = task_scope(name, fingerprint, store.tenant)
+    return Scope(scope, name, fingerprint, newest.settings)
+
+
+def _nothing_yet(where: str, task: str) -> NotFound:
+    return NotFound(
+        f"nothing is measured on {where} yet: no run has completed; "
+        f"run `einsum-nas search --task {task} --train-flops 2e11 --wait`"
+    )
+
+
+def _state_of(store: Standings, scope: Scope, where: str) -> ScopeState:
+    state = store.state(scope.name)
+    if state is None or not state.trials:
+        raise _nothing_yet(where, scope.task)
+    return state
+
+
+def checked_axis(axis: str) -> str:
+    """`axis` if fronts can be drawn against it."""
+    if axis not in AXES:
+        raise InvalidInput("x", axis, " | ".join(AXES))
+    return axis
+
+
+def get_frontier(
+    store: Store, *, task: str | None = None, search_id: str | None = None, x: str = "train_flops"
+) -> FrontierAnswer:
+    """Pareto fronts of one task or one search over completed runs, against one axis.
+
+    Raises
+    ------
+    InvalidInput
+        Not exactly one of `task` and `search_id` is given, or one of the values is unknown.
+    NotFound
+        No such search, or nothing measured on the task.
+    """
+    axis = AXES[checked_axis(x)]
+    scope = resolve_scope(store, task, search_id)
+    standings = Standings(store)
+    state = standings.state(scope.name)
+    if search_id is None:
+        state = _state_of(standings, scope, f"task {scope.label}")
+    structured = standings.front(scope.name, x, dense=False)
+    dense = standings.front(scope.name, x, dense=True)
+    overall = non_dominated([*structured, *dense], x)
+    return FrontierAnswer(
+        x=x,
+        x_unit=axis.unit,
+        x_measured=axis.measured,
+        y_unit=scope.loss_unit,
+        frontier=[to_point(p) for p in overall],
+        structured=[to_point(p) for p in structured],
+        dense=[to_point(p) for p in dense],
+        compute_optimal=_optimal(overall) if x == "train_flops" else None,
+        structured_law=_law(structured) if x == "train_flops" else None,
+        dense_law=_law(dense) if x == "train_flops" else None,
+        hypervolume=_hypervolume(x, overall, structured, dense, scope.loss_unit),
+        points=state.points if state else 0,
+        trials=state.trials if state else 0,
+    )
+
+
+def _optimal(points: Sequence[CurvePoint]) -> list[int]:
+    """Which points of a front are compute-optimal; a loss of 0 has no logarithm."""
+    if not points or any(p.loss <= 0 for p in points):
+        return []
+    flops, losses = _columns(points)
+    return [int(i) for i in compute_optimal(flops, losses)]
+
+
+def _law(points: Sequence[CurvePoint]) -> Law | None:
+    optimal = [points[i] for i in _optimal(points)]
+    law = choose_law([_columns(optimal)]) if optimal else None
+    if law is None:
+        return None
+    return Law(a=law.a, b=law.b, offset=law.offset, points=law.points, fitted=law.measured)
+
+
+def _columns(points: Sequence[CurvePoint]) -> Curve:
+    return np.array([p.train_flops for p in points]), np.array([p.loss for p in points])
+
+
+def _hypervolume(
+    x: str,
+    overall: Sequence[CurvePoint],
+    structured: Sequence[CurvePoint],
+    dense: Sequence[CurvePoint],
+    unit: str,
+) -> Hypervolume | None:
+    every = [*structured, *dense]
+    if not every:
+        return None
+    reference = (max(axis_value(p, x) for p in every), max(p.loss for p in every))
+
+    def area(points: Sequence[CurvePoint]) -> float:
+        return hypervolume([axis_value(p, x) for p in points], [p.loss for p in points], reference)
+
+    return Hypervolume(
+        overall=area(overall), structured=area(structured), dense=area(dense),
+        reference=reference, unit=f"decades of {x} × {unit}",
+    )  # fmt: skip
+
+
+def to_point(point: CurvePoint) -> Point:
+    """A curve point for users."""
+    return Point(
+        search_id=point.search_id,
+        trial_id=point.trial_id,
+        number=point.number,
+        kind=point.kind,
+        name=point.name,
+        theta=list(point.theta),
+        design=point.design,
+        width=point.width,
+        seed=point.seed,
+        steps=point.step,
+        train_flops=point.train_flops,
+        loss=point.loss,
+        loss_stderr=point.loss_stderr,
+        train_seconds=point.seconds,
+        inference_flops=point.forward_flops_per_token,
+        params=point.params,
+        step_seconds=point.seconds_per_step,
+        peak_memory=point.peak_memory_bytes,
+    )
+
+
+#: Axes that a budget of `get_best` can be in, besides train FLOPs.
+BUDGETS: Mapping[str, Callable[[Run], float | None]] = {
+    "inference_flops": lambda run: run.forward_flops_per_token,
+    "params": lambda run: run.params,
+    "step_seconds": lambda run: run.seconds_per_step,
+    "peak_memory": lambda run: run.peak_memory_bytes,
+}
+#: A budget up to this factor above the greatest measured train FLOPs counts as measured, or one
+#: step of the shortest run, because a run may end one step short of its budget.
+_SAME_BUDGET = 1.02
+#: Evaluations lie this far apart: what is best at a budget may have its next one after it.
+_NEXT_EVALUATION = 2.0
+
+
+def checked_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    """(axis, value) of the one budget that is given.
+
+    Raises
+    ------
+    InvalidInput
+        None or several are given, or one that is no positive finite number.
+    """
+    given = {axis: value for axis, value in budgets.items() if value is not None}
+    accepted = ", ".join(("train_flops", *BUDGETS))
+    for axis in given:
+        if axis != "train_flops" and axis not in BUDGETS:
+            raise InvalidInput("budget", axis, f"one of {accepted}")
+    if len(given) != 1:
+        shown = ", ".join(f"{axis}={value}" for axis, value in given.items()) or "none"
+        raise InvalidInput("budget", shown, f"exactly one of {accepted}")
+    ((axis, value),) = given.items()
+    return axis, checked_flops(value, axis)
+
+
+def get_best(
+    store: Store,
+    *,
+    task: str | None = None,
+    search_id: str | None = None,
+    **budgets: float | None,
+) -> Answer:
+    """The best structure within a budget, against dense.
+
+    Parameters
+    ----------
+    task, search_id
+        Exactly one of the two: over all searches on a task's data and recipe, or one search.
+    budgets
+        Exactly one: train_flops, inference_flops (per token), params, step_seconds or peak_memory
+        (bytes).
+
+    Raises
+    ------
+    InvalidInput
+        A budget that is no positive number, none or several, or an unknown task; a budget so far
+        beyond all measured ones that no run of a measured width would be made at it.
+    NotFound
+        Nothing is measured within the budget, or it is beyond all measured budgets and no law can
+        be fitted.
+    """
+    axis, budget = checked_budget(budgets)
+    scope = resolve_scope(store, task, search_id)
+    standings = Standings(store)
+    where = f"search {search_id}" if search_id else f"task {scope.label}"
+    state = _state_of(standings, scope, where)
+    greatest = state.greatest_flops or 0.0
+    same = max(_SAME_BUDGET, 1 + 1 / scope.recipe.min_steps)
+    if axis == "train_flops" and budget > greatest * same:
+        return _predicted(standings, scope, state, budget)
+    runs, left_out = _evidence(standings, scope, axis, budget)
+    value_of = BUDGETS.get(axis)
+    try:
+        found = best_for_budget(runs, budget, store.window_losses, value_of)
+    except NotFound:
+        least = standings.least(scope.name, axis)
+        raise NotFound(
+            f"no completed run on {where} within {axis}={budget:.4g}: "
+            + (f"the least measured is {least:.6g}" if least else "none was measured")
+        ) from None
+    return _measured(found, standings, scope, state, axis, budget, left_out)
+
+
+def _evidence(
+    standings: Standings, scope: Scope, axis: str, budget: float
+) -> tuple[list[Run], int]:
+    """(runs near the front at a budget with every run of their models, runs that are unusable)."""
+    limits = [budget, budget * _NEXT_EVALUATION] if axis == "train_flops" else [budget]
+    near = {
+        trial
+        for dense in (False, True)
+        for limit in limits
+        for trial in standings.lowest(scope.name, axis, limit, dense=dense)
+    }
+    runs = standings.runs(scope.name, trials=near, models=standings.models(near))
+    usable = [r for r in runs if r.points and all(_is_usable(p) for p in r.points)]
+    return usable, len(runs) - len(usable)
+
+
+def _is_usable(point: StoredPoint) -> bool:
+    return math.isfinite(point.loss) and math.isfinite(point.train_flops) and point.loss > 0
+
+
+def _measured(
+    found: BestFound,
+    standings: Standings,
+    scope: Scope,
+    state: ScopeState,
+    axis: str,
+    budget: float,
+    left_out: int,
+) -> Answer:
+    best = found.best
+    difference = found.dense_difference
+    verdict, reason = judge(found)
+    return Answer(
+        kind="measured",
+        **_asked(scope, axis, budget),
+        **_of_design(best.run.design),
+        name=best.run.name,
+        theta=list(best.run.theta),
+        width=best.run.width,
+        steps=best.steps,
+        train_flops=best.train_flops,
+        expected_loss=best.loss,
+        interval=found.interval,
+        interval_means=OVER_SEEDS if found.noise else UNKNOWN,
+        validation_interval=found.validation_interval,
+        verdict=verdict,
+        verdict_reason=reason,
+        multiplier_over_dense=_to_multiplier(found.multiplier),
+        structured_multiplier=_to_multiplier(found.structured_multiplier),
+        indistinguishable=[_to_rival(r) for r in found.indistinguishable],
+        comparisons_mean=found.basis,
+        best_structured=found.best_structured and Candidate(**_of_contender(found.best_structured)),
+        best_dense=found.best_dense and Candidate(**_of_contender(found.best_dense)),
+        dense_minus_structured=difference and _to_rival(difference),
+        confirmed=best.confirmed,
+        confirmation=_confirmation(standings, scope),
+        evidence=_to_evidence(
+            state, best.seeds, found.compared, found.noise.sd if found.noise else None, left_out
+        ),
+        extrapolation=None,
+    )
+
+
+def _asked(scope: Scope, axis: str, budget: float) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "budget_axis": axis,
+        "budget_unit": AXES[axis].unit,
+        "task": scope.label,
+        "train_flops_unit": FLOPS_UNIT,
+        "loss_unit": scope.loss_unit,
+        "base_width": scope.recipe.base_width,
+        "base_lr": scope.recipe.lr,
+    }
+
+
+def _of_design(design: str) -> dict[str, Any]:
+    canonical = canonical_design(parse_design(design))
+    return {"design": design, "canonical_theta": list(exponents(canonical))}
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    return {
+        "search_id": run.search_id,
+        "trial_id": run.trial_id,
+        "number": run.number,
+        "kind": run.kind,
+        "name": run.name,
+        "theta": list(run.theta),
+        "design": run.design,
+        "width": run.width,
+        "inference_flops": run.forward_flops_per_token,
+        "params": run.params,
+        "step_seconds": run.seconds_per_step,
+        "peak_memory": run.peak_memory_bytes,
+    }
+
+
+def _of_contender(c: Contender) -> dict[str, Any]:
+    return {
+        **_of_run(c.run), "seeds": c.seeds, "steps": c.steps, "train_flops": c.train_flops,
+        "loss": c.loss, "confirmed": c.confirmed,
+    }  # fmt: skip
+
+
+def _to_rival(rival: BestRival) -> Rival:
+    return Rival(
+        **_of_contender(rival.contender),
+        difference=rival.difference,
+        difference_interval=rival.interval,
+    )
+
+
+def _to_multiplier(found: BestMultiplier | None) -> Multiplier | None:
+    return None if found is None else Multiplier(**asdict(found))
+
+
+def _to_evidence(
+    state: ScopeState, seeds: int, compared: int, noise: float | None, left_out: int
+) -> Evidence:
+    return Evidence(
+        trials=state.trials, points=state.points, searches=state.searches, seeds=seeds,
+        compared=compared, noise=noise, not_finite=left_out,
+    )  # fmt: skip
+
+
+def _confirmation(standings: Standings, scope: Scope) -> RankCorrelation | None:
+    found = rank_correlation(standings.confirmed(scope.name))
+    return None if found is None else RankCorrelation(**asdict(found))
+
+
+def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: float) -> Answer:
+    least, greatest = state.least_flops or 0.0, state.greatest_flops or 0.0
+    most = min(greatest * MOST_BEYOND, MAX_TRAIN_FLOPS)
+    if budget > most:
+        raise InvalidInput(
+            "train_flops", budget,
+            f"at most {most:.4g} on {scope.label}: {MOST_BEYOND:g} times the greatest measured "
+            f"there, {greatest:.4g}, and no more than the {MAX_TRAIN_FLOPS:g} of a search",
+        )  # fmt: skip
+    runs, left_out = _evidence(standings, scope, "train_flops", greatest)
+    recipe = _completed(scope.recipe, runs)
+    found = predict_for_budget(runs, budget, greatest, recipe)
+    if found is None:
+        raise _not_predictable(scope, recipe, runs, budget, greatest)
+    best, structured, dense = found.best, found.best_structured, found.best_dense
+    difference = None
+    if structured and dense:
+        difference = _to_predicted_rival(predicted_rival(structured, dense))
+    return Answer(
+        kind="predicted",
+        **_asked(scope, "train_flops", budget),
+        **_of_plan(best.plan),
+        canonical_theta=list(exponents(canonical_design(best.plan.design))),
+        expected_loss=best.loss,
+        interval=best.interval,
+        interval_means=OF_LAW,
+        validation_interval=None,
+        verdict="unconfirmed",
+        verdict_reason=PREDICTED if dense else f"{PREDICTED}; {NO_DENSE}",
+        multiplier_over_dense=_to_predicted_multiplier(found.multiplier),
+        structured_multiplier=_to_predicted_multiplier(found.structured_multiplier),
+        indistinguishable=[_to_predicted_rival(r) for r in found.indistinguishable],
+        comparisons_mean=OF_LAW,
+        best_structured=structured and Candidate(**_of_prediction(structured)),
+        best_dense=dense and Candidate(**_of_prediction(dense)),
+        dense_minus_structured=difference,
+        confirmed=False,
+        confirmation=_confirmation(standings, scope),
+        evidence=_to_evidence(state, best.seeds, found.compared, None, left_out),
+        extrapolation=Extrapolation(
+            measured=(least, greatest),
+            beyond=budget / greatest,
+            law=formula(best.law),
+            widths=best.widths,
+            left_out=found.left_out,
+        ),
+    )
+
+
+#: Task → the setting of its recipes that data of a user completes and that FLOPs depend on.
+_COMPLETED_BY_DATA = {"images": "classes", "regression": "input_dim"}
+
+
+def _completed(recipe: Recipe, runs: Sequence[Run]) -> Recipe:
+    """The recipe as the data completed it.
+
+    It is not stored, but the exact FLOPs of every run are, and these determine what is missing: it
+    enters them as a product with the width.
+    """
+    name = _COMPLETED_BY_DATA.get(recipe.task)
+    if name is None or not runs:
+        return recipe
+    run = runs[0]
+    own = train_flops_per_step(recipe, parse_design(run.design), run.width)
+    a_number = TRAIN_OVER_FORWARD * FLOPS_PER_MAC * recipe.batch * run.width
+    more = (run.train_flops_per_step - own) // a_number
+    return replace(recipe, **{name: getattr(recipe, name) + more})
+
+
+def _not_predictable(
+    scope: Scope, recipe: Recipe, runs: Sequence[Run], budget: float, greatest: float
+) -> InvalidInput | NotFound:
+    """Why there is no answer past the measured budgets, and what would give one."""
+    search = f"run `einsum-nas search --task {scope.task} --train-flops {budget:.4g} --wait`"
+    most = greatest_runnable(runs, recipe) if runs else 0.0
+    if budget <= most:
+        return NotFound(
+            f"train_flops={budget:.4g} is beyond all measured budgets on {scope.label} (at most "
+            f"{greatest:.4g}), and of no structure there are enough points, of widths that would "
+            f"be run at it, to fit a scaling law; {search}"
+        )
+    planned, measured = plans(recipe, DENSE, budget), {r.width for r in runs}
+    accepted = (
+        f"at most {most:.4g} on {scope.label}, what the dearest measured model spends in "
+        f"{recipe.max_steps:,} steps, the most of recipe {recipe.name}: at this budget it runs "
+        f"dense models of width {planned[0].width:,} to {planned[-1].width:,}, and measured "
+        f"are {min(measured):,} to {max(measured):,}; {search}"
+    )
+    return InvalidInput("train_flops", budget, accepted)
+
+
+def _of_plan(plan: RunPlan) -> dict[str, Any]:
+    return {
+        "name": plan.name,
+        "theta": list(exponents(plan.design)),
+        "design": design_text(plan.design),
+        "width": plan.width,
+        "steps": plan.steps,
+        "train_flops": float(plan.train_flops),
+    }
+
+
+def _of_prediction(p: Prediction) -> dict[str, Any]:
+    return {
+        **_of_run(p.run),
+        **_of_plan(p.plan),
+        "inference_flops": p.plan.forward_flops_per_token,
+        "params": p.plan.params,
+        # measured of another width
+        "step_seconds": None,
+        "peak_memory": None,
+        "seeds": p.seeds,
+        "loss": p.loss,
+        "confirmed": False,
+    }
+
+
+def _to_predicted_rival(rival: PredictedRival) -> Rival:
+    return Rival(
+        **_of_prediction(rival.prediction),
+        difference=rival.difference,
+        difference_interval=rival.interval,
+    )
+
+
+def _to_predicted_multiplier(found: PredictedMultiplier | None) -> Multiplier | None:
+    if found is None:
+        return None
+    return Multiplier(kind="predicted" if found.reason is None else "undetermined", **asdict(found))

@@ -1,0 +1,156 @@
+"""Lists tasks, recipes and searches, and previews what a search would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from nas.designs.chain import ChainTheta
+from nas.designs.design import Design, parse_design
+from nas.designs.theta import DENSE
+from nas.errors import InvalidInput
+from nas.planning.cost import (
+    MIN_REFERENCES,
+    RunPlan,
+    accepted_budget,
+    admissible,
+    least_budget,
+    minimum_train_flops,
+    plans,
+    references,
+)
+from nas.planning.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
+from nas.planning.request import SearchRequest, Space
+from nas.store import AXES, Search, Store
+from nas.store.records import SearchFailure, SearchState
+
+
+def search_dict(search: Search) -> dict[str, Any]:
+    """A search for users; `runs_total` is None until its dense references are planned."""
+    shown = (
+        "id", "state", "task", "task_fingerprint", "created_at", "started_at", "finished_at",
+        "cancel_requested", "error", "worker", "epoch", "tenant", "priority", "pause_requested",
+        "failures", "failure", "limit_reached", "held_seconds", "stale_writes", "cloned_from",
+    )  # fmt: skip
+    return {
+        **{name: getattr(search, name) for name in shown},
+        "request": search.request.model_dump(),
+        "trial_counts": dict(search.trial_counts),
+        "runs_total": _runs_total(search),
+    }
+
+
+def checked_filters(**given: str | None) -> dict[str, Any]:
+    """Filters of a list of searches: state, failure, tenant; `InvalidInput` for unknown ones."""
+    for name, known in (("state", SearchState), ("failure", SearchFailure)):
+        if given.get(name) is not None and given[name] not in get_args(known):
+            raise InvalidInput(name, given[name], " | ".join(get_args(known)))
+    return given
+
+
+def _runs_total(search: Search) -> int | None:
+    if search.request.confirm is not None:
+        return search.request.trials
+    return search.references + search.request.trials if search.references else None
+
+
+def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What a search would run, without running it: dense references and the range of widths.
+
+    `recipe` is the request's as its data completes it; by default as it is named.
+    """
+    recipe, budget = recipe or request.settings, request.train_flops
+    dense = references(recipe, budget, request.references)
+    shown = {"dense": DENSE, **_examples(request.designs)}
+    return {
+        "request": request.model_dump(),
+        "recipe": recipe.as_dict(),
+        "loss_unit": recipe.loss_unit,
+        "trials": request.trials,
+        "references": [
+            {
+                "width": p.width,
+                "steps": p.steps,
+                "train_flops": p.train_flops,
+                "params": p.params,
+                "forward_flops_per_token": p.forward_flops_per_token,
+            }
+            for p in dense
+        ],
+        "total_runs": request.trials + len(dense),
+        "total_train_flops_at_most": budget * (request.trials + len(dense)),
+        "train_flops_unit": AXES["train_flops"].unit,
+        "minimum_train_flops": least_budget(recipe, request.designs.dearest()),
+        "widths": {
+            name: [[p.width, p.steps] for p in _plans_shown(recipe, design, budget)]
+            for name, design in shown.items()
+        },
+        "widths_unit": "[width of the model, training steps that fill the budget]; of three and "
+        f"more factors at most {_WIDTHS_SHOWN}, evenly spread",
+    }
+
+
+#: Widths of a chain that a preview looks at: each takes milliseconds, and there may be a thousand.
+_WIDTHS_SHOWN = 32
+
+
+def _plans_shown(recipe: Recipe, design: Design, budget: float) -> Sequence[RunPlan]:
+    """The plans of a design, of a chain only some where the recipe has many widths."""
+    widths = recipe.widths
+    if not isinstance(design, ChainTheta) or len(widths) <= _WIDTHS_SHOWN:
+        return plans(recipe, design, budget)
+    ratio = len(widths) ** (1 / (_WIDTHS_SHOWN - 1))
+    spread = sorted({widths[round(ratio**i) - 1] for i in range(_WIDTHS_SHOWN)})
+    found = list(admissible(recipe, design, budget, spread))
+    return [p for p in found if p.steps <= recipe.max_steps] or found[-MIN_REFERENCES:]
+
+
+def _examples(space: Space) -> dict[str, Design]:
+    """Named designs of every family that may be proposed: of mixtures the least and the most."""
+    counts = dict.fromkeys(
+        (f"experts={f(space.experts)},active={f(space.active)}") for f in (min, max)
+    )
+    texts: list[str] = []
+    for family in space.families:
+        if family == "einsum":
+            texts += ["monarch", "low-rank:rho=1/2"] if 2 in space.factors else []
+            texts += [f"btt:cores={n},rho=1/8" for n in space.factors if n > 2]
+        elif family in space.mixtures:
+            texts += [f"{family}:{count}" for count in counts]
+        else:
+            texts.append(family)
+    return {text: parse_design(text) for text in texts}
+
+
+def get_tasks(store: Store) -> list[dict[str, Any]]:
+    """Every task, with its recipes, their budgets and the data that searches here have used."""
+    return [
+        {
+            "name": task,
+            "loss_unit": LOSS_UNITS[task],
+            "recipes": [
+                {
+                    "name": recipe.name,
+                    "settings": recipe.as_dict(),
+                    "loss_unit": recipe.loss_unit,
+                    "accepted_train_flops": accepted_budget(recipe),
+                    "minimum_train_flops": minimum_train_flops(recipe),
+                }
+                for recipe in RECIPES.values()
+                if recipe.task == task
+            ],
+            "minimum_references": MIN_REFERENCES,
+            "default_fingerprint": store.default_fingerprint(task),
+            "fingerprints": [
+                {
+                    "fingerprint": fingerprint,
+                    "searches": searches,
+                    "recipe": newest.settings.name,
+                    "overrides": newest.overrides,
+                    "data": newest.data,
+                }
+                for fingerprint, searches, newest in store.task_fingerprints(task)
+            ],
+        }
+        for task in TASKS
+    ]

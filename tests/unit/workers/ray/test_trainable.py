@@ -1,0 +1,144 @@
+"""What a trial's actor does with its run, without Ray around it."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nas.designs.design import parse_design
+from nas.planning.cost import plan_of_steps
+from nas.planning.recipe import REGRESSION, Recipe
+from nas.tasks import load_data
+from nas.training.checkpoint import Checkpoint
+from nas.training.run import CPU
+from workers.ray.trainable import ProxyTrainable
+
+SMALL = replace(
+    REGRESSION, pool=256, batch=16, validation_samples=32, evaluations=4, warmup_steps=0
+)
+
+
+def actor(
+    folder: Path, recipe: Recipe = SMALL, key: str = "k", design: str = "monarch"
+) -> ProxyTrainable:
+    """An actor that has been given its run."""
+    made = ProxyTrainable.__new__(ProxyTrainable)  # Tune's own set-up wants a cluster
+    data = load_data(recipe)
+    made._data = (data.train, data.validation)
+    made._threads, made._checkpoints, made._execution = 1, folder, CPU
+    made._seconds, made._memory = 3600.0, None
+    plan = plan_of_steps(recipe, parse_design(design), 16, 24)
+    run = {
+        "plan": plan.as_dict(),
+        "recipe": recipe.as_dict(), "seed": 0, "key": key,
+    }  # fmt: skip
+    made.reset_config({"run": json.dumps(run)})
+    assert report(made).keys() == {"begun"}
+    return made
+
+
+def report(made: ProxyTrainable) -> dict[str, Any]:
+    return dict(json.loads(made.step()["report"]))
+
+
+def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
+    """Every report to the end; the seconds left out."""
+    found = [report(made)]
+    while "point" in found[-1]:
+        found[-1]["point"].pop("seconds")
+        found.append(report(made))
+    found[-1].get("ended", {}).pop("cost", None)  # measured: never twice the same
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _save_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "is_due", property(lambda _: True))
+
+
+@pytest.fixture(autouse=True)
+def _no_time_limit_is_left_behind() -> Iterator[None]:
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
+    whole = reports(actor(tmp_path / "one"))
+    assert [list(r) for r in whole] == [["point"]] * 4 + [["ended"]]
+    first = actor(tmp_path / "two")
+    for _ in range(3):
+        report(first)
+    (state,) = (tmp_path / "two").iterdir()
+    assert reports(actor(tmp_path / "two")) == whole
+    assert not state.exists()  # the result is the store's now
+    assert not list((tmp_path / "one").iterdir())
+
+
+def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
+    made = actor(tmp_path)
+    ended: dict[str, Any] = {"point": None}
+    while "point" in ended:
+        ended = report(made)
+    assert ended["ended"]["environment"]["device"] == "cpu"
+    cost = ended["ended"]["cost"]
+    assert cost["seconds_per_step"] > 0
+    assert cost["peak_memory_bytes"] > 0
+
+
+def test_another_run_has_another_checkpoint(tmp_path: Path) -> None:
+    first = actor(tmp_path)
+    for _ in range(3):
+        report(first)
+    (state,) = tmp_path.iterdir()
+    other = actor(tmp_path, key="other")
+    report(other)
+    report(other)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert state.exists()
+
+
+def test_a_failed_run_reports_why_and_leaves_no_state(tmp_path: Path) -> None:
+    made = actor(tmp_path, replace(SMALL, lr=1e30))
+    ended = reports(made)[-1]
+    assert "loss is" in ended["failure"]["reason"]
+    assert ended["failure"]["kind"] == "run"
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_a_state_that_does_not_fit_is_not_used(tmp_path: Path) -> None:
+    first = actor(tmp_path)
+    for _ in range(3):
+        report(first)
+    (state,) = tmp_path.iterdir()
+    content = torch.load(state, weights_only=True)
+    content["model"].pop("head.weight")
+    torch.save(content, state)
+    assert reports(actor(tmp_path)) == reports(actor(tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("design", ["btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=1"])
+def test_a_mixture_ends_with_the_statistics_of_its_routers(tmp_path: Path, design: str) -> None:
+    *_, last = reports(actor(tmp_path, design=design))
+    router = last["ended"]["environment"]["router"]
+    assert (router["dropped"], router["gates"]) == (0, 6 if "btt" in design else 3)
+    assert router["assignments"] > 0
+    assert 1 <= router["mean_max_load"] <= router["max_load"] <= 4
+    assert 0 <= router["load_entropy"] <= math.log(4) + 1e-6
+    json.dumps(router, allow_nan=False)
+
+
+def test_a_mixture_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    design = "btt-moe:experts=4,active=2"
+    whole = reports(actor(tmp_path / "one", design=design))
+    first = actor(tmp_path / "two", design=design)
+    for _ in range(3):
+        report(first)
+    assert reports(actor(tmp_path / "two", design=design)) == whole

@@ -1,0 +1,100 @@
+"""Prometheus metrics of a worker; `api.routes.metrics` has those of the service."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+from nas.errors import InvalidInput
+
+#: Metrics of this process, which is one worker.
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+PlatformCollector(registry=REGISTRY)
+
+_BUILD = Gauge(
+    "einsum_nas_build_info", "Version of einsum-nas", ["version"], registry=REGISTRY
+)  # fmt: skip
+_BUILD.labels(version("einsum-nas")).set(1)
+
+#: outcome: claimed | nothing | unavailable
+CLAIMS = Counter(
+    "einsum_nas_worker_claims_total", "Attempts to claim a search, by outcome", ["outcome"],
+    registry=REGISTRY,
+)  # fmt: skip
+#: state: complete | stopped | failed
+TRIALS = Counter(
+    "einsum_nas_worker_trials_total", "Trials that ended on this worker, by state", ["state"],
+    registry=REGISTRY,
+)  # fmt: skip
+TRIAL_SECONDS = Histogram(
+    "einsum_nas_worker_trial_seconds", "Wall-clock seconds from start to end of a trial",
+    buckets=(1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400), registry=REGISTRY,
+)  # fmt: skip
+STALE_WRITES = Counter(
+    "einsum_nas_worker_stale_writes_total",
+    "Writes refused because another worker had claimed the search", registry=REGISTRY,
+)  # fmt: skip
+#: outcome: renewed | lost | unavailable
+RENEWALS = Counter(
+    "einsum_nas_worker_lease_renewals_total", "Attempts to renew a lease, by outcome", ["outcome"],
+    registry=REGISTRY,
+)  # fmt: skip
+RAY_RECONNECTS = Counter(
+    "einsum_nas_worker_ray_reconnects_total", "Reconnections to the Ray cluster",
+    registry=REGISTRY,
+)  # fmt: skip
+_SINCE_RENEWAL = Gauge(
+    "einsum_nas_worker_seconds_since_lease_renewal",
+    "Seconds since the lease was last renewed; 0 while none is held", registry=REGISTRY,
+)  # fmt: skip
+_renewed_at: float | None = None
+_SINCE_RENEWAL.set_function(
+    lambda: 0.0 if _renewed_at is None else time.monotonic() - _renewed_at
+)  # fmt: skip
+
+# create every series at once: a rate over one that appears later would miss its first event
+for _outcome in ("claimed", "nothing", "unavailable"):
+    CLAIMS.labels(_outcome)
+for _outcome in ("renewed", "lost", "unavailable"):
+    RENEWALS.labels(_outcome)
+for _state in ("complete", "stopped", "failed"):
+    TRIALS.labels(_state)
+
+
+def lease_renewed() -> None:
+    """Record that a lease has just been taken or renewed."""
+    global _renewed_at
+    _renewed_at = time.monotonic()
+
+
+def lease_ended() -> None:
+    """Record that no lease is held any more."""
+    global _renewed_at
+    _renewed_at = None
+
+
+def serve(port: int, host: str) -> int:
+    """Serve `/metrics` in a thread until the process ends; return the port.
+
+    Raises
+    ------
+    InvalidInput
+        The process cannot listen on the address or the port.
+    """
+    try:
+        server, _ = start_http_server(port, host, REGISTRY)
+    except OSError as error:
+        accepted = f"a free port of an address of this machine ({error.strerror})"
+        raise InvalidInput("EINSUM_NAS_METRICS_PORT", f"{host}:{port}", accepted) from None
+    return int(server.server_port)

@@ -1,0 +1,193 @@
+"""The Ray Tune trainable: a proxy run, one evaluation a step, in a reused actor."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import logging
+import os
+import resource
+import socket
+from collections.abc import Generator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from nas.errors import RunFailed
+from nas.planning.cost import RunPlan
+from nas.planning.recipe import Recipe
+from nas.tasks.data import Arrays
+from nas.training.checkpoint import Checkpoint
+from nas.training.metering import CostMeter
+from nas.training.run import Execution, Point, execution_plans, train
+from workers.ray.cluster import taken
+
+_log = logging.getLogger(__name__)
+
+
+class ProxyTrainable(tune.Trainable):
+    """Runs the plan in its config; reports a point at each evaluation, then its environment
+    and what its steps cost.
+
+    What it reports is under the one key `report` as JSON text, because Tune flattens nested
+    results: {"begun": …}, {"point": …}, {"ended": …} or, for the run's own errors,
+    {"failure": …}.  Only what a fresh process may cure (memory) is raised, so that Ray starts
+    the trial anew.
+    """
+
+    _points: Generator[Point, None, dict[str, Any] | None]
+    #: execution plan of each structure, by fingerprint; stored with the trial
+    _plans: dict[str, str]
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        data: Any,
+        threads: int,
+        checkpoints: str,
+        seconds: float,
+        memory: int | None = None,
+    ) -> None:
+        """Prepare a process for one trial after another.
+
+        Parameters
+        ----------
+        data
+            Owner of training and validation data; see `workers.ray.cluster.Shared`.
+        checkpoints
+            Folder of the runs' own checkpoints, on the node.
+        seconds
+            After so many of an attempt the process ends, whatever it is doing.
+        memory
+            Bytes that a trial may add to the process; None for any number.
+        """
+        self._data: tuple[Arrays, Arrays] = tuple(taken(data))
+        self._threads, self._checkpoints = threads, Path(checkpoints)
+        self._seconds, self._memory = seconds, memory
+        torch.set_num_threads(threads)
+        gpu = ray.get_gpu_ids() and torch.cuda.is_available()
+        self._execution = Execution.on("cuda" if gpu else "cpu")
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        run = json.loads(config["run"])
+        self._waiting = [_begun(), *([_failed(**run["failure"])] if "failure" in run else [])]
+        self._start_clock()
+        limit_memory(self._memory)
+        plan = RunPlan.from_dict(run["plan"])
+        recipe = Recipe(**run["recipe"])
+        self._plans = execution_plans(plan, recipe, self._execution)
+        self._checkpoint = self._checkpoint_of(run["key"])
+        self._meter = CostMeter(self._execution.device)
+        self._points = train(
+            plan, recipe, *self._data, run["seed"], self._execution, self._plans,
+            self._checkpoint, self._meter,
+        )  # fmt: skip
+
+    def _checkpoint_of(self, run_key: str) -> Checkpoint:
+        """One file for each run and way of computing it, so that a curve never mixes two."""
+        versions = [version("einsum-nas"), torch.__version__]
+        how = [run_key, asdict(self._execution), self._threads, self._plans, versions]
+        key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+        return Checkpoint(self._checkpoints / f"{key}.pt", key)
+
+    def step(self) -> dict[str, Any]:
+        if self._waiting:
+            self._start_clock()  # anew, for the driver's begins with what is told now
+            return self._waiting.pop(0)
+        result = self._advance()
+        if result["done"]:
+            faulthandler.cancel_dump_traceback_later()
+        return result
+
+    def _start_clock(self) -> None:
+        """End this process after the time of an attempt.
+
+        By a thread of the interpreter's own, which no endless loop can hold up; it says on stderr
+        where the process stood.
+        """
+        faulthandler.dump_traceback_later(self._seconds, exit=True)
+
+    def cleanup(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def _advance(self) -> dict[str, Any]:
+        try:
+            point = next(self._points)
+        except StopIteration as end:
+            self._checkpoint.remove()
+            environment = self._environment() | ({"router": end.value} if end.value else {})
+            ended = {"environment": environment, "cost": self._meter.result().as_dict()}
+            return _report("ended", ended, done=True)
+        except RunFailed as error:
+            self._checkpoint.remove()
+            return _failed(str(error))
+        except Exception as error:
+            if _out_of_memory(error):
+                raise
+            self._checkpoint.remove()
+            _log.exception("the run failed")
+            return _failed(f"{type(error).__name__}: {error}")
+        return _report("point", asdict(point), done=False)
+
+    def _environment(self) -> dict[str, Any]:
+        cuda = self._execution.device == "cuda"
+        return {
+            **asdict(self._execution),
+            "device_name": torch.cuda.get_device_name() if cuda else "",
+            "threads": self._threads,
+            "execution_plans": self._plans,
+            "torch": torch.__version__,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: a run keeps its own state, see `nas.training.checkpoint`."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing; see `save_checkpoint`."""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's allocator for the CPU raises a plain RuntimeError
+    signs = ("not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def limit_memory(allowance: int | None) -> None:
+    """Let this process take so many bytes more than it has now; None lifts the limit.
+
+    Counted is what it allocates on the host (RLIMIT_DATA): not shared memory, where Ray keeps the
+    data, and not the memory of a GPU.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = most
+    if allowance is not None:
+        status = Path("/proc/self/status").read_text()
+        held = int(status.split("VmData:")[1].split()[0]) * 1024
+        soft = held + allowance if most == resource.RLIM_INFINITY else min(held + allowance, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
+
+
+def _begun() -> dict[str, Any]:
+    return _report("begun", f"{socket.gethostname()}:{os.getpid()}", done=False)
+
+
+def _failed(reason: str, kind: str = "run") -> dict[str, Any]:
+    return _report("failure", {"reason": reason, "kind": kind}, done=True)
+
+
+def _report(kind: str, content: Any, *, done: bool) -> dict[str, Any]:
+    return {"report": json.dumps({kind: content}, allow_nan=False), "done": done}
