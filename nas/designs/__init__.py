@@ -1,0 +1,13 @@
+"""Designs: how structured linear layers are built, as integers.  Needs no torch.
+
+A family is one file of integers here, one file in `nas.layers` for its layer, and one line below.
+"""
+
+from nas.designs import aligned, chain_structure, convolution, einsum, mixture
+from nas.designs.design import register
+
+register(aligned.FAMILY)
+register(einsum.FAMILY)
+register(chain_structure.FAMILY)
+register(mixture.FAMILY)
+register(convolution.FAMILY)
