@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -14,9 +13,18 @@ from pydantic.config import JsonDict
 from nas.designs.design import Design, parse_design
 from nas.designs.mixture import Mixture
 from nas.designs.theta import DENSE, Theta
-from nas.errors import InvalidInput, echo
+from nas.errors import InvalidInput
+from nas.planning.accepted import refusal
 from nas.planning.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
-from nas.planning.recipe import RECIPES, TASKS, Recipe, recipe_of
+from nas.planning.recipe import (
+    RECIPES,
+    SETTINGS,
+    TASKS,
+    ImageRecipe,
+    Recipe,
+    TextRecipe,
+    recipe_of,
+)
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
 Family = Literal[
@@ -33,8 +41,6 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
 MAX_CONFIRM_SEEDS = 64
-#: Smallest vocabulary of a byte-pair tokenizer; only text that is tokenised already may have less.
-_BYTES = 256
 MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
 #: Longest limit of time, three years: an operating system's clock must be able to hold it.
@@ -209,7 +215,7 @@ class SearchRequest(BaseModel):
         None,
         description="Settings of the recipe to change, by name.",
         examples=[{"depth": 6}],
-        json_schema_extra={"propertyNames": {"enum": [f.name for f in fields(Recipe)]}},
+        json_schema_extra={"propertyNames": {"enum": list(SETTINGS)}},
     )
     train_flops: float = Field(
         # the accepted range depends on the recipe; check_budget raises an error that says it
@@ -294,7 +300,7 @@ class SearchRequest(BaseModel):
         try:
             request = cls(**{str(k): v for k, v in values.items()})
         except ValidationError as error:
-            raise _explain(error) from None
+            raise refusal(cls, error, _ACCEPTED) from None
         request._check_ranges()
         return request._plain()
 
@@ -324,11 +330,10 @@ class SearchRequest(BaseModel):
             raise InvalidInput("space.heads", list(self.designs.heads), accepted)
         if self.data is not None and (not self.data or not _clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
-        if self.data is None:
+        if self.data is None and isinstance(recipe, ImageRecipe):
             recipe.check_default_data()
-        if self.data is None and recipe.tokenizer == "bpe" and recipe.vocabulary < _BYTES:
-            accepted = f"at least {_BYTES}, the bytes, with tokenizer=bpe"
-            raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
+        if self.data is None and isinstance(recipe, TextRecipe):
+            recipe.check_bytes()
         self.check_budget(recipe)
         self._check_confirm(recipe)
         self._check_limits()
@@ -352,61 +357,21 @@ class SearchRequest(BaseModel):
             raise InvalidInput("trials", self.trials, "runs × seeds of `confirm`")
         for seed in self.confirm.seeds:
             if not 0 <= seed <= MAX_SEED:
-                raise InvalidInput("confirm", seed, _ACCEPTED["seed"])
+                raise InvalidInput("confirm", seed, f"a whole number from 0 to {MAX_SEED}")
         for run in self.confirm.runs:
             _ = run.as_design
             if run.width not in recipe.widths:
                 raise InvalidInput("confirm", run.width, f"a width of recipe {recipe.name}")
 
 
+#: What fields accept whose schemas do not say it.
 _ACCEPTED = {
-    "space": "an object of lists: families, factors, experts, active, heads",
-    "limits": "an object of numbers above 0: trial_seconds, seconds, total_train_flops",
-    "priority": f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
-    "confirm": "null, or the value that POST /v1/searches/{id}/confirm sets",
-    "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
-    "recipe": " | ".join(RECIPES),
     "overrides": "an object of settings of the recipe and their values",
-    "train_flops": "a finite number of train FLOPs",
-    "trials": f"a whole number from 1 to {MAX_TRIALS}",
-    "objective": " | ".join(OBJECTIVES),
-    "sampler": " | ".join(SAMPLERS),
-    "seed": f"a whole number from 0 to {MAX_SEED}",
-    "references": f"a whole number from {MIN_REFERENCES} to {MAX_REFERENCES}",
-}
-
-
-_ACCEPTED_OF_SPACE = {
-    "families": " | ".join(FAMILIES),
-    "factors": f"different whole numbers from 2 to {MAX_FACTORS}",
-    "experts": "different whole numbers from 2 to 1024",
-    "active": "different whole numbers from 1 to the number of experts",
-    "heads": "free | aligned",
+    "confirm": "null, or the value that POST /v1/searches/{id}/confirm sets",
 }
 
 
 def _clean_text(text: str) -> bool:
     """Whether databases and file systems accept the text: no NUL, no lone surrogate."""
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
-
-
-def _explain(error: ValidationError) -> InvalidInput:
-    first = error.errors(include_url=False, include_context=False)[0]
-    field = echo(str(first["loc"][0])) if first["loc"] else "body"
-    if first["type"] == "missing":
-        return InvalidInput(field, "nothing", _ACCEPTED[field])
-    if field == "limits" and len(first["loc"]) > 1:
-        own = echo(str(first["loc"][1]))
-        names = ", ".join(Limits.model_fields)
-        most = f", at most {MAX_SECONDS:g}" if own.endswith("seconds") else ""
-        known = own in Limits.model_fields
-        accepted = f"a number above 0{most}" if known else f"only the fields {names}"
-        return InvalidInput(f"limits.{own}", first["input"], accepted)
-    if field == "space" and len(first["loc"]) > 1:
-        own = echo(str(first["loc"][1]))
-        accepted = _ACCEPTED_OF_SPACE.get(own, f"only the fields {', '.join(_ACCEPTED_OF_SPACE)}")
-        return InvalidInput(f"space.{own}", first["input"], accepted)
-    if field not in _ACCEPTED:
-        return InvalidInput(field, first["input"], f"only the fields {', '.join(_ACCEPTED)}")
-    return InvalidInput(field, first["input"], _ACCEPTED[field])
