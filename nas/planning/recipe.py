@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -189,19 +189,6 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, with every setting of `SETTINGS`; `stored_recipe` reads them."""
         return dict.fromkeys(f.name for f in fields(Recipe)) | _OF_SOME | asdict(self)
-
-    def changed(self, **settings: Any) -> Self:
-        """The recipe with some of its settings set anew; numbers may be given as text.
-
-        Raises
-        ------
-        InvalidInput
-            A value that the setting cannot have.
-        """
-        try:
-            return replace(self, **settings)
-        except ValidationError as error:
-            raise refusal(type(self), error) from None
 
     def learning_rate_factor(self, step: int, steps: int) -> float:
         """Learning rate of step 1 … `steps` of a run over its peak."""
@@ -386,6 +373,7 @@ class VitRecipe(ClassesRecipe):
 
 #: Every setting of any recipe, in the order of `Recipe.as_dict`.
 SETTINGS = (*(f.name for f in fields(Recipe)), *_OF_SOME)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 _STORED: TypeAdapter[Recipe] = TypeAdapter(
     Annotated[
         TextRecipe | RegressionRecipe | PixelsRecipe
@@ -400,7 +388,7 @@ def stored_recipe(values: Mapping[str, Any]) -> Recipe:
     return _STORED.validate_python(values)
 
 
-def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+def with_overrides(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe:
     """The recipe with some of its fields set anew; numbers may be given as text.
 
     Raises
@@ -416,7 +404,10 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
         if name not in free:
             accepted = f"settings of recipe {recipe.name}: {', '.join(free)}"
             raise InvalidInput("overrides", name, accepted)
-    return recipe.changed(**overrides)
+    try:
+        return replace(recipe, **overrides)
+    except ValidationError as error:
+        raise refusal(type(recipe), error) from None
 
 
 _TRANSFORMER: dict[str, Any] = {

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
+import pickle
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +16,13 @@ from nas.planning.recipe import (
     RECIPES,
     REGRESSION,
     REGRESSION_PAPER,
+    SETTINGS,
     TASKS,
     TEXT,
     TEXT_PAPER,
     Recipe,
     recipe_of,
+    stored_recipe,
     with_overrides,
 )
 
@@ -54,7 +59,10 @@ def test_every_recipe_is_whole(recipe: Recipe) -> None:
     assert recipe.outputs >= 1
     assert (recipe.features > 0) != recipe.is_token_model
     assert len(recipe.widths) >= 3
-    assert Recipe(**recipe.as_dict()) == recipe
+    assert list(recipe.as_dict()) == list(SETTINGS)
+    assert stored_recipe(recipe.as_dict()) == recipe
+    assert stored_recipe(json.loads(json.dumps(asdict(recipe)))) == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_the_first_recipe_of_a_task_is_its_default() -> None:
@@ -92,7 +100,7 @@ def test_overrides_take_numbers_as_text() -> None:
         ({"depth": 2.5}, "depth"), ({"depth": True}, "depth"), ({"depth": 0}, "depth"),
         ({"depth": 10**6}, "depth"), ({"depth": "1" * 5000}, "depth"), ({"depth": None}, "depth"),
         ({"schedule": "linear"}, "schedule"), ({"normalize": "maybe"}, "normalize"),
-        ({"input_dim": 0}, "context, vocabulary"), ({"head_dim": 7}, "min_width"),
+        ({"input_dim": 0}, "input_dim"), ({"head_dim": 7}, "min_width"),
         ({"head_dim": 1, "min_width": 1}, "min_width"), ({"max_width": 8}, "min_width"),
         ({"max_width": 24}, "min_width"), ({"context": 64}, "overrides"),
         ({"augmentation": "crop"}, "overrides"), ({"min_steps": 10}, "min_steps"),
