@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from nas.errors import InvalidInput, echo
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @cache
@@ -39,14 +41,12 @@ def in_words(schema: Mapping[str, Any]) -> str:
     >>> in_words({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]})
     'a finite number above 0'
     """
-    if "enum" in schema:
-        return " | ".join(str(value) for value in schema["enum"] if value is not None)
     schema = _unless_null(schema)
     if "enum" in schema:
-        return in_words(schema)
+        return " | ".join(str(value) for value in schema["enum"] if value is not None)
     kind = schema.get("type")
     if kind in ("integer", "number"):
-        return _numbers("a whole number" if kind == "integer" else "a finite number", schema)
+        return ("a whole number" if kind == "integer" else "a finite number") + _bounds(schema)
     if kind == "array":
         return f"a list of different values, each {in_words(schema['items'])}"
     if kind == "object":
@@ -56,17 +56,15 @@ def in_words(schema: Mapping[str, Any]) -> str:
 
 def _unless_null(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema of what is there, where null says that nothing is."""
-    return next((s for s in schema.get("anyOf", ()) if s.get("type") != "null"), schema)
+    there = next((s for s in schema.get("anyOf", ()) if s.get("type") != "null"), {})
+    return {**there, **schema}
 
 
-def _numbers(noun: str, schema: Mapping[str, Any]) -> str:
-    def bound(name: str, before: str) -> str:
-        value = schema.get(name)
-        shown = str(value) if isinstance(value, int) else f"{value or 0:.12g}"
-        return "" if value is None else before + shown
-
-    above, at_least = bound("exclusiveMinimum", " above "), bound("minimum", " from ")
-    return noun + (at_least or above) + bound("maximum", " to " if at_least else ", at most ")
+def _bounds(schema: Mapping[str, Any]) -> str:
+    words = ((" from ", "minimum"), (" above ", "exclusiveMinimum"), (" to ", "maximum"))
+    found = [(word, schema[name]) for word, name in words if name in schema]
+    text = "".join(w + (str(n) if isinstance(n, int) else f"{n:.12g}") for w, n in found)
+    return text if " from " in text else text.replace(" to ", ", at most ")
 
 
 def refusal(
@@ -86,17 +84,25 @@ def refusal(
     schema: Mapping[str, Any] = schema_of(kind)
     accepted = in_words(schema)
     for name in first["loc"]:
-        if path not in texts and "items" in schema and isinstance(name, int):
-            schema = schema["items"]
-            accepted = in_words(schema)
-            continue
-        if path in texts or "properties" not in schema:
+        fields = schema.get("properties", {})
+        if path in texts or not (fields or "items" in schema):
             break
-        path += f".{echo(str(name))}" if path else echo(str(name))
-        if name not in schema["properties"]:
-            accepted = f"only the fields {', '.join(schema['properties'])}"
+        if fields:
+            path += f".{echo(str(name))}" if path else echo(str(name))
+        if fields and name not in fields:
+            accepted = f"only the fields {', '.join(fields)}"
             break
-        schema = schema["properties"][name]
-        accepted, schema = in_words(schema), _unless_null(schema)
+        schema = _unless_null(fields[name] if fields else schema["items"])
+        accepted = in_words(schema)
     given = "nothing" if first["type"] == "missing" else first["input"]
     return InvalidInput(path or "body", given, texts.get(path, accepted))
+
+
+def validated(kind: type[Model], values: Any, texts: Mapping[str, str] | None = None) -> Model:
+    """A model of plain values; `InvalidInput` for the first bad one, as of `refusal`."""
+    if not isinstance(values, dict):
+        raise InvalidInput("body", values, in_words(schema_of(kind)))
+    try:
+        return kind(**{str(name): value for name, value in values.items()})
+    except ValidationError as error:
+        raise refusal(kind, error, texts) from None

@@ -136,7 +136,7 @@ class Recipe:
     @property
     def is_token_model(self) -> bool:
         """Whether the model reads token ids and predicts one at each position."""
-        return self.embedded_tokens > 0
+        return self.model in ("gpt", "pixels")
 
     @property
     def attends(self) -> bool:
@@ -156,7 +156,7 @@ class Recipe:
     @property
     def embedded_tokens(self) -> int:
         """Distinct token ids that enter; 0 where numbers do."""
-        return 0
+        return self.outputs if self.is_token_model else 0
 
     @property
     def outputs(self) -> int:
@@ -219,10 +219,6 @@ class TextRecipe(Recipe):
     @property
     def tokens(self) -> int:
         return self.context
-
-    @property
-    def embedded_tokens(self) -> int:
-        return self.vocabulary
 
     @property
     def outputs(self) -> int:
@@ -484,8 +480,9 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def recipe_of(task: str, name: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> Recipe:  # fmt: skip
+def recipe_of(
+    task: str, name: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
     """The recipe of a task: by name, by default its first, with some settings set anew.
 
     Raises

@@ -7,14 +7,14 @@ import json
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from nas.designs.design import Design, parse_design
 from nas.designs.mixture import Mixture
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
-from nas.planning.accepted import refusal
+from nas.planning.accepted import validated
 from nas.planning.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
 from nas.planning.recipe import (
     RECIPES,
@@ -27,9 +27,7 @@ from nas.planning.recipe import (
 )
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
-Family = Literal[
-    "einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"
-]  # fmt: skip
+Family = Literal["einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"]
 Heads = Literal["free", "aligned"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 MIXTURES: tuple[str, ...] = tuple(f for f in FAMILIES if f.endswith("-moe"))
@@ -45,7 +43,6 @@ MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
 #: Longest limit of time, three years: an operating system's clock must be able to hold it.
 MAX_SECONDS = 1e8
-_EACH_ONCE: JsonDict = {"uniqueItems": True}
 
 
 def _as_whole(given: Any) -> Any:
@@ -82,11 +79,21 @@ class Confirm(BaseModel):
 
     search: str = Field(max_length=64, description="The search whose runs are confirmed.")
     runs: tuple[ConfirmedRun, ...] = Field(min_length=1, max_length=MAX_TRIALS)
-    seeds: tuple[int, ...] = Field(min_length=1, max_length=MAX_CONFIRM_SEEDS)
+    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...] = Field(
+        min_length=1, max_length=MAX_CONFIRM_SEEDS
+    )
     longer: float = Field(1.0, ge=1, description="Steps relative to those of the confirmed run.")
     top: int = Field(ge=1, description="Number of candidates that was requested.")
     spread: bool = Field(
         False, description="Whether they were taken from the whole ranking, not from its top."
+    )
+
+
+def _choices(default: tuple[Any, ...], most: int, description: str) -> Any:
+    """A field of one to `most` different values."""
+    once: JsonDict = {"uniqueItems": True}
+    return Field(
+        default, min_length=1, max_length=most, description=description, json_schema_extra=once
     )
 
 
@@ -95,41 +102,21 @@ class Space(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    families: tuple[Family, ...] = Field(
-        ("einsum",),
-        min_length=1,
-        max_length=len(FAMILIES),
-        description=" | ".join(FAMILIES),
-        json_schema_extra=_EACH_ONCE,
+    families: tuple[Family, ...] = _choices(("einsum",), len(FAMILIES), " | ".join(FAMILIES))
+    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True), WHOLE], ...] = _choices(
+        (2,), MAX_FACTORS, "Factors of family einsum."
     )
-    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True), WHOLE], ...] = Field(
-        (2,),
-        min_length=1,
-        max_length=MAX_FACTORS,
-        description="Factors of family einsum.",
-        json_schema_extra=_EACH_ONCE,
+    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True), WHOLE], ...] = _choices(
+        (8,), 16, "Experts of the mixtures."
     )
-    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True), WHOLE], ...] = Field(
-        (8,),
-        min_length=1,
-        max_length=16,
-        description="Experts of the mixtures.",
-        json_schema_extra=_EACH_ONCE,
+    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True), WHOLE], ...] = _choices(
+        (2,), 16, "Experts that process each token."
     )
-    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True), WHOLE], ...] = Field(
-        (2,),
-        min_length=1,
-        max_length=16,
-        description="Experts that process each token.",
-        json_schema_extra=_EACH_ONCE,
-    )
-    heads: tuple[Heads, ...] = Field(
+    heads: tuple[Heads, ...] = _choices(
         ("free",),
-        min_length=1,
-        max_length=2,
-        description="Whether attention heads coincide with blocks of the projections: free | "
-        "aligned. Applies to two factors, btt-moe and low-rank-moe; other designs are free.",
-        json_schema_extra=_EACH_ONCE,
+        2,
+        "Whether attention heads coincide with blocks of the projections: free | aligned. Applies "
+        "to two factors, btt-moe and low-rank-moe; other designs are free.",
     )
 
     @property
@@ -237,10 +224,10 @@ class SearchRequest(BaseModel):
         0, description="Seed of proposals and of every run."
     )
     references: Annotated[int, Field(ge=MIN_REFERENCES, le=MAX_REFERENCES), WHOLE] = Field(
-        5, 
+        5,
         description="Dense runs at distinct widths, besides the trials; fewer only if the "
-        "budget admits fewer widths."
-    )  # fmt: skip
+        "budget admits fewer widths.",
+    )
 
     space: Space | None = Field(
         None,
@@ -295,12 +282,7 @@ class SearchRequest(BaseModel):
         InvalidInput
             Names the field, repeats the value and says what is accepted.
         """
-        if not isinstance(values, dict):
-            raise InvalidInput("body", values, "a JSON object with the fields of a search")
-        try:
-            request = cls(**{str(k): v for k, v in values.items()})
-        except ValidationError as error:
-            raise refusal(cls, error, _ACCEPTED) from None
+        request = validated(cls, values, _ACCEPTED)
         request._check_ranges()
         return request._plain()
 
@@ -355,9 +337,6 @@ class SearchRequest(BaseModel):
             return
         if self.trials != len(self.confirm.runs) * len(self.confirm.seeds):
             raise InvalidInput("trials", self.trials, "runs × seeds of `confirm`")
-        for seed in self.confirm.seeds:
-            if not 0 <= seed <= MAX_SEED:
-                raise InvalidInput("confirm", seed, f"a whole number from 0 to {MAX_SEED}")
         for run in self.confirm.runs:
             _ = run.as_design
             if run.width not in recipe.widths:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput
-from nas.planning.accepted import refusal
+from nas.planning.accepted import validated
 from nas.planning.cost import MAX_TRAIN_FLOPS
 from nas.planning.request import (
     MAX_CONFIRM_SEEDS,
@@ -51,12 +51,7 @@ class ConfirmRequest(BaseModel):
     @classmethod
     def checked(cls, values: Any) -> ConfirmRequest:
         """Validate plain values; `InvalidInput` names the first bad field."""
-        if not isinstance(values, dict):
-            raise InvalidInput("body", values, "a JSON object with top, seeds, longer, spread")
-        try:
-            return cls(**{str(k): v for k, v in values.items()})
-        except ValidationError as error:
-            raise refusal(cls, error) from None
+        return validated(cls, values)
 
 
 def create_confirmation(

@@ -151,12 +151,10 @@ def load_text(
 
     Parameters
     ----------
-    shown
-        What errors call the data; by default its path.
-    root
-        See `load_data`.
     learns
         False to look only: where tokens would be learnt, which takes minutes, there are none then.
+    others
+        As of `load_data`.
 
     Raises
     ------
@@ -165,16 +163,12 @@ def load_text(
         or too little of it is usable; or it does not have the recipe's vocabulary.
     """
     utf8 = recipe.tokenizer == "bpe" and data is not None
-    made_of = (
-        "UTF-8 without NUL, or a .npy array of tokens" if utf8 else ("printable ASCII and newline")
-    )
-    reading = _Reading(
-        shown or ("the default corpus" if data is None else str(data)),
-        f"a text file or a folder of text files made of {made_of}",
-        recipe,
-        utf8,
-        learns,
-    )
+    made_of = "printable ASCII and newline"
+    if utf8:
+        made_of = "UTF-8 without NUL, or a .npy array of tokens"
+    name = shown or ("the default corpus" if data is None else str(data))
+    accepted = f"a text file or a folder of text files made of {made_of}"
+    reading = _Reading(name, accepted, recipe, utf8, learns)
     path = default_folder() if data is None else data
     if data is not None and root is None and str(data).startswith(HUB_PREFIX):
         from nas.tasks.hub import local_text
@@ -429,6 +423,7 @@ def _characters(spans: Iterable[_Span]) -> NDArray[np.uint8]:
 def _encoded(
     recipe: TextRecipe, splits: tuple[list[_Span], list[_Span]]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    recipe.check_bytes()
     every = math.ceil(_size(splits[0]) / COUNTED_CHARACTERS)
     pieces = (p for i, p in enumerate(_pieces(splits[0])) if i % every == 0)
     tokenizer = learn_tokens((str(text[a:b], "utf-8") for text, a, b in pieces), recipe.vocabulary)
@@ -465,10 +460,8 @@ def learn_tokens(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     Raises
     ------
     InvalidInput
-        A vocabulary that is too small for bytes, or larger than the texts yield.
+        A vocabulary that is larger than the texts yield.
     """
-    if vocabulary < 256:
-        raise InvalidInput("vocabulary", vocabulary, "at least 256, the bytes, with tokenizer=bpe")
     # threads of ours, which end, encode batches instead: the library's stay and do not survive a
     # fork, of which it warns whoever forks later
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

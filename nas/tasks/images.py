@@ -159,12 +159,7 @@ def load_images(
     validation images that equal a training image, and those beyond `recipe.validation_samples`,
     are left out and counted.
 
-    Parameters
-    ----------
-    shown
-        What errors call the data; by default its path.
-    root
-        See `load_data`.
+    Parameters are as of `load_data`.
 
     Raises
     ------
