@@ -56,7 +56,9 @@ def in_words(schema: Mapping[str, Any]) -> str:
 
 def _unless_null(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema of what is there, where null says that nothing is."""
-    there = next((s for s in schema.get("anyOf", ()) if s.get("type") != "null"), {})
+    there: Mapping[str, Any] = next(
+        (s for s in schema.get("anyOf", ()) if s.get("type") != "null"), {}
+    )
     return {**there, **schema}
 
 

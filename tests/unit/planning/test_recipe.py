@@ -8,10 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from nas.errors import InvalidInput
 from nas.planning.recipe import (
     IMAGES_PAPER,
+    IMAGES_VIT,
     PIXELS_PAPER,
     RECIPES,
     REGRESSION,
@@ -113,6 +115,17 @@ def test_bad_overrides_are_named(overrides: dict[str, Any], field: str) -> None:
         with_overrides(REGRESSION, overrides)
     assert caught.value.field.startswith(field)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("patch", "says"), [(0, "a whole number from 1"), (3, "a divisor")])
+def test_patches_fill_an_image(patch: int, says: str) -> None:
+    with pytest.raises(InvalidInput, match=f"patch: got {patch}; accepted: {says}"):
+        with_overrides(IMAGES_VIT, {"patch": patch})
+
+
+def test_a_stored_recipe_of_no_task_is_refused() -> None:
+    with pytest.raises(ValidationError, match="task"):
+        stored_recipe({**TEXT.as_dict(), "task": "video"})
 
 
 def test_text_of_characters_has_96() -> None:
