@@ -50,7 +50,7 @@ _UNLESS = {
 #: Where one of them gets nothing that a user gave.
 _ALLOWED = {
     ("nas/study/runs.py", "multiprocessing"),  # our own values, to our own processes
-    ("nas/__init__.py", "importlib.import_module"),  # modules that it names itself
+    ("nas/__init__.py", "importlib.import_module"),  # of modules that are named there
 }
 _SHELLS = {"run", "Popen", "call", "check_call", "check_output", "getoutput"}
 
