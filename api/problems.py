@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -25,8 +25,7 @@ from nas.errors import (
     StoreUnavailable,
     echo,
 )
-from nas.store import AXES
-from nas.store.records import SearchFailure, SearchState
+from nas.planning.accepted import in_words
 from nas.store.troubles import DatabaseTrouble
 
 _log = logging.getLogger(__name__)
@@ -54,26 +53,16 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "parts": {"type": "object", "description": "the result of every readiness check"},
     },
 }
+#: What parameters accept whose schemas do not say it in words that suit a client.
 _PARAMETER_ACCEPTS = {
-    "d_in": "a whole number from 1 to 16777216",
-    "d_out": "a whole number from 1 to 16777216",
-    **dict.fromkeys(
-        ("train_flops", "inference_flops", "params", "step_seconds", "peak_memory"),
-        "a finite number above 0",
-    ),
-    "x": " | ".join(AXES),
     "search_id": "the id of a search",
     "search": "the id of a search",
     "task": "the name of a task, or name@fingerprint",
-    "state": " | ".join(get_args(SearchState)),
-    "failure": " | ".join(get_args(SearchFailure)),
     "tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
     "x-tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
     "idempotency-key": "1 to 255 visible ASCII characters, without spaces",
     "last-event-id": "the id of an event",
-    "limit": "a whole number from 1 to 500",
     "cursor": "the `next` of an earlier page",
-    "trial_id": "a whole number",
     "theta": "exponents or a name; see the documentation",
 }
 
@@ -157,8 +146,16 @@ def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     # a location is (where, name, …); the rest names the types that were tried
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
     given = "nothing" if first["type"] == "missing" else echo(first.get("input"))
-    accepted = _PARAMETER_ACCEPTS.get(field.lower(), str(first["msg"]))
+    accepted = _PARAMETER_ACCEPTS.get(field.lower()) or _in_words(request, field) or first["msg"]
     return _invalid(request, InvalidInput(field, given, accepted))
+
+
+def _in_words(request: Request, field: str) -> str | None:
+    """What a parameter accepts, by the route's schema of it."""
+    paths: dict[str, Any] = request.app.openapi()["paths"]
+    operation = paths.get(route_of(request.scope), {}).get(request.method.lower(), {})
+    schemas = {p["name"].lower(): p["schema"] for p in operation.get("parameters", ())}
+    return in_words(schemas[field.lower()]) if field.lower() in schemas else None
 
 
 def _not_found(_request: Request, error: Exception) -> JSONResponse:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel
-
 from api.schemas import PriorityIn, SearchOut
-from nas.planning.recipe import Recipe
+from nas.planning.accepted import schema_of
+from nas.planning.recipe import SETTINGS
 from nas.planning.request import SearchRequest
 from nas.service.confirm import ConfirmRequest
-
-
-def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of a model, with references replaced by their definitions."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def placed(node: Any) -> Any:
-        if isinstance(node, list):
-            return [placed(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        found = definitions.get(str(node.get("$ref", "")).rpartition("/")[2])
-        if found is not None:
-            return placed({**found, **{k: v for k, v in node.items() if k != "$ref"}})
-        return {name: placed(item) for name, item in node.items()}
-
-    result: dict[str, Any] = placed(schema)
-    return result
 
 
 def _body(schema: dict[str, Any], *, required: bool = True, **examples: Any) -> dict[str, Any]:
@@ -38,9 +17,9 @@ def _body(schema: dict[str, Any], *, required: bool = True, **examples: Any) -> 
     return {"requestBody": {"required": required, "content": content}}
 
 
-_SEARCH = _schema(SearchRequest)
+_SEARCH = schema_of(SearchRequest)
 #: Confirmations have a route of their own; null is what other searches show.
-_SEARCH["properties"]["confirm"] = {"type": "null"}
+_SEARCH = {**_SEARCH, "properties": {**_SEARCH["properties"], "confirm": {"type": "null"}}}
 _CHANGES = {k: v for k, v in _SEARCH.items() if k not in ("required", "description")}
 _SMALL = {"task": "text", "train_flops": 2e11, "trials": 2, "seed": 1}
 
@@ -51,11 +30,11 @@ SEARCH_BODY = _body(
     space={**_SMALL, "space": {"families": ["einsum", "btt-moe"], "factors": [2, 3]}},
     limits={**_SMALL, "limits": {"seconds": 3600, "total_train_flops": 2e12}, "priority": 5},
 )
-CONFIRM_BODY = _body(_schema(ConfirmRequest), top={"top": 1, "seeds": 2})
+CONFIRM_BODY = _body(schema_of(ConfirmRequest), top={"top": 1, "seeds": 2})
 CLONE_BODY = _body(
     _CHANGES, required=False, same={}, longer={"trials": 32}, again={"seed": 2, "priority": -1}
 )
-PRIORITY_BODY = _body(_schema(PriorityIn), first={"priority": 10})
+PRIORITY_BODY = _body(schema_of(PriorityIn), first={"priority": 10})
 
 #: Rules between several fields, which a schema cannot express.
 _KEY = {"Idempotency-Key": "not used before with another request"}
@@ -65,9 +44,8 @@ SEARCH_RULES = {
     "data": "a file or folder inside the service's data folder that the task can read",
     "recipe": "a recipe of the task",
     "overrides": "settings of the recipe, with valid values",
-    **{f.name: "valid together with the recipe's other settings" for f in fields(Recipe)},
+    **dict.fromkeys(SETTINGS, "valid together with the recipe's other settings"),
     "min_width, max_width": "multiples of head_dim",
-    "context, vocabulary, side, channels, patch, classes, input_dim": "settings of the model",
     "active": "at most `experts`",
     "space.heads": "aligned only for models with attention",
     "limits.total_train_flops": "at least the train FLOPs of the references and one candidate",
