@@ -159,7 +159,7 @@ class StructuredLinear(nn.Module):
         """What this layer is built from."""
         gain = any(name.startswith("gain_") for name, _ in self.named_parameters(recurse=False))
         return LayerRecord(
-            self.structure,  # type: ignore[arg-type]
+            self.structure,
             self.bias is not None, self.normalize, gain, self.zero_init, self.d_in_base,
         )  # fmt: skip
 
