@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
 
@@ -42,6 +42,15 @@ class Operator(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def __hash__(self) -> int: ...
+
+
+class _AnyPlan(Protocol):
+    @classmethod
+    def parse(cls, text: str) -> Self: ...
+    def checked(self, operator: Any, /) -> Self: ...
+
+
+_Plan = TypeVar("_Plan", bound=_AnyPlan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +133,20 @@ class Plan:
         return " ".join(
             [self.order, *(f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:])]
         )
+
+
+def checked_plan(kind: type[_Plan], value: object, structure: Any) -> _Plan:
+    """The plan of this kind, given as such or as its text, that can run `structure` here.
+
+    Raises
+    ------
+    InvalidInput
+        Neither of both, or one that cannot run it.
+    """
+    plan = kind.parse(value) if isinstance(value, str) else value
+    if not isinstance(plan, kind):
+        raise InvalidInput("plan", value, f"a {kind.__name__}, its text, or None")
+    return plan.checked(structure)
 
 
 @cache
