@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import Scope
 
+from api.declared import NotAllowed
 from api.middleware.prefix import path_of
 from nas.errors import (
     Conflict,
@@ -87,7 +88,9 @@ def problem(
     headers: dict[str, str] | None = None,
     **extra: Any,
 ) -> JSONResponse:
-    """One problem document."""
+    """One problem document; every 503 says when to try again."""
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
     texts = {k: v[:_LONGEST] for k, v in {**body, **extra}.items() if isinstance(v, str)}
     return JSONResponse({**body, **extra, **texts}, status, headers, media_type=PROBLEM_JSON)
@@ -165,6 +168,10 @@ def _not_found(_request: Request, error: Exception) -> JSONResponse:
     return problem(404, "not-found", "Not found", str(error))
 
 
+def _not_allowed(_request: Request, error: Exception) -> JSONResponse:
+    return problem(403, "not-allowed", "Not allowed", str(error))
+
+
 def _quota(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QuotaExceeded)
     return problem(
@@ -184,16 +191,13 @@ def unavailable(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StoreUnavailable)
     request.app.state.readiness.doubt()
     what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
-    later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     if not isinstance(error, DatabaseTrouble):
         _log.error("%s: %s", what, error)
         detail = "the database is unavailable"
-        return problem(503, "unavailable", "Service unavailable", detail, headers=later)
+        return problem(503, "unavailable", "Service unavailable", detail)
     _log.error("%s: %s: %s", what, error, error.advice)
     detail = f"the database is unavailable: {error.finding}; try again later"
-    return problem(
-        503, "unavailable", "Service unavailable", detail, headers=later, reason=error.kind
-    )
+    return problem(503, "unavailable", "Service unavailable", detail, reason=error.kind)
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:
@@ -232,6 +236,7 @@ def install(app: FastAPI) -> None:
     """Register the handlers; the most specific class of an error wins."""
     app.add_exception_handler(InvalidInput, _invalid)
     app.add_exception_handler(RequestValidationError, _invalid_parameter)
+    app.add_exception_handler(NotAllowed, _not_allowed)
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(IdempotencyConflict, _idempotency)
     app.add_exception_handler(Conflict, _conflict)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from api.declared import declared_of
 from api.limits.connections import Gate, Limits, guarded
 from api.limits.fair_queue import FairQueue
 from api.middleware.prefix import Prefix, checked_root
@@ -87,7 +89,7 @@ def checked_proxies(given: Iterable[str]) -> list[str]:
     return proxies
 
 
-def behind_proxies(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, Callable[[str], bool]]:
+def behind_proxies(app: FastAPI, settings: Settings) -> tuple[ASGIApp, Callable[[str], bool]]:
     """(the application with what proxies tell of a request, whether that of an address is believed)
 
     Raises
@@ -98,7 +100,7 @@ def behind_proxies(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, Callable[
     """
     root = checked_root(settings)
     believed = ProxyHeadersMiddleware(
-        FairQueue(app),  # type: ignore[arg-type]
+        FairQueue(app, lambda scope: declared_of(scope, app).probe),  # type: ignore[arg-type]
         checked_proxies(settings.trusted_proxies),
     )
     trusted = believed.trusted_hosts.__contains__
@@ -107,7 +109,7 @@ def behind_proxies(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, Callable[
 
 
 def serve(
-    app: ASGIApp, settings: Settings, host: str, port: int, *, limits: Limits | None = None
+    app: FastAPI, settings: Settings, host: str, port: int, *, limits: Limits | None = None
 ) -> None:
     """Serve an application until this process is told to end.
 

@@ -16,13 +16,14 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from api.caching.following import AWAY_SECONDS, FollowedSearch, Follower, TooManyStreams
+from api.declared import READ
+from api.deps import STRICT, SearchId, StoreDep
 from api.middleware.bodies import Absent
-from api.problems import RETRY_AFTER_SECONDS, problem, refusals
+from api.problems import problem, refusals
 from api.reference import EVENTS_FOUND
-from api.routes.v1 import SearchId, StoreDep
 from nas.errors import StoreUnavailable
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
 _log = logging.getLogger(__name__)
 #: Seconds between comments that keep an idle stream's connection alive.
 _PING_SECONDS = 15
@@ -70,9 +71,8 @@ class EventStream(EventSourceResponse):
                 await super().__call__(scope, receive, send)
         except TooManyStreams as error:
             refused = problem(
-                503, "too-many-streams", "Too many event streams", f"{error}; try again later",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-            )  # fmt: skip
+                503, "too-many-streams", "Too many event streams", f"{error}; try again later"
+            )
             await refused(scope, receive, send)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
@@ -116,7 +116,7 @@ FollowerDep = Annotated[Follower, Depends(get_follower)]
 
 
 @router.get(
-    "/searches/{search_id}/events",
+    "/{search_id}/events",
     response_class=EventSourceResponse,
     responses={**EVENTS_FOUND, **refusals(404)},
     summary="Stream the events of a search, past and future (server-sent events)",

@@ -1,0 +1,33 @@
+"""The exact properties of a structure for one layer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from api.declared import READ
+from api.deps import STRICT, TEXT, Dimension
+from api.problems import refusals
+from api.reference import STRUCTURE_RULES
+from api.schemas import StructureOut
+from nas.designs.design import DESIGN_FORMS, inspect_design, parse_design
+from nas.designs.einsum import Sizing
+
+router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
+
+
+@router.get(
+    "/structures",
+    responses=refusals(rules=STRUCTURE_RULES),
+    response_model=StructureOut,
+    response_model_exclude_unset=True,
+    summary="Get exact sizes, FLOPs, parameters and rank of a structure for one layer",
+)
+def read_structure(
+    theta: Annotated[str, Query(pattern=TEXT, description=DESIGN_FORMS, examples=["monarch"])],
+    d_in: Dimension,
+    d_out: Dimension,
+    sizing: Sizing = "least-waste",
+) -> dict[str, Any]:
+    return inspect_design(parse_design(theta), d_in, d_out, sizing)
