@@ -107,11 +107,11 @@ def document(app: FastAPI, *, access_control: bool) -> None:
 def _document(
     operation: dict[str, Any], needed: tuple[str, ...] | None, access_control: bool
 ) -> None:
-    refusals = (403, 429)
+    refusals = [403, 429]
     if not access_control:
         operation.pop("security", None)
     elif needed is not None:
-        refusals = (401, *refusals)
+        refusals.insert(0, 401)
         described = operation.get("description", "")
         why = f"Needs a key with scope `{', '.join(needed)}`."
         operation["description"] = f"{described}\n\n{why}".strip()

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, TypeVar, get_args
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Header, Path, Query, Request, Response
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
-from api.caching.cache import AnswerCache, CachedAnswer
+from api.caching.cache import AnswerCache
 from api.declared import Caller
 from api.middleware.bodies import REAL, WHOLE, Absent, read_strictly
 from api.schemas import SearchOut
 from nas.designs.einsum import MAX_DIMENSION
 from nas.service import catalogue
 from nas.settings import DEFAULT_TENANT, TENANT, Settings
-from nas.store import AXES, Search, Store
+from nas.store import AXES, Search, Store, of_tenant
 from nas.store.records import SearchFailure, SearchState
 
 T = TypeVar("T")
@@ -74,12 +75,6 @@ async def get_settings(request: Request) -> Settings:
     return settings
 
 
-async def get_cache(request: Request) -> AnswerCache:
-    cache: AnswerCache = request.app.state.cache
-    return cache
-
-
-CacheDep = Annotated[AnswerCache, Depends(get_cache)]
 StoreDep = Annotated[Store, Depends(get_store)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
@@ -104,8 +99,22 @@ async def paged(
     return as_json(await to_thread.run_sync(page, limiter=_PAGE_MAKERS))
 
 
-def cached_answer(request: Request, cached: CachedAnswer) -> Response:
-    """A cached answer, compressed if the client accepts gzip."""
+async def answered(
+    request: Request,
+    store: Store,
+    find: Callable[..., BaseModel],
+    *,
+    task: str | None,
+    search_id: str | None,
+    **asked: Any,
+) -> Response:
+    """The answer about the runs of a task or a search, cached; in gzip if the client accepts it."""
+    cache: AnswerCache = request.app.state.cache
+    cached = await cache.get(
+        of_tenant(search_id or task or "", store.tenant),
+        (find.__name__, store.tenant, store.confined, task, search_id, *asked.items()),
+        partial(find, store, task=task, search_id=search_id, **asked),
+    )
     gzipped = "gzip" in request.headers.get("accept-encoding", "")
     response = as_json(cached.gzipped if gzipped else cached.body)
     response.headers["Vary"] = "Accept-Encoding"

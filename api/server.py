@@ -12,12 +12,12 @@ from contextlib import suppress
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api.declared import declared_of
-from api.limits.connections import Gate, Limits, guarded
+from api.limits.connections import Gate, Limits
 from api.limits.fair_queue import FairQueue
 from api.middleware.prefix import Prefix, checked_root
+from api.uvicorn_private import believing, guarded
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
@@ -99,13 +99,10 @@ def behind_proxies(app: FastAPI, settings: Settings) -> tuple[ASGIApp, Callable[
         they serve the service is none.
     """
     root = checked_root(settings)
-    believed = ProxyHeadersMiddleware(
-        FairQueue(app, lambda scope: declared_of(scope, app).probe),  # type: ignore[arg-type]
-        checked_proxies(settings.trusted_proxies),
-    )
-    trusted = believed.trusted_hosts.__contains__
+    queued = FairQueue(app, lambda scope: declared_of(scope, app).probe)
+    believed, trusted = believing(queued, checked_proxies(settings.trusted_proxies))
     # outside: it has to see the proxy's own address
-    return Prefix(believed, root, trusted), trusted  # type: ignore[arg-type]
+    return Prefix(believed, root, trusted), trusted
 
 
 def serve(

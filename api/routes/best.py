@@ -7,26 +7,29 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from api.declared import READ
-from api.deps import STRICT, Budget, CacheDep, StoreDep, Text, cached_answer
+from api.deps import STRICT, Budget, StoreDep, Text, answered
 from api.problems import refusals
-from api.reference import BEST_RULES
+from api.routes import frontier
 from nas.records.answers import Answer
 from nas.service import answers
-from nas.store import of_tenant
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
+_RULES = {
+    **frontier.RULES,
+    "budget": "exactly one budget",
+    "train_flops": "not so far beyond all measured budgets that no measured width would be run",
+}
 
 
 @router.get(
     "/best",
-    responses=refusals(404, rules=BEST_RULES),
+    responses=refusals(404, rules=_RULES),
     response_model=Answer,
     summary="Get the best structure within one budget, compared with dense",
 )
 async def read_best(
     request: Request,
     store: StoreDep,
-    cache: CacheDep,
     train_flops: Annotated[Budget, Query()] = None,
     inference_flops: Annotated[Budget, Query(description="per token")] = None,
     params: Annotated[Budget, Query()] = None,
@@ -44,11 +47,6 @@ async def read_best(
             "peak_memory": peak_memory,
         }
     )
-    return cached_answer(
-        request,
-        await cache.get(
-            of_tenant(search or task or "", store.tenant),
-            ("best", store.tenant, store.confined, task, search, axis, budget),
-            lambda: answers.get_best(store, task=task, search_id=search, **{axis: budget}),
-        ),
+    return await answered(
+        request, store, answers.get_best, task=task, search_id=search, **{axis: budget}
     )

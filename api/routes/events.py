@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.concurrency import run_in_threadpool
@@ -20,11 +20,34 @@ from api.declared import READ
 from api.deps import STRICT, SearchId, StoreDep
 from api.middleware.bodies import Absent
 from api.problems import problem, refusals
-from api.reference import EVENTS_FOUND
 from nas.errors import StoreUnavailable
 
 router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
 _log = logging.getLogger(__name__)
+#: Schema of one event of the stream.
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "event": {"type": "string", "description": "what happened"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "type": "object",
+                "required": ["created_at"],
+                "properties": {"created_at": {"type": "number"}},
+            },
+        },
+    },
+}
+_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "All events, past and future, until the search has ended",
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
+    }
+}
 #: Seconds between comments that keep an idle stream's connection alive.
 _PING_SECONDS = 15
 #: Seconds between checks that the key which opened a stream is still valid.
@@ -118,7 +141,7 @@ FollowerDep = Annotated[Follower, Depends(get_follower)]
 @router.get(
     "/{search_id}/events",
     response_class=EventSourceResponse,
-    responses={**EVENTS_FOUND, **refusals(404)},
+    responses={**_FOUND, **refusals(404)},
     summary="Stream the events of a search, past and future (server-sent events)",
 )
 async def search_events(

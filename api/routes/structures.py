@@ -9,17 +9,25 @@ from fastapi import APIRouter, Query
 from api.declared import READ
 from api.deps import STRICT, TEXT, Dimension
 from api.problems import refusals
-from api.reference import STRUCTURE_RULES
 from api.schemas import StructureOut
 from nas.designs.design import DESIGN_FORMS, inspect_design, parse_design
 from nas.designs.einsum import Sizing
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
+_RULES = {
+    "theta": "text that names a structure",
+    "mixture": "text that names a mixture",
+    "convolution": "text that names a convolution",
+    "experts": "a number of experts that the structure can have",
+    "active": "at most `experts`",
+    "heads": "only with two factors and mixtures of them",
+    "sizing": "paper only with two factors",
+}
 
 
 @router.get(
     "/structures",
-    responses=refusals(rules=STRUCTURE_RULES),
+    responses=refusals(rules=_RULES),
     response_model=StructureOut,
     response_model_exclude_unset=True,
     summary="Get exact sizes, FLOPs, parameters and rank of a structure for one layer",

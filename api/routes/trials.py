@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from operator import attrgetter
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Response
 from pydantic import Field
@@ -13,15 +13,23 @@ from api.declared import READ
 from api.deps import MAX_ID, PAGE, STRICT, Cursor, Limit, SearchId, StoreDep, paged
 from api.middleware.bodies import WHOLE
 from api.problems import refusals
-from api.reference import TRIALS_FOUND
+from api.reference import link
 from api.schemas import TrialDetail, TrialPage, trial_fields
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
+_PAGE_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A page of trials",
+        "links": {
+            "trial": link("get", "/v1/trials/{trial_id}", trial_id="$response.body#/items/0/id")
+        },
+    }
+}
 
 
 @router.get(
     "/searches/{search_id}/trials",
-    responses={**refusals(404), **TRIALS_FOUND},
+    responses={**refusals(404), **_PAGE_FOUND},
     response_model=TrialPage,
     summary="List the trials of a search",
 )
