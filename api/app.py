@@ -14,8 +14,7 @@ from api.caching.following import Follower
 from api.dashboard import pages, signin
 from api.declared import read_declarations
 from api.middleware import access, bodies, headers, hosts
-from api.middleware.waiting import SchemaGate
-from api.readiness import Readiness
+from api.readiness import Readiness, SchemaGate
 from api.routes import (
     admin,
     best,
@@ -102,11 +101,12 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     metrics.install(app)
     access.install(app)
     headers.install(app)
-    for one in (
-        health, metrics, searches, trials, frontier, best, structures, tasks, events, exports,
-        admin, pages, signin,
+    for router in (
+        health.router, metrics.router, searches.changing, searches.router, trials.router,
+        frontier.router, best.router, structures.router, tasks.router, events.router,
+        exports.router, admin.router, pages.router, signin.router,
     ):  # fmt: skip
-        app.include_router(one.router)
+        app.include_router(router)
     app.mount("/static", pages.Files(), name="static")
     read_declarations(app)
     auth.document(app, access_control=access_control)

@@ -17,7 +17,7 @@ from api.middleware.bodies import REAL, WHOLE, Absent, read_strictly
 from api.schemas import SearchOut
 from nas.designs.einsum import MAX_DIMENSION
 from nas.service import catalogue
-from nas.settings import DEFAULT_TENANT, TENANT, Settings
+from nas.settings import DEFAULT_TENANT, TENANT
 from nas.store import AXES, Search, Store, of_tenant
 from nas.store.records import SearchFailure, SearchState
 
@@ -70,13 +70,7 @@ async def get_store(request: Request, tenant: Tenant = None) -> Store:
     return store.view(tenant or DEFAULT_TENANT)
 
 
-async def get_settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
-
-
 StoreDep = Annotated[Store, Depends(get_store)]
-SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 #: Few threads make pages at a time: all threads share one interpreter, so more of them would only
 #: delay each other and the event loop that sends the responses.

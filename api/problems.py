@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, get_args
 
@@ -164,14 +164,6 @@ def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     return _invalid(request, InvalidInput(field, given, accepted))
 
 
-def _not_found(_request: Request, error: Exception) -> JSONResponse:
-    return problem(404, "not-found", "Not found", str(error))
-
-
-def _not_allowed(_request: Request, error: Exception) -> JSONResponse:
-    return problem(403, "not-allowed", "Not allowed", str(error))
-
-
 def _quota(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QuotaExceeded)
     return problem(
@@ -179,8 +171,9 @@ def _quota(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-def _conflict(_request: Request, error: Exception) -> JSONResponse:
-    return problem(409, "conflict", "Conflict", str(error))
+def _telling(status: int, kind: str, title: str) -> Callable[[Request, Exception], JSONResponse]:
+    """A handler of errors whose text is the detail of the problem."""
+    return lambda _request, error: problem(status, kind, title, str(error))
 
 
 def _idempotency(_request: Request, error: Exception) -> JSONResponse:
@@ -236,10 +229,10 @@ def install(app: FastAPI) -> None:
     """Register the handlers; the most specific class of an error wins."""
     app.add_exception_handler(InvalidInput, _invalid)
     app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    app.add_exception_handler(NotAllowed, _not_allowed)
-    app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(NotAllowed, _telling(403, "not-allowed", "Not allowed"))
+    app.add_exception_handler(NotFound, _telling(404, "not-found", "Not found"))
     app.add_exception_handler(IdempotencyConflict, _idempotency)
-    app.add_exception_handler(Conflict, _conflict)
+    app.add_exception_handler(Conflict, _telling(409, "conflict", "Conflict"))
     app.add_exception_handler(QuotaExceeded, _quota)
     app.add_exception_handler(StoreUnavailable, unavailable)
     app.add_exception_handler(HTTPException, _http)

@@ -1,4 +1,4 @@
-"""Whether the service is ready, and the process that makes it so.
+"""Whether the service is ready, the process that makes it so, and the 503 until then.
 
 Ready means: the database answers, its schema is the one that this program needs, and a write can be
 committed.  If the database cannot be reached when the service starts, the service waits for it in
@@ -14,12 +14,16 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 from anyio import CapacityLimiter, to_thread
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.declared import declared_of
+from api.problems import problem
 from nas.errors import EinsumNasError, StoreUnavailable
 from nas.settings import Settings
 from nas.store import Store, upgrade
@@ -306,3 +310,29 @@ class Readiness:
             _log.warning("ready again after %.0f s", now - self._failing_since)
             self._failing_since = None
         return report
+
+
+class SchemaGate:
+    """Middleware that answers 503 on routes that need the store, until its schema is there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and declared_of(scope).needs_store:
+            readiness: Readiness = scope["app"].state.readiness
+            if not readiness.opened:
+                report = await readiness.report()
+                await not_ready(report, report.failing or "schema")(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def not_ready(report: Report, name: PartName) -> JSONResponse:
+    """The response that names a failing check and the results of all."""
+    part = report.parts[name]
+    detail = f"{name}: {part.finding or 'it is being prepared'}"
+    return problem(
+        503, "not-ready", "Not ready", f"{detail}; {part.advice}" if part.advice else detail,
+        part=name, parts={n: asdict(p) for n, p in report.parts.items()},
+    )  # fmt: skip

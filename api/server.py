@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from api.declared import declared_of
 from api.limits.connections import Gate, Limits
 from api.limits.fair_queue import FairQueue
-from api.middleware.prefix import Prefix, checked_root
+from api.middleware.prefix import Prefix, checked_root, own_segments
 from api.uvicorn_private import believing, guarded
 from nas.errors import InvalidInput
 from nas.settings import Settings
@@ -98,11 +98,12 @@ def behind_proxies(app: FastAPI, settings: Settings) -> tuple[ASGIApp, Callable[
         A trusted proxy of the settings is neither an address nor a network, or the path below which
         they serve the service is none.
     """
-    root = checked_root(settings)
+    own = own_segments(app)
+    root = checked_root(settings, own)
     queued = FairQueue(app, lambda scope: declared_of(scope, app).probe)
     believed, trusted = believing(queued, checked_proxies(settings.trusted_proxies))
     # outside: it has to see the proxy's own address
-    return Prefix(believed, root, trusted), trusted
+    return Prefix(believed, root, trusted, own), trusted
 
 
 def serve(

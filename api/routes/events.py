@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from sse_starlette import EventSourceResponse
@@ -130,14 +130,6 @@ class EventStream(EventSourceResponse):
         return answer
 
 
-async def get_follower(request: Request) -> Follower:
-    follower: Follower = request.app.state.follower
-    return follower
-
-
-FollowerDep = Annotated[Follower, Depends(get_follower)]
-
-
 @router.get(
     "/{search_id}/events",
     response_class=EventSourceResponse,
@@ -148,13 +140,13 @@ async def search_events(
     request: Request,
     search_id: SearchId,
     store: StoreDep,
-    follower: FollowerDep,
     last_event_id: Annotated[
         Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")] | Absent,
         Header(description="id of the last event that the client has received"),
     ] = None,
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)
+    follower: Follower = request.app.state.follower
     welcome: Welcome | None = getattr(request.state, "still_welcome", None)
     tenant = store.tenant if store.confined else None
     return EventStream(follower, search_id, int(last_event_id or 0), welcome, tenant)

@@ -9,9 +9,8 @@ from fastapi.responses import JSONResponse, Response
 
 from api.declared import PROBE, PUBLIC
 from api.middleware.prefix import root_of
-from api.middleware.waiting import not_ready
 from api.problems import responses
-from api.readiness import Readiness
+from api.readiness import Readiness, not_ready
 
 router = APIRouter(dependencies=[PUBLIC])
 

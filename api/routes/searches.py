@@ -23,7 +23,6 @@ from api.deps import (
     IdempotencyKey,
     Limit,
     SearchId,
-    SettingsDep,
     State,
     StoreDep,
     TenantFilter,
@@ -58,7 +57,9 @@ from nas.settings import Settings
 from nas.store import Search, Store
 from nas.tasks import check_data
 
-router = APIRouter(prefix="/v1/searches")
+router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
+#: Routes that change something.
+changing = APIRouter(prefix="/v1/searches", dependencies=[SUBMIT, STRICT])
 
 
 async def read_search_request(request: Request) -> SearchRequest:
@@ -109,7 +110,7 @@ _waiting: Counter[str] = Counter()
 
 
 async def usable_data(
-    request: Request, wanted: SearchRequest, settings: Settings, store: Store
+    request: Request, wanted: SearchRequest, store: Store
 ) -> tuple[tuple[str | None, str | None], Recipe]:
     """Check a request's data: ((its path, the folder that it must lie in), the completed recipe).
 
@@ -123,6 +124,7 @@ async def usable_data(
     if wanted.data is None:
         return (None, None), wanted.settings
     tenant = store.tenant if store.confined else None
+    settings: Settings = request.app.state.settings
     place = data_inside(settings.data_dir, wanted.data, tenant)
     if _waiting.total() >= _MOST_WAITING or _waiting[store.tenant] >= _MOST_OF_ONE:
         raise HTTPException(503, "data of other requests is being read; try again later")
@@ -142,9 +144,8 @@ async def usable_data(
     return (str(place.path), str(place.root)), recipe
 
 
-@router.post(
+@changing.post(
     "",
-    dependencies=[SUBMIT, STRICT],
     status_code=201,
     openapi_extra=SEARCH_BODY,
     responses={**refusals(*OF_BODIES, rules=SEARCH_RULES), **MADE},
@@ -155,30 +156,25 @@ async def create_search(
     request: Request,
     creation: CreationDep,
     store: StoreDep,
-    settings: SettingsDep,
 ) -> SearchOut:
-    (data_path, data_root), _ = await usable_data(request, body, settings, store)
+    (data_path, data_root), _ = await usable_data(request, body, store)
     return await creation.run(store.create_search, body, data_path=data_path, data_root=data_root)
 
 
 @router.post(
     "/preview",
-    dependencies=[READ, STRICT],
     openapi_extra=SEARCH_BODY,
     responses=refusals(*OF_BODIES, rules=SEARCH_RULES),
     response_model=Preview,
     summary="Show what a search would run, without running it",
 )
-async def preview_search(
-    body: RequestDep, request: Request, store: StoreDep, settings: SettingsDep
-) -> dict[str, Any]:
-    _, recipe = await usable_data(request, body, settings, store)
+async def preview_search(body: RequestDep, request: Request, store: StoreDep) -> dict[str, Any]:
+    _, recipe = await usable_data(request, body, store)
     return await to_thread.run_sync(catalogue.get_preview, body, recipe, limiter=_PREVIEWS)
 
 
 @router.get(
     "",
-    dependencies=[READ, STRICT],
     responses={**refusals(), **SEARCHES_FOUND},
     response_model=SearchPage,
     summary="List searches, newest first",
@@ -198,7 +194,6 @@ async def list_searches(
 
 @router.get(
     "/{search_id}",
-    dependencies=[READ, STRICT],
     responses={**refusals(404), **SEARCH_FOUND},
     summary="Get a search",
 )
@@ -206,9 +201,8 @@ def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.search(search_id))
 
 
-@router.post(
+@changing.post(
     "/{search_id}/confirm",
-    dependencies=[SUBMIT, STRICT],
     status_code=201,
     openapi_extra=CONFIRM_BODY,
     responses={**refusals(404, 409, *OF_BODIES, rules=CONFIRM_RULES), **MADE},
@@ -221,9 +215,8 @@ async def confirm_search(
     return await creation.run(create_confirmation, store, search_id, wanted)
 
 
-@router.post(
+@changing.post(
     "/{search_id}/cancel",
-    dependencies=[SUBMIT, STRICT],
     responses=refusals(404, 409),
     summary="Cancel a search",
 )
@@ -231,9 +224,8 @@ def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.cancel(search_id))
 
 
-@router.post(
+@changing.post(
     "/{search_id}/pause",
-    dependencies=[SUBMIT, STRICT],
     responses=refusals(404, 409),
     summary="Pause a search; resuming it continues its running trials from their checkpoints",
 )
@@ -241,9 +233,8 @@ def pause_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.pause(search_id))
 
 
-@router.post(
+@changing.post(
     "/{search_id}/resume",
-    dependencies=[SUBMIT, STRICT],
     responses=refusals(404, 409),
     summary="Queue a paused search again",
 )
@@ -251,9 +242,8 @@ def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.resume(search_id))
 
 
-@router.post(
+@changing.post(
     "/{search_id}/retry",
-    dependencies=[SUBMIT, STRICT],
     responses=refusals(404, 409),
     summary="Queue an ended search again, to run the trials that are not complete",
 )
@@ -261,9 +251,8 @@ def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.retry(search_id))
 
 
-@router.post(
+@changing.post(
     "/{search_id}/priority",
-    dependencies=[SUBMIT, STRICT],
     openapi_extra=PRIORITY_BODY,
     responses=refusals(404, 409, *OF_BODIES),
     summary="Change the priority of a search; those of higher priority run first",
@@ -277,9 +266,8 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
     return describe(await run_in_threadpool(store.set_priority, search_id, wanted.priority))
 
 
-@router.post(
+@changing.post(
     "/{search_id}/clone",
-    dependencies=[SUBMIT, STRICT],
     status_code=201,
     openapi_extra=CLONE_BODY,
     responses={**refusals(404, *OF_BODIES, rules=CLONE_RULES), **MADE},
@@ -290,7 +278,6 @@ async def clone_search(
     request: Request,
     creation: CreationDep,
     store: StoreDep,
-    settings: SettingsDep,
 ) -> SearchOut:
     changes = await read_json_if_any(request)
     if not isinstance(changes, dict):
@@ -299,6 +286,6 @@ async def clone_search(
 
     def place(wanted: SearchRequest) -> tuple[str | None, str | None]:
         """Call `usable_data`, which needs the event loop, from the thread that clones."""
-        return from_thread.run(usable_data, request, wanted, settings, store)[0]
+        return from_thread.run(usable_data, request, wanted, store)[0]
 
     return await creation.run(create_clone, store, search_id, changes, place)
