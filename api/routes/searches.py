@@ -192,11 +192,7 @@ async def list_searches(
     return await paged(read, limit, catalogue.search_dict, attrgetter("sequence"))
 
 
-@router.get(
-    "/{search_id}",
-    responses={**refusals(404), **SEARCH_FOUND},
-    summary="Get a search",
-)
+@router.get("/{search_id}", responses={**refusals(404), **SEARCH_FOUND}, summary="Get a search")
 def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.search(search_id))
 
@@ -215,11 +211,7 @@ async def confirm_search(
     return await creation.run(create_confirmation, store, search_id, wanted)
 
 
-@changing.post(
-    "/{search_id}/cancel",
-    responses=refusals(404, 409),
-    summary="Cancel a search",
-)
+@changing.post("/{search_id}/cancel", responses=refusals(404, 409), summary="Cancel a search")
 def cancel_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.cancel(search_id))
 
@@ -234,9 +226,7 @@ def pause_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 
 
 @changing.post(
-    "/{search_id}/resume",
-    responses=refusals(404, 409),
-    summary="Queue a paused search again",
+    "/{search_id}/resume", responses=refusals(404, 409), summary="Queue a paused search again"
 )
 def resume_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.resume(search_id))
