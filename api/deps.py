@@ -15,7 +15,7 @@ from api.caching.cache import AnswerCache
 from api.declared import Caller
 from api.middleware.bodies import REAL, WHOLE, Absent, read_strictly
 from api.schemas import SearchOut
-from nas.designs.einsum import MAX_DIMENSION
+from nas.designs.structure import MAX_DIMENSION
 from nas.service import catalogue
 from nas.settings import DEFAULT_TENANT, TENANT
 from nas.store import AXES, Search, Store, of_tenant

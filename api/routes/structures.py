@@ -10,8 +10,8 @@ from api.declared import READ
 from api.deps import STRICT, TEXT, Dimension
 from api.problems import refusals
 from api.schemas import StructureOut
-from nas.designs.design import DESIGN_FORMS, inspect_design, parse_design
-from nas.designs.einsum import Sizing
+from nas.designs.design import design_forms, inspect_design, parse_design
+from nas.designs.structure import Sizing
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
 _RULES = {
@@ -33,7 +33,7 @@ _RULES = {
     summary="Get exact sizes, FLOPs, parameters and rank of a structure for one layer",
 )
 def read_structure(
-    theta: Annotated[str, Query(pattern=TEXT, description=DESIGN_FORMS, examples=["monarch"])],
+    theta: Annotated[str, Query(pattern=TEXT, description=design_forms(), examples=["monarch"])],
     d_in: Dimension,
     d_out: Dimension,
     sizing: Sizing = "least-waste",
