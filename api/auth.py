@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -22,7 +21,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.caching.coalescing import Coalescer
-from api.declared import OWNER, Caller, Declared, declared_of
+from api.declared import OWNER, Caller, declared_of
 from api.limits.rates import Rates, network_of
 from api.middleware.audit import AuditTrail, RequestRecord
 from api.middleware.prefix import path_of, root_of
@@ -139,7 +138,7 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            context = RequestContext.of(scope)
+            context = RequestContext(scope)
             refusal = await self._refusal(context, scope)
             if refusal is not None:
                 await refusal(scope, receive, send)
@@ -307,49 +306,33 @@ class Access:
             raise
 
 
-@dataclass(slots=True)
 class RequestContext:
     """The parts of a request that access control decides by."""
 
-    method: str
-    path: str
-    declared: Declared
-    #: the client's, and the part of it that rates are counted by
-    address: str
-    network: str
-    #: address that the request arrived at
-    server: str
-    host: str
-    origin: str | None
-    tenant: str | None
-    #: whether anything was sent as a key, valid or not
-    credential: bool
-    by_cookie: bool
-    digest: str | None
-    #: whether a browser requests a page
-    is_page: bool
-    caller: Caller | None = None
-    #: of a key that exists, but is expired or revoked
-    key_id: str | None = None
-    counted_as: str = ""
-
-    @classmethod
-    def of(cls, scope: Scope) -> RequestContext:
+    def __init__(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        self.method, self.path, self.declared = scope["method"], path_of(scope), declared_of(scope)
+        #: the client's, and the part of it that rates are counted by
+        self.address = str((scope.get("client") or ("unknown",))[0])
+        self.network = network_of(self.address)
+        #: address that the request arrived at
+        self.server = str((scope.get("server") or ("unknown",))[0])
+        self.host, self.origin = headers.get("host", ""), headers.get("origin")
+        self.tenant = headers.get("x-tenant")
         shown = headers.get("authorization")
         cookie = None if shown is not None else _cookie(headers.get("cookie"))
         secret = cookie if shown is None else _bearer(shown)
-        address = str((scope.get("client") or ("unknown",))[0])
-        path, method = path_of(scope), str(scope["method"])
-        wants_page = method == "GET" and "text/html" in headers.get("accept", "")
-        return cls(
-            method, path, declared_of(scope), address, network_of(address),
-            str((scope.get("server") or ("unknown",))[0]), headers.get("host", ""),
-            headers.get("origin"), headers.get("x-tenant"),
-            shown is not None or cookie is not None, cookie is not None,
-            None if secret is None else digest_of(secret),
-            wants_page and not path.startswith("/v1/"),
-        )  # fmt: skip
+        self.by_cookie = cookie is not None
+        #: whether anything was sent as a key, valid or not
+        self.credential = self.by_cookie or shown is not None
+        self.digest = None if secret is None else digest_of(secret)
+        wants_page = self.method == "GET" and "text/html" in headers.get("accept", "")
+        #: whether a browser requests a page
+        self.is_page = wants_page and not self.path.startswith("/v1/")
+        self.caller: Caller | None = None
+        #: of a key that exists, but is expired or revoked
+        self.key_id: str | None = None
+        self.counted_as = ""
 
     @property
     def changes(self) -> bool:

@@ -22,16 +22,13 @@ from nas.store import Store
 router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
 FileFormat = Literal["csv", "parquet", "json"]
 Rows = Literal["trials", "points"]
-_TYPES: dict[str, str] = {
-    "csv": "text/csv; charset=utf-8",
-    "parquet": "application/vnd.apache.parquet",
-    "json": "application/json",
+#: format → (media type, JSON Schema)
+_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "json": ("application/json", {"type": "object", "required": ["columns", "rows"]}),
+    "csv": ("text/csv", {"type": "string"}),
+    "parquet": ("application/vnd.apache.parquet", {"type": "string", "format": "binary"}),
 }
-_CONTENT: dict[str, Any] = {
-    "application/json": {"schema": {"type": "object", "required": ["columns", "rows"]}},
-    "text/csv": {"schema": {"type": "string"}},
-    "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
-}
+_CONTENT = {media_type: {"schema": schema} for media_type, schema in _TYPES.values()}
 #: Files are made one at a time: that of a large search occupies a core for seconds.
 _MAKERS = CapacityLimiter(1)
 _PART = 256 * 1024
@@ -65,7 +62,7 @@ async def export_search(
         "Content-Disposition": f'attachment; filename="{name}"',
         "Content-Length": str(os.fstat(file.fileno()).st_size),
     }
-    return StreamingResponse(_parts(file), media_type=_TYPES[file_format], headers=headers)
+    return StreamingResponse(_parts(file), media_type=_TYPES[file_format][0], headers=headers)
 
 
 def _made(store: Store, search_id: str, file_format: FileFormat, rows: Rows) -> BinaryIO:
