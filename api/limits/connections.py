@@ -8,7 +8,6 @@ enforces them.  A long response, such as an event stream, has no deadline while 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from api.limits.rates import network_of
-from api.problems import PROBLEM_JSON, RETRY_AFTER_SECONDS
+from api.problems import RETRY_AFTER_SECONDS, problem
 
 _log = logging.getLogger(__name__)
 #: Seconds between log records about connections that were refused or closed.
@@ -65,20 +64,13 @@ class Refused(Exception):
 
     def answer(self) -> bytes:
         """The whole response, after which the connection closes."""
-        told = {
-            "type": "urn:einsum-nas:http", "title": self.status.phrase,
-            "status": self.status.value, "detail": self.detail,
-        }  # fmt: skip
-        body = json.dumps(told).encode()
-        later = self.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
-        head = (
-            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\n"
-            f"content-type: {PROBLEM_JSON}\r\n"
-            f"content-length: {len(body)}\r\n"
-            + (f"retry-after: {RETRY_AFTER_SECONDS}\r\n" if later else "")
-            + "connection: close\r\n\r\n"
-        )
-        return head.encode() + body
+        too_many = self.status == HTTPStatus.TOO_MANY_REQUESTS
+        later = {"Retry-After": str(RETRY_AFTER_SECONDS)} if too_many else None
+        status, phrase = self.status.value, self.status.phrase
+        told = problem(status, "http", phrase, self.detail, headers=later)
+        headers = (name + b": " + value for name, value in told.raw_headers)
+        head = (f"HTTP/1.1 {status} {phrase}".encode(), *headers, b"connection: close")
+        return b"\r\n".join((*head, b"", told.body))
 
 
 class Gate:
