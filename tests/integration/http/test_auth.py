@@ -192,6 +192,17 @@ def test_every_route_declares_one_permission() -> None:
     }  # fmt: skip
 
 
+def test_the_document_says_which_scope_an_operation_needs() -> None:
+    for path, operations_at in APP.openapi()["paths"].items():
+        for method, operation in operations_at.items():
+            needed = scopes_of(method.upper(), path)
+            expected = None if needed is None else [{"key": list(needed)}]
+            assert operation.get("security") == expected, path
+            assert ("401" in operation["responses"]) == (needed is not None)
+    open_to_this_machine = json.dumps(create_app(Settings()).openapi())
+    assert '"security' not in open_to_this_machine
+
+
 @pytest.mark.parametrize("given", [[], [READ, SUBMIT], [PUBLIC, READ], [PROBE]])
 def test_a_route_without_one_permission_is_refused(given: list[Any]) -> None:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
