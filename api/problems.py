@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import Scope
 
+from api.declared import NotAllowed
 from api.middleware.prefix import path_of
 from nas.errors import (
     Conflict,
@@ -76,7 +77,9 @@ def problem(
     headers: dict[str, str] | None = None,
     **extra: Any,
 ) -> JSONResponse:
-    """One problem document."""
+    """One problem document; every 503 says when to try again."""
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
     texts = {k: v[:_LONGEST] for k, v in {**body, **extra}.items() if isinstance(v, str)}
     return JSONResponse({**body, **extra, **texts}, status, headers, media_type=PROBLEM_JSON)
@@ -158,10 +161,6 @@ def _in_words(request: Request, field: str) -> str | None:
     return in_words(schemas[field.lower()]) if field.lower() in schemas else None
 
 
-def _not_found(_request: Request, error: Exception) -> JSONResponse:
-    return problem(404, "not-found", "Not found", str(error))
-
-
 def _quota(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QuotaExceeded)
     return problem(
@@ -169,8 +168,9 @@ def _quota(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-def _conflict(_request: Request, error: Exception) -> JSONResponse:
-    return problem(409, "conflict", "Conflict", str(error))
+def _telling(status: int, kind: str, title: str) -> Callable[[Request, Exception], JSONResponse]:
+    """A handler of errors whose text is the detail of the problem."""
+    return lambda _request, error: problem(status, kind, title, str(error))
 
 
 def _idempotency(_request: Request, error: Exception) -> JSONResponse:
@@ -181,16 +181,13 @@ def unavailable(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StoreUnavailable)
     request.app.state.readiness.doubt()
     what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
-    later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     if not isinstance(error, DatabaseTrouble):
         _log.error("%s: %s", what, error)
         detail = "the database is unavailable"
-        return problem(503, "unavailable", "Service unavailable", detail, headers=later)
+        return problem(503, "unavailable", "Service unavailable", detail)
     _log.error("%s: %s: %s", what, error, error.advice)
     detail = f"the database is unavailable: {error.finding}; try again later"
-    return problem(
-        503, "unavailable", "Service unavailable", detail, headers=later, reason=error.kind
-    )
+    return problem(503, "unavailable", "Service unavailable", detail, reason=error.kind)
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:
@@ -229,9 +226,10 @@ def install(app: FastAPI) -> None:
     """Register the handlers; the most specific class of an error wins."""
     app.add_exception_handler(InvalidInput, _invalid)
     app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(NotAllowed, _telling(403, "not-allowed", "Not allowed"))
+    app.add_exception_handler(NotFound, _telling(404, "not-found", "Not found"))
     app.add_exception_handler(IdempotencyConflict, _idempotency)
-    app.add_exception_handler(Conflict, _conflict)
+    app.add_exception_handler(Conflict, _telling(409, "conflict", "Conflict"))
     app.add_exception_handler(QuotaExceeded, _quota)
     app.add_exception_handler(StoreUnavailable, unavailable)
     app.add_exception_handler(HTTPException, _http)

@@ -56,29 +56,11 @@ CONFIRM_RULES = {
     "top": "at most the number of distinct completed candidates",
     "longer": "no run may exceed the greatest accepted budget",
 }
-FRONTIER_RULES = {
-    "task, search": "exactly one of the two",
-    "task": "the name of a task, or name@fingerprint",
-}
-BEST_RULES = {
-    **FRONTIER_RULES,
-    "budget": "exactly one budget",
-    "train_flops": "not so far beyond all measured budgets that no measured width would be run",
-}
-STRUCTURE_RULES = {
-    "theta": "text that names a structure",
-    "mixture": "text that names a mixture",
-    "convolution": "text that names a convolution",
-    "experts": "a number of experts that the structure can have",
-    "active": "at most `experts`",
-    "heads": "only with two factors and mixtures of them",
-    "sizing": "paper only with two factors",
-}
 
 _ACTS = ("cancel", "pause", "resume", "retry", "priority", "clone", "confirm")
 
 
-def _link(method: str, path: str, **parameters: str) -> dict[str, Any]:
+def link(method: str, path: str, **parameters: str) -> dict[str, Any]:
     escaped = path.replace("~", "~0").replace("/", "~1")
     return {"operationRef": f"#/paths/{escaped}/{method}", "parameters": parameters}
 
@@ -89,13 +71,13 @@ def _links(found: str = "") -> dict[str, Any]:
     search = f"$response.body#{found}/id"
     budget = f"$response.body#{found}/request/train_flops"
     return {
-        **{act: _link("post", f"{one}/{act}", search_id=search) for act in _ACTS},
-        "read": _link("get", one, search_id=search),
-        "trials": _link("get", f"{one}/trials", search_id=search),
-        "events": _link("get", f"{one}/events", search_id=search),
-        "export": _link("get", f"{one}/export", search_id=search),
-        "best": _link("get", "/v1/best", search=search, train_flops=budget),
-        "frontier": _link("get", "/v1/frontier", search=search),
+        **{act: link("post", f"{one}/{act}", search_id=search) for act in _ACTS},
+        "read": link("get", one, search_id=search),
+        "trials": link("get", f"{one}/trials", search_id=search),
+        "events": link("get", f"{one}/events", search_id=search),
+        "export": link("get", f"{one}/export", search_id=search),
+        "best": link("get", "/v1/best", search=search, train_flops=budget),
+        "frontier": link("get", "/v1/frontier", search=search),
     }
 
 
@@ -111,39 +93,7 @@ MADE: dict[int | str, dict[str, Any]] = {
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "The search", "links": _links()}
 }
-#: Schema of one event of the stream.
-_EVENT: dict[str, Any] = {
-    "type": "object",
-    "required": ["id", "event", "data"],
-    "properties": {
-        "id": {"type": "string", "pattern": "^[0-9]+$"},
-        "event": {"type": "string", "description": "what happened"},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {
-                "type": "object",
-                "required": ["created_at"],
-                "properties": {"created_at": {"type": "number"}},
-            },
-        },
-    },
-}
-EVENTS_FOUND: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "All events, past and future, until the search has ended",
-        "content": {"text/event-stream": {"itemSchema": _EVENT}},
-    }
-}
 #: The links are those of the newest search.
 SEARCHES_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "A page of searches", "links": _links("/items/0")}
-}
-TRIALS_FOUND: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "A page of trials",
-        "links": {
-            "trial": _link("get", "/v1/trials/{trial_id}", trial_id="$response.body#/items/0/id")
-        },
-    }
 }

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator import metrics as of_requests
 
+from api.declared import ADMIN, PROBE
 from nas.errors import StoreUnavailable
 from nas.store import Store
 from nas.store.gauges import Gauges, read_gauges
@@ -24,7 +25,7 @@ from nas.store.processes import ProcessState
 from nas.store.records import SearchState, TrialState
 
 _log = logging.getLogger(__name__)
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, dependencies=[ADMIN, PROBE])
 #: Seconds that a scrape waits for the store; then it is answered without the store's metrics.
 PATIENCE_SECONDS = 4.0
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))

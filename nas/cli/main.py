@@ -546,7 +546,7 @@ def api(host: Host = None, port: Port = None) -> None:
 def _run_api(host: str | None, port: int | None) -> None:
     from api.app import create_app
     from api.auth import refuse_keyless
-    from api.routes.health import refuse_unusable
+    from api.readiness import refuse_unusable
     from api.server import serve as serve_http
     from nas.logs import configure
     from nas.settings import settings

@@ -25,14 +25,12 @@ _Structure = TypeVar("_Structure", bound=LinearStructure)
 
 #: Ends the name under which a state_dict holds what a layer is.
 RECORD = "_extra_state"
-#: The class of layers of each class of structures.
-_LAYER_CLASSES: dict[type, type[StructuredLinear]] = {}
 
 
 class StructuredLinear(nn.Module):
     """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers.
 
-    A family's class names its `structure_type` and gives `_shapes`, `_product`, `_plain`,
+    A family's class gives `_shapes`, `_product`, `_plain`,
     `_checked_plan` and `_chosen_plan`.  Parameters lie in the order factors, gains, others of
     `_shapes`, bias.
 
@@ -40,8 +38,6 @@ class StructuredLinear(nn.Module):
     something else from the same tensors refuses them.  See `nas.layers.saving`.
     """
 
-    #: the class of the structures whose layer this is; stating it makes `layer_class` find it
-    structure_type: ClassVar[type]
     structure: LinearStructure
     in_features: int
     out_features: int
@@ -53,11 +49,6 @@ class StructuredLinear(nn.Module):
     #: whether it took the place of a layer whose weight is the transpose of its own
     in_place_of_conv1d: bool = False
     _plan: Any = None
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "structure_type" in vars(cls):
-            _LAYER_CLASSES[cls.structure_type] = cls
 
     def __init__(
         self,
@@ -354,21 +345,6 @@ class StructuredLinear(nn.Module):
             f"{self._design_repr()}, d_in={s.d_in}, d_out={s.d_out}, "
             f"bias={self.bias is not None}, macs={s.macs}{rank}"
         )
-
-
-def layer_class(structure: LinearStructure) -> type[StructuredLinear]:
-    """The class of layers of a structure; its constructor takes (structure, d_in, d_out, …).
-
-    Raises
-    ------
-    InvalidInput
-        Something that is no structure of a layer.
-    """
-    try:
-        return _LAYER_CLASSES[type(structure)]
-    except KeyError:
-        accepted = " | ".join(kind.__name__ for kind in _LAYER_CLASSES)
-        raise InvalidInput("structure", type(structure).__name__, accepted) from None
 
 
 def sized(structure: _Structure, d_in: int, d_out: int) -> _Structure:

@@ -62,7 +62,6 @@ class ChainLinear(StructuredLinear):
     torch.Size([5, 256])
     """
 
-    structure_type = ChainStructure
     structure: ChainStructure
     _path: Path | None = None
 

@@ -43,7 +43,6 @@ class ConvolutionLinear(StructuredLinear):
     torch.Size([5, 256])
     """
 
-    structure_type = ConvolutionStructure
     structure: ConvolutionStructure
 
     def __init__(

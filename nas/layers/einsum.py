@@ -65,7 +65,6 @@ class EinsumLinear(StructuredLinear):
 
     #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
     relative_error: float | None = None
-    structure_type = Structure
     structure: Structure
     A: nn.Parameter
     B: nn.Parameter

@@ -63,7 +63,6 @@ class MixtureLinear(Gated, StructuredLinear):
     torch.Size([5, 256])
     """
 
-    structure_type = MixtureStructure
     structure: MixtureStructure
     A: nn.Parameter
     B: nn.Parameter
