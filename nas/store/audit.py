@@ -10,15 +10,12 @@ from sqlalchemy.orm import Session
 from nas.errors import InvalidInput, echo
 from nas.logs import masked
 from nas.store import rows
-from nas.store.engine import reading, writing
+from nas.store.engine import AT_ONCE, SECONDS_PER_DAY, reading, writing
 from nas.store.schema import AuditRow
 from nas.store.searches import MAX_PAGE, Store
 
-_SECONDS_PER_DAY = 86_400.0
 #: Days for which the database itself refuses to delete a record.
 LEAST_DAYS = 90.0
-#: Rows of one delete.
-_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +101,12 @@ class Audit:
             raise InvalidInput("audit_days", days, f"a number of days from {LEAST_DAYS:g}")
         count = 0
         with reading(self._engine) as session:
-            old = AuditRow.created_at < rows.now(session) - days * _SECONDS_PER_DAY
+            old = AuditRow.created_at < rows.now(session) - days * SECONDS_PER_DAY
             if dry_run:
                 return session.scalar(select(func.count()).select_from(AuditRow).where(old)) or 0
         while True:
             with writing(self._engine) as session:
-                page = select(AuditRow.id).where(old).order_by(AuditRow.id).limit(_AT_ONCE)
+                page = select(AuditRow.id).where(old).order_by(AuditRow.id).limit(AT_ONCE)
                 ids = list(session.scalars(page))
                 if not ids:
                     return count

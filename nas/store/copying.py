@@ -19,7 +19,6 @@ from sqlalchemy import (
     inspect,
     select,
     table,
-    text,
 )
 from sqlalchemy.exc import (
     DataError,
@@ -34,7 +33,7 @@ from sqlalchemy.types import TypeDecorator
 
 from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
 from nas.store.engine import shown_url, translated
-from nas.store.migrate import known_revisions
+from nas.store.migrate import known_revisions, stored_revision
 from nas.store.schema import Base
 
 #: Rows that are in memory at once.
@@ -146,8 +145,7 @@ def revision_of(connection: Connection) -> str | None:
     """The revision of a database's schema; None if it is not a database of this program."""
     if not {"alembic_version", "searches"} <= set(inspect(connection).get_table_names()):
         return None
-    found = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return None if found is None else str(found)
+    return stored_revision(connection)
 
 
 def check_known(revision: str, field: str, where: str) -> None:

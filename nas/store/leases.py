@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 
 from nas.designs.design import exponents
 from nas.errors import LeaseLost
-from nas.store import lifecycle, rows, standings
-from nas.store.engine import writing
+from nas.store import lifecycle, rows, scopes, standings
+from nas.store.engine import one_at_a_time, writing
 from nas.store.records import (
     UNFINISHED,
     Lease,
@@ -159,9 +159,7 @@ class Leases:
         own = select(TenantRow.name).where(TenantRow.concurrency.is_not(None)).limit(1)
         if self._tenant_concurrency is None and session.scalar(own) is None:
             return []
-        if session.get_bind().dialect.name == "postgresql":
-            # two concurrent claims would not count each other; SQLite has one writer anyway
-            session.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
+        one_at_a_time(session, _CLAIM_LOCK)
         most = func.coalesce(TenantRow.concurrency, self._tenant_concurrency)
         full = (
             select(SearchRow.tenant)
@@ -216,7 +214,7 @@ class Leases:
         with self._fenced(lease) as (session, row):
             if row.task_fingerprint is None:
                 row.task_fingerprint = fingerprint
-                standings.touch(session, row)
+                scopes.touch(session, row)
             return row.task_fingerprint
 
     def add_trial(self, lease: Lease, draft: TrialDraft) -> Trial:

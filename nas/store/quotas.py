@@ -18,10 +18,10 @@ from nas.errors import QuotaExceeded
 from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import rows
+from nas.store.engine import SECONDS_PER_DAY, one_at_a_time
 from nas.store.records import TERMINAL
 from nas.store.schema import SearchRow, TenantRow, TrialRow
 
-_SECONDS_PER_DAY = 86_400.0
 #: First key of the lock under which a tenant's quotas are checked; an arbitrary constant.
 _QUOTA_LOCK = 7305616
 
@@ -102,10 +102,7 @@ def check_quotas(
     quotas = quotas_of(session, tenant, defaults)
     if quotas.searches is None and quotas.train_flops is None:
         return
-    if session.get_bind().dialect.name == "postgresql":
-        # two concurrent requests would not count each other; SQLite has one writer anyway
-        lock = func.pg_advisory_xact_lock(_QUOTA_LOCK, func.hashtext(tenant))
-        session.execute(select(lock))
+    one_at_a_time(session, _QUOTA_LOCK, func.hashtext(tenant))
     use = use_of(session, tenant, quotas)
     if quotas.searches is not None and use.searches + further > quotas.searches:
         raise QuotaExceeded(
@@ -126,13 +123,12 @@ def quotas_of(session: Session, tenant: str, defaults: Quotas) -> Quotas:
     own = session.get(TenantRow, tenant)
     if own is None:
         return defaults
-
     named = {name: getattr(own, name) for name in ("searches", "train_flops", "concurrency")}
     return replace(defaults, **{name: n for name, n in named.items() if n is not None})
 
 
 def use_of(session: Session, tenant: str, quotas: Quotas) -> Use:
-    since = rows.now(session) - quotas.days * _SECONDS_PER_DAY
+    since = rows.now(session) - quotas.days * SECONDS_PER_DAY
     unended = SearchRow.state.not_in(TERMINAL)
     own = SearchRow.tenant == tenant
     charged = func.sum(SearchRow.charged_flops)

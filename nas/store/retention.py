@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 from nas.errors import InvalidInput
 from nas.store import rows
 from nas.store.audit import Audit
-from nas.store.engine import reading, writing
+from nas.store.engine import AT_ONCE, SECONDS_PER_DAY, reading, writing
 from nas.store.records import TERMINAL
 from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow
 from nas.store.searches import Store
@@ -24,9 +24,6 @@ from nas.store.searches import Store
 FINE_GRAINED = ("point", "trial_planned", "trial_started")
 #: Ends without success.
 UNSUCCESSFUL = ("failed", "cancelled")
-#: Events deleted in one transaction, and searches of one: other writers wait no longer than that.
-_AT_ONCE = 500
-_SECONDS_PER_DAY = 86_400.0
 _OWN = aliased(TrialRow)
 
 
@@ -77,9 +74,9 @@ def prune(
             raise InvalidInput(name, days, "a number of days above 0")
     found, gone = Pruned(), set[str]()
     if failed_days is not None:
-        found, gone = _prune_searches(store, failed_days * _SECONDS_PER_DAY, dry_run)
+        found, gone = _prune_searches(store, failed_days * SECONDS_PER_DAY, dry_run)
     if event_days is not None:
-        events = _prune_events(store, event_days * _SECONDS_PER_DAY, gone, dry_run)
+        events = _prune_events(store, event_days * SECONDS_PER_DAY, gone, dry_run)
         found = replace(found, events=events)
     if audit_days is not None:
         found = replace(found, audit=Audit(store).prune(audit_days, dry_run=dry_run))
@@ -103,7 +100,7 @@ def _prune_events(store: Store, seconds: float, gone: Set[str], dry_run: bool) -
             # searched for in a read transaction, which blocks no writer
             page = select(EventRow.id).where(fine, EventRow.id > after).order_by(EventRow.id)
             with reading(store.engine) as session:
-                ids = list(session.scalars(page.limit(_AT_ONCE)))
+                ids = list(session.scalars(page.limit(AT_ONCE)))
             if not ids:
                 break
             count += _delete_events(store, ids)
@@ -133,7 +130,7 @@ def _ended(store: Store, seconds: float, states: Collection[str]) -> Iterator[li
                     SearchRow.sequence > last,
                 )
                 .order_by(SearchRow.sequence)
-                .limit(_AT_ONCE)
+                .limit(AT_ONCE)
             )
             page = session.execute(query).all()
         if not page:

@@ -8,7 +8,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, or_, select, text, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -17,17 +17,14 @@ from nas.planning.request import SearchRequest
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
+from nas.store.migrate import stored_revision
 from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
 from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
+from nas.store.scopes import repeats, within
+from nas.store.selecting import columns_of
 
 MAX_PAGE = 500
-#: Columns of a curve point, by the table they come from.
-_OF_TRIAL = (
-    "search_id", "number", "kind", "dense", "name", "theta", "design", "width", "seed",
-    "forward_flops_per_token", "seconds_per_step", "peak_memory_bytes",
-)  # fmt: skip
-_OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
 
 
 class Store:
@@ -355,36 +352,19 @@ class Store:
 
         A trial that reuses another's result in the same search adds no evidence, so it is left out.
         """
-        where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
-        if search_id is not None:
-            own = select(TrialRow.id).where(TrialRow.search_id == search_id)
-            elsewhere = TrialRow.reused_from.not_in(own.scalar_subquery())
-            where += [SearchRow.id == search_id, or_(TrialRow.reused_from.is_(None), elsewhere)]
-        else:
-            where += [SearchRow.tenant == self.tenant, TrialRow.reused_from.is_(None)]
-        if task is not None:
-            where.append(SearchRow.task == task)
-        if fingerprint is not None:
-            where.append(SearchRow.task_fingerprint == fingerprint)
-        query: Any = (
-            select(
-                TrialRow.id.label("trial_id"),
-                *(getattr(TrialRow, name) for name in _OF_TRIAL),
-                *(getattr(PointRow, name) for name in _OF_POINT),
-                TrialRow.model_params.label("params"),
-                (TrialRow.state == "complete").label("complete"),
-            )
+        query = (
+            select(*columns_of(CurvePoint, PointRow, TrialRow))
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
-            .where(*where)
+            .where(*within(search_id, task, fingerprint, self.tenant), ~repeats(search_id))
+            .where(TrialRow.state.in_(("complete", "running")))
             .order_by(PointRow.train_flops, PointRow.loss, TrialRow.id)
-        )  # fmt: skip
+        )
         with reading(self.engine) as session:
             if search_id is not None:
                 self.row(session, search_id)
-            return [
-                rows.to_curve_point(r, complete=bool(r.complete)) for r in session.execute(query)
-            ]
+            found = session.execute(query)
+            return [rows.to_curve_point(r, complete=r.complete) for r in found]
 
     def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
         """Loss of each validation sample at the given (trial, step) points, in their order."""
@@ -439,8 +419,7 @@ class Store:
     def schema_revision(self) -> str | None:
         """The revision of the database's schema."""
         with reading(self.engine) as session:
-            revision = session.scalar(text("SELECT version_num FROM alembic_version"))
-            return None if revision is None else str(revision)
+            return stored_revision(session.connection())
 
 
 def _of_key(tenant: str, idempotency_key: str) -> Select[SearchRow]:

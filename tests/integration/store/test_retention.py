@@ -63,7 +63,7 @@ def rows_of(store: Store) -> dict[str, int]:
 
 
 def test_old_logs_keep_their_turning_points(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", 3)
+    monkeypatch.setattr(module, "AT_ONCE", 3)
     old = ended(store, "succeeded", days_ago=31, completed=3)
     failed = ended(store, "failed", days_ago=31)
     young = ended(store, "succeeded", days_ago=29, completed=1)

@@ -1,0 +1,56 @@
+"""What the records of runs and their points are selected from, and the curves of many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from nas.store.engine import pieces
+from nas.store.records import StoredPoint
+from nas.store.schema import PointRow, TrialRow
+
+#: Fields whose column of a trial has another name.
+_RENAMED = {
+    "trial_id": TrialRow.id,
+    "params": TrialRow.model_params,
+    "complete": TrialRow.state == "complete",
+}
+
+
+def columns_of(record: type[Any], *tables: type[Any]) -> list[Any]:
+    """The columns that hold the fields of a record, with the fields' names as labels.
+
+    Fields that no column holds are left out.
+
+    Parameters
+    ----------
+    tables
+        Where to look for a field, the first table that has it.
+    """
+    found: list[Any] = []
+    for field in fields(record):
+        column = _RENAMED.get(field.name)
+        if column is None:
+            column = next((getattr(t, field.name) for t in tables if hasattr(t, field.name)), None)
+        if column is not None:
+            found.append(column.label(field.name))
+    return found
+
+
+def curves_of(session: Session, trials: Iterable[int]) -> dict[int, list[StoredPoint]]:
+    """Trial id → its points by step, without the losses of single samples, most of the bytes."""
+    curves: dict[int, list[StoredPoint]] = {}
+    for part in pieces(sorted(trials)):
+        query = (
+            select(PointRow.trial_id, PointRow.step, PointRow.train_flops, PointRow.loss,
+                   PointRow.loss_stderr, PointRow.seconds)
+            .where(PointRow.trial_id.in_(part))
+            .order_by(PointRow.trial_id, PointRow.step)
+        )  # fmt: skip
+        for row in session.execute(query):
+            curves.setdefault(row.trial_id, []).append(StoredPoint(*row[1:]))
+    return curves
