@@ -12,7 +12,8 @@ from nas.logs import masked
 from nas.store import rows
 from nas.store.engine import AT_ONCE, SECONDS_PER_DAY, reading, writing
 from nas.store.schema import AuditRow
-from nas.store.searches import MAX_PAGE, Store
+from nas.store.searches import Store
+from nas.store.selecting import newest
 
 #: Days for which the database itself refuses to delete a record.
 LEAST_DAYS = 90.0
@@ -80,12 +81,7 @@ class Audit:
         self, *, before: int | None = None, limit: int = 50, tenant: str | None = None
     ) -> list[Entry]:
         """The newest records, or those before the id `before`."""
-        columns = AuditRow.__table__.columns
-        query = select(*columns).order_by(AuditRow.id.desc()).limit(min(limit, MAX_PAGE))
-        if before is not None:
-            query = query.where(AuditRow.id < before)
-        if tenant is not None:
-            query = query.where(AuditRow.tenant == tenant)
+        query = newest(AuditRow, AuditRow.id, before, limit, tenant=tenant)
         with reading(self._engine) as session:
             return [Entry(**row._mapping) for row in session.execute(query)]
 

@@ -31,7 +31,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
+from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable, one_line
 from nas.store.engine import shown_url, translated
 from nas.store.migrate import known_revisions, stored_revision
 from nas.store.schema import Base
@@ -133,7 +133,7 @@ def _insert(target: Connection, into: Table, part: list[dict[str, Any]]) -> None
 
 def said(error: DBAPIError) -> str:
     """A driver's error message, in one line."""
-    return " ".join(str(error.orig).split())
+    return one_line(error.orig)
 
 
 def count_rows(connection: Connection, name: str) -> int:

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, inspect, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from nas.errors import InvalidInput, StoreUnavailable
+from nas.errors import InvalidInput, StoreUnavailable, one_line
 from nas.store import rows
 from nas.store.engine import ACCEPTED, connect_arguments, parse, reading, shown_url
 from nas.store.records import CurvePoint, StoredPoint, Trial
@@ -183,6 +183,6 @@ def translating(database: ForeignDatabase) -> Iterator[None]:
 
 def _reason(error: SQLAlchemyError, database: ForeignDatabase) -> str:
     """One line of what the driver says, without the password."""
-    said = " ".join(str(getattr(error, "orig", None) or error).split())
+    said = one_line(getattr(error, "orig", None) or error)
     password = make_url(database.url).password
     return said.replace(str(password), "***") if password else said

@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from nas.errors import InvalidInput
+from nas.errors import InvalidInput, one_line
 from nas.store.troubles import DatabaseTrouble, is_busy, trouble_of
 
 #: What a database's address may be.
@@ -115,8 +115,8 @@ def parse(url: str, field: str = "database_url") -> URL:
         try:
             make_conninfo("", **{name: str(value) for name, value in parsed.query.items()})
         except ProgrammingError as error:
-            said = " ".join(str(error).split())
-            raise InvalidInput(field, shown, f"options that PostgreSQL knows: {said}") from None
+            accepted = f"options that PostgreSQL knows: {one_line(error)}"
+            raise InvalidInput(field, shown, accepted) from None
         return parsed
     if backend != "sqlite" or parsed.host or parsed.database in (None, "", ":memory:"):
         raise InvalidInput(field, shown, ACCEPTED)

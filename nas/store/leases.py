@@ -31,6 +31,7 @@ from nas.store.records import (
     Trial,
     TrialDraft,
     TrialFailure,
+    TrialState,
 )
 from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
 from nas.store.searches import Store
@@ -277,9 +278,8 @@ class Leases:
             ).first()
             if (row.state, row.epoch) == ("running", lease.epoch) and dropped is None:
                 return  # this same write, repeated because its response was lost
-            rows.count(search, **{row.state: -1})
-            rows.count(search, running=1)
-            row.state, row.epoch = "running", lease.epoch
+            lifecycle.set_state(search, row, "running")
+            row.epoch = lease.epoch
             if row.attempts:  # the first attempt was charged when the search was submitted
                 search.charged_flops += row.train_flops
             row.attempts += 1
@@ -295,10 +295,14 @@ class Leases:
             raise LeaseLost(f"trial {trial_id} is not an unfinished one of {lease.search_id}")
         return row
 
-    def _has_ended(self, session: Session, lease: Lease, trial_id: int, state: str) -> bool:
-        """Whether this lease has ended the trial in this way already: the write is a repetition."""
+    def _unended(
+        self, session: Session, lease: Lease, trial_id: int, state: TrialState
+    ) -> TrialRow | None:
+        """The trial to end; None if this lease has ended it so before: the write is repeated."""
         row = session.get(TrialRow, trial_id)
-        return row is not None and (row.state, row.epoch) == (state, lease.epoch)
+        if row is not None and (row.state, row.epoch) == (state, lease.epoch):
+            return None
+        return self._trial(session, lease, trial_id)
 
     def add_point(self, lease: Lease, trial_id: int, point: StoredPoint) -> None:
         """Store one evaluation; a run that was restarted overwrites its earlier points."""
@@ -331,9 +335,9 @@ class Leases:
     ) -> None:
         """Complete a trial whose last point has been stored; from now on answers use it."""
         with self._fenced(lease) as (session, search):
-            if self._has_ended(session, lease, trial_id, "complete"):
+            row = self._unended(session, lease, trial_id, "complete")
+            if row is None:
                 return
-            row = self._trial(session, lease, trial_id)
             last = session.get(PointRow, (trial_id, row.steps))
             if last is None:
                 raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
@@ -350,9 +354,9 @@ class Leases:
     ) -> None:
         """End a trial with the reason why it has no result; its points stay."""
         with self._fenced(lease) as (session, search):
-            if self._has_ended(session, lease, trial_id, "failed"):
+            row = self._unended(session, lease, trial_id, "failed")
+            if row is None:
                 return
-            row = self._trial(session, lease, trial_id)
             row.error, row.failure = reason[: lifecycle.LONGEST_ERROR], failure
             data = {"error": row.error, "failure": failure}
             self._finish_trial(session, search, row, "failed", data)
@@ -369,21 +373,20 @@ class Leases:
         session: Session,
         search: SearchRow,
         row: TrialRow,
-        state: str,
+        state: TrialState,
         data: Mapping[str, Any],
     ) -> None:
-        row.epoch = search.epoch
-        rows.count(search, **{row.state: -1, state: 1})
-        row.state, row.finished_at = state, rows.now(session)
+        lifecycle.set_state(search, row, state)
+        row.epoch, row.finished_at = search.epoch, rows.now(session)
         event = {"number": row.number, **data}
         rows.add_event(session, row.search_id, f"trial_{state}", event)
 
     def reuse_result(self, lease: Lease, trial_id: int) -> bool:
         """Complete a trial with the result of an equal run of its tenant, if there is one."""
         with self._fenced(lease) as (session, search):
-            if self._has_ended(session, lease, trial_id, "complete"):
+            row = self._unended(session, lease, trial_id, "complete")
+            if row is None:
                 return True
-            row = self._trial(session, lease, trial_id)
             twin = session.scalars(
                 select(TrialRow)
                 .join(SearchRow, TrialRow.search_id == SearchRow.id)
@@ -436,12 +439,7 @@ class Leases:
     def hand_back(self, lease: Lease) -> None:
         """Queue the search again, or pause it if that was requested; this counts as no failure."""
         with self._fenced(lease) as (session, row):
-            if row.cancel_requested:
-                lifecycle.end(session, row, "cancelled")
-            elif row.pause_requested:
-                lifecycle.pause_now(session, row)
-            else:
-                lifecycle.stop_running(session, row, "queued")
+            if lifecycle.take_back(session, row):
                 rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
 
     def requeue(self, lease: Lease, error: str) -> None:

@@ -22,9 +22,7 @@ from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_f
 from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 from nas.store.scopes import repeats, within
-from nas.store.selecting import columns_of
-
-MAX_PAGE = 500
+from nas.store.selecting import MAX_PAGE, columns_of, newest
 
 
 class Store:
@@ -211,15 +209,10 @@ class Store:
         state, failure, tenant
             Only searches with this value.
         """
-        columns = SearchRow.__table__.columns  # plain rows: ORM objects are slower
-        query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
-        if before is not None:
-            query = query.where(SearchRow.sequence < before)
+        equal = {"state": state, "failure": failure, "tenant": tenant}
+        query = newest(SearchRow, SearchRow.sequence, before, limit, **equal)
         if self.confined:
             query = query.where(SearchRow.tenant == self.tenant)
-        for name, wanted in (("state", state), ("failure", failure), ("tenant", tenant)):
-            if wanted is not None:
-                query = query.where(getattr(SearchRow, name) == wanted)
         with reading(self.engine) as session:
             return [rows.to_search(r) for r in session.execute(query)]
 

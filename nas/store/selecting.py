@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from nas.store.engine import pieces
 from nas.store.records import StoredPoint
 from nas.store.schema import PointRow, TrialRow
 
+#: Most rows of one page.
+MAX_PAGE = 500
 #: Fields whose column of a trial has another name.
 _RENAMED = {
     "trial_id": TrialRow.id,
@@ -39,6 +41,23 @@ def columns_of(record: type[Any], *tables: type[Any]) -> list[Any]:
         if column is not None:
             found.append(column.label(field.name))
     return found
+
+
+def newest(
+    table: type[Any], key: Any, before: int | None, limit: int, **equal: str | None
+) -> Select[Any]:
+    """The rows of a table with the greatest keys below `before`, at most `MAX_PAGE`.
+
+    Parameters
+    ----------
+    equal
+        Column → the value that it must have; None for any.
+    """
+    columns = table.__table__.columns  # plain rows: ORM objects are slower
+    query = select(*columns).order_by(key.desc()).limit(min(limit, MAX_PAGE))
+    if before is not None:
+        query = query.where(key < before)
+    return query.where(*(columns[c] == value for c, value in equal.items() if value is not None))
 
 
 def curves_of(session: Session, trials: Iterable[int]) -> dict[int, list[StoredPoint]]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nas.analysis.scaling import HULL_TOLERANCE, common_mean, mean_over_seeds, ratio_over_seeds
 from nas.designs.theta import DENSE, SUM_TOLERANCE, Theta
+from nas.study.task import Task
 from nas.study.wording import REFERENCE, estimate, plain, verdict_of, verdict_text
-
-if TYPE_CHECKING:
-    from nas.study.report import Task
 
 Json = dict[str, Any]
 
@@ -23,7 +21,6 @@ EQUIVALENCE = HULL_TOLERANCE
 #: Task → start of a structure's name → exponent b in the papers.  regression: arXiv:2410.02117,
 #: the slope from loss .0142 to .00295 over 8e12 to 8e15 forward MACs × tokens; images: CIFAR-10
 #: train error of MLPs, arXiv:2406.06248, read off a bar chart.
-
 PAPER_EXPONENTS: Mapping[str, Mapping[str, float]] = {
     "regression": {"dense": 0.23, "kronecker": 0.17},
     "images": {
@@ -51,7 +48,7 @@ def findings_of(tasks: Mapping[str, Task]) -> list[Json]:
         for name, task in tasks.items():
             if task.budget is None:
                 continue
-            ratio = task.compared(lambda b, t=task, g=group: t.mean_of(g, b)[0])["C"]
+            ratio = task.compared_group(group)["C"]
             agreement = {"worse": "agrees", "better": "contradicts"}
             rows.append(
                 _finding(

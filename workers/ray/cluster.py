@@ -28,7 +28,7 @@ from ray._private.authentication.authentication_token_setup import Authenticatio
 from ray._private.worker import _post_init_hooks
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nas.errors import ClusterUnavailable, InvalidInput
+from nas.errors import ClusterUnavailable, InvalidInput, one_line
 from nas.settings import Settings
 from workers import metrics
 from workers.ray import temporary
@@ -159,7 +159,7 @@ def _start_local(settings: Settings) -> None:
         )
     except Exception as error:  # such as a system that lets it start no process
         disconnect()
-        said = " ".join(str(error).split())[:500]
+        said = one_line(error)[:500]
         raise ClusterUnavailable(
             f"Ray does not start on this machine: {said}; `einsum-nas doctor` looks for the cause"
         ) from error
@@ -197,7 +197,7 @@ def _join(wanted: str) -> None:
         ray.shutdown()
         if isinstance(error, ClusterUnavailable):
             raise
-        said = " ".join(str(error).split())[:500]
+        said = one_line(error)[:500]
         raise ClusterUnavailable(
             f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined: {said}; "
             "`einsum-nas doctor` looks for the cause"

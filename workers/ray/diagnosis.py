@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from nas.errors import ClusterUnavailable, InvalidInput
+from nas.errors import ClusterUnavailable, InvalidInput, one_line
 from nas.service.doctor import Check, shared_memory
 from nas.settings import Settings
 from workers.ray import temporary
@@ -89,7 +89,7 @@ def _in_child(settings: Settings, wanted: str, patience_seconds: float) -> list[
     for line in out.splitlines():
         if line.startswith(_MARK):
             return [Check(**c) for c in json.loads(line.removeprefix(_MARK))]
-    said = " ".join((errors or out).split())[-500:]
+    said = one_line(errors or out)[-500:]
     found = f"joining RAY_ADDRESS={wanted} ended with status {child.returncode}: {said}"
     return [Check("cluster", "problem", found, "see the message; the head's log may say more")]
 
@@ -171,7 +171,7 @@ def _was_let_in(stranger: subprocess.Popen[bytes]) -> bool:
 
 
 def _not_joined(wanted: str, error: Exception) -> Check:
-    said = " ".join(str(error).split())[:500]
+    said = one_line(error)[:500]
     lower = said.lower()
     if "version mismatch" in lower:
         advice = "install the Ray and Python of the cluster here, or the other way round"
@@ -212,7 +212,7 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Check]:
 
 
 def _no_answer(name: str, has: str, error: Exception) -> Check:
-    said = " ".join(str(error).split())[-300:]
+    said = one_line(error)[-300:]
     if "ModuleNotFoundError" in str(error):
         advice = "install einsum-nas there, in the Python that runs Ray, in this version"
         return Check(name, "problem", f"{has}; einsum-nas cannot be imported: {said}", advice)
