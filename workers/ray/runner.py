@@ -11,7 +11,6 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 # read when ray.tune is imported: no result files, no signal handler
@@ -40,6 +39,7 @@ from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
 from nas.training.checkpoint import prune
 from workers import metrics
+from workers.ray import internals
 from workers.ray.trainable import ProxyTrainable
 from workers.session import SearchSession
 
@@ -319,15 +319,8 @@ def _refuse(trial: Any, reason: str, kind: TrialFailure) -> None:
 
 
 def _reason(trial: Any) -> str:
-    """Why the last attempt at a trial ended, in a line.
-
-    Tune's own `get_error` looks into the results' folder, where the text comes later.
-    """
-    try:
-        text = Path(trial.error_file or "").read_text()
-    except OSError:
-        text = ""
-    lines = text.rpartition("Failure # ")[2].strip().splitlines()
+    """Why the last attempt at a trial ended, in a line."""
+    lines = internals.last_error(trial).splitlines()
     told = [line for line in lines if line.startswith("The actor is dead")] or lines[-1:]
     return told[0][:_LONGEST_REASON] if told else "its process died"
 
