@@ -29,6 +29,7 @@ from nas.errors import ClusterUnavailable, InvalidInput, one_line
 from nas.settings import Settings
 from workers import metrics
 from workers.ray import internals, temporary
+from workers.ray.address import cluster_address
 
 _log = logging.getLogger(__name__)
 #: Token of a cluster of this process's own: no file has it, only the processes of the cluster.
@@ -48,21 +49,6 @@ _PATIENCE_SECONDS = 30.0
 _SHARED = ("einsum-nas", "ray", "torch")
 
 
-def address() -> str | None:
-    """The cluster to join, from `RAY_ADDRESS`; None, and `local`, for one of this process's own.
-
-    Raises
-    ------
-    InvalidInput
-        An address of Ray's client server: its driver would not be this process.
-    """
-    given = os.environ.get("RAY_ADDRESS") or None
-    if given is not None and "://" in given:
-        accepted = "HOST:PORT of the head (such as 10.0.0.1:6379), or auto on a node of the cluster"
-        raise InvalidInput("RAY_ADDRESS", given, accepted)
-    return None if given == "local" else given
-
-
 def connect(settings: Settings) -> None:
     """Join the cluster of `RAY_ADDRESS`, or start one of this process's own.
 
@@ -79,7 +65,7 @@ def connect(settings: Settings) -> None:
             return
         disconnect()  # its head is gone; there may be a new one by now
         metrics.RAY_RECONNECTS.inc()
-    wanted = address()
+    wanted = cluster_address()
     _beside(lambda: _start_local(settings) if wanted is None else _join(wanted))
 
 
@@ -150,10 +136,7 @@ def _start_local(settings: Settings) -> None:
         )
     except Exception as error:  # such as a system that lets it start no process
         disconnect()
-        said = one_line(error)[:500]
-        raise ClusterUnavailable(
-            f"Ray does not start on this machine: {said}; `einsum-nas doctor` looks for the cause"
-        ) from error
+        raise _unavailable("Ray does not start on this machine", error) from error
 
 
 def _expect_others(expected: bool) -> None:
@@ -184,11 +167,14 @@ def _join(wanted: str) -> None:
         ray.shutdown()
         if isinstance(error, ClusterUnavailable):
             raise
-        said = one_line(error)[:500]
-        raise ClusterUnavailable(
-            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined: {said}; "
-            "`einsum-nas doctor` looks for the cause"
+        raise _unavailable(
+            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined", error
         ) from error
+
+
+def _unavailable(what: str, error: Exception) -> ClusterUnavailable:
+    said = one_line(error)[:500]
+    return ClusterUnavailable(f"{what}: {said}; `einsum-nas doctor` looks for the cause")
 
 
 def listens(wanted: str) -> bool:
