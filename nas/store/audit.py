@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from nas.errors import InvalidInput, echo
 from nas.logs import masked
 from nas.store import rows
-from nas.store.engine import AT_ONCE, SECONDS_PER_DAY, reading, writing
-from nas.store.schema import AuditRow
+from nas.store.engine import SECONDS_PER_DAY, reading, writing
+from nas.store.schema import AuditRow, database_now
 from nas.store.searches import Store
-from nas.store.selecting import newest
+from nas.store.selecting import newest, pages
 
 #: Days for which the database itself refuses to delete a record.
 LEAST_DAYS = 90.0
@@ -96,15 +96,15 @@ class Audit:
         if not days >= LEAST_DAYS:
             raise InvalidInput("audit_days", days, f"a number of days from {LEAST_DAYS:g}")
         count = 0
-        with reading(self._engine) as session:
-            old = AuditRow.created_at < rows.now(session) - days * SECONDS_PER_DAY
+        old = select(AuditRow.id).where(
+            AuditRow.created_at < database_now() - days * SECONDS_PER_DAY
+        )
+        for page in pages(self._engine, old, AuditRow.id):
             if dry_run:
-                return session.scalar(select(func.count()).select_from(AuditRow).where(old)) or 0
-        while True:
+                count += len(page)
+                continue
+            ids = [row.id for row in page]
+            gone = delete(AuditRow).where(AuditRow.id.in_(ids)).returning(AuditRow.id)
             with writing(self._engine) as session:
-                page = select(AuditRow.id).where(old).order_by(AuditRow.id).limit(AT_ONCE)
-                ids = list(session.scalars(page))
-                if not ids:
-                    return count
-                session.execute(delete(AuditRow).where(AuditRow.id.in_(ids)))
-                count += len(ids)
+                count += len(session.execute(gone).all())
+        return count

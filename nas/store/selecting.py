@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import Engine, Select, select
 from sqlalchemy.orm import Session
 
-from nas.store.engine import pieces
+from nas.store.engine import AT_ONCE, pieces, reading
 from nas.store.records import StoredPoint
 from nas.store.schema import PointRow, TrialRow
 
@@ -58,6 +58,21 @@ def newest(
     if before is not None:
         query = query.where(key < before)
     return query.where(*(columns[c] == value for c, value in equal.items() if value is not None))
+
+
+def pages(engine: Engine, query: Any, key: Any) -> Iterator[Sequence[Any]]:
+    """The rows of a query, which has `key` among its columns, in its order and `AT_ONCE` at a time.
+
+    Each page is read in a transaction of its own, so that no other is blocked for long.
+    """
+    page: Sequence[Any] = ()
+    while True:
+        rest = query.where(key > getattr(page[-1], key.key)) if page else query
+        with reading(engine) as session:
+            page = session.execute(rest.order_by(key).limit(AT_ONCE)).all()
+        if not page:
+            return
+        yield page
 
 
 def curves_of(session: Session, trials: Iterable[int]) -> dict[int, list[StoredPoint]]:
