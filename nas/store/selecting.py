@@ -1,4 +1,4 @@
-"""What the records of runs and their points are selected from, and the curves of many runs."""
+"""Queries that several modules need: columns of a record, newest rows, pages, curves of runs."""
 
 from __future__ import annotations
 
