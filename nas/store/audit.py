@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -40,30 +41,20 @@ class Entry:
     request_id: str | None
 
 
-def add_audit(
-    session: Session,
-    action: str,
-    *,
-    tenant: str | None = None,
-    key_id: str | None = None,
-    target: str | None = None,
-    status: int | None = None,
-    reason: str | None = None,
-    address: str | None = None,
-    request_id: str | None = None,
-) -> None:
-    """Append a record in the caller's transaction; texts are cut to the columns' lengths."""
-    session.add(
-        AuditRow(
-            created_at=rows.now(session), tenant=tenant, key_id=key_id, status=status,
-            action=_cut(action, 128) or "", target=_cut(target, 128), reason=_cut(reason, 255),
-            address=_cut(address, 64), request_id=_cut(request_id, 128),
-        )
-    )  # fmt: skip
+def add_audit(session: Session, action: str, **values: str | int | None) -> None:
+    """Append a record in the caller's transaction; texts are cut to the columns' lengths.
 
-
-def _cut(text: str | None, length: int) -> str | None:
-    return None if text is None else masked(echo(text))[:length]
+    Parameters
+    ----------
+    values
+        The other fields of an `Entry`, but for its id and its time.
+    """
+    columns: Any = AuditRow.__table__.columns
+    stored = {
+        name: masked(echo(v))[: columns[name].type.length] if isinstance(v, str) else v
+        for name, v in {"action": action, **values}.items()
+    }
+    session.add(AuditRow(created_at=rows.now(session), **stored))
 
 
 class Audit:
@@ -75,7 +66,7 @@ class Audit:
     def add(self, action: str, **values: str | int | None) -> None:
         """Append a record; see `add_audit`."""
         with writing(self._engine) as session:
-            add_audit(session, action, **values)  # type: ignore[arg-type]
+            add_audit(session, action, **values)
 
     def entries(
         self, *, before: int | None = None, limit: int = 50, tenant: str | None = None

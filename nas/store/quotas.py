@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
 from nas.errors import QuotaExceeded
@@ -78,15 +78,18 @@ def most_flops(request: SearchRequest) -> float:
 
 def used_flops(session: Session, search_id: str) -> float:
     """Train FLOPs of every attempt at the runs of a search; reused results have none."""
-    spent = func.sum(TrialRow.train_flops * TrialRow.attempts)
-    return float(session.scalar(select(spent).where(TrialRow.search_id == search_id)) or 0.0)
+    spent = TrialRow.train_flops * TrialRow.attempts
+    return _total(session, spent, TrialRow.search_id == search_id)
 
 
 def owed_flops(session: Session, search_id: str, most: float) -> float:
     """Train FLOPs that an ended search may use in addition if it is retried, of `most` in total."""
-    ended = func.sum(TrialRow.train_flops)
     own = (TrialRow.search_id == search_id, TrialRow.state == "complete")
-    return max(most - float(session.scalar(select(ended).where(*own)) or 0.0), 0.0)
+    return max(most - _total(session, TrialRow.train_flops, *own), 0.0)
+
+
+def _total(session: Session, flops: Any, *where: ColumnElement[bool]) -> float:
+    return float(session.scalar(select(func.sum(flops)).where(*where)) or 0.0)
 
 
 def check_quotas(
@@ -131,13 +134,12 @@ def use_of(session: Session, tenant: str, quotas: Quotas) -> Use:
     since = rows.now(session) - quotas.days * SECONDS_PER_DAY
     unended = SearchRow.state.not_in(TERMINAL)
     own = SearchRow.tenant == tenant
-    charged = func.sum(SearchRow.charged_flops)
     counted = or_(unended, SearchRow.finished_at > since)
     counts = select(func.count()).select_from(SearchRow)
     return Use(
         tenant,
         session.scalar(counts.where(own, unended)) or 0,
         session.scalar(counts.where(own, SearchRow.state == "running")) or 0,
-        float(session.scalar(select(charged).where(own, counted)) or 0.0),
+        _total(session, SearchRow.charged_flops, own, counted),
         quotas,
     )  # fmt: skip

@@ -44,18 +44,12 @@ _ORDER: Mapping[tuple[float, ...], float] = {
 
 def findings_of(tasks: Mapping[str, Task]) -> list[Json]:
     rows = []
-    for group, cites in (("ω > 0", "2410.02117"), ("ω = 0, ψ < 1", "2410.02117")):
+    for group in ("ω > 0", "ω = 0, ψ < 1"):
         for name, task in tasks.items():
-            if task.budget is None:
-                continue
-            ratio = task.compared_group(group)["C"]
-            agreement = {"worse": "agrees", "better": "contradicts"}
-            rows.append(
-                _finding(
-                    f"{group} is worse than {REFERENCE}", cites, name,
-                    verdict_text(ratio, REFERENCE), agreement.get(verdict_of(ratio), "undecided"),
-                )
-            )  # fmt: skip
+            if task.budget is not None:
+                paper, ratio = f"{group} is worse than {REFERENCE}", task.compared_group(group)["C"]
+                here, agreement = verdict_text(ratio, REFERENCE), _agreement(ratio, "worse")
+                rows.append(_finding(paper, "2410.02117", name, here, agreement))
     rows += [row for name, task in tasks.items() for row in _against_dense(name, task)]
     rows += _slopes(tasks.get("regression"))
     rows += _order(tasks.get("regression"))
@@ -85,8 +79,16 @@ def _against_dense(name: str, task: Task) -> Iterator[Json]:
         agreement = _equivalent(ratio)
         paper += f" (here: loss within {EQUIVALENCE:.0%})"
     else:
-        agreement = {"better": "agrees", "worse": "contradicts"}.get(verdict_of(ratio), "undecided")
+        agreement = _agreement(ratio, "better")
     yield _finding(paper, cites, name, verdict_text(ratio, "dense"), agreement)
+
+
+def _agreement(ratio: Mapping[str, Any] | None, expected: str) -> str:
+    """Of a verdict with the one that the papers have, worse or better."""
+    verdict = verdict_of(ratio)
+    if verdict == expected:
+        return "agrees"
+    return "contradicts" if verdict in ("worse", "better") else "undecided"
 
 
 def _equivalent(ratio: Mapping[str, Any] | None) -> str:
