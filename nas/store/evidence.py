@@ -144,21 +144,18 @@ class Standings:
         """
         source = TrialRow.__table__.alias("source")
         either = or_(TrialRow.search_id == scope, source.c.search_id == scope)
-        query = (
-            select(
-                source.c.id, source.c.search_id, source.c.train_flops, source.c.dense,
-                source.c.loss, func.avg(TrialRow.loss), func.count(TrialRow.seed.distinct()),
-                TrialRow.train_flops / source.c.train_flops,
-            )
+        run = [source.c[n] for n in ("id", "search_id", "train_flops", "dense", "loss")]
+        longer = TrialRow.train_flops / source.c.train_flops
+        query: Any = (
+            select(*run, func.avg(TrialRow.loss), func.count(TrialRow.seed.distinct()), longer)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .join(source, source.c.id == TrialRow.confirms)
             .where(TrialRow.state == "complete", source.c.state == "complete")
             .where(TrialRow.confirms.is_not(None), TrialRow.reused_from.is_(None))
             .where(*(evidence_in(scope) if "@" in scope else [either]))
-            .group_by(source.c.id, source.c.search_id, source.c.train_flops, source.c.dense,
-                      source.c.loss, TrialRow.train_flops / source.c.train_flops)
+            .group_by(*run, longer)
             .order_by(source.c.id)
-        )  # fmt: skip
+        )
         with reading(self._engine) as session:
             return [ConfirmedPair(*row) for row in session.execute(query)]
 

@@ -253,7 +253,6 @@ class Leases:
                 model_params=plan.params,
                 seed=draft.seed,
                 key=draft.key,
-                attempts=0,
                 epoch=lease.epoch,
                 created_at=rows.now(session),
                 model=rows.model_digest(search.task_fingerprint or search.id, plan),
