@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import func, or_, select, tuple_
 
-from nas.designs.design import canonical_design, design_text, parse_design
+from nas.designs.design import parse_design
 from nas.designs.theta import Theta
 from nas.store import rows
 from nas.store.engine import pieces, reading, translated
@@ -172,7 +172,7 @@ def _to_run(row: Any, points: Sequence[StoredPoint]) -> Run:
 @lru_cache(maxsize=65536)
 def structure_key(design: str) -> str:
     """A design's canonical form as text, equal for equal structures at any width."""
-    found = canonical_design(parse_design(design))
+    found = parse_design(design).canonical()
     if isinstance(found, Theta):
         return ",".join(f"{v:.6g}" for v in found.values)
-    return design_text(found)
+    return found.text

@@ -15,7 +15,6 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from nas.designs.design import exponents
 from nas.errors import LeaseLost
 from nas.store import lifecycle, rows, scopes, standings
 from nas.store.engine import one_at_a_time, writing
@@ -239,7 +238,7 @@ class Leases:
                 params=None if draft.params is None else dict(draft.params),
                 sampler_state=dict(draft.sampler_state or {}),
                 unseen=list(draft.unseen),
-                theta=list(exponents(plan.design)),
+                theta=list(plan.design.exponents),
                 design=rows.stored_design(plan.design),
                 name=draft.name,
                 structures=list(plan.structures),
