@@ -52,7 +52,7 @@ class AnswerCache:
         Parameters
         ----------
         scope
-            As in `nas.store.standings`, or a task: the answer depends on its runs only.
+            As in `nas.store.scopes`, or a task: the answer depends on its runs only.
         make
             Computes the answer; called in a thread if no cached answer is valid.
         """

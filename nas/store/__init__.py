@@ -1,5 +1,7 @@
 """The store: the one source of truth about searches.  Only this package imports sqlalchemy."""
 
+from nas.store.evidence import Standings
+from nas.store.fronts import AXES
 from nas.store.leases import Leases
 from nas.store.migrate import upgrade
 from nas.store.records import (
@@ -17,8 +19,8 @@ from nas.store.records import (
     TrialDraft,
     TrialFailure,
 )
+from nas.store.scopes import of_tenant, task_scope
 from nas.store.searches import Store
-from nas.store.standings import AXES, Standings, of_tenant, task_scope
 
 __all__ = [
     "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal",

@@ -8,7 +8,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, or_, select, text, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -17,17 +17,12 @@ from nas.planning.request import SearchRequest
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
+from nas.store.migrate import stored_revision
 from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
 from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
-
-MAX_PAGE = 500
-#: Columns of a curve point, by the table they come from.
-_OF_TRIAL = (
-    "search_id", "number", "kind", "dense", "name", "theta", "design", "width", "seed",
-    "forward_flops_per_token", "seconds_per_step", "peak_memory_bytes",
-)  # fmt: skip
-_OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
+from nas.store.scopes import repeats, within
+from nas.store.selecting import MAX_PAGE, columns_of, newest
 
 
 class Store:
@@ -141,14 +136,6 @@ class Store:
                 idempotency_key=key,
                 request_digest=request.digest,
                 created_at=rows.now(session),
-                cancel_requested=False,
-                epoch=0,
-                failures=0,
-                not_before=0.0,
-                tally={},
-                pause_requested=False,
-                stale_writes=0,
-                held_seconds=0.0,
                 charged_flops=charge,
                 **values,
             )
@@ -214,15 +201,10 @@ class Store:
         state, failure, tenant
             Only searches with this value.
         """
-        columns = SearchRow.__table__.columns  # plain rows: ORM objects are slower
-        query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
-        if before is not None:
-            query = query.where(SearchRow.sequence < before)
+        equal = {"state": state, "failure": failure, "tenant": tenant}
+        query = newest(SearchRow, SearchRow.sequence, before, limit, **equal)
         if self.confined:
             query = query.where(SearchRow.tenant == self.tenant)
-        for name, wanted in (("state", state), ("failure", failure), ("tenant", tenant)):
-            if wanted is not None:
-                query = query.where(getattr(SearchRow, name) == wanted)
         with reading(self.engine) as session:
             return [rows.to_search(r) for r in session.execute(query)]
 
@@ -355,36 +337,19 @@ class Store:
 
         A trial that reuses another's result in the same search adds no evidence, so it is left out.
         """
-        where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
-        if search_id is not None:
-            own = select(TrialRow.id).where(TrialRow.search_id == search_id)
-            elsewhere = TrialRow.reused_from.not_in(own.scalar_subquery())
-            where += [SearchRow.id == search_id, or_(TrialRow.reused_from.is_(None), elsewhere)]
-        else:
-            where += [SearchRow.tenant == self.tenant, TrialRow.reused_from.is_(None)]
-        if task is not None:
-            where.append(SearchRow.task == task)
-        if fingerprint is not None:
-            where.append(SearchRow.task_fingerprint == fingerprint)
-        query: Any = (
-            select(
-                TrialRow.id.label("trial_id"),
-                *(getattr(TrialRow, name) for name in _OF_TRIAL),
-                *(getattr(PointRow, name) for name in _OF_POINT),
-                TrialRow.model_params.label("params"),
-                (TrialRow.state == "complete").label("complete"),
-            )
+        query = (
+            select(*columns_of(CurvePoint, PointRow, TrialRow))
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
-            .where(*where)
+            .where(*within(search_id, task, fingerprint, self.tenant), ~repeats(search_id))
+            .where(TrialRow.state.in_(("complete", "running")))
             .order_by(PointRow.train_flops, PointRow.loss, TrialRow.id)
-        )  # fmt: skip
+        )
         with reading(self.engine) as session:
             if search_id is not None:
                 self.row(session, search_id)
-            return [
-                rows.to_curve_point(r, complete=bool(r.complete)) for r in session.execute(query)
-            ]
+            found = session.execute(query)
+            return [rows.to_curve_point(r, complete=r.complete) for r in found]
 
     def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
         """Loss of each validation sample at the given (trial, step) points, in their order."""
@@ -439,8 +404,7 @@ class Store:
     def schema_revision(self) -> str | None:
         """The revision of the database's schema."""
         with reading(self.engine) as session:
-            revision = session.scalar(text("SELECT version_num FROM alembic_version"))
-            return None if revision is None else str(revision)
+            return stored_revision(session.connection())
 
 
 def _of_key(tenant: str, idempotency_key: str) -> Select[SearchRow]:

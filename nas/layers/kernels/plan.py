@@ -19,6 +19,7 @@ import torch
 
 from nas.designs.einsum import Sizes
 from nas.errors import InvalidInput
+from nas.layers.kernels.torch_internals import onednn_linear
 
 #: Which factor is contracted first, or both multiplied into one matrix.
 Order = Literal["a-first", "b-first", "materialised"]
@@ -152,8 +153,7 @@ def checked_plan(kind: type[_Plan], value: object, structure: Any) -> _Plan:
 @cache
 def onednn_available() -> bool:
     """Whether this torch has single-precision matrix products of oneDNN."""
-    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return built_in and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return onednn_linear() is not None
 
 
 @cache

@@ -21,7 +21,7 @@ from nas.errors import NotFound
 from nas.planning.cost import RunPlan, plans, train_flops_per_step
 from nas.planning.recipe import TEXT, Recipe
 from nas.store import Run, StoredPoint
-from nas.store.standings import structure_key
+from nas.store.evidence import structure_key
 
 STEP = 0.01  # FLOPs of a step
 DENSE, DENSE_THETA, MONARCH = "dense", parse_theta("dense"), parse_theta("monarch")
