@@ -24,13 +24,6 @@ KeyId = Annotated[
 Tenant = Annotated[str | None, typer.Option(help="Only those of this tenant.")]
 
 
-def register(program: typer.Typer) -> None:
-    """Add the commands to the program's."""
-    program.add_typer(app, name="keys")
-    program.command()(reported(tenants))
-    program.command()(reported(audit))
-
-
 def duration(text: str | float) -> float:
     """Convert a time such as 90d, 12h, 30m or 45s to seconds."""
     if isinstance(text, float):  # an option's default
