@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from nas.cli.common import Json, Server, local_store, number, opened, print_json, whole
+from nas.cli.common import (
+    Json,
+    Server,
+    amount,
+    count,
+    local_store,
+    opened,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from nas.designs.einsum import Sizing
@@ -18,6 +27,7 @@ Task = Annotated[
 OneSearch = Annotated[
     str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
 ]
+_budget = partial(amount, "NUMBER")
 
 
 def inspect(
@@ -28,8 +38,8 @@ def inspect(
             "btt-moe:experts=8, convolution"
         ),
     ],
-    d_in: Annotated[int, typer.Option(parser=whole, metavar="N", help="Inputs of the layer.")],
-    d_out: Annotated[int, typer.Option(parser=whole, metavar="N", help="Outputs of the layer.")],
+    d_in: Annotated[int, count("N", "Inputs of the layer.")],
+    d_out: Annotated[int, count("N", "Outputs of the layer.")],
     sizing: Annotated[
         str,
         typer.Option(help="least-waste | paper: round each axis on its own, as the papers' code"),
@@ -70,10 +80,6 @@ def frontier(
         from nas.cli.terminal import show_frontier
 
         show_frontier(found)
-
-
-def _budget(help_text: str) -> Any:
-    return typer.Option(parser=number, metavar="NUMBER", help=help_text)
 
 
 def best(

@@ -42,6 +42,16 @@ def whole(text: str) -> int:
         raise typer.BadParameter(f"got {echo(text)}; accepted: a whole number") from None
 
 
+def count(metavar: str, help_text: str) -> Any:
+    """An option whose value is a whole number."""
+    return typer.Option(parser=whole, metavar=metavar, help=help_text)
+
+
+def amount(metavar: str, help_text: str) -> Any:
+    """An option whose value is a number."""
+    return typer.Option(parser=number, metavar=metavar, help=help_text)
+
+
 @contextmanager
 def local_store() -> Iterator[Store]:
     """Open the settings' database for the settings' tenant, and upgrade its schema."""

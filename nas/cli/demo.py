@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, print_json, whole
+from nas.cli.common import Json, count, print_json
 from nas.cli.serve import Port
 from nas.cli.submit import show_outcome
 from nas.errors import EinsumNasError
@@ -74,12 +74,8 @@ def reproduce(
     out: Annotated[
         Path, typer.Option(help="Folder for runs and report; runs already in it are reused.")
     ] = Path("reproduction"),
-    seeds: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="Runs for each structure and width.")
-    ] = 3,
-    processes: Annotated[
-        int | None, typer.Option(parser=whole, metavar="N", help="Runs at once.")
-    ] = None,
+    seeds: Annotated[int, count("N", "Runs for each structure and width.")] = 3,
+    processes: Annotated[int | None, count("N", "Runs at once.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run the papers' study and write report.html and report.json."""

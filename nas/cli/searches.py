@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Server, opened, print_json, whole
+from nas.cli.common import Json, Server, count, opened, print_json, whole
 from nas.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def searches(
     tenant: Annotated[
         str | None, typer.Option(help="Only searches of this tenant; by default of all.")
     ] = None,
-    limit: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="How many, from 1 to 500.")
-    ] = 20,
+    limit: Annotated[int, count("N", "How many, from 1 to 500.")] = 20,
     server: Server = None,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Server, number, opened, print_json, whole
+from nas.cli.common import Json, Server, amount, count, opened, print_json, whole
 from nas.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -19,10 +19,7 @@ Wait = Annotated[bool, typer.Option("--wait", help="Run it and show the answer."
 
 
 def search(
-    train_flops: Annotated[
-        float,
-        typer.Option(parser=number, metavar="FLOPS", help="Budget of each run, train FLOPs."),
-    ],
+    train_flops: Annotated[float, amount("FLOPS", "Budget of each run, train FLOPs.")],
     task: Annotated[str, typer.Option(help="Task to train.")] = "text",
     data: Annotated[
         str | None, typer.Option(help="File or folder, or hf:NAME, instead of the default data.")
@@ -34,20 +31,13 @@ def search(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe setting; repeatable."),
     ] = None,
-    trials: Annotated[
-        int,
-        typer.Option(parser=whole, metavar="N", help="Candidates, besides the dense references."),
-    ] = 16,
+    trials: Annotated[int, count("N", "Candidates, besides the dense references.")] = 16,
     sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
     objective: Annotated[
         str, typer.Option(help="budget: lowest loss at the budget | pareto: loss and train FLOPs")
     ] = "budget",
-    seed: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="Seed of proposals and runs.")
-    ] = 0,
-    references: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="Dense runs, each of another width.")
-    ] = 5,
+    seed: Annotated[int, count("N", "Seed of proposals and runs.")] = 0,
+    references: Annotated[int, count("N", "Dense runs, each of another width.")] = 5,
     families: Annotated[
         str | None,
         typer.Option(
@@ -74,20 +64,13 @@ def search(
         ),
     ] = None,
     trial_seconds: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="S", help="Most seconds of one attempt at a trial."),
+        float | None, amount("S", "Most seconds of one attempt at a trial.")
     ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="S", help="Most seconds of the search on workers."),
-    ] = None,
+    seconds: Annotated[float | None, amount("S", "Most seconds of the search on workers.")] = None,
     total_train_flops: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="FLOPS", help="Most train FLOPs of all runs together."),
+        float | None, amount("FLOPS", "Most train FLOPs of all runs together.")
     ] = None,
-    priority: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="Searches of higher priority run first.")
-    ] = 0,
+    priority: Annotated[int, count("N", "Searches of higher priority run first.")] = 0,
     wait: Wait = False,
     server: Server = None,
     as_json: Json = False,
@@ -142,17 +125,10 @@ def confirm(
     ] = None,
     top: Annotated[
         int,
-        typer.Option(
-            parser=whole, metavar="K", help="Candidates to run again, besides the best dense one."
-        ),
+        count("K", "Candidates to run again, besides the best dense one."),
     ] = 3,
-    seeds: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="New seeds for each candidate.")
-    ] = 3,
-    longer: Annotated[
-        float,
-        typer.Option(parser=number, metavar="C", help="Train C times as many steps as before."),
-    ] = 1.0,
+    seeds: Annotated[int, count("N", "New seeds for each candidate.")] = 3,
+    longer: Annotated[float, amount("C", "Train C times as many steps as before.")] = 1.0,
     spread: Annotated[
         bool,
         typer.Option("--spread", help="Take candidates from the whole ranking, not from its top."),
