@@ -19,7 +19,7 @@ from nas.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from nas.designs.einsum import Sizing
+    from nas.designs.structure import Sizing
 
 Task = Annotated[
     str, typer.Option(help="Task: a name, or name@fingerprint for one version of its data.")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nas.designs.design import described
+from nas.designs.design import parse_design
 from nas.errors import counted
 from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
 
@@ -86,7 +86,7 @@ def show_frontier(front: FrontierAnswer) -> None:
     columns: dict[str, Callable[[Point], str]] = {
         "train FLOPs": lambda p: f"{p.train_flops:.3e}",
         "loss": lambda p: f"{p.loss:.4f}",
-        "structure": lambda p: described(p.design),
+        "structure": lambda p: parse_design(p.design).described,
         "width": lambda p: str(p.width),
         "steps": lambda p: str(p.steps),
         "trial": lambda p: f"#{p.number}",
@@ -135,7 +135,7 @@ def show_best(best: Answer) -> None:
 
 def _best_lines(best: Answer) -> Iterator[str]:
     interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
-    name = described(best.design)
+    name = parse_design(best.design).described
     yield f"best: {name}, width {best.width}, {counted(best.steps, 'step')}"
     yield f"verdict: {best.verdict} ({best.verdict_reason})"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
@@ -202,7 +202,7 @@ def _rivals(best: Answer) -> Iterator[str]:
     )
     for r in best.indistinguishable[:_SHOWN_RIVALS]:
         yield (
-            f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
+            f"  {parse_design(r.design).described}, width {r.width}: {r.difference:+.4f} "
             f"({_range(r.difference_interval, '+.4f')})"
         )
     more = len(best.indistinguishable) - _SHOWN_RIVALS

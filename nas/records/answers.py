@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nas.designs.design import Aligned, described, parse_design
+from nas.designs.aligned import Aligned
+from nas.designs.design import parse_design
 from nas.designs.mixture import Mixture
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ class Answer(Result):
         """What a snippet is for, as comments."""
         lines = [
             f"{self.kind} best for {self.task} within {self.budget:.4g} {self.budget_axis}: "
-            f"{described(self.design)}",
+            f"{parse_design(self.design).described}",
             f"verdict: {self.verdict} ({self.verdict_reason})",
         ]
         if self.keeps_dense:

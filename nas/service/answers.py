@@ -27,7 +27,7 @@ from nas.analysis.predict import (
     predicted_rival,
 )
 from nas.analysis.scaling import compute_optimal
-from nas.designs.design import canonical_design, design_text, exponents, parse_design
+from nas.designs.design import parse_design
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput, NotFound
 from nas.planning.cost import (
@@ -436,8 +436,8 @@ def _asked(scope: Scope, axis: str, budget: float) -> dict[str, Any]:
 
 
 def _of_design(design: str) -> dict[str, Any]:
-    canonical = canonical_design(parse_design(design))
-    return {"design": design, "canonical_theta": list(exponents(canonical))}
+    canonical = parse_design(design).canonical()
+    return {"design": design, "canonical_theta": list(canonical.exponents)}
 
 
 def _of_run(run: Run) -> dict[str, Any]:
@@ -512,7 +512,7 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
         kind="predicted",
         **_asked(scope, "train_flops", budget),
         **_of_plan(best.plan),
-        canonical_theta=list(exponents(canonical_design(best.plan.design))),
+        canonical_theta=list(best.plan.design.canonical().exponents),
         expected_loss=best.loss,
         interval=best.interval,
         interval_means=OF_LAW,
@@ -584,8 +584,8 @@ def _not_predictable(
 def _of_plan(plan: RunPlan) -> dict[str, Any]:
     return {
         "name": plan.name,
-        "theta": list(exponents(plan.design)),
-        "design": design_text(plan.design),
+        "theta": list(plan.design.exponents),
+        "design": plan.design.text,
         "width": plan.width,
         "steps": plan.steps,
         "train_flops": float(plan.train_flops),

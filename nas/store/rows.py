@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from nas.designs.design import Design, design_text
+from nas.designs.design import Design
 from nas.designs.theta import Theta
 from nas.planning.cost import RunPlan
 from nas.planning.request import SearchRequest
@@ -109,7 +109,7 @@ def read_design(row: Row[Any] | TrialRow) -> dict[str, Any]:
     theta = tuple(row.theta)
     return {
         "theta": theta,
-        "design": design_text(Theta(*theta)) if row.design is None else row.design,
+        "design": Theta(*theta).text if row.design is None else row.design,
     }
 
 
@@ -120,7 +120,7 @@ def to_curve_point(row: Row[Any], *, complete: bool) -> CurvePoint:
 
 def stored_design(design: Design) -> str | None:
     """The text of a design to store; None for two factors, which the stored exponents determine."""
-    return None if isinstance(design, Theta) else design_text(design)
+    return None if isinstance(design, Theta) else design.text
 
 
 def model_digest(task: str, plan: RunPlan) -> str:

@@ -46,7 +46,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from nas.designs.design import canonical_design, design_text, parse_design
+from nas.designs.design import parse_design
 from nas.designs.theta import Theta
 from nas.planning.recipe import TASKS
 from nas.settings import DEFAULT_TENANT
@@ -690,10 +690,10 @@ def _standing(scope: str, axis: str, dense: bool) -> ColumnElement[bool]:
 @lru_cache(maxsize=65536)
 def structure_key(design: str) -> str:
     """A design's canonical form as text, equal for equal structures at any width."""
-    found = canonical_design(parse_design(design))
+    found = parse_design(design).canonical()
     if isinstance(found, Theta):
         return ",".join(f"{v:.6g}" for v in found.values)
-    return design_text(found)
+    return found.text
 
 
 def _in_scope(scope: str) -> ColumnElement[bool]:
