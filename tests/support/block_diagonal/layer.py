@@ -44,7 +44,7 @@ class BlockDiagonalLinear(StructuredLinear):
         (factor,) = self._effective_factors()
         blocks, _, columns = factor.shape
         x = functional.pad(x, (0, blocks * columns - self.in_features))
-        y = torch.einsum("brc,nbc->nbr", factor, x.unflatten(1, (blocks, columns)))
+        y = torch.einsum("brc,nbc->nbr", factor, x.reshape(-1, blocks, columns))
         return y.flatten(1)[:, : self.out_features]
 
     def _product(self, x: Tensor) -> Tensor:

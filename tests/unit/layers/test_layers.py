@@ -14,8 +14,7 @@ from torch import Tensor
 from nas.designs.einsum import Structure
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers import EinsumLinear, layer_of, param_groups
-from nas.layers.base import layer_class
+from nas.layers import EinsumLinear, param_groups
 from tests.support.paths import DATA
 from tests.support.strategies import thetas
 
@@ -306,13 +305,3 @@ def test_state_dict_round_trip() -> None:
 def test_parameters_are_counted(theta: Theta, d_in: int, d_out: int) -> None:
     layer = EinsumLinear(theta, d_in, d_out, bias=False)
     assert sum(p.numel() for p in layer.parameters()) == Structure.of(theta, d_in, d_out).params
-
-
-@pytest.mark.parametrize(
-    "design", ["dense", "btt", "btt:cores=3", "btt-moe", "convolution:kernel=1/2"]
-)
-def test_the_class_of_layers_of_a_structure(design: str) -> None:
-    layer = layer_of(design, 16, 16)
-    assert layer_class(layer.structure) is type(layer)
-    with pytest.raises(InvalidInput, match="structure: got str"):
-        layer_class(design)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from PIL import Image
 
 import nas.tasks.data
 import nas.tasks.hub
-from nas.cli.main import _checked_data
+from nas.cli.local import checked_data
 from nas.errors import InvalidInput
 from nas.planning.recipe import IMAGES
 from nas.planning.request import SearchRequest
@@ -174,7 +174,7 @@ def test_a_relative_name_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a:b" / "l.txt").write_text("a line of text\n" * 9000)
     for name, part in (("a:b/l.txt", ""), ("a:b/l.txt", ":train"), ("a:b", "")):
         request = SearchRequest(task="text", data=f"hf:{name}{part}", train_flops=1e13)
-        assert _checked_data(request) == f"hf:{tmp_path / name}{part}"
+        assert checked_data(request) == f"hf:{tmp_path / name}{part}"
     assert hub_parts("hf:some/rows:plain/test") == ("some/rows", "plain/test")
 
 
