@@ -14,7 +14,7 @@ where blocks are large, or, for the second factor where γ = φ = 1, as one smal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ from nas.layers.kernels.torch_internals import linear_by_onednn, onednn_linear
 SLAB_ROWS = 256
 #: The inner size at which a product is as dear as the copy of its result.
 _SHORT = 32
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: Of x, A and B: whether the gradient is wanted, and the gradient.
+Wanted = Sequence[bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 if onednn_available():
@@ -74,8 +76,8 @@ def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> T
 
 
 def backward(
-    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: tuple[bool, bool, bool]
-) -> _Gradients:
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: Wanted
+) -> Gradients:
     """Gradients of x, A and B, each None where it is not wanted."""
     if b is None or plan.order == "materialised":
         return _materialised_backward(x, a, b, dy, plan, wanted)
@@ -93,7 +95,7 @@ def backward(
         out = None if dx is None else _target(dx[tile], in_axes)
         x_tile, dy_tile = _cube(x[tile], in_axes, swap), _cube(dy[tile], out_axes, swap)
         dx_tile = None if out is None else _turned(out, swap)
-        step(x_tile, first, second, dy_tile, plan, dx_tile, d_first, d_second)
+        step(x_tile, first, second, dy_tile, plan, (dx_tile, d_first, d_second))
         if dx is not None and out is not None:
             _deliver(out, dx[tile])
     da, db = d_first, d_second
@@ -243,16 +245,10 @@ def _forward_by_block(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) ->
 
 
 def _backward_by_block(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    dy: Tensor,
-    plan: Plan,
-    dx: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
+    x: Tensor, a: Tensor, b: Tensor, dy: Tensor, plan: Plan, into: Gradients
 ) -> None:
-    """One tile: writes dx (t, γ, β, α), adds to da and db."""
+    """One tile: of the gradients `into`, writes dx (t, γ, β, α) and adds to da and db."""
+    dx, da, db = into
     gamma, rho, phi, delta, alpha = a.shape
     beta, epsilon = b.shape[3:]
     t = x.shape[0]
@@ -299,16 +295,9 @@ def _forward_by_token(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) ->
 
 
 def _backward_by_token(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    dy: Tensor,
-    plan: Plan,
-    dx: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
+    x: Tensor, a: Tensor, b: Tensor, dy: Tensor, plan: Plan, into: Gradients
 ) -> None:
-    t, _, beta, alpha = x.shape
+    (dx, da, db), (t, _, beta, alpha) = into, x.shape
     rho, delta, epsilon = a.shape[1], a.shape[3], b.shape[4]
     a2, b2 = _by_token(a, b)
     xs, dys = x.reshape(-1, alpha), dy[:, 0]  # (tβ, α), (t, ε, δ)
@@ -327,8 +316,8 @@ def _backward_by_token(
 
 
 def _materialised_backward(
-    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: tuple[bool, bool, bool]
-) -> _Gradients:
+    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: Wanted
+) -> Gradients:
     d_in, d_out = x.shape[1], dy.shape[1]
     dx = gemm(dy, matrix(a, b, d_out, d_in), plan.gemm) if wanted[0] else None
     if b is None:

@@ -9,13 +9,34 @@ its concern.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from nas.layers.kernels import einsum as kernels
-from nas.layers.kernels.mixture_plan import has_grouped_mm
+from nas.layers.kernels.einsum import Gradients, Wanted
+from nas.layers.kernels.mixture_plan import MixturePlan, has_grouped_mm
 from nas.layers.kernels.plan import Plan
+
+_Forward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+_Backward = Callable[[Tensor, Tensor, Tensor | None, Tensor, Wanted], Gradients]
+
+
+def products(plan: MixturePlan, counts: Tensor, dense: bool) -> tuple[_Forward, _Backward]:
+    """The product by `plan` of (xs, A, B, d_out), and its gradient of (xs, A, B, dys, wanted)."""
+    if plan.grouping == "batched":
+        return batched_forward, batched_backward
+    if plan.grouping == "experts":
+        assert plan.plan is not None
+        one = plan.plan
+        return partial(experts_forward, counts, one), partial(experts_backward, counts, one)
+    if plan.grouping == "matrices" and not dense:
+        return partial(matrices_forward, counts), partial(matrices_backward, counts)
+    return partial(grouped_forward, counts), partial(grouped_backward, counts)
+
 
 # Experts: one after another, each by a plan of its own.
 
@@ -31,7 +52,7 @@ def _slices(counts: Tensor) -> list[tuple[int, slice]]:
 
 
 def experts_forward(
-    xs: Tensor, counts: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan
+    counts: Tensor, plan: Plan, xs: Tensor, a: Tensor, b: Tensor | None, d_out: int
 ) -> Tensor:
     ys = xs.new_empty(len(xs), d_out)
     for e, part in _slices(counts):
@@ -41,14 +62,8 @@ def experts_forward(
 
 
 def experts_backward(
-    xs: Tensor,
-    counts: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dys: Tensor,
-    plan: Plan,
-    wanted: tuple[bool, bool, bool],
-) -> kernels._Gradients:
+    counts: Tensor, plan: Plan, xs: Tensor, a: Tensor, b: Tensor | None, dys: Tensor, wanted: Wanted
+) -> Gradients:
     dx = torch.empty_like(xs) if wanted[0] else None
     da = torch.zeros_like(a) if wanted[1] else None
     db = torch.zeros_like(b) if b is not None and wanted[2] else None
@@ -64,24 +79,21 @@ def experts_backward(
 # Batched: padded rows, experts in the batch dimension.
 
 
-def _blocks_in(xs: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _batched(rows: Tensor, experts: int, axes: tuple[int, int, int], swap: bool) -> Tensor:
+    """Rows (E·c, d) with axes (i, j, k), or (i, k, j) to be exchanged, as (E, i, j, c, k)."""
+    cube = kernels._cube(rows, axes, swap)
+    return cube.view(experts, -1, *cube.shape[1:]).permute(0, 2, 3, 1, 4)
+
+
+def _batched_in(xs: Tensor, experts: int, axes: tuple[int, int, int]) -> Tensor:
     """Rows (E·c, d_in) as (γE, βc, α)."""
-    experts, gamma, alpha, beta = a.shape[0], a.shape[1], a.shape[5], b.shape[4]
-    cube = kernels._cube(xs, (gamma, beta, alpha), False).view(experts, -1, gamma, beta, alpha)
-    return cube.permute(2, 0, 3, 1, 4).reshape(gamma * experts, -1, alpha)
+    blocks = _batched(xs, experts, axes, False).transpose(0, 1)
+    return blocks.reshape(axes[0] * experts, -1, axes[2])
 
 
-def _blocks_out(dys: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Rows (E·c, d_out) as (Eφ, δc, ε)."""
-    experts, phi, epsilon, delta = b.shape[0], b.shape[1], b.shape[5], a.shape[4]
-    cube = kernels._cube(dys, (phi, epsilon, delta), False).view(experts, -1, phi, epsilon, delta)
-    return cube.permute(0, 2, 4, 1, 3).reshape(experts * phi, -1, epsilon)
-
-
-def _batched_intermediate(blocks: Tensor, a_first: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A x as (Eφ, γρβ, δc); a view for ρ = β = δ = 1."""
+def _batched_intermediate(blocks: Tensor, a_first: Tensor, a: Tensor, beta: int) -> Tensor:
+    """A x as (Eφ, γρβ, δc), from x as (γE, βc, α); a view for ρ = β = δ = 1."""
     experts, gamma, rho, phi, delta, _ = a.shape
-    beta = b.shape[4]
     z = torch.bmm(a_first, blocks.transpose(1, 2))  # (γE, ρφδ, βc)
     if rho == beta == delta == 1:
         return z.view(gamma, experts * phi, -1).transpose(0, 1)
@@ -89,29 +101,25 @@ def _batched_intermediate(blocks: Tensor, a_first: Tensor, a: Tensor, b: Tensor)
     return z.reshape(experts * phi, gamma * rho * beta, -1)
 
 
-def _first_factors(a: Tensor) -> Tensor:
-    """A as (γE, ρφδ, α)."""
-    return a.transpose(0, 1).reshape(a.shape[0] * a.shape[1], -1, a.shape[5])
+def _by_block(factor: Tensor) -> Tensor:
+    """A as (γE, ρφδ, α), or B as (φE, γρβ, ε)."""
+    return factor.transpose(0, 1).reshape(factor.shape[0] * factor.shape[1], -1, factor.shape[5])
 
 
 def batched_forward(xs: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Tensor:
     experts = len(a)
     if b is None:
         return torch.bmm(xs.view(experts, -1, xs.shape[1]), a.transpose(1, 2)).view(-1, d_out)
-    phi, epsilon, delta = b.shape[1], b.shape[5], a.shape[4]
-    z = _batched_intermediate(_blocks_in(xs, a, b), _first_factors(a), a, b)
+    in_axes, (phi, epsilon, delta) = kernels._axes(a[0], b[0])
+    z = _batched_intermediate(_batched_in(xs, experts, in_axes), _by_block(a), a, in_axes[1])
     y = torch.bmm(z.transpose(1, 2), b.view(experts * phi, -1, epsilon))  # (Eφ, δc, ε)
     y = y.view(experts, phi, delta, -1, epsilon).permute(0, 3, 1, 4, 2)
     return y.reshape(len(xs), -1)[:, :d_out]
 
 
 def batched_backward(
-    xs: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dys: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> kernels._Gradients:
+    xs: Tensor, a: Tensor, b: Tensor | None, dys: Tensor, wanted: Wanted
+) -> Gradients:
     experts, d_in = len(a), xs.shape[1]
     if b is None:
         left = dys.view(experts, -1, dys.shape[1])
@@ -119,11 +127,12 @@ def batched_backward(
         return torch.bmm(left, a).view(-1, d_in) if wanted[0] else None, da, None
     gamma, rho, phi, delta, alpha = a.shape[1:]
     beta, epsilon = b.shape[4:]
-    blocks, a_first = _blocks_in(xs, a, b), _first_factors(a)
-    out, b_last = _blocks_out(dys, a, b), b.view(experts * phi, -1, epsilon)
+    blocks, a_first = _batched_in(xs, experts, (gamma, beta, alpha)), _by_block(a)
+    out = _batched(dys, experts, (phi, epsilon, delta), True).reshape(experts * phi, -1, epsilon)
+    b_last = b.view(experts * phi, -1, epsilon)
     db = da = dx = None
     if wanted[2]:
-        db = torch.bmm(_batched_intermediate(blocks, a_first, a, b), out).view(b.shape)
+        db = torch.bmm(_batched_intermediate(blocks, a_first, a, beta), out).view(b.shape)
     if not (wanted[0] or wanted[1]):
         return None, None, db
     dz = torch.bmm(b_last, out.transpose(1, 2))  # (Eφ, γρβ, δc)
@@ -144,10 +153,9 @@ def batched_backward(
 def _grouped_mm(rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """rows (r, i) · w (g, i, o) → (r, o), rows up to ends[0] with w[0] and so on."""
     if not _can_group(rows):
-        out, start = rows.new_zeros(len(rows), w.shape[2]), 0
-        for g, end in enumerate(ends.tolist()):
-            torch.mm(rows[start:end], w[g], out=out[start:end])
-            start = end
+        out = rows.new_zeros(len(rows), w.shape[2])
+        for part, m, to in zip(_parts(rows, ends), w, _parts(out, ends), strict=True):
+            torch.mm(part, m, out=to)
         return out
     step, o = 16 // rows.element_size(), w.shape[2]  # what lies 16 bytes apart may be grouped
     rows, w = _stepped(rows, step), _stepped(w.transpose(1, 2), step)
@@ -161,14 +169,17 @@ def _grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """leftᵀ right per group: left (r, i), right (r, o) → (g, i, o)."""
     i, o = left.shape[1], right.shape[1]
     if not _can_group(left):
-        out, start = left.new_zeros(len(ends), i, o), 0
-        for g, end in enumerate(ends.tolist()):
-            torch.mm(left[start:end].t(), right[start:end], out=out[g])
-            start = end
+        out = left.new_zeros(len(ends), i, o)
+        for one, other, to in zip(_parts(left, ends), _parts(right, ends), out, strict=True):
+            torch.mm(one.t(), other, out=to)
         return out
     step = 16 // left.element_size()
     left, right = _stepped(left, step).contiguous(), _stepped(right, step).contiguous()
     return functional.grouped_mm(left.t(), right, offs=ends)[:, :i, :o]
+
+
+def _parts(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    return rows.tensor_split(ends.tolist()[:-1])
 
 
 def _can_group(t: Tensor) -> bool:
@@ -189,56 +200,35 @@ def _ends(xs: Tensor, counts: Tensor, blocks: int = 1, times: int = 1) -> Tensor
     return ((starts + ends) * times).reshape(-1).to(torch.int32)
 
 
-def _ragged_in(xs: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Rows (m, d_in) as (γmβ, α)."""
-    gamma, alpha, beta = a.shape[1], a.shape[5], b.shape[4]
-    cube = kernels._cube(xs, (gamma, beta, alpha), False)
-    return cube.permute(1, 0, 2, 3).reshape(-1, alpha)
+def _ragged(rows: Tensor, axes: tuple[int, int, int], swap: bool) -> Tensor:
+    """Rows (m, d) with axes (i, j, k), or (i, k, j) to be exchanged, as (imj, k)."""
+    cube = kernels._cube(rows, axes, swap)
+    return cube.transpose(0, 1).reshape(-1, cube.shape[3])
 
 
-def _ragged_out(dys: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Rows (m, d_out) as (φmδ, ε)."""
-    phi, epsilon, delta = b.shape[1], b.shape[5], a.shape[4]
-    cube = kernels._cube(dys, (phi, epsilon, delta), False)
-    return cube.permute(1, 0, 3, 2).reshape(-1, epsilon)
-
-
-def _ragged_intermediate(
-    blocks: Tensor, a_first: Tensor, ends: Tensor, a: Tensor, b: Tensor
-) -> Tensor:
-    """A x as (φmδ, γρβ)."""
+def _ragged_intermediate(blocks: Tensor, a: Tensor, beta: int, ends: Tensor) -> Tensor:
+    """A x as (φmδ, γρβ), from x as (γmβ, α)."""
     gamma, rho, phi, delta, _ = a.shape[1:]
-    beta = b.shape[4]
-    z = _grouped_mm(blocks, a_first.transpose(1, 2), ends)
+    z = _grouped_mm(blocks, _by_block(a).transpose(1, 2), ends)
     z = z.reshape(gamma, -1, beta, rho, phi, delta).permute(4, 1, 5, 0, 3, 2)
     return z.reshape(-1, gamma * rho * beta)
 
 
-def _last_factors(b: Tensor) -> Tensor:
-    """B as (φE, γρβ, ε)."""
-    return b.transpose(0, 1).reshape(b.shape[0] * b.shape[1], -1, b.shape[5])
-
-
-def grouped_forward(xs: Tensor, counts: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Tensor:
+def grouped_forward(counts: Tensor, xs: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Tensor:
     if b is None:
         return _grouped_mm(xs, a.transpose(1, 2), _ends(xs, counts))
-    gamma, beta, delta = a.shape[1], b.shape[4], a.shape[4]
-    phi, epsilon = b.shape[1], b.shape[5]
-    ends = _ends(xs, counts, gamma, beta)
-    z = _ragged_intermediate(_ragged_in(xs, a, b), _first_factors(a), ends, a, b)
-    y = _grouped_mm(z, _last_factors(b), _ends(xs, counts, phi, delta))
+    in_axes, (phi, epsilon, delta) = kernels._axes(a[0], b[0])
+    gamma, beta, _ = in_axes
+    blocks = _ragged(xs, in_axes, False)
+    z = _ragged_intermediate(blocks, a, beta, _ends(xs, counts, gamma, beta))
+    y = _grouped_mm(z, _by_block(b), _ends(xs, counts, phi, delta))
     y = y.reshape(phi, len(xs), delta, epsilon).permute(1, 0, 3, 2)
     return y.reshape(len(xs), phi * epsilon * delta)[:, :d_out]
 
 
 def grouped_backward(
-    xs: Tensor,
-    counts: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dys: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> kernels._Gradients:
+    counts: Tensor, xs: Tensor, a: Tensor, b: Tensor | None, dys: Tensor, wanted: Wanted
+) -> Gradients:
     if b is None:
         ends = _ends(xs, counts)
         da = _grouped_outer(dys, xs, ends) if wanted[1] else None
@@ -246,23 +236,23 @@ def grouped_backward(
     experts, gamma, rho, phi, delta, alpha = a.shape
     beta, epsilon = b.shape[4:]
     ends_in, ends_out = _ends(xs, counts, gamma, beta), _ends(xs, counts, phi, delta)
-    blocks, a_first, b_last = _ragged_in(xs, a, b), _first_factors(a), _last_factors(b)
-    out = _ragged_out(dys, a, b)
+    blocks = _ragged(xs, (gamma, beta, alpha), False)
+    out = _ragged(dys, (phi, epsilon, delta), True)
     da = db = dx = None
     if wanted[2]:
-        z = _ragged_intermediate(blocks, a_first, ends_in, a, b)
+        z = _ragged_intermediate(blocks, a, beta, ends_in)
         db = _grouped_outer(z, out, ends_out).reshape(phi, experts, gamma, rho, beta, epsilon)
         db = db.transpose(0, 1).contiguous()
     if not (wanted[0] or wanted[1]):
         return None, None, db
-    dz = _grouped_mm(out, b_last.transpose(1, 2), ends_out)  # (φmδ, γρβ)
+    dz = _grouped_mm(out, _by_block(b).transpose(1, 2), ends_out)  # (φmδ, γρβ)
     dz = dz.reshape(phi, len(xs), delta, gamma, rho, beta).permute(3, 1, 5, 4, 0, 2)
     dz = dz.reshape(-1, rho * phi * delta)  # (γmβ, ρφδ)
     if wanted[1]:
         da = _grouped_outer(dz, blocks, ends_in).reshape(gamma, experts, rho, phi, delta, alpha)
         da = da.transpose(0, 1).contiguous()
     if wanted[0]:
-        dx = _grouped_mm(dz, a_first, ends_in).reshape(gamma, len(xs), beta, alpha)
+        dx = _grouped_mm(dz, _by_block(a), ends_in).reshape(gamma, len(xs), beta, alpha)
         dx = dx.permute(1, 0, 2, 3).reshape(len(xs), -1)[:, : xs.shape[1]]
     return dx, da, db
 
@@ -279,18 +269,15 @@ def _matrices(a: Tensor, b: Tensor, d_out: int, d_in: int) -> Tensor:
     return w.view(experts, wide, d_in)[:, :d_out]
 
 
-def matrices_forward(xs: Tensor, counts: Tensor, a: Tensor, b: Tensor, d_out: int) -> Tensor:
-    return grouped_forward(xs, counts, _matrices(a, b, d_out, xs.shape[1]), None, d_out)
+def matrices_forward(counts: Tensor, xs: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Tensor:
+    assert b is not None
+    return grouped_forward(counts, xs, _matrices(a, b, d_out, xs.shape[1]), None, d_out)
 
 
 def matrices_backward(
-    xs: Tensor,
-    counts: Tensor,
-    a: Tensor,
-    b: Tensor,
-    dys: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> kernels._Gradients:
+    counts: Tensor, xs: Tensor, a: Tensor, b: Tensor | None, dys: Tensor, wanted: Wanted
+) -> Gradients:
+    assert b is not None
     experts, gamma, rho, phi, delta, alpha = a.shape
     beta, epsilon = b.shape[4:]
     d_in, d_out = xs.shape[1], dys.shape[1]

@@ -1,9 +1,6 @@
 """The product of a mixture of experts as one differentiable operation, whatever plan runs it.
 
-As in `nas.layers.kernels.contraction`, eager code goes through `torch.autograd.Function`,
-`torch.compile` sees an operator of its own, and function transforms, forward-mode and higher
-derivatives take plain operations of torch.  Shapes are those of
-`nas.layers.kernels.mixture_kernels`.
+Shapes are those of `nas.layers.kernels.mixture_kernels`.
 """
 
 from __future__ import annotations
@@ -14,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nas.layers.kernels import contraction, measuring, mixture_kernels
-from nas.layers.kernels.mixture_kernels import Form, Gradients
+from nas.layers.kernels import measuring, mixture_kernels
+from nas.layers.kernels.mixture_kernels import Form, Gradients, Inputs
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_for_sizes
-from nas.layers.kernels.plan import bucket
-from nas.layers.kernels.torch_internals import is_view
-from nas.layers.modes import autocast_dtype, is_recorded, transforms_active, without_autocast
+from nas.layers.kernels.operation import Operation
+from nas.layers.kernels.plan import Sized, bucket
+from nas.layers.modes import autocast_dtype, is_recorded, transforms_active
 
 
 def mix(
@@ -40,35 +37,21 @@ def mix(
     dtype = autocast_dtype(x.device, a.dtype)
     if dtype != a.dtype or dtype != x.dtype:
         x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)
-    weights = weights.to(dtype)
+    inputs = Inputs(x, weights.to(dtype), chosen, a, b)
     if transforms_active() or is_recorded(x):
-        return plain(x, weights, chosen, a, b, d_out, form)
+        return plain(inputs, d_out, form)
     if torch.compiler.is_compiling():
-        compiled: Tensor = _operator(x, weights, chosen, a, b, d_out, str(plan or ""), form)
-        return compiled
-    plan = _plan_of(plan, chosen, a, b, x, d_out, form)
-    y: Tensor = _Mix.apply(x, weights, chosen, a, b, d_out, plan, form)  # type: ignore[no-untyped-call]
-    return y
+        return _MIX.compiled(*inputs, d_out, str(plan or ""), form)
+    return _MIX.eager(*inputs, d_out, _plan_of(inputs, d_out, plan, form), form)
 
 
-def _plan_of(
-    plan: MixturePlan | str | None,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    x: Tensor,
-    d_out: int,
-    form: str,
-) -> MixturePlan:
+def _plan_of(inputs: Inputs, d_out: int, plan: MixturePlan | str | None, form: str) -> MixturePlan:
     """The plan that runs: fixed (or its text), else by the cost model; its parts filled in."""
-    expert = contraction._Operator.of(
-        x.shape[1], d_out, a.shape[1:], None if b is None else b.shape[1:]
-    )
-    n, k = chosen.shape
+    x, _, chosen, a, b = inputs
+    expert = Sized.of(x.shape[1], d_out, a.shape[1:], None if b is None else b.shape[1:])
+    (n, k), kind = chosen.shape, x.device.type
     if not plan:
-        return choose_for_sizes(
-            expert, len(a), k, bucket(n), x.device.type, x.dtype, form != "both"
-        )
+        return choose_for_sizes(expert, len(a), k, bucket(n), kind, x.dtype, form != "both")
     if isinstance(plan, str):
         plan = MixturePlan.parse(plan)
     if plan.grouping == "all" and form != "both":
@@ -79,16 +62,9 @@ def _plan_of(
     return plan
 
 
-def plain(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    d_out: int,
-    form: str = "both",
-) -> Tensor:
+def plain(inputs: Inputs, d_out: int, form: str) -> Tensor:
     """The same by differentiable operations of torch: every expert on every row."""
+    x, weights, chosen, a, b = inputs
     (n, k), experts = chosen.shape, len(a)
     order = torch.argsort(chosen.reshape(-1), stable=True)
     tokens = order // k
@@ -112,138 +88,44 @@ def plain(
     return ys.new_zeros(n, d_out).index_add(0, tokens, ys)
 
 
-def _plain_gradients(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], dy: Tensor, form: str
-) -> Gradients:
+def _plain_gradients(*given: Any) -> Gradients:
     """The gradients by differentiable operations, for derivatives of them."""
-    x, weights, chosen, a, b = tensors
+    (x, weights, chosen, a, b), (dy, d_out, _, form) = Inputs(*given[:5]), given[5:]
     # aliases: x may be what the weights were made of
     x, weights, a = x.view_as(x), weights.view_as(weights), a.view_as(a)
     b = None if b is None else b.view_as(b)
-    given = [t for t in (x, weights, a, b) if t is not None]
-    for t in given:
+    wanted = [t for t in (x, weights, a, b) if t is not None]
+    for t in wanted:
         if not t.requires_grad:
             t.requires_grad_()
-    y = plain(x, weights, chosen, a, b, dy.shape[1], form)
-    found = torch.autograd.grad(y, given, dy, create_graph=True, allow_unused=True)
-    return found[0], found[1], found[2], found[3] if b is not None else None
+    y = plain(Inputs(x, weights, chosen, a, b), d_out, form)
+    found = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+    return found[0], found[1], None, found[2], None if b is None else found[3]
 
 
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        chosen: Tensor,
-        a: Tensor,
-        b: Tensor | None,
-        d_out: int,
-        plan: MixturePlan,
-        form: str,
-    ) -> Tensor:
-        ctx.plan, ctx.form = plan, form
-        ctx.save_for_backward(x, weights, chosen, a, b)
-        y = mixture_kernels.forward(x, weights, chosen, a, b, d_out, plan, form)
-        return y.clone() if is_view(y) else y  # autograd lets no one write into a view
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, chosen, a, b = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # someone differentiates the gradient
-            found = _plain_gradients((x, weights, chosen, a, b), dy, ctx.form)
-        else:
-            with without_autocast(x.device):
-                wanted = (needs[0], needs[1], needs[3], needs[4])
-                found = mixture_kernels.backward(
-                    x, weights, chosen, a, b, dy, ctx.plan, ctx.form, wanted
-                )
-        return found[0], found[1], None, found[2], found[3], None, None, None
+def _forward(*given: Any) -> Tensor:
+    inputs, (d_out, plan, form) = Inputs(*given[:5]), given[5:]
+    return mixture_kernels.forward(inputs, d_out, _plan_of(inputs, d_out, plan, form), form)
 
 
-@torch.library.custom_op("einsum_nas::mix", mutates_args=())
-def _operator(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    d_out: int,
-    plan: str,
-    form: str,
-) -> Tensor:
-    how = _plan_of(plan, chosen, a, b, x, d_out, form)
-    return mixture_kernels.forward(x, weights, chosen, a, b, d_out, how, form).contiguous()
+def _backward(*given: Any) -> Gradients:
+    inputs, (dy, d_out, plan, form, wanted) = Inputs(*given[:5]), given[5:]
+    plan = _plan_of(inputs, d_out, plan, form)
+    return mixture_kernels.backward(inputs, dy, plan, form, wanted)
 
 
-@_operator.register_fake
-def _(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    d_out: int,
-    plan: str,
-    form: str,
-) -> Tensor:
-    combined = form in ("both", "combine")
-    return x.new_empty(chosen.shape[0] if combined else chosen.numel(), d_out)
+def _fake(*given: Any) -> Tensor:
+    inputs, (d_out, _, form) = Inputs(*given[:5]), given[5:]
+    n, k = inputs.chosen.shape
+    return inputs.x.new_empty(n if form in ("both", "combine") else n * k, d_out)
 
 
-@torch.library.custom_op("einsum_nas::mix_backward", mutates_args=())
-def _operator_backward(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dy: Tensor,
-    plan: str,
-    form: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    how = _plan_of(plan, chosen, a, b, x, dy.shape[1], form)
-    needed = (wanted[0], wanted[1], wanted[2], wanted[3])
-    found = mixture_kernels.backward(x, weights, chosen, a, b, dy, how, form, needed)
-    return [
-        torch.zeros_like(t) if g is None else g.contiguous()
-        for g, t, need in zip(found, (x, weights, a, b), wanted, strict=True)
-        if need and t is not None
-    ]
-
-
-@_operator_backward.register_fake
-def _(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dy: Tensor,
-    plan: str,
-    form: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    tensors = zip((x, weights, a, b), wanted, strict=True)
-    return [t.new_empty(t.shape) for t, needed in tensors if needed and t is not None]
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.plan, ctx.form = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weights, chosen, a, b = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[3], needs[4] and b is not None]
-    found = _operator_backward(x, weights, chosen, a, b, dy, ctx.plan, ctx.form, wanted)
-    # by position, for compiled function transforms cannot trace a generator
-    at = [sum(wanted[:i]) for i in range(4)]
-    dx, dw, da, db = [found[at[i]] if wanted[i] else None for i in range(4)]
-    return dx, dw, None, da, db, None, None, None
-
-
-_operator.register_autograd(_differentiate, setup_context=_keep_inputs)
+_MIX = Operation(
+    "mix",
+    "Tensor x, Tensor weights, Tensor chosen, Tensor a, Tensor? b",
+    "int d_out, str plan, str form",
+    forward=_forward,
+    backward=_backward,
+    differentiable=_plain_gradients,
+    fake=_fake,
+)

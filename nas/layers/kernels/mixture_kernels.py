@@ -16,7 +16,8 @@ row is sorted, and gates between the factors are zero for experts that were not 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,26 @@ from nas.layers.kernels.mixture_plan import MixturePlan
 #: Whether tokens are gathered from x (n, ·) or x holds sorted assignments (m, ·), and whether
 #: assignments are combined into y (n, ·) or returned sorted (m, ·).
 Form = Literal["both", "gather", "combine", "sorted"]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Inputs(NamedTuple):
+    """What the product is of."""
+
+    x: Tensor
+    weights: Tensor
+    chosen: Tensor
+    a: Tensor
+    b: Tensor | None
+
+    def contiguous(self) -> Inputs:
+        """With x and the factors contiguous."""
+        x, weights, chosen, a, b = self
+        b = None if b is None else b.contiguous()
+        return Inputs(x.contiguous(), weights, chosen, a.contiguous(), b)
+
+
+#: Of the inputs in their order; None for `chosen`, and for what is not wanted.
+Gradients = tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None]
 
 
 class _Rows:
@@ -88,76 +108,42 @@ class _Rows:
         return scale.index_copy_(0, self.slots, sorted_weights)[:, None]
 
 
-def forward(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    d_out: int,
-    plan: MixturePlan,
-    form: str,
-) -> Tensor:
+def forward(inputs: Inputs, d_out: int, plan: MixturePlan, form: str) -> Tensor:
     """y, by `plan`."""
+    x, weights, chosen, a, b = inputs.contiguous()
     if not chosen.numel():
         return x.new_zeros(0, d_out)
-    x, a, b = x.contiguous(), a.contiguous(), None if b is None else b.contiguous()
     gathers, combines = form in ("both", "gather"), form in ("both", "combine")
     if plan.grouping == "all":
-        return _all_forward(x, weights, chosen, a, b, d_out, plan)
+        return _all_forward(x, _gates(weights, chosen, len(a)), a, b, d_out, plan)
     rows = _Rows(chosen, len(a), plan.grouping == "batched")
-    xs = rows.take(x, gathers)
-    if plan.grouping == "experts":
-        assert plan.plan is not None
-        ys = grouped.experts_forward(xs, rows.counts, a, b, d_out, plan.plan)
-    elif plan.grouping == "batched":
-        ys = grouped.batched_forward(xs, a, b, d_out)
-    elif plan.grouping == "matrices" and b is not None:
-        ys = grouped.matrices_forward(xs, rows.counts, a, b, d_out)
-    else:
-        ys = grouped.grouped_forward(xs, rows.counts, a, b, d_out)
+    product, _ = grouped.products(plan, rows.counts, b is None)
+    ys = product(rows.take(x, gathers), a, b, d_out)
     return rows.give(ys, combines, weights)
 
 
 def backward(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dy: Tensor,
-    plan: MixturePlan,
-    form: str,
-    wanted: tuple[bool, bool, bool, bool],
+    inputs: Inputs, dy: Tensor, plan: MixturePlan, form: str, wanted: Sequence[bool]
 ) -> Gradients:
-    """Gradients of x, weights, A and B, each None where it is not wanted."""
+    """The gradients of the inputs, of those that are wanted."""
+    x, weights, chosen, a, b = inputs = inputs.contiguous()
     if not chosen.numel():
         zeros = [
             torch.zeros_like(t) if t is not None and needed else None
-            for t, needed in zip((x, weights, a, b), wanted, strict=True)
+            for t, needed in zip(inputs, wanted, strict=True)
         ]
-        return zeros[0], zeros[1], zeros[2], zeros[3]
-    x, a, b = x.contiguous(), a.contiguous(), None if b is None else b.contiguous()
+        return zeros[0], zeros[1], None, zeros[3], zeros[4]
     dy = dy.contiguous()
     gathers, combines = form in ("both", "gather"), form in ("both", "combine")
     if plan.grouping == "all":
-        return _all_backward(x, weights, chosen, a, b, dy, plan, wanted)
+        return _all_backward(inputs, dy, plan, wanted)
     rows = _Rows(chosen, len(a), plan.grouping == "batched")
     xs, dys = rows.take(x, gathers), rows.take(dy, combines)
     scale = rows.scales(weights if combines else None, x.dtype)
     need_weights = wanted[1] and combines
-    inner = (wanted[0] or need_weights, wanted[2], wanted[3])
-    scaled = xs if scale is None or not (wanted[2] or wanted[3]) else xs * scale
-    if plan.grouping == "experts":
-        assert plan.plan is not None
-        found = grouped.experts_backward(scaled, rows.counts, a, b, dys, plan.plan, inner)
-    elif plan.grouping == "batched":
-        found = grouped.batched_backward(scaled, a, b, dys, inner)
-    elif plan.grouping == "matrices" and b is not None:
-        found = grouped.matrices_backward(scaled, rows.counts, a, b, dys, inner)
-    else:
-        found = grouped.grouped_backward(scaled, rows.counts, a, b, dys, inner)
-    u, da, db = found
+    scaled = xs if scale is None or not (wanted[3] or wanted[4]) else xs * scale
+    _, product = grouped.products(plan, rows.counts, b is None)
+    u, da, db = product(scaled, a, b, dys, (wanted[0] or need_weights, wanted[3], wanted[4]))
     dx = d_weights = None
     if need_weights:
         assert u is not None
@@ -171,12 +157,12 @@ def backward(
             dx = rows.give(u, True, weights if combines else None)
         else:
             dx = rows.give(u if scale is None or not combines else u * scale, False, None)
-    return dx, d_weights, da, db
+    return dx, d_weights, None, da, db
 
 
-def _gates(x: Tensor, weights: Tensor, chosen: Tensor, experts: int) -> Tensor:
+def _gates(weights: Tensor, chosen: Tensor, experts: int) -> Tensor:
     """The weights as (n, E)."""
-    return weights.new_zeros(len(x), experts).scatter_(1, chosen, weights)
+    return weights.new_zeros(len(chosen), experts).scatter_(1, chosen, weights)
 
 
 def _all_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,16 +181,9 @@ def _gated_layout(z: Tensor, a: Tensor, beta: int) -> Tensor:
 
 
 def _all_forward(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    d_out: int,
-    plan: MixturePlan,
+    x: Tensor, gates: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: MixturePlan
 ) -> Tensor:
-    n, experts = len(x), len(a)
-    gates = _gates(x, weights, chosen, experts)
+    n, experts = gates.shape
     y = x.new_empty(n, d_out)
     tiles = kernels._tiles(n, plan.tile)
     if b is None:
@@ -229,23 +208,17 @@ def _all_forward(
 
 
 def _all_backward(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    dy: Tensor,
-    plan: MixturePlan,
-    wanted: tuple[bool, bool, bool, bool],
+    inputs: Inputs, dy: Tensor, plan: MixturePlan, wanted: Sequence[bool]
 ) -> Gradients:
+    x, weights, chosen, a, b = inputs
     n, experts = len(x), len(a)
-    gates = _gates(x, weights, chosen, experts)
+    gates = _gates(weights, chosen, experts)
     dx = torch.empty_like(x) if wanted[0] else None
     d_gates = torch.empty_like(gates) if wanted[1] else None
     accumulator = kernels._accumulator(a)
     tiles = kernels._tiles(n, plan.tile)
     if b is None:
-        da = torch.zeros_like(a, dtype=accumulator) if wanted[2] else None
+        da = torch.zeros_like(a, dtype=accumulator) if wanted[3] else None
         side = a.transpose(0, 1).reshape(a.shape[1], -1)  # (d_out, E·d_in)
         for tile in tiles:
             if dx is not None or d_gates is not None:
@@ -259,18 +232,14 @@ def _all_backward(
                 kernels._accumulate(
                     da.view(1, -1, x.shape[1]), spread.t()[None], x[tile][None], "batched", "blas"
                 )
-        return (
-            dx,
-            None if d_gates is None else d_gates.gather(1, chosen),
-            None if da is None else da.to(a.dtype),
-            None,
-        )
+        d_weights = None if d_gates is None else d_gates.gather(1, chosen)
+        return dx, d_weights, None, None if da is None else da.to(a.dtype), None
     first, last = _all_factors(a, b)
     gamma, rho, phi, delta, alpha = a.shape[1:]
     beta, epsilon = b.shape[4:]
     in_axes, out_axes = (gamma, beta, alpha), (phi, epsilon, delta)
-    d_first = torch.zeros_like(first, dtype=accumulator) if wanted[2] else None
-    d_last = torch.zeros_like(last, dtype=accumulator) if wanted[3] else None
+    d_first = torch.zeros_like(first, dtype=accumulator) if wanted[3] else None
+    d_last = torch.zeros_like(last, dtype=accumulator) if wanted[4] else None
     for tile in tiles:
         xs = kernels._rows(kernels._cube(x[tile], in_axes, False), "batched")
         dys = kernels._rows(kernels._cube(dy[tile], out_axes, True), "batched")  # (φ, δt, ε)
@@ -304,4 +273,4 @@ def _all_backward(
     if d_last is not None:
         db = d_last.view(phi, gamma, experts, rho, beta, epsilon).permute(2, 0, 1, 3, 4, 5)
         db = db.to(b.dtype).contiguous()
-    return dx, None if d_gates is None else d_gates.gather(1, chosen), da, db
+    return dx, None if d_gates is None else d_gates.gather(1, chosen), None, da, db

@@ -21,9 +21,12 @@ from nas.layers.kernels.plan import (
     MACS_PER_SECOND,
     Operator,
     Plan,
+    Sized,
     bucket,
     candidates,
+    check_tile,
     cost,
+    parse_tile,
     tile_of,
 )
 
@@ -60,8 +63,7 @@ class MixturePlan:
         if self.grouping not in get_args(Grouping):
             choices = " | ".join(get_args(Grouping))
             raise InvalidInput("plan.grouping", self.grouping, choices)
-        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 0:
-            raise InvalidInput("plan.tile", self.tile, "a number of tokens, or 0 for all at once")
+        check_tile(self.tile)
         if self.tile and self.grouping != "all":
             raise InvalidInput("plan.tile", self.tile, "0, but for grouping=all")
         if self.plan is not None and self.grouping != "experts":
@@ -90,10 +92,7 @@ class MixturePlan:
             return cls("experts", plan=Plan.parse(" ".join(rest)))
         tile = 0
         if len(rest) == 1 and grouping == "all" and rest[0].startswith("tile="):
-            digits = rest.pop().removeprefix("tile=")
-            if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
-                raise InvalidInput("plan.tile", digits, "a number of tokens, or 0 for all")
-            tile = int(digits)
+            tile = parse_tile(rest.pop().removeprefix("tile="))
         if rest:
             raise InvalidInput("plan", text, form)
         return cls(grouping, tile)  # type: ignore[arg-type]
@@ -187,25 +186,14 @@ def _all_sizes(expert: Operator, experts: int) -> Sizes:
     return Sizes(s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho * experts)
 
 
-@dataclass(frozen=True)
-class _Sized:
-    """An operator for `nas.layers.kernels.plan.cost`."""
-
-    d_in: int
-    d_out: int
-    sizes: Sizes
-    is_dense: bool = False
-    fingerprint: str = ""
-
-
 def _batched_cost(expert: Operator, experts: int, rows: float, dtype: torch.dtype) -> float:
     """Products over (γ, E) and (φ, E) in one batch each."""
     s = expert.sizes
     # as many blocks as one operator of E times γ and φ has, but each takes only its own expert
     wide = Sizes(s.alpha, s.beta, s.gamma * experts, s.delta, s.epsilon, s.phi * experts, s.rho)
-    one = _Sized(expert.d_in, expert.d_out, wide)
+    one = Sized(expert.d_in, expert.d_out, wide)
     if expert.is_dense:
-        one = _Sized(expert.d_in, expert.d_out, expert.sizes, True)
+        one = Sized(expert.d_in, expert.d_out, expert.sizes, True)
         seconds = experts * cost(Plan("materialised"), one, math.ceil(rows))
         between = 0
     else:
@@ -228,12 +216,12 @@ def _all_cost(expert: Operator, experts: int, tokens: int, tile: int) -> float:
     """Every expert on every token."""
     if expert.is_dense:
         wide = experts * (expert.d_in + expert.d_out) * tokens
-        dense = _Sized(expert.d_in, expert.d_out * experts, expert.sizes, True)
+        dense = Sized(expert.d_in, expert.d_out * experts, expert.sizes, True)
         products = cost(Plan("materialised"), dense, tokens)
     else:
         sizes = _all_sizes(expert, experts)
         wide = sizes.beta * sizes.gamma * sizes.delta * sizes.phi * sizes.rho * tokens
-        products = cost(Plan("a-first", tile), _Sized(expert.d_in, expert.d_out, sizes), tokens)
+        products = cost(Plan("a-first", tile), Sized(expert.d_in, expert.d_out, sizes), tokens)
     return products + _GATE_MOVES * wide * _ROW_MOVE_SECONDS
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
+from torch import Tensor
 
-from nas.designs.einsum import Sizes
+from nas.designs.einsum import Sizes, Structure, fingerprint
 from nas.errors import InvalidInput
 from nas.layers.kernels.torch_internals import onednn_linear
 
@@ -29,20 +30,36 @@ Product = Literal["batched", "blocks", "tokens"]
 Gemm = Literal["blas", "onednn"]
 
 
-class Operator(Protocol):
+@dataclass(frozen=True)
+class Sized:
     """What a plan is chosen for: the integers of a `Structure`, without its θ."""
 
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def d_out(self) -> int: ...
-    @property
-    def sizes(self) -> Sizes: ...
-    @property
-    def is_dense(self) -> bool: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def __hash__(self) -> int: ...
+    d_in: int
+    d_out: int
+    sizes: Sizes
+    is_dense: bool = False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As that of the structure."""
+        return fingerprint(self.d_in, self.d_out, None if self.is_dense else self.sizes)
+
+    @staticmethod
+    def told(x: Tensor, a: Tensor, b: Tensor | None, d_out: int) -> Sized:
+        """Of tensors, the first of shape (n, d_in)."""
+        return Sized.of(x.shape[1], d_out, a.shape, None if b is None else b.shape)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(d_in: int, d_out: int, a: torch.Size, b: torch.Size | None) -> Sized:
+        """Of the shapes of both factors or, without `b`, of a dense layer."""
+        if b is None:
+            return Sized(d_in, d_out, Sizes(1, 1, d_in, 1, 1, d_out, 1), True)
+        gamma, rho, phi, delta, alpha = a
+        return Sized(d_in, d_out, Sizes(alpha, b[3], gamma, delta, b[4], phi, rho))
+
+
+Operator = Structure | Sized
 
 
 class _AnyPlan(Protocol):
@@ -52,6 +69,19 @@ class _AnyPlan(Protocol):
 
 
 _Plan = TypeVar("_Plan", bound=_AnyPlan)
+
+
+def check_tile(tile: object) -> None:
+    """Raise `InvalidInput` for what is no number of tokens."""
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 0:
+        raise InvalidInput("plan.tile", tile, "a number of tokens, or 0 for all at once")
+
+
+def parse_tile(text: str) -> int:
+    """The tile of a plan's text; `InvalidInput` if it is none."""
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise InvalidInput("plan.tile", text, "a number of tokens, or 0 for all")
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +106,7 @@ class Plan:
             if getattr(self, field) not in get_args(literal):
                 choices = " | ".join(get_args(literal))
                 raise InvalidInput(f"plan.{field}", getattr(self, field), choices)
-        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 0:
-            raise InvalidInput("plan.tile", self.tile, "a number of tokens, or 0 for all at once")
+        check_tile(self.tile)
         if self.first == "tokens":
             raise InvalidInput("plan.first", self.first, "batched | blocks")
         if self.order == "materialised":  # which the other fields do not concern
@@ -100,12 +129,7 @@ class Plan:
             name, _, value = option.partition("=")
             if name not in {f.name for f in fields(cls)} - {"order"} or name in values:
                 raise InvalidInput("plan", text, form)
-            if name == "tile":
-                if not (value.isascii() and value.isdigit() and len(value) < 16):
-                    raise InvalidInput("plan.tile", value, "a number of tokens, or 0 for all")
-                values[name] = int(value)
-            else:
-                values[name] = value
+            values[name] = parse_tile(value) if name == "tile" else value
         if not order:
             raise InvalidInput("plan", text, form)
         return cls(**values)  # type: ignore[arg-type]
