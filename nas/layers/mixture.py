@@ -11,7 +11,7 @@ from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
 from nas.layers.einsum import EinsumLinear, pair
 from nas.layers.kernels.mixing import mix
-from nas.layers.kernels.mixture_kernels import Form
+from nas.layers.kernels.mixture_kernels import Form, Inputs
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan
 from nas.layers.kernels.plan import checked_plan
 from nas.layers.modes import (
@@ -160,9 +160,9 @@ class MixtureLinear(Gated, StructuredLinear):
 
     def product(self, x: Tensor, routing: Routing, form: Form = "both") -> Tensor:
         """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`."""
-        a, b = pair(self._effective_factors())
-        weights, chosen = routing.weights, routing.chosen
-        return mix(x, weights, chosen, a, b, self.out_features, self._plan, form)
+        factors = pair(self._effective_factors())
+        inputs = Inputs(x, routing.weights, routing.chosen, *factors)
+        return mix(inputs, self.out_features, self._plan, form)
 
     def _checked_plan(self, value: object) -> MixturePlan:
         return checked_plan(MixturePlan, value, self.structure)

@@ -14,7 +14,7 @@ where blocks are large, or, for the second factor where γ = φ = 1, as one smal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,9 +29,11 @@ from nas.layers.kernels.torch_internals import linear_by_onednn, onednn_linear
 SLAB_ROWS = 256
 #: The inner size at which a product is as dear as the copy of its result.
 _SHORT = 32
-#: Of x, A and B: whether the gradient is wanted, and the gradient.
+#: Of x, A and B: whether the gradient is wanted; the gradient, or None.
 Wanted = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: Where a tile writes dx, or adds da and db, and writes the gradient of gates.
+_Into = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 if onednn_available():
@@ -57,8 +59,13 @@ def gemm(p: Tensor, q: Tensor, library: Gemm) -> Tensor:
     return linear_by_onednn(p.contiguous(), q.t())
 
 
-def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:
-    """y (n, d_out)."""
+def forward(
+    x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan, gates: Tensor | None = None
+) -> Tensor:
+    """y (n, d_out).
+
+    `gates` (n, E), under a plan by block alone, scale each of E equal parts of ρ token by token.
+    """
     n, d_in = x.shape
     if b is None or plan.order == "materialised":
         return gemm(x, matrix(a, b, d_out, d_in).t(), plan.gemm)
@@ -67,18 +74,27 @@ def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> T
     swap = plan.order == "b-first"
     factors = _swapped(a, b) if swap else (a, b)
     in_axes, out_axes = _axes(a, b)
-    step = _forward_by_token if plan.second == "tokens" else _forward_by_block
+    by_token = plan.second == "tokens"
+    step: Callable[..., None] = _forward_by_token if by_token else _forward_by_block
     for tile in _tiles(n, plan.tile):
         out = _target(y[tile], out_axes)
-        step(_cube(x[tile], in_axes, swap), *factors, _turned(out, swap), plan)
+        gating = () if gates is None else (gates[tile].t(),)
+        step(_cube(x[tile], in_axes, swap), *factors, _turned(out, swap), plan, *gating)
         _deliver(out, y[tile])
     return y
 
 
 def backward(
-    x: Tensor, a: Tensor, b: Tensor | None, dy: Tensor, plan: Plan, wanted: Wanted
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    dy: Tensor,
+    plan: Plan,
+    wanted: Wanted,
+    gates: Tensor | None = None,
+    d_gates: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of x, A and B, each None where it is not wanted."""
+    """Gradients of x, A and B, each None where it is not wanted; that of `gates` into `d_gates`."""
     if b is None or plan.order == "materialised":
         return _materialised_backward(x, a, b, dy, plan, wanted)
     a, b = a.contiguous(), b.contiguous()
@@ -90,12 +106,15 @@ def backward(
         torch.zeros_like(factor, dtype=_accumulator(a)) if needed else None
         for factor, needed in ((first, wanted[1 + swap]), (second, wanted[2 - swap]))
     )
-    step = _backward_by_token if plan.second == "tokens" else _backward_by_block
+    by_token = plan.second == "tokens"
+    step: Callable[..., None] = _backward_by_token if by_token else _backward_by_block
     for tile in _tiles(len(x), plan.tile):
         out = None if dx is None else _target(dx[tile], in_axes)
         x_tile, dy_tile = _cube(x[tile], in_axes, swap), _cube(dy[tile], out_axes, swap)
         dx_tile = None if out is None else _turned(out, swap)
-        step(x_tile, first, second, dy_tile, plan, (dx_tile, d_first, d_second))
+        into = dx_tile, d_first, d_second, None if d_gates is None else d_gates[tile]
+        gating = () if gates is None else (gates[tile].t(),)
+        step(x_tile, first, second, dy_tile, plan, into, *gating)
         if dx is not None and out is not None:
             _deliver(out, dx[tile])
     da, db = d_first, d_second
@@ -222,43 +241,69 @@ def _rows(cube: Tensor, how: Product) -> Tensor:
     return rows.contiguous() if how == "blocks" else rows
 
 
-def _intermediate(xs: Tensor, a: Tensor, beta: int, plan: Plan) -> Tensor:
-    """z = A x from xs (γ, βt, α), laid out for the product with B: (φ, γρβ, δt).
+def _first(xs: Tensor, a: Tensor, plan: Plan) -> Tensor:
+    """z = A x (γ, ρφδ, βt) from xs (γ, βt, α)."""
+    gamma, alpha = a.shape[0], a.shape[4]
+    flat = a.view(gamma, -1, alpha)
+    z = xs.new_empty(gamma, flat.shape[1], xs.shape[1])
+    _multiply(z, flat, xs.transpose(1, 2), plan.first, plan.gemm)
+    return z
+
+
+def _by_gate(z: Tensor, gates: Tensor) -> Tensor:
+    """z (γ, ρφδ, βt) as (γ, E, ·, t), for gates (E, t)."""
+    return z.view(len(z), len(gates), -1, gates.shape[1])
+
+
+def _for_second(z: Tensor, a: Tensor, beta: int) -> Tensor:
+    """z laid out for the product with B: (φ, γρβ, δt).
 
     Tokens stay innermost, so that what is moved lies together; nothing is if β = δ = 1.
     """
-    gamma, rho, phi, delta, alpha = a.shape
-    z = xs.new_empty(gamma, rho * phi * delta, xs.shape[1])
-    _multiply(z, a.view(gamma, -1, alpha), xs.transpose(1, 2), plan.first, plan.gemm)
+    gamma, rho, phi, delta, _ = a.shape
     if beta == delta == 1:
         return z.view(gamma * rho, phi, -1).transpose(0, 1)
     z = z.view(gamma, rho, phi, delta, beta, -1).permute(2, 0, 1, 4, 3, 5)
     return z.reshape(phi, gamma * rho * beta, -1)
 
 
-def _forward_by_block(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
+def _forward_by_block(
+    x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan, gates: Tensor | None = None
+) -> None:
     """One tile: x (t, γ, β, α) → y (t, φ, ε, δ)."""
     phi, epsilon = y.shape[1:3]
-    z = _intermediate(_rows(x, plan.first), a, b.shape[3], plan).transpose(1, 2)
+    z = _first(_rows(x, plan.first), a, plan)
+    if gates is not None:
+        _by_gate(z, gates).mul_(gates[:, None])
+    z = _for_second(z, a, b.shape[3]).transpose(1, 2)
     out = y.permute(1, 3, 0, 2)  # (φ, δ, t, ε)
     _place(out, z, b.view(phi, -1, epsilon), plan.second, plan.gemm)
 
 
 def _backward_by_block(
-    x: Tensor, a: Tensor, b: Tensor, dy: Tensor, plan: Plan, into: Gradients
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor,
+    plan: Plan,
+    into: _Into,
+    gates: Tensor | None = None,
 ) -> None:
-    """One tile: of the gradients `into`, writes dx (t, γ, β, α) and adds to da and db."""
-    dx, da, db = into
+    """One tile: writes dx (t, γ, β, α) and d_gates (t, E), for gates (E, t); adds to da and db."""
+    dx, da, db, d_gates = into
     gamma, rho, phi, delta, alpha = a.shape
     beta, epsilon = b.shape[3:]
     t = x.shape[0]
     xs = _rows(x, plan.first)
     dys = _rows(dy.transpose(2, 3), plan.second)  # (φ, δt, ε)
-    if db is not None:
-        z = _intermediate(xs, a, beta, plan)
-        _accumulate(db.view(phi, -1, epsilon), z, dys, plan.second, plan.gemm)
-        del z
-    if dx is None and da is None:
+    z = _first(xs, a, plan) if db is not None or d_gates is not None else None
+    if db is not None and z is not None:
+        gated = z if gates is None else _by_gate(z, gates) * gates[:, None]
+        z = None if d_gates is None else z
+        gated = _for_second(gated, a, beta)
+        _accumulate(db.view(phi, -1, epsilon), gated, dys, plan.second, plan.gemm)
+        del gated
+    if dx is None and da is None and d_gates is None:
         return
     right, flat = dys.transpose(1, 2), b.view(phi, -1, epsilon)
     if plan.second == "blocks":
@@ -269,6 +314,10 @@ def _backward_by_block(
         dz = torch.bmm(flat, right).view(phi, gamma, rho, beta, delta, t)
         dz = dz.permute(1, 2, 0, 4, 3, 5)
     dz = dz.reshape(gamma, rho * phi * delta, beta * t)
+    if gates is not None:
+        if d_gates is not None and z is not None:
+            d_gates.copy_(_by_gate(z.mul_(dz), gates).sum((0, 2)).t())
+        dz = (_by_gate(dz, gates) * gates[:, None]).view(dz.shape)
     if da is not None:
         _accumulate(da.view(gamma, -1, alpha), dz, xs, plan.first, plan.gemm)
     if dx is None:
@@ -295,9 +344,9 @@ def _forward_by_token(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) ->
 
 
 def _backward_by_token(
-    x: Tensor, a: Tensor, b: Tensor, dy: Tensor, plan: Plan, into: Gradients
+    x: Tensor, a: Tensor, b: Tensor, dy: Tensor, plan: Plan, into: _Into
 ) -> None:
-    (dx, da, db), (t, _, beta, alpha) = into, x.shape
+    (dx, da, db, _), (t, _, beta, alpha) = into, x.shape
     rho, delta, epsilon = a.shape[1], a.shape[3], b.shape[4]
     a2, b2 = _by_token(a, b)
     xs, dys = x.reshape(-1, alpha), dy[:, 0]  # (tβ, α), (t, ε, δ)

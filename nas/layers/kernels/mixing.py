@@ -19,21 +19,13 @@ from nas.layers.kernels.plan import Sized, bucket
 from nas.layers.modes import autocast_dtype, is_recorded, transforms_active
 
 
-def mix(
-    x: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    d_out: int,
-    plan: MixturePlan | None = None,
-    form: Form = "both",
-) -> Tensor:
+def mix(inputs: Inputs, d_out: int, plan: MixturePlan | None = None, form: Form = "both") -> Tensor:
     """The product, with gradients of x, weights, A and B; see `nas.layers.kernels.mixture_kernels`.
 
     Under autocast x and the factors are cast first.  Weights play no part in the forms "gather"
     and "sorted".  Without a plan the cost model chooses one.
     """
+    x, weights, chosen, a, b = inputs
     dtype = autocast_dtype(x.device, a.dtype)
     if dtype != a.dtype or dtype != x.dtype:
         x, a, b = x.to(dtype), a.to(dtype), None if b is None else b.to(dtype)

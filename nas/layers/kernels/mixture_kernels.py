@@ -25,6 +25,7 @@ from torch import Tensor
 from nas.layers.kernels import einsum as kernels
 from nas.layers.kernels import grouped
 from nas.layers.kernels.mixture_plan import MixturePlan
+from nas.layers.kernels.plan import Plan
 
 #: Whether tokens are gathered from x (n, ·) or x holds sorted assignments (m, ·), and whether
 #: assignments are combined into y (n, ·) or returned sorted (m, ·).
@@ -165,45 +166,22 @@ def _gates(weights: Tensor, chosen: Tensor, experts: int) -> Tensor:
     return weights.new_zeros(len(chosen), experts).scatter_(1, chosen, weights)
 
 
-def _all_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A as (γ, Eρφδ, α) and B as (φ, γEρβ, ε)."""
-    first = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[5])
-    return first, b.permute(1, 2, 0, 3, 4, 5).reshape(b.shape[1], -1, b.shape[5])
-
-
-def _gated_layout(z: Tensor, a: Tensor, beta: int) -> Tensor:
-    """z (γ, E, ρφδβ, t) as (φ, γEρβ, δt)."""
-    experts, gamma, rho, phi, delta, _ = a.shape
-    if beta == delta == 1:
-        return z.view(gamma * experts * rho, phi, -1).transpose(0, 1)
-    z = z.view(gamma, experts * rho, phi, delta, beta, -1).permute(2, 0, 1, 4, 3, 5)
-    return z.reshape(phi, gamma * experts * rho * beta, -1)
+def _as_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts as one operator of E times their ρ: A (γ, Eρ, φ, δ, α) and B (φ, γ, Eρ, β, ε)."""
+    return a.transpose(0, 1).flatten(1, 2), b.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
 
 
 def _all_forward(
     x: Tensor, gates: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: MixturePlan
 ) -> Tensor:
+    if b is not None:
+        return kernels.forward(x, *_as_one(a, b), d_out, Plan("a-first", plan.tile), gates)
     n, experts = gates.shape
     y = x.new_empty(n, d_out)
-    tiles = kernels._tiles(n, plan.tile)
-    if b is None:
-        flat = a.view(-1, a.shape[2]).t()
-        for tile in tiles:
-            u = (x[tile] @ flat).view(-1, experts, d_out)
-            torch.bmm(gates[tile, None], u, out=y[tile, None])
-        return y
-    first, last = _all_factors(a, b)
-    in_axes, out_axes = kernels._axes(a[0], b[0])
-    gamma, beta, _ = in_axes
-    for tile in tiles:
-        xs = kernels._rows(kernels._cube(x[tile], in_axes, False), "batched")
-        g = gates[tile].t()
-        z = torch.bmm(first, xs.transpose(1, 2)).view(gamma, experts, -1, g.shape[1])
-        z.mul_(g[:, None])
-        out = kernels._target(y[tile], out_axes)
-        left = _gated_layout(z, a, beta).transpose(1, 2)
-        kernels._place(out.permute(1, 3, 0, 2), left, last, "batched", "blas")
-        kernels._deliver(out, y[tile])
+    flat = a.view(-1, a.shape[2]).t()
+    for tile in kernels._tiles(n, plan.tile):
+        u = (x[tile] @ flat).view(-1, experts, d_out)
+        torch.bmm(gates[tile, None], u, out=y[tile, None])
     return y
 
 
@@ -213,64 +191,31 @@ def _all_backward(
     x, weights, chosen, a, b = inputs
     n, experts = len(x), len(a)
     gates = _gates(weights, chosen, experts)
-    dx = torch.empty_like(x) if wanted[0] else None
     d_gates = torch.empty_like(gates) if wanted[1] else None
-    accumulator = kernels._accumulator(a)
-    tiles = kernels._tiles(n, plan.tile)
-    if b is None:
-        da = torch.zeros_like(a, dtype=accumulator) if wanted[3] else None
-        side = a.transpose(0, 1).reshape(a.shape[1], -1)  # (d_out, E·d_in)
-        for tile in tiles:
-            if dx is not None or d_gates is not None:
-                u = (dy[tile] @ side).view(-1, experts, x.shape[1])  # Wᵀ dy of each expert
-                if dx is not None:
-                    torch.bmm(gates[tile, None], u, out=dx[tile, None])
-                if d_gates is not None:
-                    torch.bmm(u, x[tile, :, None], out=d_gates[tile, :, None])
-            if da is not None:
-                spread = (gates[tile, :, None] * dy[tile, None]).flatten(1)  # (t, E·d_out)
-                kernels._accumulate(
-                    da.view(1, -1, x.shape[1]), spread.t()[None], x[tile][None], "batched", "blas"
-                )
-        d_weights = None if d_gates is None else d_gates.gather(1, chosen)
-        return dx, d_weights, None, None if da is None else da.to(a.dtype), None
-    first, last = _all_factors(a, b)
-    gamma, rho, phi, delta, alpha = a.shape[1:]
-    beta, epsilon = b.shape[4:]
-    in_axes, out_axes = (gamma, beta, alpha), (phi, epsilon, delta)
-    d_first = torch.zeros_like(first, dtype=accumulator) if wanted[3] else None
-    d_last = torch.zeros_like(last, dtype=accumulator) if wanted[4] else None
-    for tile in tiles:
-        xs = kernels._rows(kernels._cube(x[tile], in_axes, False), "batched")
-        dys = kernels._rows(kernels._cube(dy[tile], out_axes, True), "batched")  # (φ, δt, ε)
-        g = gates[tile].t()  # (E, t)
-        z = None
-        if d_last is not None or d_gates is not None:
-            z = torch.bmm(first, xs.transpose(1, 2)).view(gamma, experts, -1, g.shape[1])
-        if d_last is not None:
-            assert z is not None
+    if b is not None:
+        first, last = _as_one(a, b)
+        how, needed = Plan("a-first", plan.tile), (wanted[0], wanted[3], wanted[4])
+        dx, da, db = kernels.backward(x, first, last, dy, how, needed, gates, d_gates)
+        if da is not None:
+            da = da.view(len(da), experts, -1, *da.shape[2:]).transpose(0, 1).contiguous()
+        if db is not None:
+            db = db.view(*db.shape[:2], experts, -1, *db.shape[3:])
+            db = db.permute(2, 0, 1, 3, 4, 5).contiguous()
+        return dx, None if d_gates is None else d_gates.gather(1, chosen), None, da, db
+    dx = torch.empty_like(x) if wanted[0] else None
+    sums = torch.zeros_like(a, dtype=kernels._accumulator(a)) if wanted[3] else None
+    side = a.transpose(0, 1).reshape(a.shape[1], -1)  # (d_out, E·d_in)
+    for tile in kernels._tiles(n, plan.tile):
+        if dx is not None or d_gates is not None:
+            u = (dy[tile] @ side).view(-1, experts, x.shape[1])  # Wᵀ dy of each expert
+            if dx is not None:
+                torch.bmm(gates[tile, None], u, out=dx[tile, None])
+            if d_gates is not None:
+                torch.bmm(u, x[tile, :, None], out=d_gates[tile, :, None])
+        if sums is not None:
+            spread = (gates[tile, :, None] * dy[tile, None]).flatten(1)  # (t, E·d_out)
             kernels._accumulate(
-                d_last, _gated_layout(z * g[:, None], a, beta), dys, "batched", "blas"
+                sums.view(1, -1, x.shape[1]), spread.t()[None], x[tile][None], "batched", "blas"
             )
-        dz = torch.bmm(last, dys.transpose(1, 2)).view(phi, gamma, experts * rho, beta, delta, -1)
-        dz = dz.permute(1, 2, 0, 4, 3, 5).reshape(gamma, experts, -1, g.shape[1])
-        if d_gates is not None:
-            assert z is not None
-            d_gates[tile] = z.mul_(dz).sum((0, 2)).t()
-        if d_first is None and dx is None:
-            continue
-        dz = (dz * g[:, None]).reshape(gamma, experts * rho * phi * delta, -1)  # (γ, Eρφδ, βt)
-        if d_first is not None:
-            kernels._accumulate(d_first, dz, xs, "batched", "blas")
-        if dx is not None:
-            out = kernels._target(dx[tile], in_axes)
-            kernels._place(out.permute(1, 2, 0, 3), dz.transpose(1, 2), first, "batched", "blas")
-            kernels._deliver(out, dx[tile])
-    da = db = None
-    if d_first is not None:
-        da = d_first.view(gamma, experts, rho, phi, delta, alpha).transpose(0, 1)
-        da = da.to(a.dtype).contiguous()
-    if d_last is not None:
-        db = d_last.view(phi, gamma, experts, rho, beta, epsilon).permute(2, 0, 1, 3, 4, 5)
-        db = db.to(b.dtype).contiguous()
-    return dx, None if d_gates is None else d_gates.gather(1, chosen), None, da, db
+    da = None if sums is None else sums.to(a.dtype)
+    return dx, None if d_gates is None else d_gates.gather(1, chosen), None, da, None
