@@ -25,8 +25,8 @@ from nas.errors import (
     StoreUnavailable,
     echo,
 )
+from nas.records.search import SearchFailure, SearchState
 from nas.store import AXES
-from nas.store.records import SearchFailure, SearchState
 from nas.store.troubles import DatabaseTrouble
 
 _log = logging.getLogger(__name__)

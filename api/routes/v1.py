@@ -41,7 +41,6 @@ from api.schemas import (
     TaskList,
     TrialDetail,
     TrialPage,
-    trial_fields,
 )
 from nas.designs.design import DESIGN_FORMS, inspect_design, parse_design
 from nas.designs.einsum import MAX_DIMENSION, Sizing
@@ -49,12 +48,12 @@ from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
 from nas.planning.request import SearchRequest
 from nas.records.answers import Answer, FrontierAnswer
+from nas.records.search import SearchFailure, SearchState
 from nas.service import answers, catalogue
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.service.data_folder import data_inside
 from nas.settings import DEFAULT_TENANT, TENANT, Settings
 from nas.store import AXES, Search, Store, of_tenant
-from nas.store.records import SearchFailure, SearchState
 from nas.tasks import check_data
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
@@ -174,7 +173,7 @@ async def usable_data(
 
 def describe(search: Search) -> SearchOut:
     """A search in the service's form."""
-    return SearchOut.model_validate(catalogue.search_dict(search))
+    return SearchOut.model_validate(search, from_attributes=True)
 
 
 @router.post(
@@ -241,7 +240,7 @@ async def list_searches(
         found = store.searches(before=cursor, limit=limit, **filters)
         more = len(found) == limit
         return {
-            "items": [catalogue.search_dict(s) for s in found],
+            "items": found,
             "next": str(found[-1].sequence) if more else None,
         }
 
@@ -268,7 +267,7 @@ async def list_trials(
         found = store.trials(search_id, after=cursor, limit=limit)
         more = len(found) == limit
         return {
-            "items": [trial_fields(t) for t in found],
+            "items": found,
             "next": str(found[-1].number) if more else None,
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from nas.errors import InvalidInput, StoreUnavailable
+from nas.records.run import CurvePoint, Run
+from nas.records.trial import StoredPoint, Trial
 from nas.store import rows
 from nas.store.engine import ACCEPTED, connect_arguments, parse, reading, shown_url
-from nas.store.records import CurvePoint, StoredPoint, Trial
 from nas.store.schema import PointRow, SearchRow, TrialRow
 from nas.store.searches import Store
 
@@ -36,23 +37,11 @@ class StoredRun:
 
     def curve_points(self) -> list[CurvePoint]:
         """The points with what identifies their run, as analysis takes them."""
-        return [self._curve_point(p) for p in self.points]
-
-    def _curve_point(self, point: StoredPoint) -> CurvePoint:
-        trial = self.trial
-        renamed = {
-            "trial_id": trial.id,
-            "params": trial.model_params,
-            "complete": trial.state == "complete",
-        }
-        values: dict[str, Any] = {}
-        for field in fields(CurvePoint):
-            owner = point if hasattr(point, field.name) else trial
-            # FLOPs and loss belong to the point wherever both records have them
-            values[field.name] = (
-                renamed[field.name] if field.name in renamed else getattr(owner, field.name)
-            )
-        return CurvePoint(**values)
+        run = Run.of(self.trial)
+        return [
+            CurvePoint(p.step, p.train_flops, p.loss, p.loss_stderr, p.train_seconds, run=run)
+            for p in self.points
+        ]
 
 
 def iterate_runs(
@@ -129,21 +118,13 @@ def _scope(
 def _curves(session: Session, trial_ids: Sequence[int]) -> dict[int, list[StoredPoint]]:
     """Trial id → its points, without the losses of single samples, most of the stored bytes."""
     query = (
-        select(
-            PointRow.trial_id,
-            PointRow.step,
-            PointRow.train_flops,
-            PointRow.loss,
-            PointRow.loss_stderr,
-            PointRow.seconds,
-        )
+        select(PointRow.trial_id, *rows.POINT)
         .where(PointRow.trial_id.in_(trial_ids))
         .order_by(PointRow.trial_id, PointRow.step)
     )
     curves: dict[int, list[StoredPoint]] = {}
-    for trial_id, step, train_flops, loss, loss_stderr, seconds in session.execute(query):
-        point = StoredPoint(step, train_flops, loss, loss_stderr, seconds)
-        curves.setdefault(trial_id, []).append(point)
+    for trial_id, *values in session.execute(query):
+        curves.setdefault(trial_id, []).append(StoredPoint(*values))
     return curves
 
 

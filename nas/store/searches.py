@@ -14,20 +14,17 @@ from sqlalchemy.orm import Session
 
 from nas.errors import IdempotencyConflict, NotFound
 from nas.planning.request import SearchRequest
+from nas.records.run import CurvePoint
+from nas.records.search import Search
+from nas.records.trial import StoredPoint, Trial
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
 from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
-from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
+from nas.store.records import Event
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 
 MAX_PAGE = 500
-#: Columns of a curve point, by the table they come from.
-_OF_TRIAL = (
-    "search_id", "number", "kind", "dense", "name", "theta", "design", "width", "seed",
-    "forward_flops_per_token", "seconds_per_step", "peak_memory_bytes",
-)  # fmt: skip
-_OF_POINT = ("step", "train_flops", "loss", "loss_stderr", "seconds")
 
 
 class Store:
@@ -367,13 +364,7 @@ class Store:
         if fingerprint is not None:
             where.append(SearchRow.task_fingerprint == fingerprint)
         query: Any = (
-            select(
-                TrialRow.id.label("trial_id"),
-                *(getattr(TrialRow, name) for name in _OF_TRIAL),
-                *(getattr(PointRow, name) for name in _OF_POINT),
-                TrialRow.model_params.label("params"),
-                (TrialRow.state == "complete").label("complete"),
-            )
+            select(*rows.RUN, *rows.POINT, rows.COMPLETE)
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .where(*where)
@@ -382,9 +373,7 @@ class Store:
         with reading(self.engine) as session:
             if search_id is not None:
                 self.row(session, search_id)
-            return [
-                rows.to_curve_point(r, complete=bool(r.complete)) for r in session.execute(query)
-            ]
+            return list(rows.to_curve_points(session.execute(query)))
 
     def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
         """Loss of each validation sample at the given (trial, step) points, in their order."""

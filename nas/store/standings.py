@@ -27,7 +27,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,13 +45,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from nas.designs.design import canonical_design, design_text, parse_design
-from nas.designs.theta import Theta
 from nas.planning.recipe import TASKS
+from nas.records.run import CurvePoint, Run
+from nas.records.trial import StoredPoint
 from nas.settings import DEFAULT_TENANT
 from nas.store import rows
 from nas.store.engine import reading, translated
-from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
+from nas.store.records import ConfirmedPair, ScopeState
 from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 from nas.store.searches import Store
 
@@ -95,12 +94,7 @@ AXES: Mapping[str, Axis] = {
     "peak_memory": Axis("peak memory of training", "bytes", False, True),
 }  # fmt: skip
 #: Column of a trial that a per-run axis reads.
-_COLUMN_OF = {
-    "inference_flops": "forward_flops_per_token",
-    "params": "model_params",
-    "step_seconds": "seconds_per_step",
-    "peak_memory": "peak_memory_bytes",
-}
+_COLUMN_OF = {name: rows.column_of(name) for name, axis in AXES.items() if not axis.along_curve}
 
 
 @dataclass(slots=True)
@@ -565,7 +559,7 @@ class Standings:
         )
         with reading(self._engine) as session:
             keys = [(int(trial), int(step)) for trial, step in session.execute(first)]
-        found = {(p.trial_id, p.step): p for p in self._curve_points(keys)}
+        found = {(p.run.trial_id, p.step): p for p in self._curve_points(keys)}
         # a stored loss that is not finite belongs to no front, however it got there
         return [found[key] for key in keys if math.isfinite(found[key].loss)]
 
@@ -594,12 +588,11 @@ class Standings:
         with reading(self._engine) as session:
             for part in _pieces(keys):
                 query = (
-                    select(*(c.label(name) for name, c in _CURVE_POINT.items()))
+                    select(*rows.RUN, *rows.POINT, rows.COMPLETE)
                     .join(TrialRow, PointRow.trial_id == TrialRow.id)
                     .where(tuple_(PointRow.trial_id, PointRow.step).in_(part))
                 )
-                for row in session.execute(query):
-                    yield rows.to_curve_point(row, complete=True)
+                yield from rows.to_curve_points(session.execute(query))
 
     def runs(
         self,
@@ -623,19 +616,17 @@ class Standings:
             for column, values in wanted:
                 for part in _pieces(values):
                     query = (
-                        select(*(c.label(name) for name, c in _RUN.items()))
+                        select(*rows.RUN)
                         .join(SearchRow, TrialRow.search_id == SearchRow.id)
                         .where(TrialRow.state == "complete", where, column.in_(part))
                     )
                     found.update((r.trial_id, r) for r in session.execute(query))
             for part in _pieces(sorted(found)):
-                points = select(
-                    PointRow.trial_id, PointRow.step, PointRow.train_flops, PointRow.loss,
-                    PointRow.loss_stderr, PointRow.seconds,
-                ).where(PointRow.trial_id.in_(part)).order_by(PointRow.step)  # fmt: skip
+                curve = select(PointRow.trial_id, *rows.POINT).order_by(PointRow.step)
+                points = curve.where(PointRow.trial_id.in_(part))
                 for trial, *values in session.execute(points):
                     curves.setdefault(trial, []).append(StoredPoint(*values))
-        return [_to_run(row, trial, curves.get(trial, ())) for trial, row in sorted(found.items())]
+        return [rows.to_run(row, curves.get(trial, ())) for trial, row in sorted(found.items())]
 
     def models(self, trials: Iterable[int]) -> set[str]:
         """The models of the given trials."""
@@ -674,26 +665,8 @@ class Standings:
             return [ConfirmedPair(*row) for row in session.execute(query)]
 
 
-def _to_run(row: Any, trial: int, points: Sequence[StoredPoint]) -> Run:
-    design = rows.read_design(row)
-    return Run(
-        **{**row._mapping, **design, "model": row.model or str(trial)},
-        structure=structure_key(design["design"]),
-        points=tuple(points),
-    )
-
-
 def _standing(scope: str, axis: str, dense: bool) -> ColumnElement[bool]:
     return and_(StandingRow.scope == scope, StandingRow.axis == axis, StandingRow.dense == dense)
-
-
-@lru_cache(maxsize=65536)
-def structure_key(design: str) -> str:
-    """A design's canonical form as text, equal for equal structures at any width."""
-    found = canonical_design(parse_design(design))
-    if isinstance(found, Theta):
-        return ",".join(f"{v:.6g}" for v in found.values)
-    return design_text(found)
 
 
 def _in_scope(scope: str) -> ColumnElement[bool]:
@@ -709,36 +682,3 @@ def _in_scope(scope: str) -> ColumnElement[bool]:
         SearchRow.task_fingerprint == fingerprint,
         TrialRow.reused_from.is_(None),
     )
-
-
-_SHARED: Mapping[str, Any] = {
-    "trial_id": TrialRow.id,
-    "search_id": TrialRow.search_id,
-    "number": TrialRow.number,
-    "kind": TrialRow.kind,
-    "dense": TrialRow.dense,
-    "name": TrialRow.name,
-    "theta": TrialRow.theta,
-    "design": TrialRow.design,
-    "width": TrialRow.width,
-    "seed": TrialRow.seed,
-    "forward_flops_per_token": TrialRow.forward_flops_per_token,
-    "params": TrialRow.model_params,
-    "seconds_per_step": TrialRow.seconds_per_step,
-    "peak_memory_bytes": TrialRow.peak_memory_bytes,
-}
-_RUN: Mapping[str, Any] = {
-    **_SHARED,
-    "model": TrialRow.model,
-    "depth": TrialRow.depth,
-    "steps": TrialRow.steps,
-    "train_flops_per_step": TrialRow.train_flops_per_step,
-}
-_CURVE_POINT: Mapping[str, Any] = {
-    **_SHARED,
-    "step": PointRow.step,
-    "train_flops": PointRow.train_flops,
-    "loss": PointRow.loss,
-    "loss_stderr": PointRow.loss_stderr,
-    "seconds": PointRow.seconds,
-}

@@ -215,7 +215,9 @@ class _SessionSearcher(Searcher):
                 _experiments[self._key].begun[trial_id] = time.monotonic()
                 _log.info("trial begun on %s", report["begun"])
             elif "point" in report and not self._session.signals.lost.is_set():
-                self._session.point(self._ids[trial_id], StoredPoint(**report["point"]))
+                point = report["point"]
+                stored = StoredPoint(train_seconds=point.pop("seconds"), **point)
+                self._session.point(self._ids[trial_id], stored)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -363,7 +365,7 @@ def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
         steps=trial.steps,
         train_flops_per_step=trial.train_flops_per_step,
         forward_flops_per_token=trial.forward_flops_per_token,
-        params=trial.model_params,
+        params=trial.params,
         structures=trial.structures,
         dense=trial.dense,
     )
