@@ -1,5 +1,6 @@
-"""The public name of `nas.designs.einsum`."""
+"""Public names of `nas.designs.einsum` and `nas.designs.structure`."""
 
 from nas.designs.einsum import Sizes, Structure
+from nas.designs.structure import LinearStructure
 
-__all__ = ["Sizes", "Structure"]
+__all__ = ["LinearStructure", "Sizes", "Structure"]

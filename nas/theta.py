@@ -1,4 +1,4 @@
-"""The public name of `nas.designs.theta`."""
+"""Public names of `nas.designs.theta`."""
 
 from nas.designs.theta import AXES, DENSE, Theta
 

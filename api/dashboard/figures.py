@@ -21,10 +21,10 @@ from nas.analysis.style import (
     loss_axis,
     plain_text,
 )
-from nas.designs.design import kind_of
+from nas.designs.design import parse_design
 from nas.store import AXES, CurvePoint
 
-#: Marker of each kind of design; see `nas.designs.design.kind_of`.
+#: Marker of each kind of design; see `nas.designs.design.Design.kind`.
 _SYMBOLS = {
     "two factors": "circle", "three factors": "diamond", "four factors": "diamond-tall",
     "five factors": "star",
@@ -63,7 +63,9 @@ def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
     )
 
 
-_kind = lru_cache(maxsize=16384)(kind_of)
+@lru_cache(maxsize=16384)
+def _kind(text: str) -> str:
+    return parse_design(text).kind
 
 
 def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dict[str, Series]:

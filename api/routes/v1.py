@@ -42,8 +42,8 @@ from api.schemas import (
     TrialDetail,
     TrialPage,
 )
-from nas.designs.design import DESIGN_FORMS, inspect_design, parse_design
-from nas.designs.einsum import MAX_DIMENSION, Sizing
+from nas.designs.design import design_forms, inspect_design, parse_design
+from nas.designs.structure import MAX_DIMENSION, Sizing
 from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
 from nas.planning.request import SearchRequest
@@ -401,7 +401,7 @@ def _json(body: bytes) -> Response:
     summary="Get exact sizes, FLOPs, parameters and rank of a structure for one layer",
 )
 def read_structure(
-    theta: Annotated[str, Query(pattern=_TEXT, description=DESIGN_FORMS, examples=["monarch"])],
+    theta: Annotated[str, Query(pattern=_TEXT, description=design_forms(), examples=["monarch"])],
     d_in: Dimension,
     d_out: Dimension,
     sizing: Sizing = "least-waste",

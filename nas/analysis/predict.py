@@ -26,7 +26,7 @@ from nas.analysis.laws import (
     fit_scaling_law,
 )
 from nas.analysis.scaling import compute_optimal
-from nas.designs.design import design_text, exponents, parse_design
+from nas.designs.design import parse_design
 from nas.planning.cost import RunPlan, admissible, plans
 from nas.planning.recipe import Recipe
 from nas.records.answers import Multiplier, Rival
@@ -71,8 +71,8 @@ class Prediction(Shown):
         return {
             **self.run.shared(),
             "name": plan.name,
-            "theta": list(exponents(plan.design)),
-            "design": design_text(plan.design),
+            "theta": list(plan.design.exponents),
+            "design": plan.design.text,
             "width": plan.width,
             "steps": plan.steps,
             "train_flops": float(plan.train_flops),

@@ -42,7 +42,7 @@ from nas.processes import (
 
 if TYPE_CHECKING:
     from nas.client import RemoteSearch
-    from nas.designs.einsum import Sizing
+    from nas.designs.structure import Sizing
     from nas.planning.request import SearchRequest
     from nas.store import Search, Store
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nas.designs.design import described
+from nas.designs.design import parse_design
 from nas.errors import counted
 from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier
 
@@ -79,7 +79,7 @@ def show_frontier(front: FrontierAnswer) -> None:
     for p in front.frontier:
         own = [f"{p[front.x]:.6g}"] if columns else []
         table.add_row(
-            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", described(p.design),
+            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", parse_design(p.design).described,
             str(p.width), str(p.steps), f"#{p.number}",
         )  # fmt: skip
     console.print(table)
@@ -121,7 +121,7 @@ def show_best(best: Answer) -> None:
 
 def _best_lines(best: Answer) -> Iterator[str]:
     interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
-    name = described(best.design)
+    name = parse_design(best.design).described
     yield f"best: {name}, width {best.width}, {counted(best.steps, 'step')}"
     yield f"verdict: {best.verdict} ({best.verdict_reason})"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
@@ -188,7 +188,7 @@ def _rivals(best: Answer) -> Iterator[str]:
     )
     for r in best.indistinguishable[:_SHOWN_RIVALS]:
         yield (
-            f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
+            f"  {parse_design(r.design).described}, width {r.width}: {r.difference:+.4f} "
             f"({_range(r.difference_interval, '+.4f')})"
         )
     more = len(best.indistinguishable) - _SHOWN_RIVALS

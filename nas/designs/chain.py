@@ -21,7 +21,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from nas.designs.taxonomy import name_of, parse_theta
+from nas.designs.design import shortened
+from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import (
     DENSE,
     SUM_TOLERANCE,
@@ -33,6 +34,7 @@ from nas.designs.theta import (
 )
 from nas.errors import InvalidInput
 
+_NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 #: Most factors of a chain.
 MAX_FACTORS = 5
 CHAIN_FORMS = (
@@ -238,18 +240,44 @@ class ChainTheta:
         return max(theta, theta.reversed(), key=rank_of_direction)
 
     @property
+    def exponents(self) -> tuple[float, ...]:
+        """The numbers in order."""
+        return self.values
+
+    @property
+    def family(self) -> str:
+        """``einsum3`` of three factors, and so on."""
+        return f"einsum{self.factors}"
+
+    @property
+    def kind(self) -> str:
+        """What a picture calls it."""
+        return f"{_NUMBERS[self.factors]} factors"
+
+    @property
     def name(self) -> str:
-        """A short name, rounded: a family with its exponents, else ``einsum3`` and the exponents.
+        """A short name, rounded: that of a family with its exponents, else ``einsum3``.
 
         >>> ChainTheta.parse("1/2,1/4,1/4,0,0,0,1/3,1/3,1/3,0,0,0,1/4,1/4").name
         'tensor-train:cores=3,inputs=1/2+1/4+1/4,rho=1/4'
         """
+        name = self.full_name
+        return self.family if " " in name or name != shortened(name) else name
+
+    @property
+    def described(self) -> str:
+        """The name, with the numbers of a chain without one."""
+        name = self.name
+        if name != self.family:
+            return name
+        return f"{name} {','.join(f'{v:.3g}' for v in self.values)}"
+
+    @property
+    def full_name(self) -> str:
+        """As `name`, whatever its length, and with the numbers of the canonical chain."""
         found = self.canonical()
         if isinstance(found, Theta):
-            name = name_of(found)
-            if name != "einsum":
-                return name
-            return "einsum " + ",".join(f"{v:.3g}" for v in found.values)
+            return found.described
         for theta in (found, found.reversed()):
             for family, (of_inputs, of_outputs) in _families(theta.factors).items():
                 rest = set(intervals(theta.factors))
@@ -335,6 +363,14 @@ def parse_chain(text: str) -> ChainTheta | Theta:
     else:
         theta = _named(text, name, options)
     return Theta(*theta.values) if theta.factors == 2 else theta
+
+
+def is_chain(text: str) -> bool:
+    """Whether a text looks like a chain: a name with ``cores=``, or more than seven numbers."""
+    name = text.partition(":")[0]
+    if name[:1].isalpha():
+        return name in _TWO_FACTORS and "cores=" in text
+    return text.count(",") >= 7
 
 
 #: What `parse_theta` reads.

@@ -10,27 +10,33 @@ innermost: (γ, β, α) and (φ, ε, δ) for N = 2.  Padding and cutting are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice, permutations, product
+from typing import Any
 
 import numpy as np
 from opt_einsum import DynamicProgramming
 
+from nas.designs.axes import cover_axes
 from nas.designs.chain import (
     MAX_FACTORS,
     ChainTheta,
     axis_names,
     count_of_exponents,
     intervals,
+    is_chain,
+    parse_chain,
     rank_of_direction,
     reversed_axes,
     split_axes,
     without_first,
 )
-from nas.designs.einsum import MAX_DIMENSION, cover_axes, factor_row, fingerprint
-from nas.designs.theta import Theta
+from nas.designs.design import BlockOf, Choices, Design, Family, Proposals
+from nas.designs.einsum import Structure, fingerprint, fit_theta, theta_of, with_zero
+from nas.designs.structure import LinearStructure, check_dimensions
+from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 
 #: Smaller and larger dimension up to which `inspect_chain` finds the rank numerically, and the
@@ -125,7 +131,7 @@ def _macs_along(axes: Sequence[Axis], factors: int, path: Path, tokens: int) -> 
 
 
 @dataclass(frozen=True)
-class ChainStructure:
+class ChainStructure(LinearStructure):
     """A linear operator d_in → d_out of a chain of factors, as integers.
 
     The chain is read in the direction in which contracting x with F1, then F2 and so on is not
@@ -180,11 +186,7 @@ class ChainStructure:
         InvalidInput
             A dimension that is not a whole number from 1 to 2^24, or a θ of another kind.
         """
-        for field, value in (("d_in", d_in), ("d_out", d_out)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
-            if not 1 <= value <= MAX_DIMENSION:
-                raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
+        check_dimensions(d_in, d_out)
         return _structure(ChainTheta.of(theta), d_in, d_out)
 
     @property
@@ -294,11 +296,6 @@ class ChainStructure:
         """
         return self.macs_along(self.path)
 
-    @property
-    def flops(self) -> int:
-        """Forward FLOPs per token: 2 × MACs."""
-        return 2 * self.macs
-
     @cached_property
     def chain_macs(self) -> int:
         """Multiply-accumulates per token in chain order, x through F1, F2, and so on."""
@@ -382,18 +379,9 @@ class ChainStructure:
 
         The product of the axes summed at its step, and of those that it makes.
         """
-        if factor not in self.factors:
-            raise InvalidInput("factor", factor, " | ".join(self.factors))
+        self.check_factor(factor)
         _, summed, made = self._roles[int(factor[1:]) - 1]
         return math.prod(a.size for a in summed), math.prod(a.size for a in made)
-
-    def init_std(self, factor: str) -> float:
-        """Standard deviation of a factor at initialisation: sqrt(min(f_in, f_out)) / f_in.
-
-        Source: arXiv:2406.06248, section 3.2.
-        """
-        fan_in, fan_out = self.fans(factor)
-        return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of a factor, relative to a dense base layer with `d_in_base` inputs.
@@ -550,7 +538,7 @@ def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str,
     return {
         "theta": list(theta.values),
         "canonical_theta": list(theta.canonical().values),
-        "name": theta.name,
+        "name": theta.full_name,
         "d_in": d_in,
         "d_out": d_out,
         "n_factors": structure.n_factors,
@@ -572,7 +560,7 @@ def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str,
         "fingerprint": structure.fingerprint,
         "factors": [
             {
-                **factor_row(structure, f),
+                **structure.factor_row(f),
                 "axes": [a.name for a in axes],
                 "shape": list(shape),
             }
@@ -581,3 +569,106 @@ def inspect_chain(theta: ChainTheta | Theta, d_in: int, d_out: int) -> dict[str,
             )
         ],
     }
+
+
+def _structure_of(theta: ChainTheta, d_in: int, d_out: int) -> LinearStructure:
+    found = theta.canonical()
+    if isinstance(found, Theta):
+        return Structure.of(found, d_in, d_out)
+    return ChainStructure.of(found, d_in, d_out)
+
+
+def _fit(theta: ChainTheta, width: int, block: BlockOf) -> Design:
+    """The chain with its ranks lowered together until no layer is degenerate; else dense."""
+    found = theta.canonical()
+    if isinstance(found, Theta):
+        return fit_theta(found, width, block)
+    bonds = found.factors - 1
+    for share in _RANK_SHARES:
+        ranks = (v * share for v in found.values[-bonds:])
+        lowered = ChainTheta.of((*found.values[:-bonds], *ranks))
+        if not any(s.is_degenerate for s in block(lowered)):
+            return lowered
+    return DENSE
+
+
+#: Shares of its rank exponents that a chain is tried with.
+_RANK_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0)
+
+
+def coordinate_names(factors: int) -> list[str]:
+    """Coordinates of a chain: a weight for each axis of the input and of the output, and ranks.
+
+    An axis is named by the first and the last of the factors that share it.
+    """
+    axes = [f"{first}{last}" for first, last in intervals(factors)]
+    names = [f"chain{factors}_{side}{axis}" for side in ("in", "out") for axis in axes]
+    return names + [f"chain{factors}_rank{i}" for i in range(1, factors)]
+
+
+#: Greatest rank exponent of a chain that is proposed: with cube-root axes, any matrix of two of its
+#: factors has no higher rank.
+_MOST_CHAIN_RANK = 0.5
+
+
+def chain_of(params: Mapping[str, Any], factors: int) -> ChainTheta | Theta:
+    """The chain of a point of the search's box.
+
+    The axes of a Block Tensor-Train (inputs of factors 1…i, outputs of factors i…N) are always
+    there, as α and ε are with two factors; each of the others, which share parameters or cost
+    more, is there in a quarter of the box.
+    """
+    shares = [params[name] for name in coordinate_names(factors)]
+    shared = intervals(factors)
+    count = len(shared)
+    inputs = _simplex(shares[:count], [first == 1 for first, _ in shared])
+    outputs = _simplex(shares[count : 2 * count], [last == factors for _, last in shared])
+    ranks = [_MOST_CHAIN_RANK * with_zero(share) for share in shares[2 * count :]]
+    return ChainTheta.of((*inputs, *outputs, *ranks)).canonical()
+
+
+def _simplex(shares: Sequence[float], always: Sequence[bool]) -> list[float]:
+    """Weights in [0, 1] → exponents that sum to 1."""
+    kept = [
+        max(share, _LEAST_WEIGHT) if needed else with_zero(with_zero(share))
+        for share, needed in zip(shares, always, strict=True)
+    ]
+    # -log(1 - u) of uniform u, normalised, is uniform on the simplex
+    weights = [-math.log1p(-min(k, 1 - 1e-9)) for k in kept]
+    whole = sum(weights)
+    return [w / whole for w in weights]
+
+
+_LEAST_WEIGHT = 0.1
+
+
+def _coordinates(choices: Choices) -> dict[str, tuple[float, float]]:
+    longer = (n for n in choices.factors if n > 2)
+    return {name: (0.0, 1.0) for n in longer for name in coordinate_names(n)}
+
+
+def _examples(choices: Choices) -> Iterator[str]:
+    if 2 in choices.factors:
+        yield from ("monarch", "low-rank:rho=1/2")
+    yield from (f"btt:cores={n},rho=1/8" for n in choices.factors if n > 2)
+
+
+def _proposed(point: Mapping[str, Any]) -> Design:
+    factors = point["factors"]
+    return chain_of(point, factors) if factors > 2 else theta_of(point)
+
+
+FAMILY = Family(
+    design=ChainTheta,
+    structure=_structure_of,
+    layer="nas.layers.chain:ChainLinear",
+    structures=ChainStructure,
+    forms="tensor-train:cores=3,rho=1/4, btt:cores=3,rho=1/8, or 14, 23 or 34 numbers of 3, 4 or 5 "
+    "factors",
+    reads=is_chain,
+    parse=parse_chain,
+    inspect=inspect_chain,
+    fit=_fit,
+    slow=True,
+    proposals={"einsum": Proposals(_proposed, ("factors",), _coordinates, _examples)},
+)

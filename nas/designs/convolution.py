@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from nas.designs.einsum import MAX_DIMENSION, factor_row
+from nas.designs.design import Family, Proposals
+from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import VANISHING, exact_exponent, format_exponent, parse_exponent
 from nas.errors import InvalidInput
 
@@ -48,6 +49,28 @@ class Convolution:
         return f"convolution:kernel={format_exponent(self.kernel)}"
 
     @property
+    def described(self) -> str:
+        """The name."""
+        return self.name
+
+    @property
+    def family(self) -> str:
+        return "convolution"
+
+    @property
+    def kind(self) -> str:
+        """What a picture calls it."""
+        return "convolution"
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """None, for it is no θ."""
+        return ()
+
+    def canonical(self) -> Convolution:
+        return self
+
+    @property
     def text(self) -> str:
         """The convolution in full precision, which `parse_convolution` reads."""
         return f"convolution:kernel={exact_exponent(self.kernel)}"
@@ -75,7 +98,7 @@ def parse_convolution(text: str) -> Convolution:
 
 
 @dataclass(frozen=True)
-class ConvolutionStructure:
+class ConvolutionStructure(LinearStructure):
     """A convolution d_in → d_out, as integers.  Build one with `ConvolutionStructure.of`.
 
     >>> s = ConvolutionStructure.of(Convolution(0.5), 1024, 4096)
@@ -88,11 +111,7 @@ class ConvolutionStructure:
     d_out: int
 
     def __post_init__(self) -> None:
-        for field, value in (("d_in", self.d_in), ("d_out", self.d_out)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
-            if not 1 <= value <= MAX_DIMENSION:
-                raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
+        check_dimensions(self.d_in, self.d_out)
 
     @staticmethod
     def of(convolution: Convolution, d_in: int, d_out: int) -> ConvolutionStructure:
@@ -151,11 +170,6 @@ class ConvolutionStructure:
         return self.params * self.length
 
     @property
-    def flops(self) -> int:
-        """Forward FLOPs per token: 2 × MACs."""
-        return 2 * self.macs
-
-    @property
     def waste(self) -> float:
         """MACs spent on padding and on cut outputs, as a share of the other MACs."""
         useful = (
@@ -167,11 +181,6 @@ class ConvolutionStructure:
     def is_dense(self) -> bool:
         """Whether it is any d_out × d_in matrix, which it is where L = 1."""
         return self.length == 1
-
-    @property
-    def is_degenerate(self) -> bool:
-        """Whether it costs more than the dense layer, which can express the same operators."""
-        return self.macs > self.d_in * self.d_out
 
     @property
     def rank(self) -> int:
@@ -196,17 +205,8 @@ class ConvolutionStructure:
     def fans(self, factor: str) -> tuple[int, int]:
         """(fan in, fan out) of the kernel: c_in·K → c_out·K, what one output sums and what one
         input reaches."""
-        if factor not in self.factors:
-            raise InvalidInput("factor", factor, " | ".join(self.factors))
+        self.check_factor(factor)
         return self.channels_in * self.taps, self.channels_out * self.taps
-
-    def init_std(self, factor: str) -> float:
-        """Standard deviation of the kernel at initialisation: sqrt(min(f_in, f_out)) / f_in.
-
-        As for the factors of an einsum; source: arXiv:2406.06248, section 3.2.
-        """
-        fan_in, fan_out = self.fans(factor)
-        return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of the kernel, relative to a dense base layer with `d_in_base`
@@ -248,9 +248,27 @@ def inspect_convolution(convolution: Convolution, d_in: int, d_out: int) -> dict
         "fingerprint": structure.fingerprint,
         "factors": [
             {
-                **factor_row(structure, f),
+                **structure.factor_row(f),
                 "shape": [structure.channels_out, structure.channels_in, structure.taps],
             }
             for f in structure.factors
         ],
     }
+
+
+FAMILY = Family(
+    design=Convolution,
+    structure=ConvolutionStructure.of,
+    layer="nas.layers.convolution:ConvolutionLinear",
+    structures=ConvolutionStructure,
+    forms="convolution:kernel=1/2",
+    reads=lambda text: text.partition(":")[0] == "convolution",
+    parse=parse_convolution,
+    inspect=inspect_convolution,
+    proposals={
+        "convolution": Proposals(
+            lambda point: Convolution(point["kernel"]),
+            coordinates=lambda choices: {"kernel": (0.0, 1.0)},
+        )
+    },
+)

@@ -1,84 +1,187 @@
 """What a search chooses: how every structured layer of a model's blocks is built.
 
-A `Design` is one of
-    Theta        a two-factor einsum
-    ChainTheta   an einsum of three or more factors
-    Mixture      experts inside every linear layer, or whole feed-forward blocks as experts
-    Convolution  the baseline outside the θ space
-    Aligned      one of the first kind, or a mixture of it, whose attention projections have their
-                 output blocks at the heads
-Each is valid at every dimension; `structure_of` gives its integers for a layer.  The text of a
-design, ``design_text``, is exact: `parse_design` reads it back to an equal design.
+A `Design` is valid at every dimension; `structure_of` gives its integers for a layer.  Its text is
+exact: `parse_design` reads it back to an equal design.  Designs come in families.  A `Family` says
+everything that the other rooms need of its designs, so that only `parse_design` asks which family
+a design is of.  `nas.designs` registers the families there are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from nas.designs.chain import ChainTheta, parse_chain
-from nas.designs.chain_structure import ChainStructure, inspect_chain
-from nas.designs.convolution import (
-    Convolution,
-    ConvolutionStructure,
-    inspect_convolution,
-    parse_convolution,
-)
-from nas.designs.einsum import LinearStructure, Sizing, Structure, inspect_structure
-from nas.designs.mixture import (
-    Mixture,
-    MixtureStructure,
-    ffn_structures,
-    inspect_mixture,
-    parse_mixture,
-)
-from nas.designs.taxonomy import NAMED_FORMS, name_of, parse_theta
-from nas.designs.theta import Theta, exact_exponent
+from nas.designs.structure import LinearStructure, Sizing
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 
 #: Follows the text of a design whose attention projections are aligned with the heads.
-_AT_HEADS = "@heads"
-_ACCEPTED_AT_HEADS = "two factors, or a mixture of them, that are not dense"
+AT_HEADS = "@heads"
 _LONGEST = 2000  # characters
 _LONGEST_NAME = 96
-DESIGN_FORMS = (
-    f"{NAMED_FORMS}; tensor-train:cores=3,rho=1/4, btt:cores=3,rho=1/8, or 14, 23 or 34 numbers of "
-    "3, 4 or 5 factors; btt-moe:experts=8,active=2, low-rank-moe, dense-moe, ffn-moe; "
-    "convolution:kernel=1/2; and any of two factors, or a mixture of it, followed by @heads"
-)
+
+
+class Design(Hashable, Protocol):
+    """A way to build linear layers; hashable, and equal to designs that say the same."""
+
+    @property
+    def text(self) -> str:
+        """In full precision."""
+
+    @property
+    def name(self) -> str:
+        """A short name, rounded; of nothing but numbers, the kind of einsum alone."""
+
+    @property
+    def described(self) -> str:
+        """The name, with its numbers where it has no other name."""
+
+    @property
+    def family(self) -> str:
+        """einsum | einsum3 … | btt-moe | low-rank-moe | dense-moe | ffn-moe | einsum-moe |
+        convolution.  The number after ``einsum`` is that of factors, 2 unless given."""
+
+    @property
+    def kind(self) -> str:
+        """What a picture calls it: dense | two factors | three factors … | mixture of experts |
+        convolution."""
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """θ: 7 numbers for two factors and mixtures of them, more for a chain, none for a
+        convolution and for experts that are feed-forward blocks."""
+
+    def canonical(self) -> Design:
+        """The same for every design that says the same."""
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
-    """A design whose attention heads are blocks of its projections.
+class LinearRole:
+    """A structured linear layer of a block: its name and its dimensions."""
 
-    Query, key and value have φ = heads and ε = head size, so that block φ = h makes head h alone;
-    the output projection is the mirror image, γ = heads and α = head size.  The other layers, and
-    the other sides of these, are as `of` says.  Source: arXiv:2410.02117, section 5 and figure 10.
-
-    Raises
-    ------
-    InvalidInput
-        A design without blocks: dense, three or more factors, a convolution, experts that are
-        dense or whole feed-forward blocks.
-    """
-
-    of: Theta | Mixture
-
-    def __post_init__(self) -> None:
-        theta = self.of.theta if isinstance(self.of, Mixture) else self.of
-        if not isinstance(theta, Theta) or theta.is_dense:
-            raise InvalidInput("heads", _plain_name(self.of), _ACCEPTED_AT_HEADS)
-        if isinstance(self.of, Theta):
-            object.__setattr__(self, "of", self.of.canonical())
+    name: str
+    d_in: int
+    d_out: int
+    #: input dimension of the same layer in the base model
+    d_in_base: int
+    #: of a projection of attention: how many heads it makes (`side` "out") or reads ("in")
+    heads: int | None = None
+    side: Literal["in", "out"] = "out"
 
 
-Design = Theta | ChainTheta | Mixture | Convolution | Aligned
+class Choices(Protocol):
+    """What a search may choose among, beside families."""
+
+    @property
+    def factors(self) -> tuple[int, ...]: ...
+    @property
+    def experts(self) -> tuple[int, ...]: ...
+    @property
+    def active(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """How a search proposes the designs of one name in `Space.families`."""
+
+    #: the design of a point: its coordinates, and one of each of the choices below
+    design: Callable[[Mapping[str, Any]], Design]
+    #: names of the `Choices` that it takes
+    choices: tuple[str, ...] = ()
+    #: coordinates of its own beside those of two factors, each with its range
+    coordinates: Callable[[Choices], Mapping[str, tuple[float, float]]] = lambda choices: {}
+    #: texts of named designs that show what it costs; by default the name itself
+    examples: Callable[[Choices], Iterable[str]] | None = None
+    #: a design that costs as much as any it proposes, at every width; None where dense does
+    dearest: Callable[[Choices], Design] | None = None
+
+
+#: The structures of every layer of a block that is built to a design, at some width.
+BlockOf = Callable[[Design], Sequence[LinearStructure]]
+
+
+def _as_it_is(design: Any, width: int, block: BlockOf) -> Design:
+    found: Design = design
+    return found
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the other rooms ask of the designs of one family."""
+
+    #: the class of its designs, and of their integers where it has a class of its own for these
+    design: type
+    structure: Callable[[Any, int, int], LinearStructure]
+    #: module:class of its layer, which takes a structure, d_in, d_out and the options of
+    #: `nas.layers.EinsumLinear`; and the structures that it is the layer of
+    layer: str | None
+    structures: type | None
+    #: what its texts look like, for messages
+    forms: str
+    #: whether a text is one of its own to read
+    reads: Callable[[str], bool]
+    parse: Callable[[str], Design]
+    #: (design, d_in, d_out): everything exact, as plain JSON values
+    inspect: Callable[..., dict[str, object]]
+    #: the same structure for a projection that makes or reads heads
+    with_heads: Callable[[Any, int, str], LinearStructure] = lambda structure, heads, side: (
+        structure
+    )
+    #: whether blocks of its projections can be heads
+    has_blocks: Callable[[Any], bool] = lambda design: False
+    #: the structure in a role, where that is not the one for the role's dimensions
+    in_role: Callable[[Any, LinearRole], LinearStructure] | None = None
+    #: the nearest design of which no layer costs more than dense at a width
+    fit: Callable[[Any, int, BlockOf], Design] = _as_it_is
+    #: of a design to which no single layer can be built: what can be, in words
+    alone: Callable[[Any], str | None] = lambda design: None
+    #: whether `inspect` takes a sizing
+    sized: bool = False
+    #: whether counting its FLOPs at one width takes milliseconds
+    slow: bool = False
+    #: name in `Space.families` → how a search proposes it
+    proposals: Mapping[str, Proposals] = field(default_factory=dict)
+
+
+_FAMILIES: dict[type, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known: to parsing, planning, search, layers, answers and pictures."""
+    _FAMILIES[family.design] = family
+
+
+def families() -> tuple[Family, ...]:
+    """The known families, in the order in which they were registered."""
+    return tuple(_FAMILIES.values())
+
+
+def layer_family(structure: LinearStructure) -> Family:
+    """The family whose layers have structures of this kind."""
+    return next(f for f in _FAMILIES.values() if f.structures is type(structure))
+
+
+def family_of(design: Design) -> Family:
+    """The family of a design."""
+    return _FAMILIES[type(design)]
+
+
+def proposals() -> dict[str, Proposals]:
+    """Every name that `Space.families` may have, and how a search proposes it."""
+    return {name: found for family in families() for name, found in family.proposals.items()}
+
+
+def design_forms() -> str:
+    """What `parse_design` reads, in words."""
+    forms = "; ".join(family.forms for family in families() if family.forms)
+    return f"{forms}; and any of two factors, or a mixture of it, followed by {AT_HEADS}"
 
 
 def parse_design(text: str) -> Design:
     """A design from its name or text.
 
-    >>> design_name(parse_design("monarch@heads"))
+    >>> parse_design("monarch@heads").name
     'monarch@heads'
 
     Raises
@@ -88,124 +191,23 @@ def parse_design(text: str) -> Design:
     """
     if not isinstance(text, str) or len(text) > _LONGEST:
         got = text if not isinstance(text, str) else text[:80] + "…"
-        raise InvalidInput("theta", got, DESIGN_FORMS)
-    plain, at, rest = text.strip().partition("@")
-    if at:
-        if at + rest != _AT_HEADS:
-            raise InvalidInput("theta", text, f"nothing or {_AT_HEADS} after {plain}")
-        return aligned(parse_design(plain))
-    name = plain.partition(":")[0]
-    if name.endswith("-moe"):
-        return parse_mixture(plain)
-    if name == "convolution":
-        return parse_convolution(plain)
-    numbers = not name[:1].isalpha()
-    if "cores=" in plain or (numbers and plain.count(",") > len(Theta.__slots__) - 1):
-        return parse_chain(plain)
-    if not plain or (not numbers and name not in _TWO_FACTORS):
-        raise InvalidInput("theta", text, DESIGN_FORMS)
-    return parse_theta(plain)
+        raise InvalidInput("theta", got, design_forms())
+    for family in families():
+        if family.reads(text.strip()):
+            return family.parse(text.strip())
+    raise InvalidInput("theta", text, design_forms())
 
 
-_TWO_FACTORS = ("dense", "low-rank", "kronecker", "tensor-train", "monarch", "btt")
+def as_design(given: Design | str | Sequence[float]) -> Design:
+    """A design from itself, from its text, or from the seven numbers of two factors."""
+    if isinstance(given, str):
+        return parse_design(given)
+    return given if type(given) in _FAMILIES else Theta.of(given)  # type: ignore[return-value]
 
 
-def aligned(design: Design) -> Aligned:
-    """The design with its attention projections aligned with the heads; see `Aligned`."""
-    if isinstance(design, Aligned):
-        return design
-    if not isinstance(design, Theta | Mixture):
-        raise InvalidInput("heads", design_name(design), _ACCEPTED_AT_HEADS)
-    return Aligned(design)
-
-
-def canonical_design(design: Design) -> Design:
-    """The same for every design that says the same."""
-    if isinstance(design, Theta | ChainTheta):
-        return design.canonical()
-    return design
-
-
-#: Family → what a picture calls it.
-_KINDS = {"einsum": "two factors", "convolution": "convolution"}
-_NUMBERS = {3: "three", 4: "four", 5: "five"}
-
-
-def kind_of(text: str) -> str:
-    """What a picture calls a design, from its text: dense | two factors | three factors … |
-    mixture of experts | convolution."""
-    design = parse_design(text)
-    if isinstance(design, Theta) and design.is_dense:
-        return "dense"
-    if isinstance(design, ChainTheta):
-        return f"{_NUMBERS[design.factors]} factors"
-    return _KINDS.get(family_of(design), "mixture of experts")
-
-
-def design_text(design: Design) -> str:
-    """The design in full precision."""
-    if isinstance(design, Aligned):
-        return design_text(design.of) + _AT_HEADS
-    if isinstance(design, Theta):
-        return ",".join(map(exact_exponent, design.values))
-    return design.text
-
-
-def design_name(design: Design) -> str:
-    """A short name, rounded; of nothing but numbers, the kind of einsum alone."""
-    if isinstance(design, Aligned):
-        return _plain_name(design.of) + _AT_HEADS
-    return _plain_name(design)
-
-
-def _plain_name(design: Theta | ChainTheta | Mixture | Convolution) -> str:
-    if isinstance(design, Theta):
-        return name_of(design)
-    name = design.name
-    if isinstance(design, ChainTheta) and (" " in name or len(name) > _LONGEST_NAME):
-        return family_of(design)
+def shortened(name: str) -> str:
+    """A name as tables and figures can hold it."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
-
-
-def described(text: str) -> str:
-    """The name of a design's text, with its numbers where it has no other name.
-
-    >>> described("0.5,0.25,0.25,0,0.5,0.5,0")
-    'einsum 0.5,0.25,0.25,0,0.5,0.5,0'
-    """
-    design = parse_design(text)
-    inner = design.of if isinstance(design, Aligned) else design
-    name = design_name(design)
-    if isinstance(inner, Theta | ChainTheta) and name.startswith("einsum"):
-        family = family_of(design)
-        return name.replace(family, f"{family} {','.join(f'{v:.3g}' for v in inner.values)}", 1)
-    return name
-
-
-def exponents(design: Design) -> tuple[float, ...]:
-    """θ of the design: 7 numbers for two factors and mixtures of them, more for a chain, none for a
-    convolution and for experts that are feed-forward blocks."""
-    if isinstance(design, Aligned):
-        return exponents(design.of)
-    if isinstance(design, Theta | ChainTheta):
-        return tuple(design.values)
-    if isinstance(design, Mixture) and design.theta is not None:
-        return design.theta.values
-    return ()
-
-
-def family_of(design: Design) -> str:
-    """einsum | einsum3 … | btt-moe | low-rank-moe | dense-moe | ffn-moe | einsum-moe | convolution.
-
-    The number after ``einsum`` is that of factors, 2 unless given.
-    """
-    if isinstance(design, Aligned):
-        return family_of(design.of)
-    if isinstance(design, Theta):
-        return "einsum"
-    if isinstance(design, ChainTheta):
-        return f"einsum{design.factors}"
-    return design.family if isinstance(design, Mixture) else "convolution"
 
 
 def structure_of(design: Design, d_in: int, d_out: int) -> LinearStructure:
@@ -219,33 +221,15 @@ def structure_of(design: Design, d_in: int, d_out: int) -> LinearStructure:
         A dimension out of range, a rank axis that the experts do not divide, or experts that are
         whole feed-forward blocks, which no single layer is.
     """
-    if isinstance(design, Aligned):
-        return structure_of(design.of, d_in, d_out)
-    if isinstance(design, Theta):
-        return Structure.of(design, d_in, d_out)
-    if isinstance(design, ChainTheta):
-        found = design.canonical()
-        if isinstance(found, Theta):
-            return Structure.of(found, d_in, d_out)
-        return ChainStructure.of(found, d_in, d_out)
-    if isinstance(design, Mixture):
-        return MixtureStructure.of(design, d_in, d_out)
-    return ConvolutionStructure.of(design, d_in, d_out)
+    return family_of(design).structure(design, d_in, d_out)
 
 
-def with_heads(structure: LinearStructure, heads: int, side: str) -> LinearStructure:
-    """The structure of a projection that makes (``out``) or reads (``in``) `heads` heads."""
-    if side not in ("in", "out"):
-        raise InvalidInput("side", side, "in | out")
-    if isinstance(structure, MixtureStructure):
-        return replace(structure, expert=_blocked(structure.expert, heads, side))
-    return _blocked(structure, heads, side) if isinstance(structure, Structure) else structure
-
-
-def _blocked(structure: Structure, heads: int, side: str) -> Structure:
-    if side == "out":
-        return structure.with_output_blocks(heads)
-    return structure.with_input_blocks(heads)
+def structure_in(design: Design, role: LinearRole) -> LinearStructure:
+    """The integers of a layer in its role in a block."""
+    family = family_of(design)
+    if family.in_role is not None:
+        return family.in_role(design, role)
+    return family.structure(design, role.d_in, role.d_out)
 
 
 def inspect_design(
@@ -261,38 +245,9 @@ def inspect_design(
     InvalidInput
         As `structure_of`; a sizing that other designs do not have.
     """
-    if isinstance(design, Aligned):
-        return inspect_design(design.of, d_in, d_out, sizing)
-    if isinstance(design, Theta):
-        return inspect_structure(design, d_in, d_out, sizing)
+    family = family_of(design)
+    if family.sized:
+        return family.inspect(design, d_in, d_out, sizing)
     if sizing != "least-waste":
         raise InvalidInput("sizing", sizing, "least-waste, but for two factors")
-    if isinstance(design, ChainTheta):
-        return inspect_chain(design, d_in, d_out)
-    if isinstance(design, Mixture) and design.theta is None:
-        return _inspect_feed_forward(design, d_in, d_out)
-    if isinstance(design, Mixture):
-        return inspect_mixture(design, d_in, d_out)
-    return inspect_convolution(design, d_in, d_out)
-
-
-def _inspect_feed_forward(mixture: Mixture, width: int, hidden: int) -> dict[str, object]:
-    """A feed-forward block width → hidden → width of experts; dense MACs are those of one."""
-    first, second = ffn_structures(mixture, width, hidden)
-    macs = first.macs + second.macs
-    return {
-        "name": mixture.name,
-        "family": mixture.family,
-        "theta": [],
-        "experts": mixture.experts,
-        "active": mixture.active,
-        "d_in": width,
-        "d_out": hidden,
-        "contraction": [f"{width} → {hidden} → {width}, experts whole"],
-        "macs": macs,
-        "gate_macs": width * mixture.experts,
-        "flops": 2 * macs,
-        "params": first.params + second.params,
-        "dense_macs": 2 * width * hidden,
-        "fingerprint": f"{first.fingerprint} {second.fingerprint}",
-    }
+    return family.inspect(design, d_in, d_out)

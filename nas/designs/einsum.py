@@ -10,69 +10,20 @@ comparison with it.  1 MAC = 2 FLOPs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
-from nas.designs.taxonomy import Taxonomy, name_of, taxonomy
-from nas.designs.theta import Theta
+from nas.designs.axes import cover_axes
+from nas.designs.design import BlockOf, Family
+from nas.designs.structure import LinearStructure, Sizing, check_dimensions
+from nas.designs.taxonomy import NAMED_FORMS, Taxonomy, is_named, parse_theta, taxonomy
+from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 
-#: Largest dimension of a layer; indices of its padded product stay far inside 64 bits.
-MAX_DIMENSION = 1 << 24
-#: An axis may leave d^θ by this factor when that wastes less.
-_NEAR = 4 / 3
-#: The same where there are more than three axes: a power of two is then factored exactly into up
-#: to five equal ones.
-_NEAR_OF_MANY = 7 / 4
-#: Steps after which a search over four axes and more keeps the best it has found.
-_MOST_STEPS = 20_000
 _FULL_EINSUM = "agdfr,bgefr,...abg->...def"
 Factor = Literal["A", "B"]
-#: How d^θ becomes integers: axes whose product covers the dimension, or each rounded on its own.
-Sizing = Literal["least-waste", "paper"]
-
-
-class LinearStructure(Protocol):
-    """What the integers of any structured linear layer tell, of whatever family."""
-
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def d_out(self) -> int: ...
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per token, padding included."""
-
-    @property
-    def params(self) -> int:
-        """Learned numbers, bias not counted."""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is one d_out × d_in matrix."""
-
-    @property
-    def is_degenerate(self) -> bool:
-        """Whether it costs more than the dense layer, which can express the same operators."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal integer operators."""
-
-    @property
-    def factors(self) -> tuple[str, ...]:
-        """Names of the factors, in the order they are contracted; a gate is none of them."""
-
-    def fans(self, factor: str) -> tuple[int, int]:
-        """(fan in, fan out) of a factor (or gate)."""
-
-    def init_std(self, factor: str) -> float:
-        """Standard deviation of a factor at initialisation."""
-
-    def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
-        """Adam learning rate of a factor (or gate) over that of the dense base layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +83,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Structure:
+class Structure(LinearStructure):
     """A linear operator d_in → d_out of structure θ, as integers.
 
     Factors are labelled so that contracting A first is not dearer; under paper sizing they keep
@@ -164,11 +115,7 @@ class Structure:
         InvalidInput
             A dimension that is not a whole number from 1 to 2^24, or an unknown sizing.
         """
-        for field, value in (("d_in", d_in), ("d_out", d_out)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
-            if not 1 <= value <= MAX_DIMENSION:
-                raise InvalidInput(field, value, f"a whole number from 1 to {MAX_DIMENSION}")
+        check_dimensions(d_in, d_out)
         if sizing not in get_args(Sizing):
             raise InvalidInput("sizing", sizing, " | ".join(get_args(Sizing)))
         return _structure(theta if sizing == "paper" else theta.canonical(), d_in, d_out, sizing)
@@ -237,19 +184,9 @@ class Structure:
         return min(self.macs_a_first, self.macs_b_first)
 
     @property
-    def flops(self) -> int:
-        """Forward FLOPs per token: 2 × MACs."""
-        return 2 * self.macs
-
-    @property
     def params(self) -> int:
         """Parameters of both factors, γφρ(αδ+βε), bias not counted."""
         return self.d_in * self.d_out if self.is_dense else self.sizes.params
-
-    @property
-    def is_degenerate(self) -> bool:
-        """Whether it costs more than the dense layer, which can express the same operators."""
-        return self.macs > self.d_in * self.d_out
 
     @property
     def padded_in(self) -> int:
@@ -354,14 +291,6 @@ class Structure:
             return s.alpha, s.delta * s.phi * s.rho
         return s.beta * s.gamma * s.rho, s.epsilon
 
-    def init_std(self, factor: str) -> float:
-        """Standard deviation of a factor at initialisation: sqrt(min(f_in, f_out)) / f_in.
-
-        Source: arXiv:2406.06248, section 3.2.
-        """
-        fan_in, fan_out = self.fans(factor)
-        return math.sqrt(min(fan_in, fan_out)) / fan_in
-
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of a factor, relative to a dense base layer with `d_in_base` inputs.
 
@@ -372,18 +301,6 @@ class Structure:
         if self.is_dense:
             return base / self.d_in
         return base / (2 * self.fans(factor)[0])
-
-
-def factor_row(structure: LinearStructure, factor: str) -> dict[str, object]:
-    """What is told of a factor (or gate): its fans, initialisation and learning rate."""
-    fan_in, fan_out = structure.fans(factor)
-    return {
-        "name": factor,
-        "fan_in": fan_in,
-        "fan_out": fan_out,
-        "init_std": structure.init_std(factor),
-        "adam_lr_multiplier": structure.adam_lr_multiplier(factor),
-    }
 
 
 def fingerprint(d_in: int, d_out: int, sizes: Sizes | None) -> str:
@@ -421,89 +338,6 @@ def _label_order(s: Sizes) -> tuple[int, ...]:
     return (s.macs_b_first - s.macs_a_first, s.alpha, s.epsilon, s.gamma, s.phi)
 
 
-@lru_cache(maxsize=65536)
-def cover_axes(dimension: int, exponents: tuple[float, ...]) -> tuple[int, ...]:
-    """Axis sizes near dimension^exponent whose product covers `dimension` with the least waste.
-
-    An exponent of 0 is an axis of size 1.  Of equal products, the one nearest in the sum of
-    squared logarithms is taken.  Exact for three exponents; for more, the search ends after a
-    bounded number of steps with the best it has found.
-    """
-    count = len(exponents)
-    near = _NEAR if count <= 3 else _NEAR_OF_MANY
-    order = sorted(range(count), key=lambda i: exponents[i])
-    targets = [dimension ** exponents[i] for i in order]
-    windows = [
-        (1, 1)
-        if exponents[i] == 0
-        else (
-            max(1, min(math.floor(t), math.ceil(t / near))),
-            max(math.ceil(t), math.floor(t * near)),
-        )
-        for i, t in zip(order, targets, strict=True)
-    ]
-    best = _least_waste(dimension, targets, windows)
-    if best is None:  # exponents that sum to a little less than 1 leave too narrow windows
-        best = _least_waste(dimension, targets, [*windows[:-1], (windows[-1][0], dimension)])
-    assert best is not None  # the largest axis takes whatever the others leave
-    by_axis = dict(zip(order, best, strict=True))
-    return tuple(by_axis[i] for i in range(count))
-
-
-def _least_waste(
-    dimension: int, targets: Sequence[float], windows: Sequence[tuple[int, int]]
-) -> tuple[int, ...] | None:
-    """The sizes inside `windows` whose product covers `dimension` best; None if none do.
-
-    The last size follows from the others.  Branches are left that cannot reach `dimension`, or
-    cannot beat the best so far.
-    """
-    last = len(windows) - 1
-    low_after, high_after = [1] * (last + 1), [1] * (last + 1)  # least, most the later axes can be
-    for i in range(last - 1, -1, -1):
-        low_after[i] = low_after[i + 1] * windows[i + 1][0]
-        high_after[i] = high_after[i + 1] * windows[i + 1][1]
-    candidates = [_outwards(*pair) for pair in zip(windows[:-1], targets[:-1], strict=True)]
-    best: tuple[int, float, tuple[int, ...]] | None = None
-    steps = 0
-
-    def extend(sizes: tuple[int, ...], product: int, distance: float) -> None:
-        nonlocal best, steps
-        steps += 1
-        if steps > _MOST_STEPS and last > 2 and best is not None:
-            return
-        i = len(sizes)
-        if i == last:
-            size = max(windows[i][0], -(-dimension // product))
-            whole = product * size
-            if size > windows[i][1] or (best is not None and whole > best[0]):
-                return
-            found = (whole, distance + math.log(size / targets[i]) ** 2, (*sizes, size))
-            if best is None or found < best:
-                best = found
-            return
-        for size in candidates[i]:
-            partial = product * size
-            if partial * high_after[i] < dimension:
-                continue
-            reached = distance + math.log(size / targets[i]) ** 2
-            if best is not None:
-                if partial * low_after[i] > best[0]:
-                    continue
-                exact = best[0] == dimension
-                if exact and (dimension % partial or reached > best[1]):
-                    continue
-            extend((*sizes, size), partial, reached)
-
-    extend((), 1, 0.0)
-    return None if best is None else best[2]
-
-
-def _outwards(window: tuple[int, int], target: float) -> list[int]:
-    """The sizes in a window from the target on, so that what is found first is good."""
-    return sorted(range(window[0], window[1] + 1), key=lambda n: abs(math.log(n / target)))
-
-
 def inspect_structure(
     theta: Theta, d_in: int, d_out: int, sizing: Sizing = "least-waste"
 ) -> dict[str, object]:
@@ -522,7 +356,7 @@ def inspect_structure(
     return {
         "theta": list(theta.values),
         "canonical_theta": list(theta.canonical().values),
-        "name": name_of(theta),
+        "name": theta.name,
         "d_in": d_in,
         "d_out": d_out,
         "sizing": sizing,
@@ -552,5 +386,93 @@ def inspect_structure(
         "dense_macs": d_in * d_out,
         "degenerate": structure.is_degenerate,
         "fingerprint": structure.fingerprint,
-        "factors": [factor_row(structure, f) for f in structure.factors],
+        "factors": [structure.factor_row(f) for f in structure.factors],
     }  # fmt: skip
+
+
+def with_heads(structure: Structure, heads: int, side: str) -> Structure:
+    """The structure of a projection that makes (``out``) or reads (``in``) `heads` heads."""
+    if side not in ("in", "out"):
+        raise InvalidInput("side", side, "in | out")
+    if side == "out":
+        return structure.with_output_blocks(heads)
+    return structure.with_input_blocks(heads)
+
+
+def fit_theta(theta: Theta, width: int, block: BlockOf) -> Theta:
+    """The θ nearest to `theta` of which no layer costs more than dense at this width.
+
+    First the rank axis is lowered; where rank 1 is still too dear, the private axes α and ε are
+    raised until each exceeds 1; what is left is dense, which expresses every operator at no
+    higher cost.
+    """
+    canonical = theta.canonical()
+    fitted = _lower_rank(canonical, width, block)
+    for size in (2, 3, 4):
+        if fitted is not None:
+            return fitted
+        least = math.log(size + 0.01) / math.log(width)
+        raised = _raise_private(canonical, least).canonical()
+        fitted = _lower_rank(raised, width, block)
+    return fitted or DENSE
+
+
+def _lower_rank(theta: Theta, width: int, block: BlockOf) -> Theta | None:
+    """θ with the largest rank axis, not above its own, at which no layer is degenerate.
+
+    None if one is at rank 1 already.  MACs are proportional to the rank axis.
+    """
+    at_one = replace(theta, rho=0.0)
+    if at_one.is_dense:
+        return DENSE
+    allowed = [s.d_in * s.d_out // s.macs for s in block(at_one) if not s.is_dense]
+    own = max(1, round(width**theta.rho))
+    rank = min([own, *allowed])
+    if rank < 1:
+        return None
+    return theta if rank == own else replace(theta, rho=math.log(rank) / math.log(width))
+
+
+def _raise_private(theta: Theta, least: float) -> Theta:
+    """θ with alpha and epsilon at least `least`, the other axes of their groups scaled down."""
+
+    def raised(own: float, *others: float) -> tuple[float, ...]:
+        if own >= least or sum(others) == 0:
+            return own, *others
+        scale = (1 - least) / sum(others)
+        return least, *(o * scale for o in others)
+
+    alpha, beta, gamma = raised(theta.alpha, theta.beta, theta.gamma)
+    epsilon, delta, phi = raised(theta.epsilon, theta.delta, theta.phi)
+    return Theta(alpha, beta, gamma, delta, epsilon, phi, 0.0)
+
+
+def with_zero(share: float) -> float:
+    """[0, 1] → [0, 1] with the lower half at exactly 0."""
+    return max(0.0, 2.0 * share - 1.0)
+
+
+def theta_of(params: Mapping[str, Any]) -> Theta:
+    """The canonical θ of a point of the search's box; compute at most dense's in exponents."""
+    alpha, epsilon = params["alpha"], params["epsilon"]
+    beta = (1.0 - alpha) * with_zero(params["beta_share"])
+    delta = (1.0 - epsilon) * with_zero(params["delta_share"])
+    rho = min(alpha, epsilon) * with_zero(params["rho_share"])
+    gamma, phi = max(0.0, 1.0 - alpha - beta), max(0.0, 1.0 - epsilon - delta)
+    return Theta(alpha, beta, gamma, delta, epsilon, phi, rho).canonical()
+
+
+FAMILY = Family(
+    design=Theta,
+    structure=Structure.of,
+    layer="nas.layers.einsum:EinsumLinear",
+    structures=Structure,
+    forms=NAMED_FORMS,
+    reads=is_named,
+    parse=parse_theta,
+    inspect=inspect_structure,
+    with_heads=with_heads,
+    has_blocks=lambda theta: not theta.is_dense,
+    fit=fit_theta,
+    sized=True,
+)

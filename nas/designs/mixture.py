@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from nas.designs.einsum import Sizes, Structure, factor_row
+from nas.designs.design import BlockOf, Choices, Family, LinearRole, Proposals
+from nas.designs.einsum import Sizes, Structure, fit_theta, theta_of, with_heads, with_zero
+from nas.designs.structure import LinearStructure
 from nas.designs.theta import AXES, DENSE, Theta, exact_exponent, format_exponent, parse_exponent
 from nas.errors import InvalidInput
 
@@ -76,6 +79,24 @@ class Mixture:
         if t.beta or t.delta:
             return "einsum-moe"
         return "btt-moe" if t.gamma or t.phi else "low-rank-moe"
+
+    @property
+    def kind(self) -> str:
+        """What a picture calls it."""
+        return "mixture of experts"
+
+    @property
+    def described(self) -> str:
+        """The name."""
+        return self.name
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """θ of the whole layer; none of whole feed-forward blocks."""
+        return () if self.theta is None else self.theta.values
+
+    def canonical(self) -> Mixture:
+        return self
 
     @property
     def name(self) -> str:
@@ -191,7 +212,7 @@ def _theta_of(family: str, e: dict[str, float]) -> Theta:
 
 
 @dataclass(frozen=True, slots=True)
-class MixtureStructure:
+class MixtureStructure(LinearStructure):
     """The integers of a mixture for a layer d_in → d_out: one expert, and how many.
 
     `expert` is the two-factor structure of one expert, or dense; `gated` whether the layer has the
@@ -264,11 +285,6 @@ class MixtureStructure:
     def macs(self) -> int:
         """Multiply-accumulates per token: the k experts that are computed, and the gate."""
         return self.active * self.expert.macs + self.gate_macs
-
-    @property
-    def flops(self) -> int:
-        """Forward FLOPs per token: 2 × MACs."""
-        return 2 * self.macs
 
     @property
     def params(self) -> int:
@@ -411,5 +427,124 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
         "dense_macs": d_in * d_out,
         "degenerate": structure.is_degenerate,
         "fingerprint": structure.fingerprint,
-        "factors": [factor_row(structure, f) for f in (*structure.factors, "gate")],
+        "factors": [structure.factor_row(f) for f in (*structure.factors, "gate")],
     }  # fmt: skip
+
+
+def _inspect_feed_forward(mixture: Mixture, width: int, hidden: int) -> dict[str, object]:
+    """A feed-forward block width → hidden → width of experts; dense MACs are those of one."""
+    first, second = ffn_structures(mixture, width, hidden)
+    macs = first.macs + second.macs
+    return {
+        "name": mixture.name,
+        "family": mixture.family,
+        "theta": [],
+        "experts": mixture.experts,
+        "active": mixture.active,
+        "d_in": width,
+        "d_out": hidden,
+        "contraction": [f"{width} → {hidden} → {width}, experts whole"],
+        "macs": macs,
+        "gate_macs": width * mixture.experts,
+        "flops": 2 * macs,
+        "params": first.params + second.params,
+        "dense_macs": 2 * width * hidden,
+        "fingerprint": f"{first.fingerprint} {second.fingerprint}",
+    }
+
+
+def _inspect(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object]:
+    inspect = _inspect_feed_forward if mixture.theta is None else inspect_mixture
+    return inspect(mixture, d_in, d_out)
+
+
+def _in_role(mixture: Mixture, role: LinearRole) -> LinearStructure:
+    """Experts that are whole blocks take the place of both feed-forward layers; the rest is
+    dense."""
+    if mixture.theta is not None:
+        return MixtureStructure.of(mixture, role.d_in, role.d_out)
+    if role.name == "mlp_in":
+        return ffn_structures(mixture, role.d_in, role.d_out)[0]
+    if role.name == "mlp_out":
+        return ffn_structures(mixture, role.d_out, role.d_in)[1]
+    return Structure.of(DENSE, role.d_in, role.d_out)
+
+
+def _with_heads(structure: MixtureStructure, heads: int, side: str) -> MixtureStructure:
+    return replace(structure, expert=with_heads(structure.expert, heads, side))
+
+
+def _fit(mixture: Mixture, width: int, block: BlockOf) -> Mixture:
+    """The mixture with whole slices for each expert, of which none costs more than dense.
+
+    Of one expert, for the experts together express more than a dense layer.  Dense experts and
+    feed-forward experts are as they are.
+    """
+    theta, experts = mixture.theta, mixture.experts
+    if theta is None or theta.is_dense:
+        return mixture
+    # as `MixtureStructure.of` divides them; a rank axis of exponent 0 says one slice an expert
+    whole = round(width**theta.rho)
+    divides = theta.rho == 0 or whole >= experts
+    slices = max(1, round(whole / experts))
+    one = replace(theta, rho=min(1.0, math.log(slices) / math.log(width)))
+    own = fit_theta(one, width, block)
+    if own.is_dense:
+        return replace(mixture, theta=DENSE)
+    if own == one and divides:
+        return mixture
+    slices = max(1, round(width**own.rho))
+    rho = min(1.0, math.log(slices * experts) / math.log(width)) if slices > 1 else 0.0
+    return replace(mixture, theta=replace(own, rho=rho))
+
+
+def _alone(mixture: Mixture) -> str | None:
+    if mixture.theta is not None:
+        return None
+    return "experts in each layer, such as dense-moe: these are whole feed-forward blocks"
+
+
+def _low_rank(point: Mapping[str, Any]) -> Theta:
+    # at least one slice for each expert; `_fit` makes it whole ones
+    return Theta(1, 0, 0, 0, 1, 0, with_zero(point["rho_share"]))
+
+
+def _btt(point: Mapping[str, Any]) -> Theta:
+    return theta_of({**point, "beta_share": 0.0, "delta_share": 0.0})
+
+
+def _proposals(name: str, theta: Callable[[Mapping[str, Any]], Theta | None]) -> Proposals:
+    def examples(choices: Choices) -> dict[str, None]:  # the least and the most, if they differ
+        counts = ((f(choices.experts), f(choices.active)) for f in (min, max))
+        return dict.fromkeys(f"{name}:experts={e},active={a}" for e, a in counts)
+
+    return Proposals(
+        design=lambda point: Mixture(theta(point), point["experts"], point["active"]),
+        choices=("experts", "active"),
+        examples=examples,
+        # an expert costs at most a dense layer
+        dearest=lambda choices: Mixture(DENSE, max(choices.experts), max(choices.active)),
+    )
+
+
+FAMILY = Family(
+    design=Mixture,
+    structure=MixtureStructure.of,
+    layer="nas.layers.mixture:MixtureLinear",
+    structures=MixtureStructure,
+    forms="btt-moe:experts=8,active=2, low-rank-moe, dense-moe, ffn-moe",
+    reads=lambda text: text.partition(":")[0].endswith("-moe"),
+    parse=parse_mixture,
+    inspect=_inspect,
+    with_heads=_with_heads,
+    has_blocks=lambda mixture: mixture.theta is not None and not mixture.theta.is_dense,
+    in_role=_in_role,
+    fit=_fit,
+    alone=_alone,
+    proposals={
+        "btt-moe": _proposals("btt-moe", _btt),
+        "low-rank-moe": _proposals("low-rank-moe", _low_rank),
+        "dense-moe": _proposals("dense-moe", lambda point: DENSE),
+        "ffn-moe": _proposals("ffn-moe", lambda point: None),
+    },
+)

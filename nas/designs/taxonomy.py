@@ -1,11 +1,10 @@
-"""What a θ is: its name among the known families, and ω, ψ, ν (arXiv:2410.02117, section 4)."""
+"""Reading a θ from its name among the known families; ω, ψ, ν (arXiv:2410.02117, section 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nas.designs.theta import AXES, DENSE, Theta, format_exponent, parse_exponent
+from nas.designs.theta import DENSE, MONARCH, Theta, parse_exponent
 from nas.errors import InvalidInput
 
 #: Family → its default exponents. Private axes given to a family change their complement too.
@@ -56,6 +55,14 @@ def _clean(value: float) -> float:
     return round(value, 12) + 0.0
 
 
+def is_named(text: str) -> bool:
+    """Whether a text looks like two factors: a name without ``cores=``, or up to seven numbers."""
+    name = text.partition(":")[0]
+    if name[:1].isalpha():
+        return name in _FAMILIES and "cores=" not in text
+    return bool(text) and text.count(",") < 7
+
+
 def parse_theta(text: str) -> Theta:
     """A θ from its seven numbers or from a name.
 
@@ -92,42 +99,8 @@ def _named(name: str, e: dict[str, float]) -> Theta:
     if name == "low-rank":
         return Theta(1, 0, 0, 0, 1, 0, e["rho"])
     if name == "monarch":
-        return Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0)
+        return Theta(*MONARCH)
     alpha, epsilon, rho = e["alpha"], e["epsilon"], e.get("rho", 0.0)
     if name == "btt":
         return Theta(alpha, 0, 1 - alpha, 0, epsilon, 1 - epsilon, rho)
     return Theta(alpha, 1 - alpha, 0, 1 - epsilon, epsilon, 0, rho)
-
-
-def name_of(theta: Theta) -> str:
-    """The most specific family name with its exponents, or `einsum` for a θ without one.
-
-    >>> name_of(Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0))
-    'monarch'
-    """
-    t = theta.canonical()
-    if t.is_dense:
-        return "dense"
-    zero = {axis for axis in AXES if getattr(t, axis) == 0}
-    if {"beta", "gamma", "delta", "phi"} <= zero:
-        return f"low-rank:rho={format_exponent(t.rho)}"
-    alpha, epsilon, rho = (format_exponent(v) for v in (t.alpha, t.epsilon, t.rho))
-    if {"beta", "delta"} <= zero:
-        if t == _named("monarch", {}):
-            return "monarch"
-        return f"btt:alpha={alpha},epsilon={epsilon},rho={rho}"
-    if {"gamma", "phi"} <= zero:
-        if "rho" in zero:
-            return f"kronecker:alpha={alpha},epsilon={epsilon}"
-        return f"tensor-train:alpha={alpha},epsilon={epsilon},rho={rho}"
-    return "einsum"
-
-
-def describe(theta: Sequence[float]) -> str:
-    """The name of a θ, or its seven numbers where it has none.
-
-    >>> describe([0.5, 0.25, 0.25, 0, 0.5, 0.5, 0])
-    'einsum 0.5,0.25,0.25,0,0.5,0.5,0'
-    """
-    name = name_of(Theta(*theta))
-    return name if name != "einsum" else "einsum " + ",".join(f"{v:.3g}" for v in theta)

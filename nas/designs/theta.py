@@ -22,6 +22,8 @@ from nas.errors import InvalidInput
 AXES = ("alpha", "beta", "gamma", "delta", "epsilon", "phi", "rho")
 #: How far a group of exponents may be from 1 (the papers write .33 and .67).
 SUM_TOLERANCE = 0.01
+#: The exponents of Monarch.
+MONARCH = (0.5, 0.0, 0.5, 0.0, 0.5, 0.5, 0.0)
 #: An exponent below this is an axis of size 1 at every dimension, and is taken as 0.
 VANISHING = 1e-9
 _FORM = "seven numbers alpha,beta,gamma,delta,epsilon,phi,rho such as 1/2,0,1/2,0,1/2,1/2,0"
@@ -97,6 +99,59 @@ class Theta:
     def values(self) -> tuple[float, ...]:
         """The seven exponents in the order of `AXES`."""
         return astuple(self)
+
+    @property
+    def exponents(self) -> tuple[float, ...]:
+        """The seven exponents in the order of `AXES`."""
+        return astuple(self)
+
+    @property
+    def text(self) -> str:
+        """The seven exponents in full precision."""
+        return ",".join(map(exact_exponent, self.values))
+
+    @property
+    def family(self) -> str:
+        return "einsum"
+
+    @property
+    def kind(self) -> str:
+        """What a picture calls it."""
+        return "dense" if self.is_dense else "two factors"
+
+    @property
+    def name(self) -> str:
+        """The most specific family name with its exponents, or `einsum` for a θ without one.
+
+        >>> Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0).name
+        'monarch'
+        """
+        t = self.canonical()
+        if t.is_dense:
+            return "dense"
+        zero = {axis for axis in AXES if getattr(t, axis) == 0}
+        if {"beta", "gamma", "delta", "phi"} <= zero:
+            return f"low-rank:rho={format_exponent(t.rho)}"
+        alpha, epsilon, rho = (format_exponent(v) for v in (t.alpha, t.epsilon, t.rho))
+        if {"beta", "delta"} <= zero:
+            if t.values == MONARCH:
+                return "monarch"
+            return f"btt:alpha={alpha},epsilon={epsilon},rho={rho}"
+        if {"gamma", "phi"} <= zero:
+            if "rho" in zero:
+                return f"kronecker:alpha={alpha},epsilon={epsilon}"
+            return f"tensor-train:alpha={alpha},epsilon={epsilon},rho={rho}"
+        return "einsum"
+
+    @property
+    def described(self) -> str:
+        """The name, with the numbers of a θ without one.
+
+        >>> Theta(0.5, 0.25, 0.25, 0, 0.5, 0.5, 0).described
+        'einsum 0.5,0.25,0.25,0,0.5,0.5,0'
+        """
+        name = self.name
+        return f"einsum {','.join(f'{v:.3g}' for v in self.values)}" if name == "einsum" else name
 
     def swapped(self) -> Theta:
         """The same operators with the two factors exchanged."""

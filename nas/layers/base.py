@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nas.designs.einsum import LinearStructure
+from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 from nas.layers.modes import (
     autocast_dtype,

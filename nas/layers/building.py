@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Literal, cast
 
 import torch
 
-from nas.designs.chain_structure import ChainStructure
-from nas.designs.convolution import ConvolutionStructure
-from nas.designs.design import Aligned, Design, design_text, parse_design, structure_of, with_heads
-from nas.designs.einsum import LinearStructure, Structure
-from nas.designs.mixture import MixtureStructure
+from nas.designs.design import (
+    AT_HEADS,
+    Design,
+    LinearRole,
+    as_design,
+    layer_family,
+    structure_in,
+)
+from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
-from nas.layers.chain import ChainLinear
-from nas.layers.convolution import ConvolutionLinear
-from nas.layers.einsum import EinsumLinear
-from nas.layers.mixture import MixtureLinear
 
 
 def build_layer(structure: LinearStructure, **options: Any) -> StructuredLinear:
     """A freshly drawn layer of a structure; options as of `nas.layers.EinsumLinear`."""
-    d_in, d_out = structure.d_in, structure.d_out
-    if isinstance(structure, Structure):
-        return EinsumLinear(structure, d_in, d_out, **options)
-    if isinstance(structure, MixtureStructure):
-        return MixtureLinear(structure, d_in, d_out, **options)
-    if isinstance(structure, ChainStructure):
-        return ChainLinear(structure, d_in, d_out, **options)
-    assert isinstance(structure, ConvolutionStructure)
-    return ConvolutionLinear(structure, d_in, d_out, **options)
+    made: type[StructuredLinear] = resolve_name(str(layer_family(structure).layer))
+    return made(structure, structure.d_in, structure.d_out, **options)
 
 
 def layer_of(
@@ -54,19 +48,17 @@ def layer_of(
     Raises
     ------
     InvalidInput
-        As `structure_of`; heads that do not divide the dimension, or of a design that
-        is not aligned.
+        As `structure_of`; heads that do not divide the dimension, or of a design that is not
+        aligned.
 
     >>> layer_of("monarch@heads", 64, 64, heads=4).structure.sizes.phi
     4
     """
-    found = parse_design(design) if isinstance(design, str) else design
-    structure = structure_of(found, d_in, d_out)
-    if heads is not None:
-        if not isinstance(found, Aligned):
-            raise InvalidInput("heads", heads, f"none: {design_text(found)} has no @heads")
-        structure = with_heads(structure, heads, side)
-    return build_layer(structure, **options)
+    found = as_design(design)
+    if heads is not None and not found.text.endswith(AT_HEADS):
+        raise InvalidInput("heads", heads, f"none: {found.text} has no {AT_HEADS}")
+    role = LinearRole("", d_in, d_out, d_in, heads, cast("Literal['in', 'out']", side))
+    return build_layer(structure_in(found, role), **options)
 
 
 def plan_text(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nas.designs.einsum import Sizing, Structure
+from nas.designs.einsum import Structure
+from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import torch
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 from torch import Tensor
 
-from nas.designs.chain_structure import ChainStructure
-from nas.designs.convolution import ConvolutionStructure
-from nas.designs.einsum import Structure
-from nas.designs.mixture import MixtureStructure
+from nas.designs.design import families
+from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
+
+
+@lru_cache(maxsize=1)
+def _structures() -> TypeAdapter[LinearStructure]:
+    known: Any = Union[tuple(f.structures for f in families() if f.structures)]  # noqa: UP007
+    return TypeAdapter(known)
+
+
+def _read(given: object) -> LinearStructure:
+    return given if isinstance(given, LinearStructure) else _structures().validate_python(given)
+
+
+def _written(structure: LinearStructure) -> object:
+    return _structures().dump_python(structure, mode="json")
+
+
+_AnyStructure = Annotated[LinearStructure, PlainValidator(_read), PlainSerializer(_written)]
 
 
 @dataclass(frozen=True)
 class LayerRecord:
     """Everything that a layer is built from, but its values, dtype and device."""
 
-    structure: Structure | MixtureStructure | ChainStructure | ConvolutionStructure
+    structure: _AnyStructure
     bias: bool
     normalize: bool
     gain: bool
@@ -66,14 +82,11 @@ class LayerRecord:
         values = stored.detach().to("cpu", torch.float32).round()
         text = values.clamp(0, 255).to(torch.uint8).numpy().tobytes()
         try:
-            record: LayerRecord = _adapter().validate_json(text)
+            return _adapter().validate_json(text)
         except ValueError as error:  # pydantic's, and those of structures that cannot be
             raise InvalidInput("record", text[:200].decode("utf-8", "replace"), accepted) from error
-        return record
 
 
 @lru_cache(maxsize=1)
-def _adapter() -> Any:
-    from pydantic import TypeAdapter
-
+def _adapter() -> TypeAdapter[LayerRecord]:
     return TypeAdapter(LayerRecord)

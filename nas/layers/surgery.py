@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import CodeType, FrameType, FunctionType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nas.designs.design import Aligned, Design, described, design_text, parse_design
-from nas.designs.einsum import MAX_DIMENSION, LinearStructure
-from nas.designs.mixture import Mixture
+from nas.designs.design import Design, as_design, family_of, parse_design
+from nas.designs.structure import MAX_DIMENSION, LinearStructure
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear, sized
@@ -50,7 +49,6 @@ _OWN_KINDS = (
 )  # fmt: skip
 #: In the config of a model of transformers: `from_pretrained` fails, for it has no `quant_method`.
 _MARK = {"einsum_nas": "this model has structured layers: nas.layers.load(model, folder) loads it"}
-_DESIGNS = get_args(Design)
 #: How many names a message lists.
 _NAMES_LISTED = 6
 
@@ -114,7 +112,7 @@ class Surgery:
             [
                 ", ".join(layer.names),
                 f"{layer.structure.d_in}→{layer.structure.d_out}",
-                described(layer.design),
+                parse_design(layer.design).described,
                 *(f"{n:,}" for n in (layer.params_before, layer.params_after)),
                 *(f"{n:,}" for n in (layer.flops_before, layer.flops_after)),
                 "" if layer.relative_error is None else f"{layer.relative_error:.3g}",
@@ -428,19 +426,9 @@ def _choose(
 
 def _design(given: AnyDesign) -> Design:
     """A design that single layers can have."""
-    if isinstance(given, str):
-        design = parse_design(given)
-    else:
-        design = given if isinstance(given, _DESIGNS) else Theta.of(given)
-    if isinstance(design, Aligned):
-        accepted = (
-            "a design without @heads, for nothing here says which layers make heads: for those, "
-            "`nas.layers.layer_of(design, d_in, d_out, heads=…, side=…)`"
-        )
-        raise InvalidInput("theta", design_text(design), accepted)
-    if isinstance(design, Mixture) and design.theta is None:
-        accepted = "experts in each layer, such as dense-moe: these are whole feed-forward blocks"
-        raise InvalidInput("theta", design_text(design), accepted)
+    design = as_design(given)
+    if accepted := family_of(design).alone(design):
+        raise InvalidInput("theta", design.text, accepted)
     return design
 
 
@@ -627,7 +615,7 @@ def _build(
     }
     try:
         if from_dense and not isinstance(linear.design, Theta | LayerRecord):
-            got = design_text(linear.design)
+            got = linear.design.text
             raise InvalidInput("from_dense", got, "two factors, or from_dense=False")
         if from_dense and shared is None:
             assert isinstance(linear.design, Theta)
@@ -669,7 +657,7 @@ def _row(linear: _Linear, layer: StructuredLinear) -> Replaced:
     return Replaced(
         names=tuple(linear.names),
         structure=structure,
-        design="" if isinstance(linear.design, LayerRecord) else design_text(linear.design),
+        design="" if isinstance(linear.design, LayerRecord) else linear.design.text,
         params_before=_count([linear.module]),
         params_after=_count([layer]),
         flops_before=FLOPS_PER_MAC * structure.d_in * structure.d_out,

@@ -10,23 +10,13 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from nas.designs.chain import ChainTheta
-from nas.designs.design import (
-    Aligned,
-    Design,
-    design_name,
-    design_text,
-    parse_design,
-    structure_of,
-    with_heads,
-)
-from nas.designs.einsum import LinearStructure, Structure
-from nas.designs.mixture import Mixture, ffn_structures
-from nas.designs.theta import DENSE, Theta
+from nas.designs.design import Design, LinearRole, family_of, parse_design, structure_in
+from nas.designs.structure import LinearStructure
+from nas.designs.theta import DENSE
 from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
 
@@ -40,27 +30,16 @@ TRAIN_OVER_FORWARD = 3
 FLOPS_PER_MAC = 2
 
 
-@dataclass(frozen=True, slots=True)
-class LinearRole:
-    """A structured linear layer of a block: its name and its dimensions."""
-
-    name: str
-    d_in: int
-    d_out: int
-    #: input dimension of the same layer in the base model
-    d_in_base: int
-
-
 def linears(recipe: Recipe, width: int) -> tuple[LinearRole, ...]:
     """The structured layers of one residual block, in the order they run."""
     hidden, base = recipe.mlp_ratio * width, recipe.base_width
-    attention = tuple(
-        LinearRole(name, width, width, base)
-        for name in ("query", "key", "value", "attention_out")
-        if recipe.attends
+    heads = width // recipe.head_dim if recipe.attends else None
+    attention = (
+        *(LinearRole(name, width, width, base, heads) for name in ("query", "key", "value")),
+        LinearRole("attention_out", width, width, base, heads, "in"),
     )
     return (
-        *attention,
+        *(attention if recipe.attends else ()),
         LinearRole("mlp_in", width, hidden, base),
         LinearRole("mlp_out", hidden, width, recipe.mlp_ratio * base),
     )
@@ -92,13 +71,13 @@ class RunPlan:
     @property
     def name(self) -> str:
         """What the design is called."""
-        return design_name(self.design)
+        return self.design.name
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` reads them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         structures = list(self.structures)
-        return {**values, "design": design_text(self.design), "structures": structures}
+        return {**values, "design": self.design.text, "structures": structures}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunPlan:
@@ -107,29 +86,10 @@ class RunPlan:
         return cls(**{**values, "design": design, "structures": structures})
 
 
-#: Layers that make heads, and the one that reads them.
-_MAKE_HEADS, _READS_HEADS = ("query", "key", "value"), "attention_out"
-
-
 @lru_cache(maxsize=16384)
 def structures_of(recipe: Recipe, design: Design, width: int) -> tuple[LinearStructure, ...]:
     """The integer structure of each layer of a block."""
-    return tuple(_structure_of_role(recipe, design, role) for role in linears(recipe, width))
-
-
-def _structure_of_role(recipe: Recipe, design: Design, role: LinearRole) -> LinearStructure:
-    if isinstance(design, Mixture) and design.theta is None:
-        if role.name == "mlp_in":
-            return ffn_structures(design, role.d_in, role.d_out)[0]
-        if role.name == "mlp_out":
-            return ffn_structures(design, role.d_out, role.d_in)[1]
-        return Structure.of(DENSE, role.d_in, role.d_out)
-    found = structure_of(design, role.d_in, role.d_out)
-    if isinstance(design, Aligned) and role.name in _MAKE_HEADS:
-        return with_heads(found, role.d_out // recipe.head_dim, "out")
-    if isinstance(design, Aligned) and role.name == _READS_HEADS:
-        return with_heads(found, role.d_in // recipe.head_dim, "in")
-    return found
+    return tuple(structure_in(design, role) for role in linears(recipe, width))
 
 
 def _unstructured_macs(recipe: Recipe, width: int) -> int:
@@ -173,112 +133,8 @@ def fit(recipe: Recipe, design: Design, width: int) -> Design:
     """The design nearest to `design` of which no layer costs more than dense at this width.
 
     Of a mixture that holds for one expert: the experts together express more than a dense layer.
-    Convolutions, dense experts and feed-forward experts are as they are.
     """
-    if isinstance(design, Theta):
-        return fit_theta(recipe, design, width)
-    if isinstance(design, ChainTheta):
-        return _fit_chain(recipe, design, width)
-    if isinstance(design, Mixture):
-        return _fit_mixture(recipe, design, width, aligned=False)
-    if isinstance(design, Aligned):
-        if isinstance(design.of, Mixture):
-            return _fit_mixture(recipe, design.of, width, aligned=True)
-        found = fit_theta(recipe, design.of, width, aligned=True)
-        return DENSE if found.is_dense else Aligned(found)
-    return design
-
-
-def fit_theta(recipe: Recipe, theta: Theta, width: int, aligned: bool = False) -> Theta:
-    """The θ nearest to `theta` of which no layer costs more than dense at this width.
-
-    First the rank axis is lowered; where rank 1 is still too dear, the private axes α and ε are
-    raised until each exceeds 1; what is left is dense, which expresses every operator at no
-    higher cost.
-    """
-    canonical = theta.canonical()
-    fitted = _lower_rank(recipe, canonical, width, aligned)
-    for size in (2, 3, 4):
-        if fitted is not None:
-            return fitted
-        least = math.log(size + 0.01) / math.log(width)
-        raised = _raise_private(canonical, least).canonical()
-        fitted = _lower_rank(recipe, raised, width, aligned)
-    return fitted or DENSE
-
-
-def _lower_rank(recipe: Recipe, theta: Theta, width: int, aligned: bool) -> Theta | None:
-    """θ with the largest rank axis, not above its own, at which no layer is degenerate.
-
-    None if one is at rank 1 already.  MACs are proportional to the rank axis.
-    """
-    at_one = replace(theta, rho=0.0)
-    if at_one.is_dense:
-        return DENSE
-    design = Aligned(at_one) if aligned else at_one
-    at_rank_1 = structures_of(recipe, design, width)
-    allowed = [s.d_in * s.d_out // s.macs for s in at_rank_1 if not s.is_dense]
-    own = max(1, round(width**theta.rho))
-    rank = min([own, *allowed])
-    if rank < 1:
-        return None
-    return theta if rank == own else replace(theta, rho=math.log(rank) / math.log(width))
-
-
-def _fit_chain(recipe: Recipe, theta: ChainTheta, width: int) -> Design:
-    """The chain with its ranks lowered together until no layer is degenerate; else dense."""
-    found = theta.canonical()
-    if isinstance(found, Theta):
-        return fit_theta(recipe, found, width)
-    for share in _RANK_SHARES:
-        lowered = _with_ranks(found, share)
-        if not any(s.is_degenerate for s in structures_of(recipe, lowered, width)):
-            return lowered
-    return DENSE
-
-
-def _with_ranks(theta: ChainTheta, share: float) -> ChainTheta:
-    bonds = theta.factors - 1
-    return ChainTheta.of((*theta.values[:-bonds], *(v * share for v in theta.values[-bonds:])))
-
-
-#: Shares of its rank exponents that a chain is tried with.
-_RANK_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0)
-
-
-def _fit_mixture(recipe: Recipe, mixture: Mixture, width: int, *, aligned: bool) -> Design:
-    """The mixture with whole slices for each expert, of which none costs more than dense."""
-    theta, experts = mixture.theta, mixture.experts
-    if theta is None or theta.is_dense:
-        return mixture
-    # as `MixtureStructure.of` divides them; a rank axis of exponent 0 says one slice an expert
-    whole = round(width**theta.rho)
-    divides = theta.rho == 0 or whole >= experts
-    slices = max(1, round(whole / experts))
-    one = replace(theta, rho=min(1.0, math.log(slices) / math.log(width)))
-    own = fit_theta(recipe, one, width, aligned)
-    if own.is_dense:
-        return replace(mixture, theta=DENSE)
-    fitted = mixture
-    if own != one or not divides:
-        slices = max(1, round(width**own.rho))
-        rho = min(1.0, math.log(slices * experts) / math.log(width)) if slices > 1 else 0.0
-        fitted = replace(mixture, theta=replace(own, rho=rho))
-    return Aligned(fitted) if aligned else fitted
-
-
-def _raise_private(theta: Theta, least: float) -> Theta:
-    """θ with alpha and epsilon at least `least`, the other axes of their groups scaled down."""
-
-    def raised(own: float, *others: float) -> tuple[float, ...]:
-        if own >= least or sum(others) == 0:
-            return own, *others
-        scale = (1 - least) / sum(others)
-        return least, *(o * scale for o in others)
-
-    alpha, beta, gamma = raised(theta.alpha, theta.beta, theta.gamma)
-    epsilon, delta, phi = raised(theta.epsilon, theta.delta, theta.phi)
-    return Theta(alpha, beta, gamma, delta, epsilon, phi, 0.0)
+    return family_of(design).fit(design, width, lambda d: structures_of(recipe, d, width))
 
 
 def plan_of_steps(recipe: Recipe, design: Design, width: int, steps: int) -> RunPlan:
@@ -385,7 +241,7 @@ def accepted_budget(recipe: Recipe, design: Design = DENSE) -> str:
     """The budgets of a search whose dearest design is `design`, in words."""
     least, dense = least_budget(recipe, design), minimum_train_flops(recipe)
     width = recipe.widths[MIN_REFERENCES - 1 if least == dense else 0]
-    model = "a dense model" if least == dense else f"{design_name(design)}, the dearest that may be"
+    model = "a dense model" if least == dense else f"{design.name}, the dearest that may be"
     return (
         f"train FLOPs from {least:.4g} ({recipe.min_steps} steps of {model} of width {width}) "
         f"to {MAX_TRAIN_FLOPS:.0e}"

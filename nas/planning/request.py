@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
-from nas.designs.design import Design, parse_design
+from nas.designs.design import Design, parse_design, proposals, structure_of
 from nas.designs.mixture import Mixture
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput, echo
@@ -143,10 +143,9 @@ class Space(BaseModel):
 
     def dearest(self) -> Design:
         """A design that at every width costs at least as much as any in the space."""
-        if not self.mixtures:
-            return DENSE  # only mixtures cost more than dense
-        # an expert costs at most a dense layer, so the most experts and active ones cost the most
-        return Mixture(DENSE, max(self.experts), max(self.active))
+        dear = [p.dearest for name, p in proposals().items() if name in self.families and p.dearest]
+        of_each = [DENSE, *(dearest(self) for dearest in dear)]
+        return max(of_each, key=lambda design: structure_of(design, 1024, 1024).macs)
 
 
 class Limits(BaseModel):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from nas.designs.design import Aligned, described, parse_design
+from nas.designs.aligned import Aligned
+from nas.designs.design import parse_design
 from nas.designs.mixture import Mixture
 from nas.records.base import DESIGN, THETA, Record
 from nas.records.run import CurvePoint, OfRun
@@ -288,7 +289,7 @@ class Answer(Record):
         """What a snippet is for, as comments."""
         lines = [
             f"{self.kind} best for {self.task} within {self.budget:.4g} {self.budget_axis}: "
-            f"{described(self.design)}",
+            f"{parse_design(self.design).described}",
             f"verdict: {self.verdict} ({self.verdict_reason})",
         ]
         if self.keeps_dense:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from nas.designs.design import canonical_design, design_text, parse_design
+from nas.designs.design import parse_design
 from nas.designs.theta import Theta
 from nas.records.base import DESIGN, THETA, Record
 from nas.records.trial import StoredPoint, Trial
@@ -75,10 +75,10 @@ class Run(OfRun):
 @lru_cache(maxsize=65536)
 def structure_key(design: str) -> str:
     """A design's canonical form as text, equal for equal structures at any width."""
-    found = canonical_design(parse_design(design))
+    found = parse_design(design).canonical()
     if isinstance(found, Theta):
         return ",".join(f"{v:.6g}" for v in found.values)
-    return design_text(found)
+    return found.text
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from nas.analysis.predict import (
     predicted_rival,
 )
 from nas.analysis.scaling import compute_optimal
-from nas.designs.design import canonical_design, exponents, parse_design
+from nas.designs.design import parse_design
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput, NotFound
 from nas.planning.cost import (
@@ -387,7 +387,7 @@ def _common(
         "base_width": scope.recipe.base_width,
         "base_lr": scope.recipe.lr,
         **{name: getattr(best, name) for name in of_best},
-        "canonical_theta": list(exponents(canonical_design(parse_design(best.design)))),
+        "canonical_theta": list(parse_design(best.design).canonical().exponents),
         "expected_loss": best.loss,
         "multiplier_over_dense": found.multiplier,
         "structured_multiplier": found.structured_multiplier,

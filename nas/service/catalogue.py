@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from nas.designs.chain import ChainTheta
-from nas.designs.design import Design, parse_design
+from nas.designs.design import Design, family_of, parse_design, proposals
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput
 from nas.planning.cost import (
@@ -66,14 +65,14 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
 
 
 _OF_REFERENCE = ("width", "steps", "train_flops", "params", "forward_flops_per_token")
-#: Widths of a chain that a preview looks at: each takes milliseconds, and there may be a thousand.
+#: Widths of a slow family that a preview looks at: there may be a thousand.
 _WIDTHS_SHOWN = 32
 
 
 def _plans_shown(recipe: Recipe, design: Design, budget: float) -> Sequence[RunPlan]:
     """The plans of a design, of a chain only some where the recipe has many widths."""
     widths = recipe.widths
-    if not isinstance(design, ChainTheta) or len(widths) <= _WIDTHS_SHOWN:
+    if not family_of(design).slow or len(widths) <= _WIDTHS_SHOWN:
         return plans(recipe, design, budget)
     ratio = len(widths) ** (1 / (_WIDTHS_SHOWN - 1))
     spread = sorted({widths[round(ratio**i) - 1] for i in range(_WIDTHS_SHOWN)})
@@ -83,18 +82,12 @@ def _plans_shown(recipe: Recipe, design: Design, budget: float) -> Sequence[RunP
 
 def _examples(space: Space) -> dict[str, Design]:
     """Named designs of every family that may be proposed: of mixtures the least and the most."""
-    counts = dict.fromkeys(
-        (f"experts={f(space.experts)},active={f(space.active)}") for f in (min, max)
+    texts = (
+        text
+        for name in space.families
+        for found in (proposals()[name],)
+        for text in (found.examples(space) if found.examples else (name,))
     )
-    texts: list[str] = []
-    for family in space.families:
-        if family == "einsum":
-            texts += ["monarch", "low-rank:rho=1/2"] if 2 in space.factors else []
-            texts += [f"btt:cores={n},rho=1/8" for n in space.factors if n > 2]
-        elif family in space.mixtures:
-            texts += [f"{family}:{count}" for count in counts]
-        else:
-            texts.append(family)
     return {text: parse_design(text) for text in texts}
 
 

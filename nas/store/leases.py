@@ -16,7 +16,6 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from nas.designs.design import exponents
 from nas.errors import LeaseLost
 from nas.records.search import Search, SearchFailure, SearchState
 from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure
@@ -231,7 +230,7 @@ class Leases:
                 params=None if draft.params is None else dict(draft.params),
                 sampler_state=dict(draft.sampler_state or {}),
                 unseen=list(draft.unseen),
-                theta=list(exponents(plan.design)),
+                theta=list(plan.design.exponents),
                 design=rows.stored_design(plan.design),
                 name=draft.name,
                 structures=list(plan.structures),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Row, select
 from sqlalchemy.orm import Session
 
-from nas.designs.design import Design, design_text
+from nas.designs.design import Design
 from nas.designs.theta import Theta
 from nas.planning.cost import RunPlan
 from nas.planning.request import SearchRequest
@@ -64,7 +64,7 @@ def to_trial(row: TrialRow | Row[Any]) -> Trial:
 
 def _design(row: TrialRow | Row[Any]) -> str:
     """The design's text, which for two factors is not stored."""
-    return design_text(Theta(*row.theta)) if row.design is None else row.design
+    return Theta(*row.theta).text if row.design is None else row.design
 
 
 #: Field of a trial → its column, where their names differ.
@@ -107,7 +107,7 @@ def to_curve_points(found: Iterable[Row[Any]]) -> Iterator[CurvePoint]:
 
 def stored_design(design: Design) -> str | None:
     """The text of a design to store; None for two factors, which the stored exponents determine."""
-    return None if isinstance(design, Theta) else design_text(design)
+    return None if isinstance(design, Theta) else design.text
 
 
 def model_digest(task: str, plan: RunPlan) -> str:

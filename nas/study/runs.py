@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from nas.designs.design import design_text, exponents
 from nas.errors import RunFailed
 from nas.planning.cost import RunPlan
 from nas.planning.recipe import Recipe
@@ -150,8 +149,8 @@ def _run(run: StudyRun, folder: Path, execution: Execution) -> dict[str, Any]:
         "recipe": run.recipe.as_dict(),
         "loss_unit": run.recipe.loss_unit,
         "name": run.name,
-        "theta": list(exponents(plan.design)),
-        "design": design_text(plan.design),
+        "theta": list(plan.design.exponents),
+        "design": plan.design.text,
         "width": plan.width,
         "depth": plan.depth,
         "steps": plan.steps,

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
-from nas.designs.design import Design, design_name, design_text, exponents, kind_of
+from nas.designs.design import Design
 from nas.planning.request import SearchRequest
 from nas.store import Store, upgrade
 from nas.store.engine import writing
@@ -68,14 +68,14 @@ def stand(store: Store) -> None:
 
 
 def _add(session: Session, search_id: str, number: int, run: PlantedRun, fingerprint: str) -> None:
-    dense = kind_of(design_text(run.design)) == "dense"
-    structures = [f"{run.width}:{design_text(run.design)}"]
+    dense = run.design.kind == "dense"
+    structures = [f"{run.width}:{run.design.text}"]
     steps, last = run.curve[-1]
     values: dict[str, Any] = {
         "search_id": search_id, "number": number, "kind": "reference" if dense else "candidate",
         "state": "complete", "params": None, "sampler_state": {}, "unseen": [],
-        "theta": list(exponents(run.design)), "design": stored_design(run.design),
-        "name": design_name(run.design), "structures": structures,
+        "theta": list(run.design.exponents), "design": stored_design(run.design),
+        "name": run.design.name, "structures": structures,
         "dense": dense, "width": run.width, "depth": 2, "steps": steps,
         "train_flops_per_step": run.train_flops_per_step,
         "train_flops": float(steps * run.train_flops_per_step),

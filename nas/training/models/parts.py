@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.designs.design import Design
-from nas.designs.mixture import Mixture
 from nas.layers import build_layer, param_groups
 from nas.layers.mixture import MixtureFFN, MixtureLinear
 from nas.planning.cost import linears, structures_of
@@ -40,11 +39,11 @@ def structured_linears(recipe: Recipe, design: Design, width: int) -> nn.ModuleD
             linears(recipe, width), structures_of(recipe, design, width), strict=True
         )
     }
-    if isinstance(design, Mixture) and design.theta is None:
-        first, second = layers.pop("mlp_in"), layers.pop("mlp_out")
-        assert isinstance(first, MixtureLinear)
-        assert isinstance(second, MixtureLinear)
-        layers["mlp"] = MixtureFFN(first, second)
+    first, second = layers["mlp_in"], layers["mlp_out"]
+    match first, second:
+        case MixtureLinear(), MixtureLinear() if not second.structure.gated:
+            del layers["mlp_in"], layers["mlp_out"]  # the gate of the first chooses for both
+            layers["mlp"] = MixtureFFN(first, second)
     return nn.ModuleDict(layers)
 
 

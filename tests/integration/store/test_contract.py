@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.designs.design import exponents, parse_design
+from nas.designs.design import parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.store import Lease, Leases, Search, Store, StoredPoint, upgrade
 from nas.store.leases import MAX_ATTEMPTS
@@ -183,10 +183,10 @@ def test_any_design_reads_back(store: Store, leases: Leases, text: str) -> None:
     design = parse_design(text)
     trial = completed(leases, lease, replace(draft(0), plan=replace(PLANS[0], design=design)))
     assert parse_design(trial.design) == parse_design(store.trial(trial.id).design) == design
-    assert trial.theta == exponents(design)
+    assert trial.theta == design.exponents
     (point,) = store.curve_points(search_id=search.id)
     assert parse_design(point.run.design) == design
-    assert tuple(point.run.theta) == exponents(design)
+    assert tuple(point.run.theta) == design.exponents
 
 
 def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
@@ -197,7 +197,7 @@ def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
     got = store.trial(trial.id)
     assert (got.state, got.loss, got.environment) == ("complete", 2.0, {"device": "cpu"})
     assert (got.width, got.steps, got.train_flops) == (plan.width, plan.steps, plan.train_flops)
-    assert (got.structures, got.theta) == (plan.structures, exponents(plan.design))
+    assert (got.structures, got.theta) == (plan.structures, plan.design.exponents)
     assert (got.sampler_params, got.sampler_state, got.unseen) == (
         {"alpha": 0.1}, {"trial": {"g": 1}}, (1, 2),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nas.analysis import Answer, best_for_budget, predict_for_budget
 from nas.analysis.predict import PredictedAnswer, greatest_runnable, predicted_rival
-from nas.designs.design import Design, design_text
+from nas.designs.design import Design
 from nas.designs.taxonomy import parse_theta
 from nas.errors import NotFound
 from nas.planning.cost import RunPlan, plans, train_flops_per_step
@@ -37,7 +37,7 @@ def run(
     values: dict[str, Any] = {
         "trial_id": trial, "search_id": "s", "number": trial, "kind": kind,
         "dense": structure == DENSE, "name": structure, "theta": list(theta.values),
-        "design": design_text(theta),
+        "design": theta.text,
         "model": f"{structure} {width}", "width": width,
         "depth": 2, "steps": round(points[-1][0] / STEP), "seed": seed,
         "train_flops_per_step": STEP, "inference_flops": 10.0 * width, "params": width,

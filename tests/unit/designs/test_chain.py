@@ -16,9 +16,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas.designs.axes import cover_axes
 from nas.designs.chain import ChainTheta, intervals, parse_chain
 from nas.designs.chain_structure import ChainStructure, Path, inspect_chain
-from nas.designs.einsum import Structure, cover_axes
+from nas.designs.einsum import Structure
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
@@ -144,7 +145,8 @@ def test_two_cores_are_a_theta(text: str, same: str) -> None:
 
 
 def test_a_chain_without_a_name_is_called_by_its_numbers() -> None:
-    assert parse_chain(FULL).name.startswith("einsum3 0.167,0.167,")  # type: ignore[union-attr]
+    assert parse_chain(FULL).described.startswith("einsum3 0.167,0.167,")
+    assert parse_chain(FULL).name == "einsum3"
 
 
 def test_equal_axes_are_arranged_for_the_least_cost() -> None:

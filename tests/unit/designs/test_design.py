@@ -14,25 +14,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas.designs.aligned import Aligned, aligned
 from nas.designs.convolution import Convolution
-from nas.designs.design import (
-    Aligned,
-    Design,
-    aligned,
-    canonical_design,
-    described,
-    design_name,
-    design_text,
-    exponents,
-    family_of,
-    inspect_design,
-    kind_of,
-    parse_design,
-    structure_of,
-    with_heads,
-)
-from nas.designs.einsum import LinearStructure, Sizes, Structure
+from nas.designs.design import Design, inspect_design, parse_design, structure_of
+from nas.designs.einsum import Sizes, Structure, with_heads
 from nas.designs.mixture import Mixture, MixtureStructure
+from nas.designs.structure import LinearStructure
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
@@ -77,24 +64,24 @@ def sizes_of(structure: LinearStructure) -> Sizes:
 @designs
 def test_the_text_of_a_design_is_read_back(text: str) -> None:
     design = parse_design(text)
-    assert parse_design(design_text(design)) == design
-    assert parse_design(design_text(canonical_design(design))) == canonical_design(design)
-    assert described(design_text(design))
-    assert isinstance(design_name(design), str)
+    assert parse_design(design.text) == design
+    assert parse_design(design.canonical().text) == design.canonical()
+    assert parse_design(design.text).described
+    assert isinstance(design.name, str)
 
 
 def test_names_families_and_kinds() -> None:
-    found = {text: (family_of(parse_design(text)), kind_of(text)) for text in DESIGNS}
+    found = {text: (parse_design(text).family, parse_design(text).kind) for text in DESIGNS}
     assert found["dense"] == ("einsum", "dense")
     assert found["btt:rho=1/4@heads"] == ("einsum", "two factors")
     assert found["btt:cores=3,rho=1/8"] == ("einsum3", "three factors")
     assert found["btt-moe:experts=4,active=2@heads"] == ("btt-moe", "mixture of experts")
     assert found["ffn-moe:experts=4,active=2"] == ("ffn-moe", "mixture of experts")
     assert found["convolution:kernel=1/2"] == ("convolution", "convolution")
-    assert design_name(parse_design("monarch@heads")) == "monarch@heads"
-    assert len(exponents(parse_design("btt:cores=3"))) == 14
-    assert exponents(parse_design("convolution")) == ()
-    assert exponents(parse_design("monarch@heads")) == parse_theta("monarch").values
+    assert parse_design("monarch@heads").name == "monarch@heads"
+    assert len(parse_design("btt:cores=3").exponents) == 14
+    assert parse_design("convolution").exponents == ()
+    assert parse_design("monarch@heads").exponents == parse_theta("monarch").values
 
 
 @pytest.mark.parametrize(
@@ -154,7 +141,7 @@ def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe
     materialised = [s for s in structures if isinstance(s, Structure) and not s.is_dense]
     counted = counter.get_total_flops()
     charged = cost.forward_flops_per_sample(recipe, design, width) * recipe.batch
-    if materialised or family_of(design).startswith("einsum3"):
+    if materialised or design.family.startswith("einsum3"):
         return  # plans of narrow layers may compute otherwise; their own tests count them
     assert counted == charged
 
@@ -297,7 +284,7 @@ def test_linear_layers_of_any_model_take_any_design_of_a_single_layer(text: str)
     routing = auxiliary_loss(model)
     (loss if routing is None else loss + routing).backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert described(design_text(parse_design(text))) in str(surgery)
+    assert parse_design(text).described in str(surgery)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +351,7 @@ def test_projections_of_an_aligned_design_can_be_built_alone(text: str) -> None:
 def test_an_aligned_design_is_canonical() -> None:
     theta = Theta(0, 0.25, 0.75, 0.5, 0.25, 0.25, 0)
     design = Aligned(theta)
-    assert parse_design(design_text(design)) == design == Aligned(theta.swapped())
+    assert parse_design(design.text) == design == Aligned(theta.swapped())
 
 
 def test_a_wide_bond_is_not_built_to_be_measured() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.linalg import block_diag
 
-from nas.designs.einsum import Factor, Sizes, Sizing, Structure, inspect_structure
+from nas.designs.einsum import Factor, Sizes, Structure, inspect_structure
+from nas.designs.structure import Sizing
 from nas.designs.taxonomy import Taxonomy, parse_theta, taxonomy
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nas.designs.taxonomy import name_of, parse_theta, taxonomy
+from nas.designs.taxonomy import parse_theta, taxonomy
 from nas.designs.theta import AXES, DENSE, Theta
 from nas.errors import InvalidInput
 from tests.support.strategies import thetas
@@ -90,8 +90,8 @@ def test_taxonomy_of_worked_examples(text: str, omega: float, psi: float, nu: fl
     ],
 )
 def test_names_are_the_most_specific(text: str, name: str) -> None:
-    assert name_of(parse_theta(text)) == name
-    assert name_of(parse_theta(text).swapped()) == name
+    assert parse_theta(text).name == name
+    assert parse_theta(text).swapped().name == name
 
 
 @given(thetas())
@@ -100,9 +100,9 @@ def test_names_are_the_most_specific(text: str, name: str) -> None:
 @example(Theta(1, 0, 0, 0, 1, 8.9e-308, 0))
 @example(Theta(1, 0, 0, 0, 1.1e-79, 1, 0))
 def test_names_read_back(theta: Theta) -> None:
-    name = name_of(theta)
+    name = theta.name
     if name not in ("einsum", "dense") and "." not in name:
-        assert name_of(parse_theta(name)) == name
+        assert parse_theta(name).name == name
 
 
 twelfth = st.integers(0, 12).map(lambda n: Fraction(n, 12))
@@ -124,5 +124,5 @@ def test_every_family_has_its_form_and_is_found_again(
 ) -> None:
     theta = Theta(*of(a, e, r))  # type: ignore[arg-type]
     assert parse_theta(options.format(a=a, e=e, r=r)).values == pytest.approx(theta.values)
-    again = parse_theta(name_of(theta)).canonical()
+    again = parse_theta(theta.name).canonical()
     assert again.values == pytest.approx(theta.canonical().values)

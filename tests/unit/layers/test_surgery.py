@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from nas.designs.einsum import LinearStructure, Structure
+from nas.designs.einsum import Structure
+from nas.designs.structure import LinearStructure
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Surgery, param_groups, references, replace_linears

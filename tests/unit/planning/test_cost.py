@@ -70,7 +70,7 @@ def test_a_run_fills_its_budget_to_within_one_step(
 
 @given(thetas(), st.sampled_from([16, 48, 64, 80, 144, 272]))
 def test_fitted_structures_never_cost_more_than_dense(theta: Theta, width: int) -> None:
-    fitted = cost.fit_theta(TEXT, theta, width)
+    fitted = cost.fit(TEXT, theta, width)
     assert not any(s.is_degenerate for s in cost.structures_of(TEXT, fitted, width))
     if not any(s.is_degenerate for s in cost.structures_of(TEXT, theta, width)):
         assert fitted == theta.canonical()
@@ -119,7 +119,8 @@ def test_a_training_step_is_three_forward_passes() -> None:
 @settings(max_examples=50)
 @given(thetas(), st.sampled_from([16, 64, 144]))
 def test_the_rank_is_lowered_no_further_than_needed(theta: Theta, width: int) -> None:
-    fitted = cost.fit_theta(TEXT, theta, width)
+    fitted = cost.fit(TEXT, theta, width)
+    assert isinstance(fitted, Theta)
     canonical = theta.canonical()
     if fitted in (canonical, DENSE) or fitted.values[:6] != canonical.values[:6]:
         return

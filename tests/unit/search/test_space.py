@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
 
+from nas.designs.aligned import Aligned
 from nas.designs.chain import ChainTheta
-from nas.designs.design import Aligned, design_text, family_of, parse_design
+from nas.designs.design import parse_design
 from nas.designs.mixture import MixtureStructure
 from nas.errors import InvalidInput
 from nas.planning.cost import structures_of
@@ -52,7 +53,7 @@ def test_every_point_of_the_whole_space_fits_its_budget(
     own = req.train_flops * params.get("budget_share", 1.0)
     assert own - plan.train_flops_per_step < plan.train_flops <= own
     assert plan.steps >= req.settings.min_steps
-    assert parse_design(design_text(plan.design)) == plan.design
+    assert parse_design(plan.design.text) == plan.design
     for s in structures_of(req.settings, plan.design, plan.width):
         assert isinstance(s, MixtureStructure) or s.macs <= s.d_in * s.d_out
 
@@ -66,10 +67,10 @@ def test_a_point_of_the_box_is_of_the_family_it_names(data: st.DataObject) -> No
     family = params["family"]
     if family == "einsum":
         # a chain whose end factors have no axes of their own is one of fewer factors
-        assert family_of(design).startswith("einsum")
+        assert design.family.startswith("einsum")
         assert not isinstance(design, ChainTheta) or 2 < design.factors <= params["factors"]
     elif family != "btt-moe":
-        assert family_of(design) == family
+        assert design.family == family
     if params["heads"] == "free":
         assert not isinstance(design, Aligned)
 

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 import torch
 
 from nas.cli.terminal import show_best
-from nas.designs.design import design_text, exponents, parse_design, structure_of
+from nas.designs.design import parse_design, structure_of
 from nas.designs.einsum import Structure
 from nas.errors import InvalidInput, NotFound
 from nas.layers import EinsumLinear
@@ -300,7 +300,7 @@ def test_runs_are_planned_with_the_recipe_as_data_completes_it(
     design = parse_design("monarch")
     plan = plan_of_steps(own, design, 64, 500)
     run = SimpleNamespace(
-        design=design_text(design), width=64, train_flops_per_step=plan.train_flops_per_step
+        design=design.text, width=64, train_flops_per_step=plan.train_flops_per_step
     )
     assert _completed(asked, [run]) == own  # type: ignore[list-item]
     assert _completed(own, [run]) == own  # type: ignore[list-item]
@@ -355,7 +355,7 @@ def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str
     best = get_best(store, task=TASK, train_flops=2e9)
     design = parse_design(text)
     assert parse_design(best.design) == design
-    assert (best.evidence.seeds, tuple(best.theta)) == (2, exponents(design))
+    assert (best.evidence.seeds, tuple(best.theta)) == (2, design.exponents)
     assert best.best_structured is not None
     assert best.best_structured.design == best.design
     structure = structure_of(design, 64, 96)
