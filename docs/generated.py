@@ -57,8 +57,8 @@ def export() -> str:
 
     lines = [
         "# Exported files", "",
-        "What `einsum-nas export` writes as CSV, Parquet or JSON. Missing values are missing: null, "
-        "and in CSV an empty field without quotes.", "",
+        "What `einsum-nas export` writes as CSV, Parquet or JSON. Missing values are missing: "
+        "null, and in CSV an empty field without quotes.", "",
     ]  # fmt: skip
     for rows in ROWS:
         table = [("column", "unit", "meaning")]
