@@ -6,15 +6,28 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import Depends, FastAPI
-from fastapi.staticfiles import StaticFiles
+from fastapi import FastAPI
 
 from api import auth, problems
 from api.caching.cache import AnswerCache
 from api.caching.following import Follower
 from api.dashboard import pages, signin
+from api.declared import read_declarations
 from api.middleware import access, bodies, headers, hosts
-from api.routes import admin, events, exports, health, lifecycle, metrics, v1
+from api.readiness import Readiness, SchemaGate
+from api.routes import (
+    admin,
+    best,
+    events,
+    exports,
+    frontier,
+    health,
+    metrics,
+    searches,
+    structures,
+    tasks,
+    trials,
+)
 from nas.errors import InvalidInput
 from nas.settings import Settings, is_loopback, settings
 from nas.store import Standings, Store
@@ -60,7 +73,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         app.state.settings = used
         app.state.store_reader = metrics.StoreReader(store)
         follower = app.state.follower = Follower(store, used.event_streams)
-        readiness = app.state.readiness = health.Readiness(store, used)
+        readiness = app.state.readiness = Readiness(store, used)
         try:
             await readiness.start()
             yield
@@ -75,6 +88,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        openapi_url=None,  # it has a route that says who may read it
         docs_url=None,  # that page loads scripts from another site; use /openapi.json
         redoc_url=None,
     )
@@ -82,21 +96,18 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     app.state.access_control = access_control
     app.add_middleware(bodies.BodyLimit)
     auth.install(app, used, access_control=access_control)
-    app.add_middleware(health.Gate)
+    app.add_middleware(SchemaGate)
     hosts.install(app, used, address)
     metrics.install(app)
     access.install(app)
     headers.install(app)
-    app.include_router(health.health)
-    app.include_router(metrics.router, dependencies=[Depends(auth.for_operators)])
-    app.include_router(v1.router)
-    app.include_router(lifecycle.router)
-    app.include_router(events.router, dependencies=[Depends(bodies.read_strictly)])
-    app.include_router(exports.router)
-    strict = Depends(bodies.read_strictly)
-    app.include_router(admin.router, dependencies=[Depends(auth.for_operators), strict])
-    app.include_router(pages.router)
-    app.include_router(signin.router)
+    for router in (
+        health.router, metrics.router, searches.changing, searches.router, trials.router,
+        frontier.router, best.router, structures.router, tasks.router, events.router,
+        exports.router, admin.router, pages.router, signin.router,
+    ):  # fmt: skip
+        app.include_router(router)
+    app.mount("/static", pages.Files(), name="static")
+    read_declarations(app)
     auth.document(app, access_control=access_control)
-    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     return app

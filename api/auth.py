@@ -1,24 +1,27 @@
-"""Authentication, authorization and rate limits, checked before anything else of a request."""
+"""Authentication and rate limits, checked before anything else of a request.
+
+What an authenticated caller may do stands at the routes; see `api.declared`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, HTTPException, Request
+from cachetools import LRUCache, TTLCache
+from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.caching.coalescing import Coalescer
+from api.declared import OWNER, Caller, declared_of
 from api.limits.rates import Rates, network_of
 from api.middleware.audit import AuditTrail, RequestRecord
 from api.middleware.prefix import path_of, root_of
@@ -26,17 +29,10 @@ from api.problems import problem, responses, unavailable
 from nas.errors import InvalidInput, StoreUnavailable
 from nas.settings import Settings, is_loopback
 from nas.store import Store
-from nas.store.keys import SCOPES, Found, Key, Keys, digest_of
+from nas.store.keys import Found, Key, Keys, digest_of
 
 _log = logging.getLogger(__name__)
 COOKIE = "einsum_nas_session"
-#: Open to anyone: these paths reveal nothing about any tenant.
-OPEN = frozenset(("/healthz", "/readyz", "/openapi.json", "/login"))
-_OPEN_FOLDER = "/static/"
-#: About the whole service and all its tenants.
-ADMIN = frozenset(("/metrics", "/v1/workers", "/v1/audit"))
-#: Posts that change nothing.
-_READING_POSTS = frozenset(("/v1/searches/preview",))
 _READING = frozenset(("GET", "HEAD", "OPTIONS"))
 _REMEMBERED = 4096
 #: Seconds between two updates of a key's time of last use, and such updates at once.
@@ -53,36 +49,6 @@ _KINDS = {
     404: ("not-found", "Not found"),
     429: ("too-many-requests", "Too many requests"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who sends a request: the holder of a key, or, without access control, the machine's user."""
-
-    #: None for the machine's user, who names a tenant or takes the default
-    tenant: str | None = None
-    key_id: str | None = None
-    key_name: str | None = None
-    scopes: tuple[str, ...] = SCOPES
-
-
-OWNER = Caller()
-
-
-def scope_of(method: str, path: str) -> str | None:
-    """The scope that a request needs; None for one that is open to anyone."""
-    if path in OPEN or path.startswith(_OPEN_FOLDER):
-        return None
-    if path in ADMIN:
-        return "admin"
-    return "read" if method in _READING or path in _READING_POSTS else "submit"
-
-
-async def for_operators(request: Request) -> None:
-    """A dependency that requires scope admin: a second check, by the route and not by the path."""
-    caller: Caller = request.state.caller
-    if "admin" not in caller.scopes:
-        raise HTTPException(403, "this needs a key with scope admin")
 
 
 def refuse_keyless(settings: Settings, address: str) -> None:
@@ -126,33 +92,34 @@ def document(app: FastAPI, *, access_control: bool) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = described()
-            if access_control:
-                schemes = found.setdefault("components", {}).setdefault("securitySchemes", {})
-                schemes["key"] = {
-                    "type": "http", "scheme": "bearer",
-                    "description": "An API key, created by `einsum-nas keys create`.",
-                }  # fmt: skip
-            for path, operations in found["paths"].items():
-                for method, operation in operations.items():
-                    _document(operation, scope_of(method.upper(), path), access_control)
+            if not access_control:
+                found["components"].pop("securitySchemes")
+            for route, declared in app.state.declarations:
+                for method, operation in found["paths"].get(route.path, {}).items():
+                    if method.upper() in route.methods:
+                        _document(operation, declared.scopes, access_control)
         return described()
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(operation: dict[str, Any], needed: str | None, access_control: bool) -> None:
-    if needed is not None and access_control:
-        operation["security"] = [{"key": []}]
-        operation["description"] = (
-            operation.get("description", "") + f"\n\nNeeds a key with scope `{needed}`."
-        ).strip()
-    refusals = (401, 403, 429) if needed is not None and access_control else (403, 429)
-    for status, described in responses(*refusals).items():
-        operation["responses"].setdefault(str(status), described)
+def _document(
+    operation: dict[str, Any], needed: tuple[str, ...] | None, access_control: bool
+) -> None:
+    refusals = [403, 429]
+    if not access_control:
+        operation.pop("security", None)
+    elif needed is not None:
+        refusals.insert(0, 401)
+        described = operation.get("description", "")
+        why = f"Needs a key with scope `{', '.join(needed)}`."
+        operation["description"] = f"{described}\n\n{why}".strip()
+    for status, refused in responses(*refusals).items():
+        operation["responses"].setdefault(str(status), refused)
 
 
 class Access:
-    """Middleware that checks rates, keys, scopes and origins, and writes the audit log."""
+    """Middleware that checks rates, keys and origins, and writes the audit log."""
 
     def __init__(
         self, app: ASGIApp, *, settings: Settings, rates: Rates, access_control: bool
@@ -161,17 +128,17 @@ class Access:
         self._origins = frozenset(settings.allowed_origins)
         self._rates = rates
         #: digest → id of its key, to count requests by key before the key is looked up
-        self._known: OrderedDict[str, str] = OrderedDict()
+        self._known: LRUCache[str, str] = LRUCache(_REMEMBERED)
         self._keys: Coalescer[Found] | None = None
         self._trail: AuditTrail | None = None
-        #: key → when this process last stored its time of last use
-        self._noted: dict[str, float] = {}
+        #: keys whose time of last use this process has just stored
+        self._noted: TTLCache[str, None] = TTLCache(_REMEMBERED, _USED_SECONDS)
         self._noting: set[asyncio.Task[None]] = set()
         self._noter = CapacityLimiter(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            context = RequestContext.of(scope)
+            context = RequestContext(scope)
             refusal = await self._refusal(context, scope)
             if refusal is not None:
                 await refusal(scope, receive, send)
@@ -202,7 +169,7 @@ class Access:
             return await self._refused(context, scope, 403, _FOREIGN)
         if not self._on:
             context.caller = OWNER
-        elif not scope["app"].state.readiness.opened and scope_of(context.method, context.path):
+        elif not scope["app"].state.readiness.opened and context.declared.scopes is not None:
             return unavailable(Request(scope), StoreUnavailable("the schema is not there yet"))
         else:
             try:
@@ -233,9 +200,9 @@ class Access:
         return context.origin.partition("://")[2] != context.host
 
     async def _unknown(self, context: RequestContext, scope: Scope) -> Response | None:
-        """Find the caller; the response to one who is unknown or lacks the scope, else None."""
-        needed = scope_of(context.method, context.path)
-        if needed is None and not context.is_page:
+        """Find the caller; the response to one who is unknown or names another tenant."""
+        needs_key = context.declared.scopes is not None
+        if not needs_key and not context.is_page:
             return None
         if context.digest is not None:
             found = await self._find(scope, context.digest)
@@ -243,18 +210,14 @@ class Access:
                 key = found.key
                 context.caller = Caller(key.tenant, key.parent or key.id, key.name, key.scopes)
                 self._watch(scope, context.digest)
-            elif needed is not None:
+            elif needs_key:
                 context.key_id = None if found.key is None else found.key.id
                 return await self._refused(context, scope, 401, f"this key is {found.refusal}")
-        if needed is None:
+        if not needs_key:
             return None
         if context.caller is None:
             why = "this is not a key" if context.credential else "a key is needed"
             return await self._refused(context, scope, 401, why, how=_HOW)
-        if context.path != "/logout" and needed not in context.caller.scopes:
-            has = ", ".join(context.caller.scopes)
-            why = f"this needs a key with scope {needed}; this one has {has}"
-            return await self._refused(context, scope, 403, why)
         if context.tenant not in (None, context.caller.tenant):
             why = f"X-Tenant: this key is of tenant {context.caller.tenant}; leave it out"
             return await self._refused(context, scope, 403, why)
@@ -266,9 +229,6 @@ class Access:
         found = await self._keys.get(digest) or Found(None, "unknown")
         if found.key is not None and found.refusal is None:
             self._known[digest] = found.key.parent or found.key.id
-            self._known.move_to_end(digest)
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
             self._note_use(scope["app"].state.store, found.key)
         else:
             self._known.pop(digest, None)
@@ -276,12 +236,10 @@ class Access:
 
     def _note_use(self, store: Store, key: Key) -> None:
         """Store a key's time of last use, at most once an hour, without delaying the request."""
-        last = max(key.used_at or 0.0, self._noted.get(key.id, 0.0))
-        if time.time() - last < _USED_SECONDS or len(self._noting) >= _MOST_NOTING:
+        recent = key.id in self._noted or time.time() - (key.used_at or 0.0) < _USED_SECONDS
+        if recent or len(self._noting) >= _MOST_NOTING:
             return
-        if len(self._noted) >= _REMEMBERED:
-            self._noted.clear()
-        self._noted[key.id] = time.time()
+        self._noted[key.id] = None
 
         async def note() -> None:
             with suppress(StoreUnavailable):
@@ -335,9 +293,9 @@ class Access:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
                 hidden = "does not exist, or belongs to another tenant" if status == 404 else None
-                signed_in = context.path == "/login" and status < 400  # which writes its own record
-                if hidden or (context.changes and not signed_in):
-                    await self._note(context, scope, status, hidden)
+                reason = scope["state"].get("refusal", hidden)
+                if reason or (context.changes and "signed_in" not in scope["state"]):
+                    await self._note(context, scope, status, reason)
             await send(message)
 
         try:
@@ -348,53 +306,38 @@ class Access:
             raise
 
 
-@dataclass(slots=True)
 class RequestContext:
     """The parts of a request that access control decides by."""
 
-    method: str
-    path: str
-    #: the client's, and the part of it that rates are counted by
-    address: str
-    network: str
-    #: address that the request arrived at
-    server: str
-    host: str
-    origin: str | None
-    tenant: str | None
-    #: whether anything was sent as a key, valid or not
-    credential: bool
-    by_cookie: bool
-    digest: str | None
-    #: whether a browser requests a page
-    is_page: bool
-    caller: Caller | None = None
-    #: of a key that exists, but is expired or revoked
-    key_id: str | None = None
-    counted_as: str = ""
-
-    @classmethod
-    def of(cls, scope: Scope) -> RequestContext:
+    def __init__(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        self.method, self.path, self.declared = scope["method"], path_of(scope), declared_of(scope)
+        #: the client's, and the part of it that rates are counted by
+        self.address = str((scope.get("client") or ("unknown",))[0])
+        self.network = network_of(self.address)
+        #: address that the request arrived at
+        self.server = str((scope.get("server") or ("unknown",))[0])
+        self.host, self.origin = headers.get("host", ""), headers.get("origin")
+        self.tenant = headers.get("x-tenant")
         shown = headers.get("authorization")
         cookie = None if shown is not None else _cookie(headers.get("cookie"))
         secret = cookie if shown is None else _bearer(shown)
-        address = str((scope.get("client") or ("unknown",))[0])
-        path, method = path_of(scope), str(scope["method"])
-        wants_page = method == "GET" and "text/html" in headers.get("accept", "")
-        return cls(
-            method, path, address, network_of(address),
-            str((scope.get("server") or ("unknown",))[0]), headers.get("host", ""),
-            headers.get("origin"), headers.get("x-tenant"),
-            shown is not None or cookie is not None, cookie is not None,
-            None if secret is None else digest_of(secret),
-            wants_page and not path.startswith("/v1/"),
-        )  # fmt: skip
+        self.by_cookie = cookie is not None
+        #: whether anything was sent as a key, valid or not
+        self.credential = self.by_cookie or shown is not None
+        self.digest = None if secret is None else digest_of(secret)
+        wants_page = self.method == "GET" and "text/html" in headers.get("accept", "")
+        #: whether a browser requests a page
+        self.is_page = wants_page and not self.path.startswith("/v1/")
+        self.caller: Caller | None = None
+        #: of a key that exists, but is expired or revoked
+        self.key_id: str | None = None
+        self.counted_as = ""
 
     @property
     def changes(self) -> bool:
         """Whether the request may change something."""
-        return self.method not in _READING and self.path not in _READING_POSTS
+        return self.method not in _READING and self.declared.scopes != ("read",)
 
 
 def _bearer(value: str) -> str | None:

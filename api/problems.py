@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import Scope
 
+from api.declared import NotAllowed
 from api.middleware.prefix import path_of
 from nas.errors import (
     Conflict,
@@ -25,8 +26,7 @@ from nas.errors import (
     StoreUnavailable,
     echo,
 )
-from nas.records.search import SearchFailure, SearchState
-from nas.store import AXES
+from nas.planning.accepted import in_words
 from nas.store.troubles import DatabaseTrouble
 
 _log = logging.getLogger(__name__)
@@ -54,26 +54,16 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "parts": {"type": "object", "description": "the result of every readiness check"},
     },
 }
+#: What parameters accept whose schemas do not say it in words that suit a client.
 _PARAMETER_ACCEPTS = {
-    "d_in": "a whole number from 1 to 16777216",
-    "d_out": "a whole number from 1 to 16777216",
-    **dict.fromkeys(
-        ("train_flops", "inference_flops", "params", "step_seconds", "peak_memory"),
-        "a finite number above 0",
-    ),
-    "x": " | ".join(AXES),
     "search_id": "the id of a search",
     "search": "the id of a search",
     "task": "the name of a task, or name@fingerprint",
-    "state": " | ".join(get_args(SearchState)),
-    "failure": " | ".join(get_args(SearchFailure)),
     "tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
     "x-tenant": "the name of a tenant: 1 to 64 of letters, digits, . _ -",
     "idempotency-key": "1 to 255 visible ASCII characters, without spaces",
     "last-event-id": "the id of an event",
-    "limit": "a whole number from 1 to 500",
     "cursor": "the `next` of an earlier page",
-    "trial_id": "a whole number",
     "theta": "exponents or a name; see the documentation",
 }
 
@@ -87,7 +77,9 @@ def problem(
     headers: dict[str, str] | None = None,
     **extra: Any,
 ) -> JSONResponse:
-    """One problem document."""
+    """One problem document; every 503 says when to try again."""
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
     texts = {k: v[:_LONGEST] for k, v in {**body, **extra}.items() if isinstance(v, str)}
     return JSONResponse({**body, **extra, **texts}, status, headers, media_type=PROBLEM_JSON)
@@ -157,12 +149,16 @@ def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     # a location is (where, name, …); the rest names the types that were tried
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
     given = "nothing" if first["type"] == "missing" else echo(first.get("input"))
-    accepted = _PARAMETER_ACCEPTS.get(field.lower(), str(first["msg"]))
+    accepted = _PARAMETER_ACCEPTS.get(field.lower()) or _in_words(request, field) or first["msg"]
     return _invalid(request, InvalidInput(field, given, accepted))
 
 
-def _not_found(_request: Request, error: Exception) -> JSONResponse:
-    return problem(404, "not-found", "Not found", str(error))
+def _in_words(request: Request, field: str) -> str | None:
+    """What a parameter accepts, by the route's schema of it."""
+    paths: dict[str, Any] = request.app.openapi()["paths"]
+    operation = paths.get(route_of(request.scope), {}).get(request.method.lower(), {})
+    schemas = {p["name"].lower(): p["schema"] for p in operation.get("parameters", ())}
+    return in_words(schemas[field.lower()]) if field.lower() in schemas else None
 
 
 def _quota(_request: Request, error: Exception) -> JSONResponse:
@@ -172,8 +168,9 @@ def _quota(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-def _conflict(_request: Request, error: Exception) -> JSONResponse:
-    return problem(409, "conflict", "Conflict", str(error))
+def _telling(status: int, kind: str, title: str) -> Callable[[Request, Exception], JSONResponse]:
+    """A handler of errors whose text is the detail of the problem."""
+    return lambda _request, error: problem(status, kind, title, str(error))
 
 
 def _idempotency(_request: Request, error: Exception) -> JSONResponse:
@@ -184,16 +181,13 @@ def unavailable(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StoreUnavailable)
     request.app.state.readiness.doubt()
     what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
-    later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     if not isinstance(error, DatabaseTrouble):
         _log.error("%s: %s", what, error)
         detail = "the database is unavailable"
-        return problem(503, "unavailable", "Service unavailable", detail, headers=later)
+        return problem(503, "unavailable", "Service unavailable", detail)
     _log.error("%s: %s: %s", what, error, error.advice)
     detail = f"the database is unavailable: {error.finding}; try again later"
-    return problem(
-        503, "unavailable", "Service unavailable", detail, headers=later, reason=error.kind
-    )
+    return problem(503, "unavailable", "Service unavailable", detail, reason=error.kind)
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:
@@ -232,9 +226,10 @@ def install(app: FastAPI) -> None:
     """Register the handlers; the most specific class of an error wins."""
     app.add_exception_handler(InvalidInput, _invalid)
     app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(NotAllowed, _telling(403, "not-allowed", "Not allowed"))
+    app.add_exception_handler(NotFound, _telling(404, "not-found", "Not found"))
     app.add_exception_handler(IdempotencyConflict, _idempotency)
-    app.add_exception_handler(Conflict, _conflict)
+    app.add_exception_handler(Conflict, _telling(409, "conflict", "Conflict"))
     app.add_exception_handler(QuotaExceeded, _quota)
     app.add_exception_handler(StoreUnavailable, unavailable)
     app.add_exception_handler(HTTPException, _http)

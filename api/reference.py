@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel
-
 from api.schemas import PriorityIn, SearchOut
-from nas.planning.recipe import Recipe
+from nas.planning.accepted import schema_of
+from nas.planning.recipe import SETTINGS
 from nas.planning.request import SearchRequest
 from nas.service.confirm import ConfirmRequest
-
-
-def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of a model, with references replaced by their definitions."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def placed(node: Any) -> Any:
-        if isinstance(node, list):
-            return [placed(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        found = definitions.get(str(node.get("$ref", "")).rpartition("/")[2])
-        if found is not None:
-            return placed({**found, **{k: v for k, v in node.items() if k != "$ref"}})
-        return {name: placed(item) for name, item in node.items()}
-
-    result: dict[str, Any] = placed(schema)
-    return result
 
 
 def _body(schema: dict[str, Any], *, required: bool = True, **examples: Any) -> dict[str, Any]:
@@ -38,9 +17,9 @@ def _body(schema: dict[str, Any], *, required: bool = True, **examples: Any) -> 
     return {"requestBody": {"required": required, "content": content}}
 
 
-_SEARCH = _schema(SearchRequest)
+_SEARCH = schema_of(SearchRequest)
 #: Confirmations have a route of their own; null is what other searches show.
-_SEARCH["properties"]["confirm"] = {"type": "null"}
+_SEARCH = {**_SEARCH, "properties": {**_SEARCH["properties"], "confirm": {"type": "null"}}}
 _CHANGES = {k: v for k, v in _SEARCH.items() if k not in ("required", "description")}
 _SMALL = {"task": "text", "train_flops": 2e11, "trials": 2, "seed": 1}
 
@@ -51,11 +30,11 @@ SEARCH_BODY = _body(
     space={**_SMALL, "space": {"families": ["einsum", "btt-moe"], "factors": [2, 3]}},
     limits={**_SMALL, "limits": {"seconds": 3600, "total_train_flops": 2e12}, "priority": 5},
 )
-CONFIRM_BODY = _body(_schema(ConfirmRequest), top={"top": 1, "seeds": 2})
+CONFIRM_BODY = _body(schema_of(ConfirmRequest), top={"top": 1, "seeds": 2})
 CLONE_BODY = _body(
     _CHANGES, required=False, same={}, longer={"trials": 32}, again={"seed": 2, "priority": -1}
 )
-PRIORITY_BODY = _body(_schema(PriorityIn), first={"priority": 10})
+PRIORITY_BODY = _body(schema_of(PriorityIn), first={"priority": 10})
 
 #: Rules between several fields, which a schema cannot express.
 _KEY = {"Idempotency-Key": "not used before with another request"}
@@ -65,9 +44,8 @@ SEARCH_RULES = {
     "data": "a file or folder inside the service's data folder that the task can read",
     "recipe": "a recipe of the task",
     "overrides": "settings of the recipe, with valid values",
-    **{f.name: "valid together with the recipe's other settings" for f in fields(Recipe)},
+    **dict.fromkeys(SETTINGS, "valid together with the recipe's other settings"),
     "min_width, max_width": "multiples of head_dim",
-    "context, vocabulary, side, channels, patch, classes, input_dim": "settings of the model",
     "active": "at most `experts`",
     "space.heads": "aligned only for models with attention",
     "limits.total_train_flops": "at least the train FLOPs of the references and one candidate",
@@ -78,29 +56,11 @@ CONFIRM_RULES = {
     "top": "at most the number of distinct completed candidates",
     "longer": "no run may exceed the greatest accepted budget",
 }
-FRONTIER_RULES = {
-    "task, search": "exactly one of the two",
-    "task": "the name of a task, or name@fingerprint",
-}
-BEST_RULES = {
-    **FRONTIER_RULES,
-    "budget": "exactly one budget",
-    "train_flops": "not so far beyond all measured budgets that no measured width would be run",
-}
-STRUCTURE_RULES = {
-    "theta": "text that names a structure",
-    "mixture": "text that names a mixture",
-    "convolution": "text that names a convolution",
-    "experts": "a number of experts that the structure can have",
-    "active": "at most `experts`",
-    "heads": "only with two factors and mixtures of them",
-    "sizing": "paper only with two factors",
-}
 
 _ACTS = ("cancel", "pause", "resume", "retry", "priority", "clone", "confirm")
 
 
-def _link(method: str, path: str, **parameters: str) -> dict[str, Any]:
+def link(method: str, path: str, **parameters: str) -> dict[str, Any]:
     escaped = path.replace("~", "~0").replace("/", "~1")
     return {"operationRef": f"#/paths/{escaped}/{method}", "parameters": parameters}
 
@@ -111,13 +71,13 @@ def _links(found: str = "") -> dict[str, Any]:
     search = f"$response.body#{found}/id"
     budget = f"$response.body#{found}/request/train_flops"
     return {
-        **{act: _link("post", f"{one}/{act}", search_id=search) for act in _ACTS},
-        "read": _link("get", one, search_id=search),
-        "trials": _link("get", f"{one}/trials", search_id=search),
-        "events": _link("get", f"{one}/events", search_id=search),
-        "export": _link("get", f"{one}/export", search_id=search),
-        "best": _link("get", "/v1/best", search=search, train_flops=budget),
-        "frontier": _link("get", "/v1/frontier", search=search),
+        **{act: link("post", f"{one}/{act}", search_id=search) for act in _ACTS},
+        "read": link("get", one, search_id=search),
+        "trials": link("get", f"{one}/trials", search_id=search),
+        "events": link("get", f"{one}/events", search_id=search),
+        "export": link("get", f"{one}/export", search_id=search),
+        "best": link("get", "/v1/best", search=search, train_flops=budget),
+        "frontier": link("get", "/v1/frontier", search=search),
     }
 
 
@@ -133,39 +93,7 @@ MADE: dict[int | str, dict[str, Any]] = {
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "The search", "links": _links()}
 }
-#: Schema of one event of the stream.
-_EVENT: dict[str, Any] = {
-    "type": "object",
-    "required": ["id", "event", "data"],
-    "properties": {
-        "id": {"type": "string", "pattern": "^[0-9]+$"},
-        "event": {"type": "string", "description": "what happened"},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {
-                "type": "object",
-                "required": ["created_at"],
-                "properties": {"created_at": {"type": "number"}},
-            },
-        },
-    },
-}
-EVENTS_FOUND: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "All events, past and future, until the search has ended",
-        "content": {"text/event-stream": {"itemSchema": _EVENT}},
-    }
-}
 #: The links are those of the newest search.
 SEARCHES_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "A page of searches", "links": _links("/items/0")}
-}
-TRIALS_FOUND: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "A page of trials",
-        "links": {
-            "trial": _link("get", "/v1/trials/{trial_id}", trial_id="$response.body#/items/0/id")
-        },
-    }
 }

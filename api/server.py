@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api.limits.connections import Gate, Limits, guarded
+from api.declared import declared_of
+from api.limits.connections import Gate, Limits
 from api.limits.fair_queue import FairQueue
-from api.middleware.prefix import Prefix, checked_root
+from api.middleware.prefix import Prefix, checked_root, own_segments
+from api.uvicorn_private import believing, guarded
 from nas.errors import InvalidInput
 from nas.settings import Settings
 
@@ -87,7 +89,7 @@ def checked_proxies(given: Iterable[str]) -> list[str]:
     return proxies
 
 
-def behind_proxies(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, Callable[[str], bool]]:
+def behind_proxies(app: FastAPI, settings: Settings) -> tuple[ASGIApp, Callable[[str], bool]]:
     """(the application with what proxies tell of a request, whether that of an address is believed)
 
     Raises
@@ -96,18 +98,16 @@ def behind_proxies(app: ASGIApp, settings: Settings) -> tuple[ASGIApp, Callable[
         A trusted proxy of the settings is neither an address nor a network, or the path below which
         they serve the service is none.
     """
-    root = checked_root(settings)
-    believed = ProxyHeadersMiddleware(
-        FairQueue(app),  # type: ignore[arg-type]
-        checked_proxies(settings.trusted_proxies),
-    )
-    trusted = believed.trusted_hosts.__contains__
+    own = own_segments(app)
+    root = checked_root(settings, own)
+    queued = FairQueue(app, lambda scope: declared_of(scope, app).probe)
+    believed, trusted = believing(queued, checked_proxies(settings.trusted_proxies))
     # outside: it has to see the proxy's own address
-    return Prefix(believed, root, trusted), trusted  # type: ignore[arg-type]
+    return Prefix(believed, root, trusted, own), trusted
 
 
 def serve(
-    app: ASGIApp, settings: Settings, host: str, port: int, *, limits: Limits | None = None
+    app: FastAPI, settings: Settings, host: str, port: int, *, limits: Limits | None = None
 ) -> None:
     """Serve an application until this process is told to end.
 

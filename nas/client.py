@@ -12,9 +12,10 @@ import re
 import ssl
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 from urllib.parse import quote
 from urllib.request import proxy_bypass
 
@@ -33,6 +34,8 @@ _KEY = r"[A-Za-z0-9._~+/-]+=*"
 _IDEMPOTENCY_KEY = r"[!-~]{1,255}"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
 
 
@@ -49,61 +52,83 @@ class RateLimited(EinsumNasError):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One request, before it is known how it is sent."""
+class _Call(Generic[_T]):
+    """One request and how its answer is read; `send` of either client runs it."""
 
     method: str
     path: str
     options: Mapping[str, Any]
+    read: Callable[[Any], _T]
 
 
-def _get(path: str, **query: Any) -> _Call:
-    return _Call("GET", path, {"params": {k: v for k, v in query.items() if v is not None}})
+def _plain(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer
 
 
-def _post(path: str, body: Mapping[str, Any] | None = None, key: str | None = None) -> _Call:
+def _get(path: str, read: Callable[[Any], _T], **query: Any) -> _Call[_T]:
+    given = {name: value for name, value in query.items() if value is not None}
+    return _Call("GET", path, {"params": given}, read)
+
+
+def _post(
+    path: str,
+    read: Callable[[Any], _T],
+    body: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> _Call[_T]:
+    options = {} if body is None else {"json": body, "headers": headers or {}}
+    return _Call("POST", path, options, read)
+
+
+def _once(key: str | None) -> dict[str, str]:
+    """The header by which a repeated submission finds the first one's search."""
     if key and re.fullmatch(_IDEMPOTENCY_KEY, key) is None:
         accepted = "1 to 255 visible ASCII characters, without spaces"
         raise InvalidInput("Idempotency-Key", key, accepted)
-    headers = {"Idempotency-Key": key} if key else {}
-    return _Call("POST", path, {"json": body, "headers": headers} if body is not None else {})
+    return {"Idempotency-Key": key or uuid.uuid4().hex}
 
 
-def _submission(
-    task: str, train_flops: float, fields: Mapping[str, Any], idempotency_key: str | None
-) -> _Call:
-    body = {"task": task, "train_flops": train_flops, **fields}
-    return _post("/v1/searches", body, idempotency_key or uuid.uuid4().hex)
+def _frontier(answer: dict[str, Any]) -> FrontierAnswer:
+    return FrontierAnswer(**answer)
 
 
-def _confirmation(search: str, fields: Mapping[str, Any], idempotency_key: str | None) -> _Call:
-    key = idempotency_key or uuid.uuid4().hex
-    return _post(f"{_search(search)}/confirm", dict(fields), key)
+def _best(answer: dict[str, Any]) -> Answer:
+    return Answer(**answer)
 
 
-def _clone(search: str, changes: Mapping[str, Any], idempotency_key: str | None) -> _Call:
-    key = idempotency_key or uuid.uuid4().hex
-    return _post(f"{_search(search)}/clone", dict(changes), key)
+def _items(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = answer["items"]
+    return items
 
 
 def _search(search_id: str) -> str:
     return f"/v1/searches/{quote(search_id, safe='')}"
 
 
-def _opened(
-    kind: type[_Http], url: str, timeout_seconds: float, tenant: str | None, api_key: str | None
-) -> _Http:
+class _Connection(Generic[_Http]):
     """A connection of a kind of the library's; see `Client` for the parameters and errors."""
-    parsed = _parsed(url)
-    direct = is_loopback(parsed.host) or proxy_bypass(parsed.host)
-    headers, trusted = _headers(tenant, api_key), _trusted(parsed)
-    try:
-        return kind(
-            base_url=parsed, timeout=timeout_seconds, headers=headers, verify=trusted,
-            trust_env=not direct,  # the proxies of the environment
-        )  # fmt: skip
-    except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise _proxy_refused(error) from None
+
+    _library: type[_Http]
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_seconds: float = 30,
+        tenant: str | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self.url = url.strip().rstrip("/")
+        parsed = _parsed(self.url)
+        direct = is_loopback(parsed.host) or proxy_bypass(parsed.host)
+        headers, trusted = _headers(tenant, api_key), _trusted(parsed)
+        try:
+            self._http: _Http = self._library(
+                base_url=parsed, timeout=timeout_seconds, headers=headers, verify=trusted,
+                trust_env=not direct,  # the proxies of the environment
+            )  # fmt: skip
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise _proxy_refused(error) from None
 
 
 def _parsed(url: str) -> httpx.URL:
@@ -156,8 +181,8 @@ def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
     return headers
 
 
-def _page(path: str, cursor: str | None) -> _Call:
-    return _get(path, limit=_PAGE, cursor=cursor)
+def _page(path: str, cursor: str | None) -> _Call[dict[str, Any]]:
+    return _get(path, _plain, limit=_PAGE, cursor=cursor)
 
 
 @dataclass(frozen=True)
@@ -224,14 +249,14 @@ class RemoteSearch(_Stored):
 
     def frontier(self, x: str = "train_flops") -> FrontierAnswer:
         """Pareto fronts of this search against an axis."""
-        return FrontierAnswer(**self.client.get("/v1/frontier", search=self.id, x=x))
+        return self.client.send(_get("/v1/frontier", _frontier, search=self.id, x=x))
 
-    def best(self, train_flops: float | None = None, **budgets: float | None) -> Answer:
+    def best(self, /, train_flops: float | None = None, **budgets: float | None) -> Answer:
         """The best structure of this search within a budget, by default the search's own."""
         query = self._budgets({"train_flops": train_flops, **budgets})
-        return Answer(**self.client.get("/v1/best", search=self.id, **query))
+        return self.client.send(_get("/v1/best", _best, search=self.id, **query))
 
-    def confirm(self, *, idempotency_key: str | None = None, **fields: Any) -> RemoteSearch:
+    def confirm(self, /, *, idempotency_key: str | None = None, **fields: Any) -> RemoteSearch:
         """Run the best of this search again with fresh seeds.
 
         Parameters
@@ -239,40 +264,34 @@ class RemoteSearch(_Stored):
         fields
             top, seeds, longer, spread; see `nas.service.confirm.ConfirmRequest`.
         """
-        data = self.client.send(_confirmation(self.id, fields, idempotency_key))
-        return RemoteSearch(data["id"], data, self.client)
+        return self.client._become(f"{_search(self.id)}/confirm", fields, _once(idempotency_key))
 
     def cancel(self) -> RemoteSearch:
         """Cancel the search."""
-        return self._after("cancel")
+        return self.client._become(f"{_search(self.id)}/cancel")
 
     def pause(self) -> RemoteSearch:
         """Pause the search; `resume` continues its runs from their checkpoints."""
-        return self._after("pause")
+        return self.client._become(f"{_search(self.id)}/pause")
 
     def resume(self) -> RemoteSearch:
         """Queue the paused search again."""
-        return self._after("resume")
+        return self.client._become(f"{_search(self.id)}/resume")
 
     def retry(self) -> RemoteSearch:
         """Queue the ended search again, to run the trials that are not complete."""
-        return self._after("retry")
+        return self.client._become(f"{_search(self.id)}/retry")
 
     def set_priority(self, priority: int) -> RemoteSearch:
         """Set the priority of the search; searches of higher priority run first."""
-        return self._after("priority", {"priority": priority})
+        return self.client._become(f"{_search(self.id)}/priority", {"priority": priority})
 
-    def _after(self, action: str, body: Mapping[str, Any] | None = None) -> RemoteSearch:
-        data = self.client.send(_post(f"{_search(self.id)}/{action}", body))
-        return RemoteSearch(self.id, data, self.client)
-
-    def clone(self, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
+    def clone(self, /, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
         """Submit a copy of this search with some fields changed."""
-        data = self.client.send(_clone(self.id, changes, idempotency_key))
-        return RemoteSearch(data["id"], data, self.client)
+        return self.client._become(f"{_search(self.id)}/clone", changes, _once(idempotency_key))
 
 
-class Client:
+class Client(_Connection[httpx.Client]):
     """Connection to an einsum-nas service.
 
     Parameters
@@ -298,18 +317,9 @@ class Client:
         By every method: too many requests, or the tenant's quota is used up.
     """
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        timeout_seconds: float = 30,
-        tenant: str | None = None,
-        api_key: str | None = None,
-    ) -> None:
-        self.url = url.strip().rstrip("/")
-        self._http = _opened(httpx.Client, self.url, timeout_seconds, tenant, api_key)
+    _library = httpx.Client
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -321,6 +331,7 @@ class Client:
 
     def search(
         self,
+        /,
         *,
         train_flops: float,
         task: str = "text",
@@ -346,17 +357,19 @@ class Client:
         IdempotencyConflict
             The key was used with another request.
         """
-        data = self.send(_submission(task, train_flops, fields, idempotency_key))
-        return RemoteSearch(data["id"], data, self)
+        body = {"task": task, "train_flops": train_flops, **fields}
+        return self._become("/v1/searches", body, _once(idempotency_key))
 
-    def preview(self, *, train_flops: float, task: str = "text", **fields: Any) -> dict[str, Any]:
+    def preview(
+        self, /, *, train_flops: float, task: str = "text", **fields: Any
+    ) -> dict[str, Any]:
         """What a search would run, without running it."""
         body = {"task": task, "train_flops": train_flops, **fields}
-        return self.send(_post("/v1/searches/preview", body))
+        return self.send(_post("/v1/searches/preview", _plain, body))
 
     def get_search(self, search_id: str) -> RemoteSearch:
         """A search by its id."""
-        return RemoteSearch(search_id, self.get(_search(search_id)), self)
+        return self.send(_get(_search(search_id), partial(self._kept, search_id)))
 
     def searches(self) -> Iterator[dict[str, Any]]:
         """Every search, newest first."""
@@ -368,10 +381,10 @@ class Client:
 
     def frontier(self, task: str = "text", x: str = "train_flops") -> FrontierAnswer:
         """Pareto fronts of a task over all its searches, against an axis."""
-        return FrontierAnswer(**self.get("/v1/frontier", task=task, x=x))
+        return self.send(_get("/v1/frontier", _frontier, task=task, x=x))
 
     def best(
-        self, *, task: str = "text", train_flops: float | None = None, **budgets: float | None
+        self, /, *, task: str = "text", train_flops: float | None = None, **budgets: float | None
     ) -> Answer:
         """The best structure of a task within one budget.
 
@@ -386,7 +399,8 @@ class Client:
         NotFound
             Nothing is measured within the budget.
         """
-        return Answer(**self.get("/v1/best", task=task, train_flops=train_flops, **budgets))
+        query = {"train_flops": train_flops, **budgets}
+        return self.send(_get("/v1/best", _best, task=task, **query))
 
     def structure(
         self, theta: str, d_in: int, d_out: int, sizing: str = "least-waste"
@@ -396,8 +410,7 @@ class Client:
 
     def tasks(self) -> list[dict[str, Any]]:
         """Every task of the service."""
-        items: list[dict[str, Any]] = self.get("/v1/tasks")["items"]
-        return items
+        return self.send(_get("/v1/tasks", _items))
 
     def iterate(self, path: str) -> Iterator[dict[str, Any]]:
         """The items of a paginated list."""
@@ -409,17 +422,52 @@ class Client:
             if cursor is None:
                 return
 
-    def get(self, path: str, **query: Any) -> dict[str, Any]:
+    def get(self, /, path: str, **query: Any) -> dict[str, Any]:
         """GET a JSON object; values that are None are left out."""
-        return self.send(_get(path, **query))
+        return self.send(_get(path, _plain, **query))
 
-    def send(self, call: _Call) -> dict[str, Any]:
+    def _kept(self, search_id: str, data: dict[str, Any]) -> RemoteSearch:
+        return RemoteSearch(search_id, data, self)
+
+    def _become(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> RemoteSearch:
+        """The search that a POST answers with."""
+        return self.send(_post(path, lambda data: self._kept(data["id"], data), body, headers))
+
+    def send(self, call: _Call[_T]) -> _T:
         """One request; problems become the errors of `nas.errors`."""
         try:
             response = self._http.request(call.method, call.path, **call.options)
         except httpx.HTTPError as error:
             raise _unreachable(call, self.url, error) from error
-        return _answer_of(response)
+        return call.read(_answer_of(response))
+
+
+def _awaited(
+    method: Callable[Concatenate[Any, _P], _T],
+) -> Callable[Concatenate[Any, _P], Coroutine[Any, Any, _T]]:
+    """A method of the synchronous classes as a coroutine of the asynchronous ones.
+
+    The method makes one call, with `send`, and returns what that returns: with an `AsyncClient` a
+    coroutine, which is awaited here.
+    """
+
+    @wraps(method)
+    async def run(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await cast("Coroutine[Any, Any, _T]", method(self, *args, **kwargs))
+
+    return run
+
+
+def _awaited_search(
+    method: Callable[Concatenate[Any, _P], RemoteSearch],
+) -> Callable[Concatenate[Any, _P], Coroutine[Any, Any, AsyncRemoteSearch]]:
+    """The same of a method that returns a search: an `AsyncClient` keeps it as its own kind."""
+    return _awaited(cast("Callable[Concatenate[Any, _P], AsyncRemoteSearch]", method))
 
 
 @dataclass(frozen=True)
@@ -428,9 +476,16 @@ class AsyncRemoteSearch(_Stored):
 
     client: AsyncClient
 
-    async def refresh(self) -> AsyncRemoteSearch:
-        """The search as it stands now."""
-        return await self.client.get_search(self.id)
+    refresh = _awaited_search(RemoteSearch.refresh)
+    frontier = _awaited(RemoteSearch.frontier)
+    best = _awaited(RemoteSearch.best)
+    confirm = _awaited_search(RemoteSearch.confirm)
+    cancel = _awaited_search(RemoteSearch.cancel)
+    pause = _awaited_search(RemoteSearch.pause)
+    resume = _awaited_search(RemoteSearch.resume)
+    retry = _awaited_search(RemoteSearch.retry)
+    set_priority = _awaited_search(RemoteSearch.set_priority)
+    clone = _awaited_search(RemoteSearch.clone)
 
     async def wait(
         self, *, poll_seconds: float = 1.0, timeout_seconds: float | None = None
@@ -447,69 +502,13 @@ class AsyncRemoteSearch(_Stored):
         """Every trial, in the order of their numbers."""
         return [t async for t in self.client.iterate(f"{_search(self.id)}/trials")]
 
-    async def frontier(self, x: str = "train_flops") -> FrontierAnswer:
-        """Pareto fronts of this search against an axis."""
-        return FrontierAnswer(**await self.client.get("/v1/frontier", search=self.id, x=x))
 
-    async def best(self, train_flops: float | None = None, **budgets: float | None) -> Answer:
-        """The best structure of this search within a budget, by default the search's own."""
-        query = self._budgets({"train_flops": train_flops, **budgets})
-        return Answer(**await self.client.get("/v1/best", search=self.id, **query))
-
-    async def confirm(
-        self, *, idempotency_key: str | None = None, **fields: Any
-    ) -> AsyncRemoteSearch:
-        """Run the best of this search again with fresh seeds; fields as of `RemoteSearch`."""
-        data = await self.client.send(_confirmation(self.id, fields, idempotency_key))
-        return AsyncRemoteSearch(data["id"], data, self.client)
-
-    async def cancel(self) -> AsyncRemoteSearch:
-        """Cancel the search."""
-        return await self._after("cancel")
-
-    async def pause(self) -> AsyncRemoteSearch:
-        """Pause the search."""
-        return await self._after("pause")
-
-    async def resume(self) -> AsyncRemoteSearch:
-        """Queue the paused search again."""
-        return await self._after("resume")
-
-    async def retry(self) -> AsyncRemoteSearch:
-        """Queue the ended search again, to run the trials that are not complete."""
-        return await self._after("retry")
-
-    async def set_priority(self, priority: int) -> AsyncRemoteSearch:
-        """Set the priority of the search; searches of higher priority run first."""
-        return await self._after("priority", {"priority": priority})
-
-    async def _after(self, action: str, body: Mapping[str, Any] | None = None) -> AsyncRemoteSearch:
-        data = await self.client.send(_post(f"{_search(self.id)}/{action}", body))
-        return AsyncRemoteSearch(self.id, data, self.client)
-
-    async def clone(
-        self, *, idempotency_key: str | None = None, **changes: Any
-    ) -> AsyncRemoteSearch:
-        """Submit a copy of this search with some fields changed."""
-        data = await self.client.send(_clone(self.id, changes, idempotency_key))
-        return AsyncRemoteSearch(data["id"], data, self.client)
-
-
-class AsyncClient:
+class AsyncClient(_Connection[httpx.AsyncClient]):
     """`Client` for asynchronous code: the same parameters, methods and errors."""
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        timeout_seconds: float = 30,
-        tenant: str | None = None,
-        api_key: str | None = None,
-    ) -> None:
-        self.url = url.strip().rstrip("/")
-        self._http = _opened(httpx.AsyncClient, self.url, timeout_seconds, tenant, api_key)
+    _library = httpx.AsyncClient
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -519,58 +518,23 @@ class AsyncClient:
         """Close the connection."""
         await self._http.aclose()
 
-    async def search(
-        self,
-        *,
-        train_flops: float,
-        task: str = "text",
-        idempotency_key: str | None = None,
-        **fields: Any,
-    ) -> AsyncRemoteSearch:
-        """Submit a search."""
-        data = await self.send(_submission(task, train_flops, fields, idempotency_key))
-        return AsyncRemoteSearch(data["id"], data, self)
+    search = _awaited_search(Client.search)
+    preview = _awaited(Client.preview)
+    get_search = _awaited_search(Client.get_search)
+    trial = _awaited(Client.trial)
+    frontier = _awaited(Client.frontier)
+    best = _awaited(Client.best)
+    structure = _awaited(Client.structure)
+    tasks = _awaited(Client.tasks)
+    get = _awaited(Client.get)
+    _become = _awaited_search(Client._become)
 
-    async def preview(
-        self, *, train_flops: float, task: str = "text", **fields: Any
-    ) -> dict[str, Any]:
-        """What a search would run, without running it."""
-        body = {"task": task, "train_flops": train_flops, **fields}
-        return await self.send(_post("/v1/searches/preview", body))
-
-    async def get_search(self, search_id: str) -> AsyncRemoteSearch:
-        """A search by its id."""
-        return AsyncRemoteSearch(search_id, await self.get(_search(search_id)), self)
+    def _kept(self, search_id: str, data: dict[str, Any]) -> AsyncRemoteSearch:
+        return AsyncRemoteSearch(search_id, data, self)
 
     def searches(self) -> AsyncIterator[dict[str, Any]]:
         """Every search, newest first."""
         return self.iterate("/v1/searches")
-
-    async def trial(self, trial_id: int) -> dict[str, Any]:
-        """A trial with its curve."""
-        return await self.get(f"/v1/trials/{trial_id}")
-
-    async def frontier(self, task: str = "text", x: str = "train_flops") -> FrontierAnswer:
-        """Pareto fronts of a task over all its searches, against an axis."""
-        return FrontierAnswer(**await self.get("/v1/frontier", task=task, x=x))
-
-    async def best(
-        self, *, task: str = "text", train_flops: float | None = None, **budgets: float | None
-    ) -> Answer:
-        """The best structure of a task within one budget."""
-        return Answer(**await self.get("/v1/best", task=task, train_flops=train_flops, **budgets))
-
-    async def structure(
-        self, theta: str, d_in: int, d_out: int, sizing: str = "least-waste"
-    ) -> dict[str, Any]:
-        """Sizes, FLOPs, parameters and rank of θ at d_in → d_out; sizing least-waste or paper."""
-        query = {"theta": theta, "d_in": d_in, "d_out": d_out, "sizing": sizing}
-        return await self.get("/v1/structures", **query)
-
-    async def tasks(self) -> list[dict[str, Any]]:
-        """Every task of the service."""
-        items: list[dict[str, Any]] = (await self.get("/v1/tasks"))["items"]
-        return items
 
     async def iterate(self, path: str) -> AsyncIterator[dict[str, Any]]:
         """The items of a paginated list."""
@@ -583,20 +547,16 @@ class AsyncClient:
             if cursor is None:
                 return
 
-    async def get(self, path: str, **query: Any) -> dict[str, Any]:
-        """GET a JSON object; values that are None are left out."""
-        return await self.send(_get(path, **query))
-
-    async def send(self, call: _Call) -> dict[str, Any]:
+    async def send(self, call: _Call[_T]) -> _T:
         """One request; problems become the errors of `nas.errors`."""
         try:
             response = await self._http.request(call.method, call.path, **call.options)
         except httpx.HTTPError as error:
             raise _unreachable(call, self.url, error) from error
-        return _answer_of(response)
+        return call.read(_answer_of(response))
 
 
-def _unreachable(call: _Call, url: str, error: Exception) -> ServiceError:
+def _unreachable(call: _Call[Any], url: str, error: Exception) -> ServiceError:
     said = str(error) or type(error).__name__
     return ServiceError(masked(f"{call.method} {url}{call.path}: {said}"))
 

@@ -23,6 +23,11 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def one_line(said: object) -> str:
+    """A message, such as another library's error, with every run of white space as one space."""
+    return " ".join(str(said).split())
+
+
 class EinsumNasError(Exception):
     """Root of every error this project raises on purpose."""
 

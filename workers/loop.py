@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import ParamSpec
 
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.logs import bound, carried
@@ -23,6 +24,7 @@ from nas.store import Lease, Leases, Search, Store, upgrade
 from nas.tasks import TaskData, load_data
 from workers import metrics
 from workers.presence import Presence
+from workers.ray.address import cluster_address
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ _LONGEST_UNHEARD = 2.0
 #: Exit status of a process that its watchdog ended.
 WATCHDOG_STATUS = 75
 
+P = ParamSpec("P")
 Runner = Callable[[SearchSession, TaskData, Settings], None]
 Connect = Callable[[Settings], None]
 #: Seconds between attempts to join a cluster that is unavailable: at first, and at most.
@@ -177,8 +180,7 @@ class Worker:
                 return
             except StoreUnavailable as error:
                 _log.warning("waiting for the database: %s", error)
-                self._shutdown.wait(self._wait)
-                self._wait = min(self._wait * 2, _LONGEST_WAIT)
+                self._rest()
 
     def _claim(self, search_id: str | None) -> tuple[tuple[Lease, Search] | None, bool]:
         """(the claim if any, whether the requested search `search_id` has ended)."""
@@ -202,13 +204,16 @@ class Worker:
             self._connect(self._settings)
         except ClusterUnavailable as error:
             _log.warning("nothing is claimed: %s", error)
-            self._rest(str(error))
+            self._await_cluster(str(error))
             return False
         return True
 
-    def _rest(self, reason: str) -> None:
-        """Wait for the cluster, twice as long each time in a row."""
+    def _await_cluster(self, reason: str) -> None:
         self._presence.tell("waiting", reason=reason[:500])
+        self._rest()
+
+    def _rest(self) -> None:
+        """Wait for what is unavailable, twice as long each time in a row."""
         self._shutdown.wait(self._wait)
         self._wait = min(self._wait * 2, _LONGEST_WAIT)
 
@@ -230,22 +235,20 @@ class Worker:
             except ClusterUnavailable as error:
                 waits_for = str(error)
                 _log.warning("search %s waits for its cluster: %s", search.id, error)
-                self._end(search, lambda: self._leases.hand_back(lease))
+                self._end(search, self._leases.hand_back, lease)
             except InvalidInput as error:
-                why = str(error)
                 self._end(
-                    search, lambda: self._leases.release(lease, "failed", why, failure="input")
+                    search, self._leases.release, lease, "failed", str(error), failure="input"
                 )
             except Exception as error:
                 _log.exception("search %s: infrastructure error", search.id)
-                reason = f"{type(error).__name__}: {error}"
-                self._end(search, lambda: self._leases.requeue(lease, reason))
+                self._end(search, self._leases.requeue, lease, f"{type(error).__name__}: {error}")
             finally:
                 heartbeat.end()
                 metrics.lease_ended()
                 self._signals = None
         if waits_for is not None:
-            self._rest(waits_for)
+            self._await_cluster(waits_for)
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
         name = search.request.data
@@ -273,10 +276,12 @@ class Worker:
             return
         session.finish()
 
-    def _end(self, search: Search, write: Callable[[], None]) -> None:
+    def _end(
+        self, search: Search, write: Callable[P, None], *args: P.args, **named: P.kwargs
+    ) -> None:
         """Do the last write to a search; if it fails, another worker takes over after the lease."""
         try:
-            write()
+            write(*args, **named)
         except (LeaseLost, StoreUnavailable) as error:
             _log.warning("search %s left to its lease: %s", search.id, error)
 
@@ -287,7 +292,7 @@ def _nothing_to_join(_settings: Settings) -> None:
 
 def _join_cluster(settings: Settings) -> None:
     """Join the cluster of `RAY_ADDRESS`; a local one is started when there is work."""
-    if os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
+    if cluster_address() is not None:
         from workers.ray import cluster  # ray takes seconds to import
 
         cluster.connect(settings)

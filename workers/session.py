@@ -13,7 +13,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from nas.store import (
     TrialDraft,
     TrialFailure,
 )
+from nas.store.records import UNFINISHED
 
 T = TypeVar("T")
 
@@ -79,8 +80,7 @@ class Signals:
     @property
     def stop(self) -> bool:
         """Whether the run should end now."""
-        events = (self.cancel, self.pause, self.overtime, self.lost, self.shutdown)
-        return any(event.is_set() for event in events)
+        return any(getattr(self, signal.name).is_set() for signal in fields(self))
 
 
 class SearchSession:
@@ -135,7 +135,7 @@ class SearchSession:
         else:
             self._prepare_references(numbers)
         stored = self._sql(self._store.trials, self.search.id)
-        self._waiting.extend(t for t in stored if t.state in ("planned", "running"))
+        self._waiting.extend(t for t in stored if t.state in UNFINISHED)
         return len(self._waiting) + self._unproposed(stored)
 
     def _prepare_references(self, planned: set[int]) -> None:
@@ -223,7 +223,7 @@ class SearchSession:
             [_as_past(t, self.request) for t in candidates],
             lambda plan: run_key(self.recipe, self.fingerprint, plan, self.request.seed) in known,
         )
-        unseen = tuple(t.number for t in candidates if t.state in ("planned", "running"))
+        unseen = tuple(t.number for t in candidates if t.state in UNFINISHED)
         return self._add(
             number,
             proposal.plan,
@@ -251,13 +251,13 @@ class SearchSession:
 
     def retry(self, trial_id: int) -> None:
         """Queue a running trial again, whose process died; it is the next one."""
-        trial = self._running.pop(trial_id)
-        self._waiting.extendleft(reversed([trial, *self._twins.pop(trial.key)]))
+        self._waiting.appendleft(self._settle(trial_id))
 
-    def _settle(self, trial_id: int) -> None:
+    def _settle(self, trial_id: int) -> Trial:
         trial = self._running.pop(trial_id)
         # back to the queue: `next_trial` finds the result there, or runs the twin itself
         self._waiting.extendleft(reversed(self._twins.pop(trial.key)))
+        return trial
 
     def hand_back(self) -> None:
         """Queue or pause the search, to be continued later; this counts as no failure."""
@@ -273,23 +273,20 @@ class SearchSession:
             self._sql(self._leases.release, self._lease, "cancelled")
             return
         trials = self._sql(self._store.trials, self.search.id)
-        unfinished = [t.number for t in trials if t.state in ("planned", "running")]
+        unfinished = [t.number for t in trials if t.state in UNFINISHED]
         missing = self._unproposed(trials)
         reached = None
         if unfinished or missing > 0:
             reached = self._limit_reached(trials, unfinished=bool(unfinished))
-        if (unfinished or missing > 0) and reached is None:
-            raise EinsumNasError(
-                f"the runner ended early: trials {unfinished} unfinished, {missing} not proposed"
-            )
+            if reached is None:
+                left = f"trials {unfinished} unfinished, {missing} not proposed"
+                raise EinsumNasError(f"the runner ended early: {left}")
         release = partial(self._leases.release, limit_reached=reached)
         if any(t.state == "complete" and t.kind != "reference" for t in trials):
             self._sql(release, self._lease, "succeeded")
         else:
-            reasons = [
-                *grouped(t.error for t in trials if t.error),
-                *([reached] if reached else []),
-            ]
+            reasons = grouped(t.error for t in trials if t.error)
+            reasons += [reached] if reached else []
             why = f"no candidate completed: {'; '.join(reasons)}"
             failure = "limit" if reached else "trials"
             self._sql(release, self._lease, "failed", why, failure=failure)
@@ -330,5 +327,5 @@ def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:
             # logarithm, because the most expensive runs would dominate a hypervolume in plain FLOPs
             values = (trial.loss, math.log(trial.train_flops))
         return PastTrial(trial.sampler_params, "complete", values, trial.sampler_state)
-    state = "running" if trial.state in ("planned", "running") else "failed"
+    state = "running" if trial.state in UNFINISHED else "failed"
     return PastTrial(trial.sampler_params, state, None, trial.sampler_state)  # type: ignore[arg-type]

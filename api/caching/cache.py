@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from cachetools import LRUCache
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 
@@ -40,8 +40,7 @@ class AnswerCache:
     """Least-recently-used cache of answers, by question; belongs to one event loop."""
 
     def __init__(self, standings: Standings, capacity: int = _CAPACITY) -> None:
-        self._capacity = capacity
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: LRUCache[Hashable, _Entry] = LRUCache(capacity)
         self._making: dict[Hashable, asyncio.Lock] = {}
         self._revisions = Coalescer(standings.revisions)
 
@@ -53,7 +52,7 @@ class AnswerCache:
         Parameters
         ----------
         scope
-            As in `nas.store.standings`, or a task: the answer depends on its runs only.
+            As in `nas.store.scopes`, or a task: the answer depends on its runs only.
         make
             Computes the answer; called in a thread if no cached answer is valid.
         """
@@ -71,23 +70,14 @@ class AnswerCache:
                     # `revision` was read before the runs, so it may be too low, never too high:
                     # an answer with later runs is then computed once more, but is not wrong
                     found = await run_in_threadpool(_encoded, make)
-                    self._keep(question, _Entry(revision, found))
+                    self._entries[question] = _Entry(revision, found)
                 return found
         finally:
             self._making.pop(question, None)
 
     def _find(self, question: Hashable, revision: int) -> CachedAnswer | None:
         entry = self._entries.get(question)
-        if entry is None or entry.revision < revision:
-            return None
-        self._entries.move_to_end(question)
-        return entry.answer
-
-    def _keep(self, question: Hashable, entry: _Entry) -> None:
-        self._entries[question] = entry
-        self._entries.move_to_end(question)
-        while len(self._entries) > self._capacity:
-            self._entries.popitem(last=False)
+        return None if entry is None or entry.revision < revision else entry.answer
 
 
 def _encoded(make: Callable[[], BaseModel]) -> CachedAnswer:

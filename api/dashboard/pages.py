@@ -11,11 +11,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
 
 from api.dashboard import figures
+from api.declared import PUBLIC, READ, WITHOUT_STORE, Declared
+from api.deps import Axis, SearchId, StoreDep, describe
 from api.middleware.prefix import root_of
-from api.routes.v1 import Axis, SearchId, StoreDep, describe
 from nas.errors import InvalidInput, NotFound
 from nas.service import answers
 from nas.store import AXES
@@ -32,13 +34,13 @@ _TABLE_ROWS = 500
 _CACHE = {"Cache-Control": "public, max-age=86400"}
 
 
-@router.get("/", response_class=HTMLResponse)
+@router.get("/", dependencies=[READ], response_class=HTMLResponse)
 def index(request: Request, store: StoreDep) -> Response:
     found = [describe(s).model_dump() for s in store.searches(limit=100)]
     return templates.TemplateResponse(request, "index.html", {"searches": found})
 
 
-@router.get("/searches/{search_id}", response_class=HTMLResponse)
+@router.get("/searches/{search_id}", dependencies=[READ], response_class=HTMLResponse)
 def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Response:
     search = store.search(search_id)
     recipe = search.request.settings
@@ -49,7 +51,7 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
     return templates.TemplateResponse(request, "search.html", shown)
 
 
-@router.get("/searches/{search_id}/live")
+@router.get("/searches/{search_id}/live", dependencies=[READ])
 def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -> Response:
     """Everything that the page of a search shows, as one JSON document."""
     answers.checked_axis(x)
@@ -78,7 +80,22 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
     )
 
 
-@router.get("/static/plotly.min.js")
+class Files(StaticFiles):
+    """The files that pages load: open to anyone, whatever the state of the database."""
+
+    declared = Declared(scopes=None, needs_store=False)
+
+    def __init__(self) -> None:
+        super().__init__(directory=STATIC)
+
+    def file_response(self, *given: Any, **options: Any) -> Response:
+        response = super().file_response(*given, **options)
+        # files keep their names over upgrades, so browsers must not cache them for long
+        response.headers["Cache-Control"] = "public, max-age=3600"
+        return response
+
+
+@router.get("/static/plotly.min.js", dependencies=[PUBLIC, WITHOUT_STORE])
 def plotly_script() -> Response:
     return FileResponse(_plotly(), media_type="text/javascript", headers=_CACHE)
 

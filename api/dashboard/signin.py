@@ -9,8 +9,9 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from api.auth import COOKIE, Caller
+from api.auth import COOKIE
 from api.dashboard.pages import templates
+from api.declared import PUBLIC, SIGNED_IN, Caller
 from api.limits.rates import Rates
 from api.middleware.prefix import root_of
 from nas.settings import Settings
@@ -42,7 +43,7 @@ def inside(target: str, root: str = "") -> str:
     return target if plain and not parts.scheme and not parts.netloc else first
 
 
-@router.get("/login", response_class=HTMLResponse)
+@router.get("/login", dependencies=[PUBLIC], response_class=HTMLResponse)
 def login_page(
     request: Request, target: Annotated[str, Query(alias="next", max_length=2048)] = "/"
 ) -> Response:
@@ -56,7 +57,7 @@ def _page(request: Request, target: str, error: str | None = None, status: int =
     return templates.TemplateResponse(request, "login.html", shown, status_code=status)
 
 
-@router.post("/login")
+@router.post("/login", dependencies=[PUBLIC])
 async def login(request: Request) -> Response:
     """Exchange a key for a session."""
     fields = parse_qs((await _form(request)).decode("utf-8", "replace"))
@@ -80,6 +81,7 @@ async def login(request: Request) -> Response:
     session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
     response = RedirectResponse(inside(target, root_of(request.scope)), 303)
     _set(request, response, session, secret)
+    request.state.signed_in = True  # the audit log has a record of that already
     return response
 
 
@@ -105,7 +107,7 @@ def _cookie_path(request: Request) -> str:
     return root_of(request.scope) or "/"
 
 
-@router.post("/logout")
+@router.post("/logout", dependencies=[SIGNED_IN])
 async def logout(request: Request) -> Response:
     """Revoke the session and delete its cookie."""
     caller: Caller | None = getattr(request.state, "caller", None)

@@ -13,9 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.limits.rates import network_of
-from api.middleware.prefix import path_of
-from api.problems import RETRY_AFTER_SECONDS, problem
-from api.routes.health import PROBES
+from api.problems import problem
 
 #: Key of a scope's extensions: a function that tells whether the client has disconnected.
 GONE = "einsum_nas.gone"
@@ -141,16 +139,21 @@ class Slot:
 
 
 class FairQueue:
-    """Middleware that processes a few requests of each address at once and queues the others."""
+    """Middleware that processes a few requests of each address at once and queues the others.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Parameters
+    ----------
+    is_probe
+        Tells of which requests the answer must not wait, however many others do.
+    """
+
+    def __init__(self, app: ASGIApp, is_probe: Callable[[Scope], bool]) -> None:
+        self._app, self._is_probe = app, is_probe
         self._queues: dict[str, AddressQueue] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on once it has a slot; everything else at once."""
-        # probes must be answered however many requests wait
-        if scope["type"] != "http" or path_of(scope) in PROBES:
+        if scope["type"] != "http" or self._is_probe(scope):
             await self._app(scope, receive, send)
             return
         network = network_of(str((scope["client"] or ("",))[0]))
@@ -161,7 +164,6 @@ class FairQueue:
             refused = problem(
                 503, "too-many-waiting", "Too many requests wait",
                 f"{queue.length} requests of this address wait; try again later",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
             )  # fmt: skip
             await refused(scope, receive, send)
             return

@@ -10,9 +10,9 @@ from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.declared import declared_of
 from api.middleware.prefix import path_of
 from api.problems import route_of, unexpected
-from api.routes.health import PROBES
 from nas.errors import echo
 from nas.logs import bound
 
@@ -68,7 +68,7 @@ class AccessLog:
 
 def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
     # the audit log records floods, which must not fill the disk through this log
-    quiet = path_of(scope) in PROBES or status == 429
+    quiet = declared_of(scope).probe or status == 429
     level = logging.DEBUG if quiet else logging.INFO
     if not _log.isEnabledFor(level):
         return

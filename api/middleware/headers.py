@@ -17,13 +17,7 @@ from secure.headers import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.middleware.prefix import path_of
-
 _Headers = tuple[tuple[bytes, bytes], ...]
-_STATIC = "/static/"
-#: Files keep their names over upgrades, so browsers must not cache them for long.
-_STATIC_SECONDS = 3600
-_WHOLE_OR_KNOWN = (200, 206, 304)
 _YEAR_SECONDS = 365 * 86400
 #: Browser features that pages may not use, because none needs them.
 _NOT_NEEDED = (
@@ -94,7 +88,6 @@ _OF_PAGES = _built(_page(), ReferrerPolicy().same_origin())
 _OF_OTHERS = _built(_nothing(), ReferrerPolicy().no_referrer())
 _HTTPS_ONLY = _value(StrictTransportSecurity().max_age(_YEAR_SECONDS))
 _NOT_KEPT = _value(CacheControl().no_store())
-_KEPT = _value(CacheControl().public().max_age(_STATIC_SECONDS))
 #: Headers that only this module sets; those of the application are dropped.
 _OWN = frozenset((b"server", b"strict-transport-security", *(name for name, _ in _OF_PAGES)))
 
@@ -127,6 +120,5 @@ def _all_headers(scope: Scope, start: Message) -> list[tuple[bytes, bytes]]:
     if scope.get("scheme") == "https":
         headers.append((b"strict-transport-security", _HTTPS_ONLY))
     if b"cache-control" not in named:
-        static = path_of(scope).startswith(_STATIC) and start["status"] in _WHOLE_OR_KNOWN
-        headers.append((b"cache-control", _KEPT if static else _NOT_KEPT))
+        headers.append((b"cache-control", _NOT_KEPT))
     return headers

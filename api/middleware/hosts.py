@@ -13,7 +13,7 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.middleware.prefix import path_of
+from api.declared import declared_of
 from api.problems import problem
 from nas.errors import InvalidInput, echo
 from nas.settings import Settings
@@ -22,8 +22,6 @@ _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _MARK = "einsum_nas.host"
 _ANY = ("0.0.0.0", "::")
 _ACCEPTED = "accepted: this machine's own names, and those of EINSUM_NAS_ALLOWED_HOSTS"
-#: Requested by machines that know the address only; the responses reveal nothing.
-_PROBES = ("/healthz", "/readyz")
 _HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Tenant")
 
 
@@ -63,7 +61,9 @@ class Hosts:
         self._named = TrustedHostMiddleware(_mark, allowed_hosts=allowed, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and path_of(scope) not in _PROBES:
+        declared = declared_of(scope) if scope["type"] == "http" else None
+        # machines that probe know the address only
+        if declared and not (declared.probe and declared.scopes is None):
             looked_at = {**scope, _MARK: False}
             await self._named(looked_at, receive, _unsaid)
             if not looked_at[_MARK]:

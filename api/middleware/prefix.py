@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,10 +22,6 @@ _HEADER = "X-Forwarded-Prefix"
 #: Segments of characters that mean nothing in addresses, headers and cookies; none is all dots.
 _PREFIX = re.compile(r"(/(?!\.+(/|$))[A-Za-z0-9._~-]+)+")
 _LONGEST = 200
-#: First segments of the service's own paths: what a proxy has left could not be told from these.
-OWN = frozenset(
-    ("v1", "static", "searches", "login", "logout", "healthz", "readyz", "metrics", "openapi.json")
-)
 
 
 def root_of(scope: Scope) -> str:
@@ -39,8 +36,18 @@ def path_of(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
-def checked_root(settings: Settings) -> str:
+def own_segments(app: FastAPI) -> frozenset[str]:
+    """First segments of the service's own paths: what a proxy has left is not told from these."""
+    return frozenset(route.path.split("/")[1] for route, _ in app.state.declarations) - {""}
+
+
+def checked_root(settings: Settings, own: frozenset[str]) -> str:
     """The path of the settings without a slash at its end; empty if there is none.
+
+    Parameters
+    ----------
+    own
+        See `own_segments`.
 
     Raises
     ------
@@ -50,20 +57,20 @@ def checked_root(settings: Settings) -> str:
     given = settings.root_path
     if given is None:
         return ""
-    found = _usable(given)
+    found = _usable(given, own)
     if found is None:
-        own = ", ".join(sorted(OWN))
-        accepted = f"a path such as /nas: letters, digits and . _ ~ -, not beginning with {own}"
+        others = ", ".join(sorted(own))
+        accepted = f"a path such as /nas: letters, digits and . _ ~ -, not beginning with {others}"
         raise InvalidInput("EINSUM_NAS_ROOT_PATH", given, accepted)
     return found
 
 
-def _usable(prefix: str) -> str | None:
+def _usable(prefix: str, own: frozenset[str]) -> str | None:
     """The prefix as `root_path` has it; None for one that cannot be used."""
     bare = prefix.rstrip("/")
     if not bare and prefix:
         return ""
-    if len(bare) > _LONGEST or _PREFIX.fullmatch(bare) is None or bare.split("/")[1] in OWN:
+    if len(bare) > _LONGEST or _PREFIX.fullmatch(bare) is None or bare.split("/")[1] in own:
         return None
     return bare
 
@@ -80,10 +87,14 @@ class Prefix:
         The prefix of requests that have none in a header.
     trusted
         Whether the header of a proxy at an address is believed.
+    own
+        See `own_segments`.
     """
 
-    def __init__(self, app: ASGIApp, root: str, trusted: Callable[[str], bool]) -> None:
-        self._app, self._root, self._trusted = app, root, trusted
+    def __init__(
+        self, app: ASGIApp, root: str, trusted: Callable[[str], bool], own: frozenset[str]
+    ) -> None:
+        self._app, self._root, self._trusted, self._own = app, root, trusted, own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -96,7 +107,7 @@ class Prefix:
         given = Headers(scope=scope).get(_HEADER)
         if given is None or not self._trusted(str((scope.get("client") or ("",))[0])):
             return self._root
-        found = _usable(given.strip())
+        found = _usable(given.strip(), self._own)
         if found is None:
             _log.warning("%s: %s is not used: no path such as /nas", _HEADER, echo(given))
             return self._root

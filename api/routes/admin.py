@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import APIRouter, Request
 
-from fastapi import APIRouter, Query, Request
-from pydantic import Field
-
+from api.declared import ADMIN
+from api.deps import STRICT, Cursor, Limit, TenantFilter
 from api.middleware.bodies import Absent
 from api.problems import refusals
-from api.routes.v1 import Cursor, Limit
 from api.schemas import AuditPage, WorkerList
-from nas.settings import TENANT
 from nas.store import Store
 from nas.store.audit import Audit
 from nas.store.processes import LIVE_SECONDS, Processes
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", dependencies=[ADMIN, STRICT])
 
 
 @router.get("/workers", responses=refusals(), summary="List workers and services seen recently")
@@ -31,7 +28,7 @@ def list_audit(
     request: Request,
     limit: Limit = 50,
     cursor: Cursor | Absent = None,
-    tenant: Annotated[Annotated[str, Field(pattern=TENANT)] | Absent, Query()] = None,
+    tenant: TenantFilter = None,
 ) -> AuditPage:
     store: Store = request.app.state.store
     found = Audit(store).entries(before=cursor, limit=limit, tenant=tenant)

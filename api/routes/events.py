@@ -7,23 +7,47 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from api.caching.following import AWAY_SECONDS, FollowedSearch, Follower, TooManyStreams
+from api.declared import READ
+from api.deps import STRICT, SearchId, StoreDep
 from api.middleware.bodies import Absent
-from api.problems import RETRY_AFTER_SECONDS, problem, refusals
-from api.reference import EVENTS_FOUND
-from api.routes.v1 import SearchId, StoreDep
+from api.problems import problem, refusals
 from nas.errors import StoreUnavailable
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
 _log = logging.getLogger(__name__)
+#: Schema of one event of the stream.
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "event": {"type": "string", "description": "what happened"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "type": "object",
+                "required": ["created_at"],
+                "properties": {"created_at": {"type": "number"}},
+            },
+        },
+    },
+}
+_FOUND: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "All events, past and future, until the search has ended",
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
+    }
+}
 #: Seconds between comments that keep an idle stream's connection alive.
 _PING_SECONDS = 15
 #: Seconds between checks that the key which opened a stream is still valid.
@@ -70,9 +94,8 @@ class EventStream(EventSourceResponse):
                 await super().__call__(scope, receive, send)
         except TooManyStreams as error:
             refused = problem(
-                503, "too-many-streams", "Too many event streams", f"{error}; try again later",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-            )  # fmt: skip
+                503, "too-many-streams", "Too many event streams", f"{error}; try again later"
+            )
             await refused(scope, receive, send)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
@@ -107,31 +130,23 @@ class EventStream(EventSourceResponse):
         return answer
 
 
-async def get_follower(request: Request) -> Follower:
-    follower: Follower = request.app.state.follower
-    return follower
-
-
-FollowerDep = Annotated[Follower, Depends(get_follower)]
-
-
 @router.get(
-    "/searches/{search_id}/events",
+    "/{search_id}/events",
     response_class=EventSourceResponse,
-    responses={**EVENTS_FOUND, **refusals(404)},
+    responses={**_FOUND, **refusals(404)},
     summary="Stream the events of a search, past and future (server-sent events)",
 )
 async def search_events(
     request: Request,
     search_id: SearchId,
     store: StoreDep,
-    follower: FollowerDep,
     last_event_id: Annotated[
         Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")] | Absent,
         Header(description="id of the last event that the client has received"),
     ] = None,
 ) -> EventSourceResponse:
     await run_in_threadpool(store.search, search_id)
+    follower: Follower = request.app.state.follower
     welcome: Welcome | None = getattr(request.state, "still_welcome", None)
     tenant = store.tenant if store.confined else None
     return EventStream(follower, search_id, int(last_event_id or 0), welcome, tenant)

@@ -10,28 +10,25 @@ from typing import Annotated, Any, BinaryIO, Literal
 from weakref import WeakSet
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, HTTPException, Query
+from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import StreamingResponse
 
-from api.middleware.bodies import read_strictly
-from api.problems import RETRY_AFTER_SECONDS, refusals
-from api.routes.v1 import SearchId, StoreDep
+from api.declared import READ
+from api.deps import STRICT, SearchId, StoreDep
+from api.problems import refusals
 from nas.service.export import export
 from nas.store import Store
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(read_strictly)])
+router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
 FileFormat = Literal["csv", "parquet", "json"]
 Rows = Literal["trials", "points"]
-_TYPES: dict[str, str] = {
-    "csv": "text/csv; charset=utf-8",
-    "parquet": "application/vnd.apache.parquet",
-    "json": "application/json",
+#: format → (media type, JSON Schema)
+_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "json": ("application/json", {"type": "object", "required": ["columns", "rows"]}),
+    "csv": ("text/csv", {"type": "string"}),
+    "parquet": ("application/vnd.apache.parquet", {"type": "string", "format": "binary"}),
 }
-_CONTENT: dict[str, Any] = {
-    "application/json": {"schema": {"type": "object", "required": ["columns", "rows"]}},
-    "text/csv": {"schema": {"type": "string"}},
-    "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
-}
+_CONTENT = {media_type: {"schema": schema} for media_type, schema in _TYPES.values()}
 #: Files are made one at a time: that of a large search occupies a core for seconds.
 _MAKERS = CapacityLimiter(1)
 _PART = 256 * 1024
@@ -41,7 +38,7 @@ _open: WeakSet[BinaryIO] = WeakSet()
 
 
 @router.get(
-    "/searches/{search_id}/export",
+    "/{search_id}/export",
     response_class=StreamingResponse,
     responses={200: {"description": "The file", "content": _CONTENT}, **refusals(404)},
     summary="Export every trial of a search, or every evaluation, as a file",
@@ -55,8 +52,7 @@ async def export_search(
     ] = "trials",
 ) -> StreamingResponse:
     if len(_open) >= _MOST_OPEN:
-        later = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-        raise HTTPException(503, f"{_MOST_OPEN} files are being sent; try again later", later)
+        raise HTTPException(503, f"{_MOST_OPEN} files are being sent; try again later")
     file = await to_thread.run_sync(
         _made, store, search_id, file_format, rows, limiter=_MAKERS
     )  # fmt: skip
@@ -66,7 +62,7 @@ async def export_search(
         "Content-Disposition": f'attachment; filename="{name}"',
         "Content-Length": str(os.fstat(file.fileno()).st_size),
     }
-    return StreamingResponse(_parts(file), media_type=_TYPES[file_format], headers=headers)
+    return StreamingResponse(_parts(file), media_type=_TYPES[file_format][0], headers=headers)
 
 
 def _made(store: Store, search_id: str, file_format: FileFormat, rows: Rows) -> BinaryIO:

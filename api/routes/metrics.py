@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_fastapi_instrumentator import Instrumentator
 from prometheus_fastapi_instrumentator import metrics as of_requests
 
+from api.declared import ADMIN, PROBE
 from nas.errors import StoreUnavailable
 from nas.records.search import SearchState
 from nas.records.trial import TrialState
@@ -25,7 +26,7 @@ from nas.store.gauges import Gauges, read_gauges
 from nas.store.processes import ProcessState
 
 _log = logging.getLogger(__name__)
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, dependencies=[ADMIN, PROBE])
 #: Seconds that a scrape waits for the store; then it is answered without the store's metrics.
 PATIENCE_SECONDS = 4.0
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))

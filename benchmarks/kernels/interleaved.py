@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import binom
 
 
@@ -89,14 +86,19 @@ def _timed(call: Callable[[], object]) -> Callable[[], tuple[float]]:
     return run
 
 
-def report(
-    title: str, rows: list[dict[str, Any]], details: list[dict[str, Any]] | None = None
+def add_ratios(
+    row: dict[str, Any],
+    seconds: Mapping[str, NDArray[np.float64]],
+    pairs: Iterable[tuple[str, str]],
 ) -> None:
-    """A table of `rows` for people, then `details` (or the same rows) as JSON."""
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=160).print(table)
-    print(json.dumps({"title": title, "rows": details or rows}))
+    """Put `ONE_over_OTHER` of each pair of contenders into a row, with its _low and _high."""
+    for one, other in pairs:
+        key = f"{one}_over_{other}"
+        row[key], row[f"{key}_low"], row[f"{key}_high"] = median_interval(
+            seconds[one] / seconds[other]
+        )
+
+
+def with_interval(row: Mapping[str, Any], key: str) -> str:
+    """A ratio of `add_ratios` for people."""
+    return f"{row[key]:.2f} ({row[f'{key}_low']:.2f}–{row[f'{key}_high']:.2f})"

@@ -24,15 +24,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.kernels.interleaved import keep_freed_memory, median_interval, report, rounds
+from benchmarks.kernels.interleaved import (
+    add_ratios,
+    keep_freed_memory,
+    median_interval,
+    rounds,
+    with_interval,
+)
 from benchmarks.kernels.papers import STRUCTURES, one_einsum
 from benchmarks.kernels.papers import product as papers_product
+from benchmarks.reporting import report
 from nas.layers import EinsumLinear
 from nas.layers.kernels.plan import choose
 
 SHAPES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))
 _SECONDS_PER_ROW = 2.0
 _PASSES = ("forward", "forward+backward")
+_PAIRS = (
+    ("papers", "ours"), ("einsum", "ours"), ("papers", "ours_blas"), ("ours", "dense"),
+    ("ours", "dense_ours"),
+)  # fmt: skip
 
 
 def pass_seconds(
@@ -102,16 +113,7 @@ def measure(
         }  # fmt: skip
         for contender, times in seconds.items():
             row[f"{contender}_seconds"] = median_interval(times)[0]
-        for key, one, other in (
-            ("papers_over_ours", "papers", "ours"),
-            ("einsum_over_ours", "einsum", "ours"),
-            ("papers_over_ours_blas", "papers", "ours_blas"),
-            ("ours_over_dense", "ours", "dense"),
-            ("ours_over_dense_ours", "ours", "dense_ours"),
-        ):
-            row[key], row[f"{key}_low"], row[f"{key}_high"] = median_interval(
-                seconds[one] / seconds[other]
-            )
+        add_ratios(row, seconds, _PAIRS)
         slower = max(row["ours_over_dense"], row["ours_over_dense_ours"])
         row["off_dense_rate"] = slower / flops_over_dense
         rows.append(row)
@@ -120,10 +122,6 @@ def measure(
 
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """What people read of a row: ratios with their intervals."""
-
-    def with_interval(key: str) -> str:
-        return f"{row[key]:.2f} ({row[f'{key}_low']:.2f}–{row[f'{key}_high']:.2f})"
-
     return {
         "theta": row["theta"],
         "layer": f"{row['d_in']}→{row['d_out']}",
@@ -132,10 +130,10 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         "FLOPs/dense": row["flops_over_dense"],
         "rounds": row["rounds"],
         "ours_ms": 1e3 * row["ours_seconds"],
-        "papers/ours": with_interval("papers_over_ours"),
+        "papers/ours": with_interval(row, "papers_over_ours"),
         "papers/ours_blas": f"{row['papers_over_ours_blas']:.2f}",
-        "einsum/ours": with_interval("einsum_over_ours"),
-        "ours/dense": with_interval("ours_over_dense"),
+        "einsum/ours": with_interval(row, "einsum_over_ours"),
+        "ours/dense": with_interval(row, "ours_over_dense"),
         "off_dense_rate": row["off_dense_rate"],
         "plan": row["plan"].split()[0],
     }
@@ -161,8 +159,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "papers/ours_blas_BTT": mean("papers_over_ours_blas", blocks),
         "papers/ours_blas_all": mean("papers_over_ours_blas", rows),
         "einsum/ours_all": mean("einsum_over_ours", rows),
-        "papers/ours_least": f"{slowest['papers_over_ours']:.2f} "
-        f"({slowest['papers_over_ours_low']:.2f}–{slowest['papers_over_ours_high']:.2f}) "
+        "papers/ours_least": f"{with_interval(slowest, 'papers_over_ours')} "
         f"{slowest['theta']} {slowest['d_in']}→{slowest['d_out']}",
         "rows_below_0.95": sum(r["papers_over_ours_high"] < 0.95 for r in rows),
         "ours/dense_most,_FLOPs_≤_dense": max(r["ours_over_dense"] for r in cheap),

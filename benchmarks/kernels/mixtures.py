@@ -19,14 +19,22 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.kernels.interleaved import keep_freed_memory, median_interval, report, rounds
+from benchmarks.kernels.interleaved import (
+    add_ratios,
+    keep_freed_memory,
+    median_interval,
+    rounds,
+    with_interval,
+)
 from benchmarks.kernels.layers import pass_seconds
+from benchmarks.reporting import report
 from nas.layers.einsum import EinsumLinear
 from nas.layers.mixture import MixtureLinear
 from nas.layers.routing import router_statistics
 
 EXPERTS, WIDTHS, ACTIVE = (8, 16), (512, 1024), 2
 _SECONDS_PER_ROW = 8.0
+_PAIRS = (("all", "ours"), ("every", "ours"), ("ours", "dense"), ("ours", "dense_ours"))
 
 
 def flops_per_token(layer: nn.Module, x: torch.Tensor) -> float:
@@ -45,7 +53,9 @@ def measure(experts: int, width: int, tokens: int, threads: int) -> dict[str, An
     nn.init.normal_(ours.gate, std=width**-0.5)
     everything, dense = copy.deepcopy(ours), nn.Linear(width, width, bias=False)
     every = MixtureLinear(f"btt-moe:experts={experts},active={experts}", width, width, bias=False)
-    every.load_state_dict(ours.state_dict())
+    with torch.no_grad():  # by hand: a state says how many experts are active, which differs
+        for own, given in zip(every.parameters(), ours.parameters(), strict=True):
+            own.copy_(given)
     every.plan = ours.plan_for(tokens)
     # as many tokens at a time as this plan is fastest with
     everything.plan = "grouping=all tile=256"
@@ -71,32 +81,22 @@ def measure(experts: int, width: int, tokens: int, threads: int) -> dict[str, An
     for name, layer in layers.items():
         row[f"{name}_us_per_token"] = 1e6 * median_interval(both[name])[0] / tokens
         row[f"{name}_flops_per_token"] = flops_per_token(layer, x)
-    for key, one, other in (
-        ("all_over_ours", "all", "ours"),
-        ("every_over_ours", "every", "ours"),
-        ("ours_over_dense", "ours", "dense"),
-        ("ours_over_dense_ours", "ours", "dense_ours"),
-    ):
-        row[key], row[f"{key}_low"], row[f"{key}_high"] = median_interval(both[one] / both[other])
+    add_ratios(row, both, _PAIRS)
     return row
 
 
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """What people read of a row: ratios with their intervals."""
-
-    def with_interval(key: str) -> str:
-        return f"{row[key]:.2f} {row[f'{key}_low']:.2f}–{row[f'{key}_high']:.2f}"
-
     shown = {key: row[key] for key in ("experts", "width", "tokens", "threads")}
     for name in ("all", "every", "ours", "dense"):
         shown[f"{name}_kFLOPs"] = round(row[f"{name}_flops_per_token"] / 1e3)
         shown[f"{name}_µs"] = row[f"{name}_us_per_token"]
     return {
         **shown,
-        "all/ours": with_interval("all_over_ours"),
-        "every/ours": with_interval("every_over_ours"),
-        "ours/dense": with_interval("ours_over_dense"),
-        "ours/dense_ours": with_interval("ours_over_dense_ours"),
+        "all/ours": with_interval(row, "all_over_ours"),
+        "every/ours": with_interval(row, "every_over_ours"),
+        "ours/dense": with_interval(row, "ours_over_dense"),
+        "ours/dense_ours": with_interval(row, "ours_over_dense_ours"),
         "plan": row["plan"].removeprefix("grouping=").split()[0],
     }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.kernels.interleaved import report
 from benchmarks.kernels.papers import STRUCTURES
+from benchmarks.reporting import report
 from nas.designs.einsum import Structure
 
 DIMENSIONS = (96, 768, 1000, 3072, 11008, 50257, 65537)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
-from benchmarks.kernels.interleaved import keep_freed_memory, ratio, report
+from benchmarks.kernels.interleaved import keep_freed_memory, ratio
+from benchmarks.reporting import report
 from nas.layers import EinsumLinear, param_groups, replace_linears
 
 THETA = "monarch"

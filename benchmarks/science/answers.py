@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from statistics import median
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
 from tests.support.truths import SEED_NOISE, SEEDS, STRUCTURES, WIDTHS, run_store
 
 

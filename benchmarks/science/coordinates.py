@@ -15,7 +15,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
 #: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, and two without a name

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
 from tests.support.laws import CASES, repetition, truth
 
 ASKED = (0.90, 0.99)

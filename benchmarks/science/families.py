@@ -14,15 +14,13 @@ A folder keeps finished runs, and a study that was cut short goes on where it st
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
+from benchmarks.science.studies import options_of_runs, parsed
 from nas.analysis.scaling import (
     Bound,
     Curve,
@@ -51,15 +49,11 @@ DESIGNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options_of_runs(__doc__, seeds=3)
     parser.add_argument("--train-flops", type=float, default=1e11)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--positions", type=float, nargs="+", default=[0.15, 0.4])
     parser.add_argument("--designs", nargs="+", default=list(DESIGNS))
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="families-"))
+    options = parsed(parser)
     data = load_data(TEXT)
     chosen = {
         name: _plans(data.recipe, parse_design(name), options.positions, options.train_flops)
@@ -72,7 +66,7 @@ def main() -> None:
         for plan in found
     ]
     records = list(
-        run_all(runs, [data], folder, processes=options.processes, execution=Execution())
+        run_all(runs, [data], options.folder, processes=options.processes, execution=Execution())
     )
     found = summary(records, options.train_flops)
     columns = [

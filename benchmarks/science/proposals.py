@@ -8,7 +8,8 @@ from functools import partial
 import optuna
 from optuna.distributions import BaseDistribution
 
-from benchmarks.kernels.interleaved import ratio, report
+from benchmarks.kernels.interleaved import ratio
+from benchmarks.reporting import report
 from nas.planning.request import SearchRequest
 from nas.search import PastTrial, propose
 from nas.search.propose import build_sampler

@@ -9,15 +9,14 @@ Ratios below 1 mean that ours is lower.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import tempfile
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
+from benchmarks.science.studies import options_of_runs, parsed
 from nas.designs.theta import DENSE, Theta
 from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import REGRESSION, with_overrides
@@ -97,13 +96,8 @@ def _compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="published-"))
-    result = run_published(options.seeds, options.processes, folder)
+    options = parsed(options_of_runs(__doc__, seeds=3))
+    result = run_published(options.seeds, options.processes, options.folder)
     report("Test MSE over that of dense, width 128, beside the published", result.pop("rows"))
     print(json.dumps(result))
 

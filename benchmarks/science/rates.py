@@ -8,15 +8,13 @@ An MLP learns the papers' regression at two widths with learning rates a factor 
 
 from __future__ import annotations
 
-import argparse
 import math
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
+from benchmarks.science.studies import options_of_runs, parsed
 from nas.designs.taxonomy import parse_theta
 from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import REGRESSION
@@ -33,13 +31,9 @@ _RECIPE = replace(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options_of_runs(__doc__, seeds=2)
     parser.add_argument("--widths", type=int, nargs=2, default=[128, 512])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None)
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="rates-"))
+    options = parsed(parser)
     data = [load_data(replace(_RECIPE, lr=rate)) for rate in RATES]
     jobs = {}
     for structure in STRUCTURES:
@@ -52,7 +46,9 @@ def main() -> None:
     flat = [run for runs in jobs.values() for run in runs]
     records = {
         r["key"]: r
-        for r in run_all(flat, data, folder, processes=options.processes, execution=Execution())
+        for r in run_all(
+            flat, data, options.folder, processes=options.processes, execution=Execution()
+        )
     }
 
     def loss(runs: list[StudyRun]) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import func, select
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
 from benchmarks.service.size import databases
 from nas.designs.taxonomy import parse_theta
 from nas.planning.cost import references

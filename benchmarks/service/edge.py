@@ -42,9 +42,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.reporting import show
 from nas.designs.taxonomy import parse_theta
 from nas.planning.request import SearchRequest
 from nas.processes import free_port
@@ -409,17 +408,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="edge-") as folder:
         found = measure(options, Path(folder))
     print(json.dumps({"cores": os.cpu_count(), "milliseconds": found}, default=float))
-    table = Table("beside", "requests", "search p50", "search p99", "best p50", "best p99", "max",
-                  "p99 ratio", "cores of service", "of others", "load")  # fmt: skip
-    for name, row in found.items():
-        most = max(row["search_max"], row["best_max"])
-        shown = [row[f"{what}_{p}"] for what in ("search", "best") for p in ("p50", "p99")]
-        table.add_row(
-            name, str(row["requests"]), *(f"{value:.1f} ms" for value in shown), f"{most:.1f} ms",
-            f"{row['p99_ratio']:.1f}", f"{row['service_cores']:.2f}", f"{row['other_cores']:.2f}",
-            ", ".join(f"{what}: {n}" for what, n in sorted(row["load"].items())),
-        )  # fmt: skip
-    Console(width=160).print(table)
+    show(
+        [
+            {
+                "beside": name, "requests": row["requests"],
+                **{
+                    f"{what} {p}": f"{row[f'{what}_{p}']:.1f} ms"
+                    for what in ("search", "best") for p in ("p50", "p99")
+                },
+                "max": f"{max(row['search_max'], row['best_max']):.1f} ms",
+                "p99 ratio": f"{row['p99_ratio']:.1f}",
+                "cores of service": f"{row['service_cores']:.2f}",
+                "of others": f"{row['other_cores']:.2f}",
+                "load": ", ".join(f"{what}: {n}" for what, n in sorted(row["load"].items())),
+            }
+            for name, row in found.items()
+        ]
+    )  # fmt: skip
     held = all(
         set(row["statuses"]) == {200} and row["p99"] < _TARGET_MILLISECONDS
         for row in found.values()

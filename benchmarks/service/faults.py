@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.reporting import show
 from tests.support.faults import kills, outages, races, service
 from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
 
@@ -121,16 +119,16 @@ def run(databases: list[str], names: list[str], seed: int) -> list[dict[str, Any
     return outcomes
 
 
-def show(outcomes: list[dict[str, Any]]) -> None:
+def rows_of(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures as a table."""
-    table = Table("scenario", "database", "seconds", "figures", "broken")
+    rows = []
     for outcome in outcomes:
         rest = dict(outcome)
-        first = [str(rest.pop(name)) for name in ("scenario", "database", "seconds")]
+        first = {name: rest.pop(name) for name in ("scenario", "database", "seconds")}
         broken = len(rest.pop("broken"))
         figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in rest.items())
-        table.add_row(*first, figures, str(broken))
-    Console(width=120).print(table)
+        rows.append({**first, "figures": figures, "broken": broken})
+    return rows
 
 
 def main() -> int:
@@ -145,7 +143,7 @@ def main() -> int:
         parser.error(f"--only {','.join(unknown)}: names among {', '.join(SCENARIOS)}")
     both = ["sqlite", "postgresql"]
     outcomes = run(both if options.database == "both" else [options.database], names, options.seed)
-    show(outcomes)
+    show(rows_of(outcomes))
     return 1 if any(outcome["broken"] for outcome in outcomes) else 0
 
 

@@ -23,9 +23,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.reporting import show
 from nas.settings import Settings
 from nas.store import Store
 from tests.support.fuzz import OWNER, FuzzedService, run
@@ -120,13 +118,11 @@ def main() -> int:
             Path(folder), examples=given.examples, seed=given.seed, cases=given.cases
         )
     print(json.dumps(figures, indent=2))
-    table = Table("what", "value", title="generated requests")
-    for name in ("cases", "runs", "operations", "failures", "searches_made", "seconds"):
-        table.add_row(name, str(figures[name]))
+    names = ("cases", "runs", "operations", "failures", "searches_made", "seconds")
+    rows = [{"what": name, "value": figures[name]} for name in names]
     for title in ("cases_of_phases", "modes", "valid_requests", "checks"):
-        for name, count in figures[title].items():
-            table.add_row(f"{title}: {name}", str(count))
-    Console().print(table)
+        rows += [{"what": f"{title}: {k}", "value": count} for k, count in figures[title].items()]
+    show(rows, "generated requests")
     for output in printed:
         print(output)
     for what in figures["broken"]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from sqlalchemy import text
 
-from benchmarks.kernels.interleaved import report
+from benchmarks.reporting import report
 from nas.planning.cost import references
 from nas.planning.request import SearchRequest
 from nas.processes import free_port

@@ -31,10 +31,9 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import linregress, t
 
+from benchmarks.reporting import show
 from nas.client import Client, ServiceError
 from nas.store import Store
 from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
@@ -285,18 +284,15 @@ def main() -> int:
             database = server.create("soak")
         figures, broken = soak(database, root, chosen.minutes)
     print(json.dumps({"database": chosen.database, **figures, "broken": broken}, default=float))
-    table = Table("figure", "value")
-    for name, value in figures.items():
-        if name != "memory":
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    rows = [{"figure": k, "value": v} for k, v in figures.items() if k != "memory"]
     for process, found in figures["memory"].items():
         low, high = found["slope_interval"]
-        table.add_row(
-            f"{process}: resident memory",
+        memory = (
             f"{found['mean_megabytes']:.1f} MB, {found['slope_megabytes_per_hour']:+.2f} MB/hour "
-            f"(95%: {low:+.2f} to {high:+.2f}), {found['growth_over_the_window']:+.2%}",
+            f"(95%: {low:+.2f} to {high:+.2f}), {found['growth_over_the_window']:+.2%}"
         )
-    Console().print(table)
+        rows.append({"figure": f"{process}: resident memory", "value": memory})
+    show(rows)
     for what in broken:
         print(f"broken: {what}")
     return 1 if broken else 0

@@ -15,7 +15,8 @@ import typer
 from nas.errors import EinsumNasError, InvalidInput, echo
 
 if TYPE_CHECKING:
-    from nas.client import Client
+    from nas.cli.local import Local
+    from nas.cli.remote import Remote
     from nas.store import Store
 
 Server = Annotated[
@@ -41,6 +42,16 @@ def whole(text: str) -> int:
         raise typer.BadParameter(f"got {echo(text)}; accepted: a whole number") from None
 
 
+def count(metavar: str, help_text: str) -> Any:
+    """An option whose value is a whole number."""
+    return typer.Option(parser=whole, metavar=metavar, help=help_text)
+
+
+def amount(metavar: str, help_text: str) -> Any:
+    """An option whose value is a number."""
+    return typer.Option(parser=number, metavar=metavar, help=help_text)
+
+
 @contextmanager
 def local_store() -> Iterator[Store]:
     """Open the settings' database for the settings' tenant, and upgrade its schema."""
@@ -57,16 +68,27 @@ def local_store() -> Iterator[Store]:
         store.close()
 
 
-def remote(server: str) -> Client:
-    """A connection to the service at a URL, with the key and the tenant of the settings."""
-    from nas.client import Client
+@contextmanager
+def opened(server: str | None) -> Iterator[Local | Remote]:
+    """The service at a URL, with the key and the tenant of the settings; the database without one.
+
+    Both have the methods of `nas.client.Client` that the commands use.
+    """
+    if server is None:
+        from nas.cli.local import Local
+
+        with local_store() as store:
+            yield Local(store)
+        return
+    from nas.cli.remote import Remote
     from nas.settings import settings
 
     used = settings()
     key = None if used.api_key is None else used.api_key.get_secret_value()
     # a key belongs to one tenant, so the tenant need not be sent unless it is set
     named = used.tenant if "tenant" in used.model_fields_set else None
-    return Client(server, tenant=named, api_key=key)
+    with Remote(server, tenant=named, api_key=key) as client:
+        yield client
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:

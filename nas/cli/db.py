@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from nas.cli.common import Json, local_store, number, print_json, reported
+from nas.cli.common import Json, amount, local_store, print_json, reported
 
 app = typer.Typer(help="Upgrade, back up, restore or prune the database.", no_args_is_help=True)
 
@@ -76,25 +76,25 @@ def restore(file: BackupFile, as_json: Json = False) -> None:
 def prune(
     event_days: Annotated[
         float | None,
-        typer.Option(
-            parser=number, metavar="N",
-            help="Days after the end of a search until its detailed events are deleted; "
+        amount(
+            "N",
+            "Days after the end of a search until its detailed events are deleted; "
             "its milestones stay. By default EINSUM_NAS_EVENT_DAYS.",
         ),
     ] = None,
     failed_days: Annotated[
         float | None,
-        typer.Option(
-            parser=number, metavar="N",
-            help="Days until failed and cancelled searches without any result are deleted. "
+        amount(
+            "N",
+            "Days until failed and cancelled searches without any result are deleted. "
             "By default EINSUM_NAS_FAILED_DAYS.",
         ),
     ] = None,
     audit_days: Annotated[
         float | None,
-        typer.Option(
-            parser=number, metavar="N",
-            help="Days until records of the audit log are deleted, at least 90. By default "
+        amount(
+            "N",
+            "Days until records of the audit log are deleted, at least 90. By default "
             "EINSUM_NAS_AUDIT_DAYS.",
         ),
     ] = None,
@@ -102,7 +102,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")
     ] = False,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Delete old events, old audit records, and old searches without any result."""
     from nas.settings import settings
     from nas.store.retention import prune as delete

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, local_store, number, print_json, reported, whole
+from nas.cli.common import Json, amount, count, local_store, print_json, reported
 from nas.errors import InvalidInput
 from nas.settings import DEFAULT_TENANT, TENANT
 
@@ -22,13 +22,6 @@ KeyId = Annotated[
     str, typer.Argument(metavar="ID", help="The key's id (not secret), as `keys list` shows it.")
 ]
 Tenant = Annotated[str | None, typer.Option(help="Only those of this tenant.")]
-
-
-def register(program: typer.Typer) -> None:
-    """Add the commands to the program's."""
-    program.add_typer(app, name="keys")
-    program.command()(reported(tenants))
-    program.command()(reported(audit))
 
 
 def duration(text: str | float) -> float:
@@ -139,22 +132,11 @@ def tenants(
     set_tenant: Annotated[
         str | None, typer.Option("--set", metavar="NAME", help="Tenant whose quotas to set.")
     ] = None,
-    searches: Annotated[
-        int | None,
-        typer.Option(parser=whole, metavar="N", help="Quota of searches that have not ended."),
-    ] = None,
+    searches: Annotated[int | None, count("N", "Quota of searches that have not ended.")] = None,
     train_flops: Annotated[
-        float | None,
-        typer.Option(
-            parser=number,
-            metavar="FLOPS",
-            help="Quota of train FLOPs within EINSUM_NAS_QUOTA_DAYS days.",
-        ),
+        float | None, amount("FLOPS", "Quota of train FLOPs within EINSUM_NAS_QUOTA_DAYS days.")
     ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(parser=whole, metavar="N", help="Quota of searches that run at once."),
-    ] = None,
+    concurrency: Annotated[int | None, count("N", "Quota of searches that run at once.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show tenants' quotas and their use; --set changes a tenant's quotas."""
@@ -182,9 +164,7 @@ def tenants(
 
 def audit(
     tenant: Tenant = None,
-    limit: Annotated[
-        int, typer.Option(parser=whole, metavar="N", help="How many, from 1 to 500.")
-    ] = 50,
+    limit: Annotated[int, count("N", "How many, from 1 to 500.")] = 50,
     as_json: Json = False,
 ) -> None:
     """Show the newest records of the audit log: who did what, and who was refused."""

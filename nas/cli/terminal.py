@@ -14,7 +14,7 @@ from rich.table import Table
 
 from nas.designs.design import parse_design
 from nas.errors import counted
-from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier
+from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
 
 if TYPE_CHECKING:
     from nas.store.audit import Entry
@@ -65,23 +65,38 @@ def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield show
 
 
+def _filled(table: Table, rows: Sequence[Mapping[str, str]]) -> Table:
+    """`table` with rows, at least one, of which the first has every column's heading."""
+    for heading in rows[0]:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(row.get(heading, "") for heading in rows[0]))
+    return table
+
+
+def _without_rules(rows: Sequence[Mapping[str, str]]) -> Table:
+    return _filled(Table(box=None, pad_edge=False), rows)
+
+
 def show_frontier(front: FrontierAnswer) -> None:
     """Print the Pareto front over all structures, dense ones included."""
     unit = front.x_unit.partition(":")[0]
     measured = ", measured" if front.x_measured else ""
     table = Table(title=f"Pareto front: loss against {unit}{measured}", title_justify="left")
-    columns = [(unit, True)] if front.x != "train_flops" else []
-    for name, right in (
-        *columns, ("train FLOPs", True), ("loss", True), ("structure", False), ("width", True),
-        ("steps", True), ("trial", True),
-    ):  # fmt: skip
-        table.add_column(name, justify="right" if right else "left")
-    for p in front.frontier:
-        own = [f"{p[front.x]:.6g}"] if columns else []
-        table.add_row(
-            *own, f"{p.train_flops:.3e}", f"{p.loss:.4f}", parse_design(p.design).described,
-            str(p.width), str(p.steps), f"#{p.number}",
-        )  # fmt: skip
+    columns: dict[str, Callable[[Point], str]] = {
+        "train FLOPs": lambda p: f"{p.train_flops:.3e}",
+        "loss": lambda p: f"{p.loss:.4f}",
+        "structure": lambda p: parse_design(p.design).described,
+        "width": lambda p: str(p.width),
+        "steps": lambda p: str(p.steps),
+        "trial": lambda p: f"#{p.number}",
+    }
+    if front.x != "train_flops":
+        columns = {unit: lambda p: f"{p[front.x]:.6g}", **columns}
+    for name in columns:
+        table.add_column(name, justify="left" if name == "structure" else "right")
+    for point in front.frontier:
+        table.add_row(*(read(point) for read in columns.values()))
     console.print(table)
     line = f"{counted(front.points, 'point')} of {counted(front.trials, 'completed run')}. "
     line += f"loss: {front.y_unit}"
@@ -105,12 +120,11 @@ def show_best(best: Answer) -> None:
     """Print the best structured and the best dense model side by side, with intervals."""
     unit = "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
     table = Table(title=f"Best within {best.budget:.4g} {unit}: {best.kind}", title_justify="left")
-    table.add_column("")
-    table.add_column("structured")
-    table.add_column("dense")
-    runs = (best.best_structured, best.best_dense)
     table.caption = f"validation loss in {best.loss_unit}"
-    for label, read in _BEST_ROWS:
+    for heading in ("", "structured", "dense"):
+        table.add_column(heading)
+    for label, read in _BEST_ROWS.items():
+        runs = (best.best_structured, best.best_dense)
         table.add_row(label, *("–" if r is None else read(r) for r in runs))
     console.print(table)
     for line in _best_lines(best):
@@ -237,20 +251,20 @@ def _small_print(best: Answer) -> Iterator[str]:
         yield "the loss comes from the runs that the best was selected by, so it is biased low"
 
 
-_BEST_ROWS: Sequence[tuple[str, Callable[[Candidate], str]]] = (
-    ("structure", lambda r: r.name),
-    ("θ", lambda r: ", ".join(f"{v:.4g}" for v in r.theta) or "none"),
-    ("validation loss", lambda r: f"{r.loss:.4f}"),
-    ("seeds", lambda r: f"{r.seeds}{' fresh' if r.confirmed else ''}"),
-    ("width", lambda r: str(r.width)),
-    ("steps", lambda r: str(r.steps)),
-    ("train FLOPs", lambda r: f"{r.train_flops:.6e}"),
-    ("inference FLOPs/token", lambda r: f"{r.inference_flops:.4e}"),
-    ("parameters", lambda r: f"{r.params:,}"),
-    ("time per step", lambda r: _measured(r.step_seconds, 1e3, "ms")),
-    ("peak memory", lambda r: _measured(r.peak_memory, 2**-20, "MiB")),
-    ("trial", lambda r: f"#{r.number}"),
-)
+_BEST_ROWS: Mapping[str, Callable[[Candidate], str]] = {
+    "structure": lambda r: r.name,
+    "θ": lambda r: ", ".join(f"{v:.4g}" for v in r.theta) or "none",
+    "validation loss": lambda r: f"{r.loss:.4f}",
+    "seeds": lambda r: f"{r.seeds}{' fresh' if r.confirmed else ''}",
+    "width": lambda r: str(r.width),
+    "steps": lambda r: str(r.steps),
+    "train FLOPs": lambda r: f"{r.train_flops:.6e}",
+    "inference FLOPs/token": lambda r: f"{r.inference_flops:.4e}",
+    "parameters": lambda r: f"{r.params:,}",
+    "time per step": lambda r: _measured(r.step_seconds, 1e3, "ms"),
+    "peak memory": lambda r: _measured(r.peak_memory, 2**-20, "MiB"),
+    "trial": lambda r: f"#{r.number}",
+}
 
 
 def _measured(value: float | None, scale: float, unit: str) -> str:
@@ -319,18 +333,25 @@ _STRUCTURE_ROWS = (
 
 def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
     """Print searches, newest first, with full ids, which other commands take."""
-    table = Table("search", "state", "task", "budget", "runs", "priority", box=None, pad_edge=False)
+    rows: list[dict[str, str]] = []
     for s in found:
-        runs = f"{s['trial_counts'].get('complete', 0)}"
-        runs += f"/{s['runs_total']}" if s["runs_total"] else ""
-        task = s["task"] + ("" if s["tenant"] == "default" else f" of {s['tenant']}")
-        budget, priority = f"{s['request']['train_flops']:.3g}", str(s["priority"])
-        table.add_row(s["id"], s["state"], escape(task), budget, runs, priority)
+        total = f"/{s['runs_total']}" if s["runs_total"] else ""
+        rows.append(
+            {
+                "search": s["id"],
+                "state": s["state"],
+                "task": escape(
+                    s["task"] + ("" if s["tenant"] == "default" else f" of {s['tenant']}")
+                ),
+                "budget": f"{s['request']['train_flops']:.3g}",
+                "runs": f"{s['trial_counts'].get('complete', 0)}{total}",
+                "priority": str(s["priority"]),
+            }
+        )
         failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
-        why = s["limit_reached"] or failed
-        if why:
-            table.add_row(f"  {escape(why)}")
-    console.print(table if found else "no search matches these filters")
+        if why := s["limit_reached"] or failed:
+            rows.append({"search": f"  {escape(why)}"})
+    console.print(_without_rules(rows) if rows else "no search matches these filters")
 
 
 def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
@@ -338,13 +359,18 @@ def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
     if not found:
         console.print("no worker or service was seen recently; `einsum-nas worker` starts one")
         return
-    table = Table("process", "kind", "state", "search", "version", "about")
-    for p in found:
-        about = ", ".join(f"{name} {value}" for name, value in p["about"].items())
-        table.add_row(
-            p["name"], p["kind"], p["state"], p["search_id"] or "", p["version"], escape(about)
-        )
-    console.print(table)
+    rows = [
+        {
+            "process": p["name"],
+            "kind": p["kind"],
+            "state": p["state"],
+            "search": p["search_id"] or "",
+            "version": p["version"],
+            "about": escape(", ".join(f"{name} {value}" for name, value in p["about"].items())),
+        }
+        for p in found
+    ]
+    console.print(_filled(Table(), rows))
 
 
 def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
@@ -352,12 +378,18 @@ def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
     if not found:
         console.print("there is no key; `einsum-nas keys create --name NAME` creates one")
         return
-    table = Table("key", "tenant", "name", "scopes", "ends", "last used", box=None, pad_edge=False)
-    for key in found:
-        used = "never" if key.used_at is None else _day(key.used_at)
-        row = (key.id, key.tenant, escape(key.name), ", ".join(key.scopes), ends(key), used)
-        table.add_row(*row)
-    console.print(table)
+    rows = [
+        {
+            "key": key.id,
+            "tenant": key.tenant,
+            "name": escape(key.name),
+            "scopes": ", ".join(key.scopes),
+            "ends": ends(key),
+            "last used": "never" if key.used_at is None else _day(key.used_at),
+        }
+        for key in found
+    ]
+    console.print(_without_rules(rows))
 
 
 def show_tenants(found: Sequence[Use]) -> None:
@@ -365,16 +397,17 @@ def show_tenants(found: Sequence[Use]) -> None:
     if not found:
         console.print("no tenant has a search or a quota")
         return
-    table = Table("tenant", "searches", "running", "train FLOPs", box=None, pad_edge=False)
-    for use in found:
-        table.add_row(
-            use.tenant,
-            f"{use.searches} of {_or_any(use.quotas.searches)}",
-            f"{use.running} of {_or_any(use.quotas.concurrency)}",
-            f"{use.train_flops:.4g} of {_or_any(use.quotas.train_flops)} "
+    rows = [
+        {
+            "tenant": use.tenant,
+            "searches": f"{use.searches} of {_or_any(use.quotas.searches)}",
+            "running": f"{use.running} of {_or_any(use.quotas.concurrency)}",
+            "train FLOPs": f"{use.train_flops:.4g} of {_or_any(use.quotas.train_flops)} "
             f"in {use.quotas.days:g} days",
-        )
-    console.print(table)
+        }
+        for use in found
+    ]
+    console.print(_without_rules(rows))
 
 
 def _or_any(limit: float | None) -> str:

@@ -31,6 +31,7 @@ from nas.designs.theta import (
     exact_exponent,
     format_exponent,
     parse_exponent,
+    read_options,
 )
 from nas.errors import InvalidInput
 
@@ -361,7 +362,7 @@ def parse_chain(text: str) -> ChainTheta | Theta:
             raise InvalidInput("theta", text, CHAIN_FORMS)
         theta = ChainTheta.parse(text) if numbers else ChainTheta.of(parse_theta(text))
     else:
-        theta = _named(text, name, options)
+        theta = _named(text.strip(), name)
     return Theta(*theta.values) if theta.factors == 2 else theta
 
 
@@ -377,16 +378,10 @@ def is_chain(text: str) -> bool:
 _TWO_FACTORS = ("dense", "low-rank", "kronecker", "tensor-train", "monarch", "btt")
 
 
-def _named(text: str, family: str, options: str) -> ChainTheta:
+def _named(text: str, family: str) -> ChainTheta:
     if family not in _families(2):
         raise InvalidInput("theta", text, CHAIN_FORMS)
-    given: dict[str, str] = {}
-    for option in filter(None, options.split(",")):
-        key, _, value = option.partition("=")
-        if key not in ("cores", "inputs", "outputs", "rho") or key in given:
-            accepted = f"{family} takes cores=, inputs=, outputs=, rho= each once"
-            raise InvalidInput("theta", text, accepted)
-        given[key] = value
+    given = read_options(text, ("cores", "inputs", "outputs", "rho"))
     counts = {str(n): n for n in range(2, MAX_FACTORS + 1)}
     cores = counts.get(given["cores"], 0)
     if not cores:

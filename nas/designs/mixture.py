@@ -20,7 +20,15 @@ from typing import Any
 from nas.designs.design import BlockOf, Choices, Family, LinearRole, Proposals
 from nas.designs.einsum import Sizes, Structure, fit_theta, theta_of, with_heads, with_zero
 from nas.designs.structure import LinearStructure
-from nas.designs.theta import AXES, DENSE, Theta, exact_exponent, format_exponent, parse_exponent
+from nas.designs.theta import (
+    AXES,
+    DENSE,
+    Theta,
+    exact_exponent,
+    format_exponent,
+    parse_exponent,
+    read_options,
+)
 from nas.errors import InvalidInput
 
 MAX_EXPERTS = 1024
@@ -160,19 +168,13 @@ def parse_mixture(text: str) -> Mixture:
     """
     if not isinstance(text, str) or len(text) > 400:
         raise InvalidInput("mixture", text, MIXTURE_FORMS)
-    family, _, options = text.strip().partition(":")
+    family = text.strip().partition(":")[0]
     if family not in _FAMILIES:
         raise InvalidInput("mixture", text, MIXTURE_FORMS)
     exponents, counts = dict(_FAMILIES[family]), dict(_COUNTS)
     own = ["theta"] if family == "einsum-moe" else [*exponents]
     theta: Theta | None = None
-    seen: set[str] = set()
-    for option in filter(None, (part.strip() for part in options.split(","))):
-        key, _, value = option.partition("=")
-        if key not in (*own, *counts) or key in seen:
-            takes = ", ".join(f"{o}=" for o in (*own, *counts))
-            raise InvalidInput("mixture", text, f"{family} takes {takes} each once")
-        seen.add(key)
+    for key, value in read_options(text.strip(), (*own, *counts), "mixture").items():
         if key in counts:
             if not (value.isascii() and value.isdigit() and len(value) < 10):
                 raise InvalidInput(key, value, "a whole number")

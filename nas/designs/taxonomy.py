@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nas.designs.theta import DENSE, MONARCH, Theta, parse_exponent
+from nas.designs.theta import DENSE, MONARCH, Theta, parse_exponent, read_options
 from nas.errors import InvalidInput
 
 #: Family → its default exponents. Private axes given to a family change their complement too.
@@ -76,17 +76,13 @@ def parse_theta(text: str) -> Theta:
     """
     if not isinstance(text, str) or len(text) > 400:
         raise InvalidInput("theta", text, NAMED_FORMS)
-    name, _, options = text.strip().partition(":")
+    name = text.strip().partition(":")[0]
     if name not in _FAMILIES:
         if name[:1].isdigit() or name[:1] in "-.+":
             return Theta.parse(text)
         raise InvalidInput("theta", text, NAMED_FORMS)
     exponents = dict(_FAMILIES[name])
-    for option in filter(None, options.split(",")):
-        axis, _, value = option.partition("=")
-        if axis not in exponents:
-            takes = ", ".join(f"{a}=" for a in _FAMILIES[name]) or "no options"
-            raise InvalidInput("theta", text, f"{name} takes {takes}")
+    for axis, value in read_options(text.strip(), exponents).items():
         exponents[axis] = parse_exponent(value, f"theta.{axis}")
         if exponents[axis] > 1:
             raise InvalidInput(f"theta.{axis}", value, "a number from 0 to 1")

@@ -11,7 +11,7 @@ min(d_in, d_out)^θ (ρ).  Source: Potapczynski et al., arXiv:2410.02117, sectio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -207,6 +207,24 @@ def parse_exponent(text: str, field: str) -> float:
         except (ValueError, ZeroDivisionError):
             pass
     raise InvalidInput(field, text, "a decimal or a fraction from 0 to 1, such as 0.25 or 1/4")
+
+
+def read_options(text: str, takes: Collection[str], field: str = "theta") -> dict[str, str]:
+    """The options of ``name:option=value,…``: each one that the name takes, and once.
+
+    >>> read_options("btt:rho=1/4", ["rho"])
+    {'rho': '1/4'}
+    """
+    name, _, options = text.partition(":")
+    found: dict[str, str] = {}
+    for option in filter(None, (part.strip() for part in options.split(","))):
+        key, _, value = option.partition("=")
+        if key not in takes or key in found:
+            listed = ", ".join(f"{option}=" for option in takes)
+            accepted = f"{name} takes {f'{listed} each once' if takes else 'no options'}"
+            raise InvalidInput(field, text, accepted)
+        found[key] = value
+    return found
 
 
 def exact_exponent(value: float) -> str:

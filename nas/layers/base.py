@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from nas.layers.modes import (
     plus_bias,
     reshaped_like,
 )
+from nas.layers.normalization import cap_rms
 from nas.layers.record import LayerRecord
 
 _Structure = TypeVar("_Structure", bound=LinearStructure)
@@ -28,6 +29,10 @@ RECORD = "_extra_state"
 
 class StructuredLinear(nn.Module):
     """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers.
+
+    A family's class gives `_shapes`, `_product`, `_plain`,
+    `_checked_plan` and `_chosen_plan`.  Parameters lie in the order factors, gains, others of
+    `_shapes`, bias.
 
     A `state_dict` holds a record of what the layer is beside its tensors; a layer that computes
     something else from the same tensors refuses them.  See `nas.layers.saving`.
@@ -43,6 +48,66 @@ class StructuredLinear(nn.Module):
     bias: Tensor | None
     #: whether it took the place of a layer whose weight is the transpose of its own
     in_place_of_conv1d: bool = False
+    _plan: Any = None
+
+    def __init__(
+        self,
+        structure: LinearStructure,
+        d_in: int,
+        d_out: int,
+        bias: bool,
+        zero_init: bool,
+        normalize: bool,
+        gain: bool,
+        d_in_base: int | None,
+        plan: Any,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.structure = sized(structure, d_in, d_out)
+        self.plan = plan
+        self.in_features, self.out_features = d_in, d_out
+        self.zero_init, self.normalize = zero_init, normalize
+        self.d_in_base = d_in if d_in_base is None else d_in_base
+        shapes = dict(self._shapes())
+        #: name, parameter and initial standard deviation of each factor, which compiled code
+        #: cannot work out
+        self._factors = tuple(
+            (name, parameter, structure.init_std(name))
+            for name, parameter in zip(structure.factors, shapes, strict=False)
+        )
+
+        def register(name: str, shape: tuple[int, ...] | None) -> None:
+            empty = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+
+        for _, parameter, _ in self._factors:
+            register(parameter, shapes.pop(parameter))
+        for name, _, _ in self._factors:
+            register(f"gain_{name}", (1,) if normalize and gain else None)
+        for name, shape in shapes.items():
+            register(name, shape)
+        register("bias", (d_out,) if bias else None)
+        self.reset_parameters()
+
+    def _shapes(self) -> Mapping[str, tuple[int, ...] | None]:
+        """The shapes of the learned tensors by parameter name: those of `structure.factors` in
+        their order, then others, None for one that this layer does not have."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the factors anew: normal, std sqrt(min(f_in, f_out)) / f_in."""
+        for name, parameter, std in self._factors:
+            factor, gain = getattr(self, parameter), getattr(self, f"gain_{name}")
+            factor.normal_(0.0, std, generator=generator)
+            if gain is not None:
+                gain.fill_(1.0)
+        if self.zero_init:  # the factor that is contracted last alone, so that gradients flow
+            factor.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out); no tokens give an empty output.
@@ -85,7 +150,7 @@ class StructuredLinear(nn.Module):
         """What this layer is built from."""
         gain = any(name.startswith("gain_") for name, _ in self.named_parameters(recurse=False))
         return LayerRecord(
-            self.structure,  # type: ignore[arg-type]
+            self.structure,
             self.bias is not None, self.normalize, gain, self.zero_init, self.d_in_base,
         )  # fmt: skip
 
@@ -172,11 +237,21 @@ class StructuredLinear(nn.Module):
     def factors(self) -> dict[str, nn.Parameter]:
         """The learned tensors with a learning rate of their own, by the names that
         `structure.adam_lr_multiplier` knows: factors, and a gate."""
-        raise NotImplementedError
+        return {name: getattr(self, parameter) for name, parameter, _ in self._factors}
+
+    def _effective_factors(self) -> list[Tensor]:
+        """The factors as they enter the product: capped at their initial RMS and scaled."""
+        if not self.normalize:
+            return [getattr(self, parameter) for _, parameter, _ in self._factors]
+        return [
+            cap_rms(getattr(self, parameter), std, getattr(self, f"gain_{name}"))
+            for name, parameter, std in self._factors
+        ]
 
     def _any_factor(self) -> Tensor:
         """A factor, for the layer's dtype and device."""
-        return self.factors()[self.structure.factors[0]]
+        factor: Tensor = getattr(self, self._factors[0][1])
+        return factor
 
     def _check(self, x: Tensor) -> None:
         """Raise `ValueError` or `TypeError` for an input of another dimension or dtype."""
@@ -200,23 +275,52 @@ class StructuredLinear(nn.Module):
 
     @property
     def plan(self) -> Any:
-        """The execution plan that was fixed, or None where each input chooses its own."""
-        raise NotImplementedError
+        """The execution plan that was fixed, or None where each input chooses its own.
+
+        Set it to a plan of the layer's family, to its text, or to None.  Plans change speed and
+        memory, and the result by rounding only; they are no part of `state_dict`.
+
+        >>> from nas.layers import layer_of
+        >>> layer = layer_of("monarch", 64, 64)
+        >>> layer.plan = "a-first tile=128 first=batched second=batched gemm=blas"
+        >>> str(layer.plan_for(1024))
+        'a-first tile=128 first=batched second=batched gemm=blas'
+        >>> str(layer_of("btt-moe", 64, 64, plan="grouping=batched").plan_for(1024))
+        'grouping=batched'
+        """
+        return self._plan
 
     @plan.setter
     def plan(self, value: Any) -> None:
+        self._plan = None if value is None else self._checked_plan(value)
+
+    def _checked_plan(self, value: Any) -> Any:
+        """The plan of this value, if it can run the layer's structure; else `InvalidInput`."""
         raise NotImplementedError
 
     def plan_for(
         self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Any:
-        """The plan that runs an input of `tokens` tokens; `device` and `dtype` are those of the
-        product, the layer's by default."""
+        """The plan that runs an input of `tokens` tokens: the fixed one, else the chosen one.
+
+        `device` and `dtype` are those of the product (under autocast its dtype); the layer's by
+        default.
+        """
+        if self._plan is not None:
+            return self._plan
+        factor = self._any_factor()
+        device = factor.device if device is None else device
+        return self._chosen_plan(tokens, device, factor.dtype if dtype is None else dtype)
+
+    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """The plan for `tokens` tokens where none is fixed."""
         raise NotImplementedError
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        raise NotImplementedError
+        factor = self._any_factor()
+        eye = torch.eye(self.in_features, dtype=factor.dtype, device=factor.device)
+        return self._product(eye).t().contiguous()  # one token for each input
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -229,6 +333,18 @@ class StructuredLinear(nn.Module):
         if self.bias is not None:
             linear.bias.copy_(self.bias)
         return linear
+
+    def _design_repr(self) -> str:
+        """How `extra_repr` begins: which of the family's designs this is."""
+        return f"theta={self.structure.theta}"  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        s = self.structure
+        rank = f", rank={s.rank}" if hasattr(s, "rank") else ""
+        return (
+            f"{self._design_repr()}, d_in={s.d_in}, d_out={s.d_out}, "
+            f"bias={self.bias is not None}, macs={s.macs}{rank}"
+        )
 
 
 def sized(structure: _Structure, d_in: int, d_out: int) -> _Structure:

@@ -9,16 +9,15 @@ from functools import lru_cache
 from itertools import pairwise, product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nas.designs.chain import ChainTheta, parse_chain
 from nas.designs.chain_structure import Axis, ChainStructure, Path
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear, sized
+from nas.layers.base import StructuredLinear
 from nas.layers.modes import autocast_dtype
-from nas.layers.normalization import cap_rms
 
 #: Tokens whose cheapest path is run by compiled code, which is made for any number of tokens.
 _COMPILED_TOKENS = 4096
@@ -81,55 +80,13 @@ class ChainLinear(StructuredLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        s = self.structure = _structure(theta, d_in, d_out)
-        # integers that every call needs; compiled code cannot work them out
-        self._caps = {name: s.init_std(name) for name in s.factors}
-        self._padding, self._surplus = s.padded_in - d_in, s.padded_out - d_out
-        self.plan = plan
-        self.in_features, self.out_features = d_in, d_out
-        self.zero_init, self.normalize = zero_init, normalize
-        self.d_in_base = d_in if d_in_base is None else d_in_base
+        super().__init__(
+            _structure(theta, d_in, d_out), d_in, d_out, bias,
+            zero_init, normalize, gain, d_in_base, plan, device, dtype,
+        )  # fmt: skip
 
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        for name, shape in zip(s.factors, s.shapes, strict=True):
-            self.register_parameter(name, empty(*shape))
-        for name in s.factors:
-            self.register_parameter(f"gain_{name}", empty(1) if normalize and gain else None)
-        self.register_parameter("bias", empty(d_out) if bias else None)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the factors anew: normal, std sqrt(min(f_in, f_out)) / f_in."""
-        for name, factor in self.factors().items():
-            factor.normal_(0.0, self._caps[name], generator=generator)
-            scalar = self._gain(name)
-            if scalar is not None:
-                scalar.fill_(1.0)
-        if self.zero_init:
-            self.factors()[self.structure.factors[-1]].zero_()
-        if self.bias is not None:
-            self.bias.zero_()
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        """The factors by name, in chain order."""
-        return {name: getattr(self, name) for name in self._caps}
-
-    def _gain(self, name: str) -> Tensor | None:
-        gain: Tensor | None = getattr(self, f"gain_{name}")
-        return gain
-
-    def _effective_factors(self) -> list[Tensor]:
-        """The factors as they enter the product: capped at their initial RMS and scaled."""
-        if not self.normalize:
-            return list(self.factors().values())
-        return [
-            cap_rms(factor, self._caps[name], self._gain(name))
-            for name, factor in self.factors().items()
-        ]
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self.structure.factors, self.structure.shapes, strict=True))
 
     def _product(self, x: Tensor) -> Tensor:
         factors = self._effective_factors()
@@ -145,10 +102,11 @@ class ChainLinear(StructuredLinear):
 
     def _contracted(self, program: _Program, factors: list[Tensor], x: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
-        if self._padding:
-            x = functional.pad(x, (0, self._padding))
+        padding, surplus = self._beyond
+        if padding:
+            x = functional.pad(x, (0, padding))
         y = _run(program, [*factors, x])
-        return y[:, : self.out_features] if self._surplus else y
+        return y[:, : self.out_features] if surplus else y
 
     @property
     def plan(self) -> str | None:
@@ -169,6 +127,8 @@ class ChainLinear(StructuredLinear):
         self._path = None if value is None else _parse_path(value, self.structure)
         # looked up here, since compiled code cannot
         self._compiled = self._program_for(_COMPILED_TOKENS)
+        s = self.structure
+        self._beyond = s.padded_in - s.d_in, s.padded_out - s.d_out
 
     def plan_for(
         self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -185,28 +145,12 @@ class ChainLinear(StructuredLinear):
     def _program_for(self, tokens: int) -> _Program:
         return _program(self.structure, self._path_for(tokens))
 
-    def to_matrix(self) -> Tensor:
-        """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        s, factors = self.structure, self._effective_factors()
-        eye = torch.eye(
-            s.d_in, s.padded_in, dtype=factors[0].dtype, device=factors[0].device
-        )  # one token for each input
-        columns = _run(self._program_for(s.d_in), [*factors, eye])
-        return columns[:, : s.d_out].t().contiguous()
-
-    def extra_repr(self) -> str:
-        s = self.structure
-        return (
-            f"theta={s.theta}, d_in={s.d_in}, d_out={s.d_out}, bias={self.bias is not None}, "
-            f"macs={s.macs}, rank={s.rank}"
-        )
-
 
 def _structure(
     theta: ChainTheta | Theta | str | Sequence[float] | ChainStructure, d_in: int, d_out: int
 ) -> ChainStructure:
     if isinstance(theta, ChainStructure):
-        return sized(theta, d_in, d_out)
+        return theta
     found = parse_chain(theta) if isinstance(theta, str) else ChainTheta.of(theta)
     return ChainStructure.of(found, d_in, d_out)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nas.designs.convolution import Convolution, ConvolutionStructure, parse_convolution
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear, sized
+from nas.layers.base import StructuredLinear
 from nas.layers.modes import autocast_dtype
-from nas.layers.normalization import cap_rms
 
 _PLAN = "conv1d"
 
@@ -45,8 +44,6 @@ class ConvolutionLinear(StructuredLinear):
     """
 
     structure: ConvolutionStructure
-    _plan: str | None = None
-    gain_A: Tensor | None
 
     def __init__(
         self,
@@ -63,49 +60,22 @@ class ConvolutionLinear(StructuredLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.structure = _structure(convolution, d_in, d_out)
-        self.plan = plan
-        self.in_features, self.out_features = d_in, d_out
-        self.zero_init, self.normalize = zero_init, normalize
-        self.d_in_base = d_in if d_in_base is None else d_in_base
+        super().__init__(
+            _structure(convolution, d_in, d_out), d_in, d_out, bias,
+            zero_init, normalize, gain, d_in_base, plan, device, dtype,
+        )  # fmt: skip
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         s = self.structure
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.A = empty(s.channels_out, s.channels_in, s.taps)
-        self.register_parameter("gain_A", empty(1) if normalize and gain else None)
-        self.register_parameter("bias", empty(d_out) if bias else None)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the kernel anew: normal, std sqrt(min(f_in, f_out)) / f_in."""
-        self.A.normal_(0.0, self.structure.init_std("A"), generator=generator)
-        if self.zero_init:
-            self.A.zero_()
-        if self.gain_A is not None:
-            self.gain_A.fill_(1.0)
-        if self.bias is not None:
-            self.bias.zero_()
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        """The kernel."""
-        return {"A": self.A}
-
-    def _effective(self) -> Tensor:
-        if not self.normalize:
-            return self.A
-        return cap_rms(self.A, self.structure.init_std("A"), self.gain_A)
+        return {"A": (s.channels_out, s.channels_in, s.taps)}
 
     def _product(self, x: Tensor) -> Tensor:
-        kernel = self._effective()
+        (kernel,) = self._effective_factors()
         dtype = autocast_dtype(x.device, kernel.dtype)
         return self._convolved(x.to(dtype), kernel.to(dtype)).contiguous()
 
     def _plain(self, x: Tensor) -> Tensor:
-        return self._convolved(x, self._effective())
+        return self._convolved(x, *self._effective_factors())
 
     def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
@@ -118,41 +88,23 @@ class ConvolutionLinear(StructuredLinear):
         y = functional.conv1d(z, kernel).flatten(1)
         return y[:, : s.d_out] if s.padded_out > s.d_out else y
 
-    @property
-    def plan(self) -> str | None:
-        """``conv1d`` if that was fixed, else None; it is what runs either way."""
-        return self._plan
-
-    @plan.setter
-    def plan(self, value: str | None) -> None:
-        if value not in (None, _PLAN):
+    def _checked_plan(self, value: object) -> str:
+        if value != _PLAN:
             raise InvalidInput("plan", value, f"None or {_PLAN}")
-        self._plan = value
-
-    def plan_for(
-        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> str:
-        """``conv1d``, for any input."""
         return _PLAN
 
-    def to_matrix(self) -> Tensor:
-        """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        eye = torch.eye(self.in_features, dtype=self.A.dtype, device=self.A.device)
-        return self._convolved(eye, self._effective()).t().contiguous()
+    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
+        return _PLAN
 
-    def extra_repr(self) -> str:
-        s = self.structure
-        return (
-            f"{s.convolution.name}, d_in={s.d_in}, d_out={s.d_out}, bias={self.bias is not None}, "
-            f"macs={s.macs}, rank={s.rank}"
-        )
+    def _design_repr(self) -> str:
+        return self.structure.convolution.name
 
 
 def _structure(
     convolution: Convolution | str | ConvolutionStructure, d_in: int, d_out: int
 ) -> ConvolutionStructure:
     if isinstance(convolution, ConvolutionStructure):
-        return sized(convolution, d_in, d_out)
+        return convolution
     found = parse_convolution(convolution) if isinstance(convolution, str) else convolution
     if not isinstance(found, Convolution):
         accepted = "a Convolution, its text, or a ConvolutionStructure"

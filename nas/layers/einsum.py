@@ -12,13 +12,12 @@ from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear, sized
+from nas.layers.base import StructuredLinear
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import measuring
 from nas.layers.kernels.contraction import contract, plain
 from nas.layers.kernels.einsum import matrix, workspace_elements
-from nas.layers.kernels.plan import Plan
-from nas.layers.normalization import cap_rms
+from nas.layers.kernels.plan import Plan, checked_plan
 
 
 class EinsumLinear(StructuredLinear):
@@ -67,9 +66,9 @@ class EinsumLinear(StructuredLinear):
     #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
     relative_error: float | None = None
     structure: Structure
-    _plan: Plan | None = None
-    gain_A: Tensor | None
-    gain_B: Tensor | None
+    A: nn.Parameter
+    B: nn.Parameter
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -87,99 +86,30 @@ class EinsumLinear(StructuredLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.structure = _structure(theta, d_in, d_out, sizing)
-        self.plan = plan
-        self.in_features, self.out_features = d_in, d_out
-        self.zero_init, self.normalize = zero_init, normalize
-        self.d_in_base = d_in if d_in_base is None else d_in_base
-        s = self.structure.sizes
+        super().__init__(
+            _structure(theta, d_in, d_out, sizing), d_in, d_out, bias,
+            zero_init, normalize, gain, d_in_base, plan, device, dtype,
+        )  # fmt: skip
 
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        if self.structure.is_dense:
-            self.weight = empty(d_out, d_in)
-        else:
-            self.A = empty(s.gamma, s.rho, s.phi, s.delta, s.alpha)
-            self.B = empty(s.phi, s.gamma, s.rho, s.beta, s.epsilon)
-        one_gain = normalize and gain
-        self.register_parameter("gain_A", empty(1) if one_gain else None)
-        self.register_parameter(
-            "gain_B", empty(1) if one_gain and not self.structure.is_dense else None
-        )
-        self.register_parameter("bias", empty(d_out) if bias else None)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the factors anew: normal, std sqrt(min(f_in, f_out)) / f_in."""
-        for name, factor in self.factors().items():
-            factor.normal_(0.0, self.structure.init_std(name), generator=generator)
-        if self.zero_init:
-            last = self.weight if self.structure.is_dense else self.B
-            last.zero_()
-        for scalar in (self.gain_A, self.gain_B):
-            if scalar is not None:
-                scalar.fill_(1.0)
-        if self.bias is not None:
-            self.bias.zero_()
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        """The factors by name; a dense layer's matrix is factor A."""
-        return {"A": self.weight} if self.structure.is_dense else {"A": self.A, "B": self.B}
-
-    def _effective(self, name: str, gain: Tensor | None) -> Tensor:
-        """The factor as it enters the product: capped at its initial RMS and scaled."""
-        factor: Tensor = self.factors()[name]
-        return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        structure, s = self.structure, self.structure.sizes
+        if structure.is_dense:
+            return {"weight": (structure.d_out, structure.d_in)}
+        return {
+            "A": (s.gamma, s.rho, s.phi, s.delta, s.alpha),
+            "B": (s.phi, s.gamma, s.rho, s.beta, s.epsilon),
+        }
 
     def _product(self, x: Tensor) -> Tensor:
-        return contract(x, *self._effective_factors(), self.out_features, self._plan)
+        return contract(x, *pair(self._effective_factors()), self.out_features, self._plan)
 
     def _plain(self, x: Tensor) -> Tensor:
-        return plain(x, *self._effective_factors(), self.structure)
+        return plain(x, *pair(self._effective_factors()), self.structure)
 
-    def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
-        a = self._effective("A", self.gain_A)
-        return a, None if self.structure.is_dense else self._effective("B", self.gain_B)
+    def _checked_plan(self, value: object) -> Plan:
+        return checked_plan(Plan, value, self.structure)
 
-    @property
-    def plan(self) -> Plan | None:
-        """The execution plan that was fixed, or None where each input chooses its own.
-
-        Set it to a `Plan`, to its text, or to None.  Plans change speed and memory, and the result
-        by rounding only; they are no part of `state_dict`.
-
-        >>> layer = EinsumLinear("monarch", 64, 64)
-        >>> layer.plan = "a-first tile=128 first=batched second=batched gemm=blas"
-        >>> str(layer.plan_for(1024))
-        'a-first tile=128 first=batched second=batched gemm=blas'
-        """
-        return self._plan
-
-    @plan.setter
-    def plan(self, value: Plan | str | None) -> None:
-        if value is None:
-            self._plan = None
-            return
-        plan = Plan.parse(value) if isinstance(value, str) else value
-        if not isinstance(plan, Plan):
-            raise InvalidInput("plan", value, "a Plan, its text, or None")
-        self._plan = plan.checked(self.structure)
-
-    def plan_for(
-        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Plan:
-        """The plan that runs an input of `tokens` tokens: fixed, else remembered, else modelled.
-
-        `device` and `dtype` are those of the product (under autocast its dtype); the layer's by
-        default.
-        """
-        if self._plan is not None:
-            return self._plan
-        device = self._any_factor().device if device is None else device
-        dtype = self._any_factor().dtype if dtype is None else dtype
+    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Plan:
         return measuring.resolve(self.structure, tokens, device, dtype)
 
     def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Plan:
@@ -204,7 +134,7 @@ class EinsumLinear(StructuredLinear):
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        return matrix(*self._effective_factors(), self.out_features, self.in_features)
+        return matrix(*pair(self._effective_factors()), self.out_features, self.in_features)
 
     @classmethod
     @torch.no_grad()
@@ -254,19 +184,17 @@ class EinsumLinear(StructuredLinear):
             layer.bias.copy_(linear.bias)
         return layer.train(linear.training)
 
-    def extra_repr(self) -> str:
-        s = self.structure
-        return (
-            f"theta={s.theta}, d_in={s.d_in}, d_out={s.d_out}, bias={self.bias is not None}, "
-            f"macs={s.macs}, rank={s.rank}"
-        )
+
+def pair(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Factors A and B; of a dense layer its matrix and None."""
+    return factors[0], factors[1] if len(factors) == 2 else None
 
 
 def _structure(
     theta: Theta | str | Sequence[float] | Structure, d_in: int, d_out: int, sizing: Sizing
 ) -> Structure:
     if isinstance(theta, Structure):
-        return sized(theta, d_in, d_out)
+        return theta
     return Structure.of(
         parse_theta(theta) if isinstance(theta, str) else Theta.of(theta), d_in, d_out, sizing
     )

@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from nas.designs.mixture import Mixture, MixtureStructure, ffn_structures, parse_mixture
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear, sized
-from nas.layers.einsum import EinsumLinear
+from nas.layers.base import StructuredLinear
+from nas.layers.einsum import EinsumLinear, pair
 from nas.layers.kernels.mixing import mix
 from nas.layers.kernels.mixture_kernels import Form
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan
+from nas.layers.kernels.plan import checked_plan
 from nas.layers.modes import (
     is_recorded,
     over_nested,
@@ -20,7 +21,6 @@ from nas.layers.modes import (
     reshaped_like,
     without_autocast,
 )
-from nas.layers.normalization import cap_rms
 from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
 
 __all__ = ["MixtureFFN", "MixtureLinear", "auxiliary_loss", "router_statistics"]
@@ -64,9 +64,8 @@ class MixtureLinear(Gated, StructuredLinear):
     """
 
     structure: MixtureStructure
-    _plan: MixturePlan | None = None
-    gain_A: Tensor | None
-    gain_B: Tensor | None
+    A: nn.Parameter
+    B: nn.Parameter
     gate: nn.Parameter | None
 
     def __init__(
@@ -84,62 +83,34 @@ class MixtureLinear(Gated, StructuredLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.structure = _structure(mixture, d_in, d_out)
-        self.plan = plan
-        self.in_features, self.out_features = d_in, d_out
-        self.zero_init, self.normalize = zero_init, normalize
-        self.d_in_base = d_in if d_in_base is None else d_in_base
-        expert, experts = self.structure.expert, self.structure.experts
-        s = expert.sizes
+        super().__init__(
+            _structure(mixture, d_in, d_out), d_in, d_out, bias,
+            zero_init, normalize, gain, d_in_base, plan, device, dtype,
+        )  # fmt: skip
 
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        if expert.is_dense:
-            self.weight = empty(experts, d_out, d_in)
-        else:
-            self.A = empty(experts, s.gamma, s.rho, s.phi, s.delta, s.alpha)
-            self.B = empty(experts, s.phi, s.gamma, s.rho, s.beta, s.epsilon)
-        one_gain = normalize and gain
-        self.register_parameter("gain_A", empty(1) if one_gain else None)
-        self.register_parameter("gain_B", empty(1) if one_gain and not expert.is_dense else None)
-        self.register_parameter("gate", empty(experts, d_in) if self.structure.gated else None)
-        self.register_parameter("bias", empty(d_out) if bias else None)
-        self.reset_parameters()
+    def _shapes(self) -> dict[str, tuple[int, ...] | None]:
+        structure, s = self.structure, self.structure.expert.sizes
+        experts, d_in, d_out = structure.experts, structure.d_in, structure.d_out
+        gate = {"gate": (experts, d_in) if structure.gated else None}
+        if structure.expert.is_dense:
+            return {"weight": (experts, d_out, d_in), **gate}
+        return {
+            "A": (experts, s.gamma, s.rho, s.phi, s.delta, s.alpha),
+            "B": (experts, s.phi, s.gamma, s.rho, s.beta, s.epsilon),
+            **gate,
+        }
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the factors anew, each expert as a layer of its own; the gate becomes zero."""
-        for name, factor in self.factors().items():
-            if name == "gate":
-                factor.zero_()
-            else:
-                factor.normal_(0.0, self.structure.init_std(name), generator=generator)
-        if self.zero_init:
-            last = self.weight if self.structure.expert.is_dense else self.B
-            last.zero_()
-        for scalar in (self.gain_A, self.gain_B):
-            if scalar is not None:
-                scalar.fill_(1.0)
-        if self.bias is not None:
-            self.bias.zero_()
+        super().reset_parameters(generator)
+        if self.gate is not None:
+            self.gate.zero_()
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The factors by name, the matrices of dense experts being A; and the gate if there is."""
-        found = {"A": self.weight} if self.structure.expert.is_dense else {"A": self.A, "B": self.B}
+        found = super().factors()
         return found if self.gate is None else {**found, "gate": self.gate}
-
-    def _effective(self, name: str, factor: Tensor, gain: Tensor | None) -> Tensor:
-        return cap_rms(factor, self.structure.init_std(name), gain) if self.normalize else factor
-
-    def _effective_factors(self) -> tuple[Tensor, Tensor | None]:
-        if self.structure.expert.is_dense:
-            return self._effective("A", self.weight, self.gain_A), None
-        return (
-            self._effective("A", self.A, self.gain_A),
-            self._effective("B", self.B, self.gain_B),
-        )
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """As of every structured layer; `routing` replaces the gate, and a layer without a gate
@@ -157,7 +128,7 @@ class MixtureLinear(Gated, StructuredLinear):
 
     def _plain(self, x: Tensor) -> Tensor:
         """Every expert on every token: as many times the work as there are experts."""
-        (a, b), e = self._effective_factors(), self.structure.expert
+        (a, b), e = pair(self._effective_factors()), self.structure.expert
         gates = self._gates(x)
         if b is None:  # one product at a time, for the order of three depends on the sizes
             return torch.einsum("neo,ne->no", torch.einsum("ni,eoi->neo", x, a), gates)
@@ -189,49 +160,15 @@ class MixtureLinear(Gated, StructuredLinear):
 
     def product(self, x: Tensor, routing: Routing, form: Form = "both") -> Tensor:
         """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`."""
-        a, b = self._effective_factors()
+        a, b = pair(self._effective_factors())
         weights, chosen = routing.weights, routing.chosen
         return mix(x, weights, chosen, a, b, self.out_features, self._plan, form)
 
-    @property
-    def plan(self) -> MixturePlan | None:
-        """The execution plan that was fixed, or None where each input chooses its own.
+    def _checked_plan(self, value: object) -> MixturePlan:
+        return checked_plan(MixturePlan, value, self.structure)
 
-        Set it to a `MixturePlan`, to its text, or to None.  Plans change speed and memory, and the
-        result by rounding only; they are no part of `state_dict`.
-
-        >>> layer = MixtureLinear("btt-moe", 64, 64, plan="grouping=batched")
-        >>> str(layer.plan_for(1024))
-        'grouping=batched'
-        """
-        return self._plan
-
-    @plan.setter
-    def plan(self, value: MixturePlan | str | None) -> None:
-        if value is None:
-            self._plan = None
-            return
-        plan = MixturePlan.parse(value) if isinstance(value, str) else value
-        if not isinstance(plan, MixturePlan):
-            raise InvalidInput("plan", value, "a MixturePlan, its text, or None")
-        self._plan = plan.checked(self.structure)
-
-    def plan_for(
-        self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> MixturePlan:
-        """The plan that runs an input of `tokens` tokens: fixed, else by the cost model.
-
-        `device` and `dtype` are those of the product; the layer's by default.
-        """
-        if self._plan is not None:
-            return self._plan
-        factor = self._any_factor()
-        return choose_mixture_plan(
-            self.structure,
-            tokens,
-            factor.device if device is None else device,
-            factor.dtype if dtype is None else dtype,
-        )
+    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> MixturePlan:
+        return choose_mixture_plan(self.structure, tokens, device, dtype)
 
     def to_matrix(self) -> Tensor:
         """Raises TypeError: which matrix a mixture applies depends on the token."""
@@ -263,7 +200,6 @@ class MixtureLinear(Gated, StructuredLinear):
             raise InvalidInput("layer", f"EinsumLinear({layer.extra_repr()})", accepted)
         structure = MixtureStructure.split(whole, experts, active)
         a, b = layer._effective_factors()
-        assert b is not None
         made = cls(
             structure, layer.in_features, layer.out_features, layer.bias is not None,
             d_in_base=layer.d_in_base, device=a.device, dtype=a.dtype,
@@ -275,12 +211,9 @@ class MixtureLinear(Gated, StructuredLinear):
         made.zero_init = layer.zero_init
         return made.train(layer.training)
 
-    def extra_repr(self) -> str:
+    def _design_repr(self) -> str:
         s = self.structure
-        return (
-            f"experts={s.experts}, active={s.active}, theta={s.expert.theta}, d_in={s.d_in}, "
-            f"d_out={s.d_out}, bias={self.bias is not None}, macs={s.macs}"
-        )
+        return f"experts={s.experts}, active={s.active}, theta={s.expert.theta}"
 
 
 class MixtureFFN(nn.Module):
@@ -366,9 +299,7 @@ class MixtureFFN(nn.Module):
 
     def _plain(self, x: Tensor) -> Tensor:
         """(n, width) → (n, width); see `StructuredLinear._plain`."""
-        (first, _), (second, _) = (
-            layer._effective_factors() for layer in (self.mlp_in, self.mlp_out)
-        )
+        (first,), (second,) = (layer._effective_factors() for layer in (self.mlp_in, self.mlp_out))
         hidden = torch.einsum("ni,eoi->neo", x, first)
         if self.mlp_in.bias is not None:
             hidden = hidden + self.mlp_in.bias.to(hidden.dtype)
@@ -381,7 +312,7 @@ def _structure(
     mixture: Mixture | str | MixtureStructure, d_in: int, d_out: int
 ) -> MixtureStructure:
     if isinstance(mixture, MixtureStructure):
-        return sized(mixture, d_in, d_out)
+        return mixture
     if not isinstance(mixture, Mixture):
         mixture = parse_mixture(mixture)
     return MixtureStructure.of(mixture, d_in, d_out)

@@ -7,17 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import forward_ad
 
-
-def transforms_active() -> bool:
-    """Whether `torch.func` or forward-mode differentiation sees the operations that follow.
-
-    Those understand torch's own operations, not a `torch.autograd.Function` around kernels.  The
-    level is asked for, not the stack of transforms, which compiled code takes to be there always.
-    """
-    level = torch._C._functorch.maybe_current_level()
-    return level is not None or forward_ad._current_level >= 0
+from nas.layers.kernels.torch_internals import ragged_dimension
+from nas.layers.kernels.torch_internals import transforms_active as transforms_active
 
 
 def is_recorded(x: Tensor) -> bool:
@@ -25,7 +17,8 @@ def is_recorded(x: Tensor) -> bool:
     by `torch.export`, `torch.onnx`, `torch.jit.trace` or `torch.fx`, whose x is a proxy."""
     if torch.compiler.is_compiling():  # torch.compile cannot trace the questions below
         return torch.compiler.is_exporting()
-    return torch._C._is_tracing() or isinstance(x, fx.Proxy)
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or isinstance(x, fx.Proxy)
 
 
 def reshaped_like(y: Tensor, x: Tensor, width: int) -> Tensor:
@@ -43,7 +36,7 @@ def over_nested(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if x.layout is not torch.jagged:
         return torch.nested.as_nested_tensor([layer(part) for part in x.unbind()])
-    ragged: int = x._ragged_idx  # type: ignore[attr-defined]
+    ragged = ragged_dimension(x)
     if ragged == x.dim() - 1:
         raise ValueError("got a nested tensor whose last dimension is ragged")
     offsets, lengths = x.offsets(), x.lengths()  # type: ignore[attr-defined]

@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from nas.designs.design import Design, parse_design, proposals, structure_of
 from nas.designs.mixture import Mixture
 from nas.designs.theta import DENSE, Theta
-from nas.errors import InvalidInput, echo
+from nas.errors import InvalidInput
+from nas.planning.accepted import validated
 from nas.planning.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
-from nas.planning.recipe import RECIPES, TASKS, Recipe, recipe_of
+from nas.planning.recipe import (
+    RECIPES,
+    SETTINGS,
+    TASKS,
+    ImageRecipe,
+    Recipe,
+    TextRecipe,
+    recipe_of,
+)
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
-Family = Literal[
-    "einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"
-]  # fmt: skip
+Family = Literal["einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"]
 Heads = Literal["free", "aligned"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 MIXTURES: tuple[str, ...] = tuple(f for f in FAMILIES if f.endswith("-moe"))
@@ -33,13 +39,10 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
 MAX_CONFIRM_SEEDS = 64
-#: Smallest vocabulary of a byte-pair tokenizer; only text that is tokenised already may have less.
-_BYTES = 256
 MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
 #: Longest limit of time, three years: an operating system's clock must be able to hold it.
 MAX_SECONDS = 1e8
-_EACH_ONCE: JsonDict = {"uniqueItems": True}
 
 
 def _as_whole(given: Any) -> Any:
@@ -76,11 +79,21 @@ class Confirm(BaseModel):
 
     search: str = Field(max_length=64, description="The search whose runs are confirmed.")
     runs: tuple[ConfirmedRun, ...] = Field(min_length=1, max_length=MAX_TRIALS)
-    seeds: tuple[int, ...] = Field(min_length=1, max_length=MAX_CONFIRM_SEEDS)
+    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...] = Field(
+        min_length=1, max_length=MAX_CONFIRM_SEEDS
+    )
     longer: float = Field(1.0, ge=1, description="Steps relative to those of the confirmed run.")
     top: int = Field(ge=1, description="Number of candidates that was requested.")
     spread: bool = Field(
         False, description="Whether they were taken from the whole ranking, not from its top."
+    )
+
+
+def _choices(default: tuple[Any, ...], most: int, description: str) -> Any:
+    """A field of one to `most` different values."""
+    once: JsonDict = {"uniqueItems": True}
+    return Field(
+        default, min_length=1, max_length=most, description=description, json_schema_extra=once
     )
 
 
@@ -89,41 +102,21 @@ class Space(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    families: tuple[Family, ...] = Field(
-        ("einsum",),
-        min_length=1,
-        max_length=len(FAMILIES),
-        description=" | ".join(FAMILIES),
-        json_schema_extra=_EACH_ONCE,
+    families: tuple[Family, ...] = _choices(("einsum",), len(FAMILIES), " | ".join(FAMILIES))
+    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True), WHOLE], ...] = _choices(
+        (2,), MAX_FACTORS, "Factors of family einsum."
     )
-    factors: tuple[Annotated[int, Field(ge=2, le=MAX_FACTORS, strict=True), WHOLE], ...] = Field(
-        (2,),
-        min_length=1,
-        max_length=MAX_FACTORS,
-        description="Factors of family einsum.",
-        json_schema_extra=_EACH_ONCE,
+    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True), WHOLE], ...] = _choices(
+        (8,), 16, "Experts of the mixtures."
     )
-    experts: tuple[Annotated[int, Field(ge=2, le=1024, strict=True), WHOLE], ...] = Field(
-        (8,),
-        min_length=1,
-        max_length=16,
-        description="Experts of the mixtures.",
-        json_schema_extra=_EACH_ONCE,
+    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True), WHOLE], ...] = _choices(
+        (2,), 16, "Experts that process each token."
     )
-    active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True), WHOLE], ...] = Field(
-        (2,),
-        min_length=1,
-        max_length=16,
-        description="Experts that process each token.",
-        json_schema_extra=_EACH_ONCE,
-    )
-    heads: tuple[Heads, ...] = Field(
+    heads: tuple[Heads, ...] = _choices(
         ("free",),
-        min_length=1,
-        max_length=2,
-        description="Whether attention heads coincide with blocks of the projections: free | "
-        "aligned. Applies to two factors, btt-moe and low-rank-moe; other designs are free.",
-        json_schema_extra=_EACH_ONCE,
+        2,
+        "Whether attention heads coincide with blocks of the projections: free | aligned. Applies "
+        "to two factors, btt-moe and low-rank-moe; other designs are free.",
     )
 
     @property
@@ -208,7 +201,7 @@ class SearchRequest(BaseModel):
         None,
         description="Settings of the recipe to change, by name.",
         examples=[{"depth": 6}],
-        json_schema_extra={"propertyNames": {"enum": [f.name for f in fields(Recipe)]}},
+        json_schema_extra={"propertyNames": {"enum": list(SETTINGS)}},
     )
     train_flops: float = Field(
         # the accepted range depends on the recipe; check_budget raises an error that says it
@@ -230,10 +223,10 @@ class SearchRequest(BaseModel):
         0, description="Seed of proposals and of every run."
     )
     references: Annotated[int, Field(ge=MIN_REFERENCES, le=MAX_REFERENCES), WHOLE] = Field(
-        5, 
+        5,
         description="Dense runs at distinct widths, besides the trials; fewer only if the "
-        "budget admits fewer widths."
-    )  # fmt: skip
+        "budget admits fewer widths.",
+    )
 
     space: Space | None = Field(
         None,
@@ -288,12 +281,7 @@ class SearchRequest(BaseModel):
         InvalidInput
             Names the field, repeats the value and says what is accepted.
         """
-        if not isinstance(values, dict):
-            raise InvalidInput("body", values, "a JSON object with the fields of a search")
-        try:
-            request = cls(**{str(k): v for k, v in values.items()})
-        except ValidationError as error:
-            raise _explain(error) from None
+        request = validated(cls, values, _ACCEPTED)
         request._check_ranges()
         return request._plain()
 
@@ -323,11 +311,10 @@ class SearchRequest(BaseModel):
             raise InvalidInput("space.heads", list(self.designs.heads), accepted)
         if self.data is not None and (not self.data or not _clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
-        if self.data is None:
+        if self.data is None and isinstance(recipe, ImageRecipe):
             recipe.check_default_data()
-        if self.data is None and recipe.tokenizer == "bpe" and recipe.vocabulary < _BYTES:
-            accepted = f"at least {_BYTES}, the bytes, with tokenizer=bpe"
-            raise InvalidInput("vocabulary", recipe.vocabulary, accepted)
+        if self.data is None and isinstance(recipe, TextRecipe):
+            recipe.check_bytes()
         self.check_budget(recipe)
         self._check_confirm(recipe)
         self._check_limits()
@@ -349,63 +336,20 @@ class SearchRequest(BaseModel):
             return
         if self.trials != len(self.confirm.runs) * len(self.confirm.seeds):
             raise InvalidInput("trials", self.trials, "runs × seeds of `confirm`")
-        for seed in self.confirm.seeds:
-            if not 0 <= seed <= MAX_SEED:
-                raise InvalidInput("confirm", seed, _ACCEPTED["seed"])
         for run in self.confirm.runs:
             _ = run.as_design
             if run.width not in recipe.widths:
                 raise InvalidInput("confirm", run.width, f"a width of recipe {recipe.name}")
 
 
+#: What fields accept whose schemas do not say it.
 _ACCEPTED = {
-    "space": "an object of lists: families, factors, experts, active, heads",
-    "limits": "an object of numbers above 0: trial_seconds, seconds, total_train_flops",
-    "priority": f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
-    "confirm": "null, or the value that POST /v1/searches/{id}/confirm sets",
-    "task": " | ".join(TASKS),
     "data": "a file or folder name of printable characters",
-    "recipe": " | ".join(RECIPES),
     "overrides": "an object of settings of the recipe and their values",
-    "train_flops": "a finite number of train FLOPs",
-    "trials": f"a whole number from 1 to {MAX_TRIALS}",
-    "objective": " | ".join(OBJECTIVES),
-    "sampler": " | ".join(SAMPLERS),
-    "seed": f"a whole number from 0 to {MAX_SEED}",
-    "references": f"a whole number from {MIN_REFERENCES} to {MAX_REFERENCES}",
-}
-
-
-_ACCEPTED_OF_SPACE = {
-    "families": " | ".join(FAMILIES),
-    "factors": f"different whole numbers from 2 to {MAX_FACTORS}",
-    "experts": "different whole numbers from 2 to 1024",
-    "active": "different whole numbers from 1 to the number of experts",
-    "heads": "free | aligned",
+    "confirm": "null, or the value that POST /v1/searches/{id}/confirm sets",
 }
 
 
 def _clean_text(text: str) -> bool:
     """Whether databases and file systems accept the text: no NUL, no lone surrogate."""
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
-
-
-def _explain(error: ValidationError) -> InvalidInput:
-    first = error.errors(include_url=False, include_context=False)[0]
-    field = echo(str(first["loc"][0])) if first["loc"] else "body"
-    if first["type"] == "missing":
-        return InvalidInput(field, "nothing", _ACCEPTED[field])
-    if field == "limits" and len(first["loc"]) > 1:
-        own = echo(str(first["loc"][1]))
-        names = ", ".join(Limits.model_fields)
-        most = f", at most {MAX_SECONDS:g}" if own.endswith("seconds") else ""
-        known = own in Limits.model_fields
-        accepted = f"a number above 0{most}" if known else f"only the fields {names}"
-        return InvalidInput(f"limits.{own}", first["input"], accepted)
-    if field == "space" and len(first["loc"]) > 1:
-        own = echo(str(first["loc"][1]))
-        accepted = _ACCEPTED_OF_SPACE.get(own, f"only the fields {', '.join(_ACCEPTED_OF_SPACE)}")
-        return InvalidInput(f"space.{own}", first["input"], accepted)
-    if field not in _ACCEPTED:
-        return InvalidInput(field, first["input"], f"only the fields {', '.join(_ACCEPTED)}")
-    return InvalidInput(field, first["input"], _ACCEPTED[field])

@@ -104,7 +104,7 @@ def checked_flops(value: float, field: str = "train_flops") -> float:
 class Scope:
     """What an answer is about: a task's data and recipe, or one search on it."""
 
-    #: of `nas.store.standings`
+    #: of `nas.store.scopes`
     name: str
     task: str
     #: None for a search whose data no worker has loaded yet

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from nas.errors import Conflict, IdempotencyConflict, InvalidInput, echo
+from nas.errors import Conflict, IdempotencyConflict, InvalidInput
+from nas.planning.accepted import validated
 from nas.planning.cost import MAX_TRAIN_FLOPS
 from nas.planning.request import (
     MAX_CONFIRM_SEEDS,
@@ -50,23 +51,7 @@ class ConfirmRequest(BaseModel):
     @classmethod
     def checked(cls, values: Any) -> ConfirmRequest:
         """Validate plain values; `InvalidInput` names the first bad field."""
-        if not isinstance(values, dict):
-            raise InvalidInput("body", values, "a JSON object with top, seeds, longer, spread")
-        try:
-            return cls(**{str(k): v for k, v in values.items()})
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            field = echo(str(first["loc"][0])) if first["loc"] else "body"
-            raise InvalidInput(field, first["input"], _ACCEPTED.get(field, _ONLY)) from None
-
-
-_ACCEPTED = {
-    "top": f"a whole number from 1 to {MAX_TRIALS}",
-    "seeds": f"a whole number from 1 to {MAX_CONFIRM_SEEDS}",
-    "longer": f"a number from 1 to {MAX_LONGER:g}",
-    "spread": "true | false",
-}
-_ONLY = f"only the fields {', '.join(_ACCEPTED)}"
+        return validated(cls, values)
 
 
 def create_confirmation(

@@ -3,11 +3,13 @@
 from nas.records.run import CurvePoint, Run
 from nas.records.search import Search
 from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure
+from nas.store.evidence import Standings
+from nas.store.fronts import AXES
 from nas.store.leases import Leases
 from nas.store.migrate import upgrade
 from nas.store.records import ConfirmedPair, Event, Lease, Renewal, ScopeState, TrialDraft
+from nas.store.scopes import of_tenant, task_scope
 from nas.store.searches import Store
-from nas.store.standings import AXES, Standings, of_tenant, task_scope
 
 __all__ = [
     "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal",

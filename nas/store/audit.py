@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from nas.errors import InvalidInput, echo
 from nas.logs import masked
 from nas.store import rows
-from nas.store.engine import reading, writing
-from nas.store.schema import AuditRow
-from nas.store.searches import MAX_PAGE, Store
+from nas.store.engine import SECONDS_PER_DAY, reading, writing
+from nas.store.schema import AuditRow, database_now
+from nas.store.searches import Store
+from nas.store.selecting import newest, pages
 
-_SECONDS_PER_DAY = 86_400.0
 #: Days for which the database itself refuses to delete a record.
 LEAST_DAYS = 90.0
-#: Rows of one delete.
-_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +41,20 @@ class Entry:
     request_id: str | None
 
 
-def add_audit(
-    session: Session,
-    action: str,
-    *,
-    tenant: str | None = None,
-    key_id: str | None = None,
-    target: str | None = None,
-    status: int | None = None,
-    reason: str | None = None,
-    address: str | None = None,
-    request_id: str | None = None,
-) -> None:
-    """Append a record in the caller's transaction; texts are cut to the columns' lengths."""
-    session.add(
-        AuditRow(
-            created_at=rows.now(session), tenant=tenant, key_id=key_id, status=status,
-            action=_cut(action, 128) or "", target=_cut(target, 128), reason=_cut(reason, 255),
-            address=_cut(address, 64), request_id=_cut(request_id, 128),
-        )
-    )  # fmt: skip
+def add_audit(session: Session, action: str, **values: str | int | None) -> None:
+    """Append a record in the caller's transaction; texts are cut to the columns' lengths.
 
-
-def _cut(text: str | None, length: int) -> str | None:
-    return None if text is None else masked(echo(text))[:length]
+    Parameters
+    ----------
+    values
+        The other fields of an `Entry`, but for its id and its time.
+    """
+    columns: Any = AuditRow.__table__.columns
+    stored = {
+        name: masked(echo(v))[: columns[name].type.length] if isinstance(v, str) else v
+        for name, v in {"action": action, **values}.items()
+    }
+    session.add(AuditRow(created_at=rows.now(session), **stored))
 
 
 class Audit:
@@ -77,18 +66,13 @@ class Audit:
     def add(self, action: str, **values: str | int | None) -> None:
         """Append a record; see `add_audit`."""
         with writing(self._engine) as session:
-            add_audit(session, action, **values)  # type: ignore[arg-type]
+            add_audit(session, action, **values)
 
     def entries(
         self, *, before: int | None = None, limit: int = 50, tenant: str | None = None
     ) -> list[Entry]:
         """The newest records, or those before the id `before`."""
-        columns = AuditRow.__table__.columns
-        query = select(*columns).order_by(AuditRow.id.desc()).limit(min(limit, MAX_PAGE))
-        if before is not None:
-            query = query.where(AuditRow.id < before)
-        if tenant is not None:
-            query = query.where(AuditRow.tenant == tenant)
+        query = newest(AuditRow, AuditRow.id, before, limit, tenant=tenant)
         with reading(self._engine) as session:
             return [Entry(**row._mapping) for row in session.execute(query)]
 
@@ -103,15 +87,15 @@ class Audit:
         if not days >= LEAST_DAYS:
             raise InvalidInput("audit_days", days, f"a number of days from {LEAST_DAYS:g}")
         count = 0
-        with reading(self._engine) as session:
-            old = AuditRow.created_at < rows.now(session) - days * _SECONDS_PER_DAY
+        old = select(AuditRow.id).where(
+            AuditRow.created_at < database_now() - days * SECONDS_PER_DAY
+        )
+        for page in pages(self._engine, old, AuditRow.id):
             if dry_run:
-                return session.scalar(select(func.count()).select_from(AuditRow).where(old)) or 0
-        while True:
+                count += len(page)
+                continue
+            ids = [row.id for row in page]
+            gone = delete(AuditRow).where(AuditRow.id.in_(ids)).returning(AuditRow.id)
             with writing(self._engine) as session:
-                page = select(AuditRow.id).where(old).order_by(AuditRow.id).limit(_AT_ONCE)
-                ids = list(session.scalars(page))
-                if not ids:
-                    return count
-                session.execute(delete(AuditRow).where(AuditRow.id.in_(ids)))
-                count += len(ids)
+                count += len(session.execute(gone).all())
+        return count

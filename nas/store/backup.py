@@ -395,12 +395,7 @@ def _release(target: Connection) -> tuple[str, ...]:
             data = {"worker": row.worker, "epoch": row.epoch + 1}
             row.epoch += 1
             rows.add_event(session, row.id, "restored", data)
-            if row.cancel_requested:
-                lifecycle.end(session, row, "cancelled")
-            elif row.pause_requested:
-                lifecycle.pause_now(session, row)
-            else:
-                lifecycle.stop_running(session, row, "queued")
+            lifecycle.take_back(session, row)
             released.append(row.id)
         session.flush()
     return tuple(released)

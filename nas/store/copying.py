@@ -19,7 +19,6 @@ from sqlalchemy import (
     inspect,
     select,
     table,
-    text,
 )
 from sqlalchemy.exc import (
     DataError,
@@ -32,9 +31,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
+from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable, one_line
 from nas.store.engine import shown_url, translated
-from nas.store.migrate import known_revisions
+from nas.store.migrate import known_revisions, stored_revision
 from nas.store.schema import Base
 
 #: Rows that are in memory at once.
@@ -134,7 +133,7 @@ def _insert(target: Connection, into: Table, part: list[dict[str, Any]]) -> None
 
 def said(error: DBAPIError) -> str:
     """A driver's error message, in one line."""
-    return " ".join(str(error.orig).split())
+    return one_line(error.orig)
 
 
 def count_rows(connection: Connection, name: str) -> int:
@@ -146,8 +145,7 @@ def revision_of(connection: Connection) -> str | None:
     """The revision of a database's schema; None if it is not a database of this program."""
     if not {"alembic_version", "searches"} <= set(inspect(connection).get_table_names()):
         return None
-    found = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return None if found is None else str(found)
+    return stored_revision(connection)
 
 
 def check_known(revision: str, field: str, where: str) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, create_engine, inspect, select
+from sqlalchemy import create_engine, inspect, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
-from nas.errors import InvalidInput, StoreUnavailable
+from nas.errors import InvalidInput, StoreUnavailable, one_line
 from nas.records.run import CurvePoint, Run
 from nas.records.trial import StoredPoint, Trial
 from nas.store import rows
 from nas.store.engine import ACCEPTED, connect_arguments, parse, reading, shown_url
-from nas.store.schema import PointRow, SearchRow, TrialRow
+from nas.store.schema import SearchRow, TrialRow
+from nas.store.scopes import repeats, within
 from nas.store.searches import Store
+from nas.store.selecting import curves_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,10 @@ def iterate_runs(
     NotFound
         No such search.
     """
-    repeats, where = _scope(search_id, task, fingerprint)
-    if search_id is None:
-        where.append(SearchRow.tenant == store.tenant)
     query = (
-        select(TrialRow, SearchRow.task, SearchRow.task_fingerprint, repeats.label("repeats"))
+        select(TrialRow, SearchRow.task, SearchRow.task_fingerprint, repeats(search_id))
         .join(SearchRow, TrialRow.search_id == SearchRow.id)
-        .where(*where)
+        .where(*within(search_id, task, fingerprint, store.tenant))
         .order_by(TrialRow.id)
         .limit(batch)
     )
@@ -81,7 +79,7 @@ def iterate_runs(
             page = session.execute(
                 query if after is None else query.where(TrialRow.id > after)
             ).all()
-            curves = _curves(session, [row.id for row, *_ in page])
+            curves = curves_of(session, [row.id for row, *_ in page])
             runs = [
                 StoredRun(
                     rows.to_trial(row), tuple(curves.get(row.id, ())), name, found, bool(twin)
@@ -92,40 +90,6 @@ def iterate_runs(
         if len(runs) < batch:
             return
         after = runs[-1].trial.id
-
-
-def _scope(
-    search_id: str | None, task: str | None, fingerprint: str | None
-) -> tuple[ColumnElement[bool], list[ColumnElement[bool]]]:
-    """(whether a trial repeats another of the scope, what belongs to the scope).
-
-    A search shows a result that it found done elsewhere; of a task as a whole each run counts
-    once, for the run that it was taken from is in the scope too.
-    """
-    shared: ColumnElement[bool] = TrialRow.reused_from.is_not(None)
-    where: list[ColumnElement[bool]] = []
-    if search_id is not None:
-        own = select(TrialRow.id).where(TrialRow.search_id == search_id)
-        shared = shared & TrialRow.reused_from.in_(own.scalar_subquery())
-        where.append(TrialRow.search_id == search_id)
-    if task is not None:
-        where.append(SearchRow.task == task)
-    if fingerprint is not None:
-        where.append(SearchRow.task_fingerprint == fingerprint)
-    return shared, where
-
-
-def _curves(session: Session, trial_ids: Sequence[int]) -> dict[int, list[StoredPoint]]:
-    """Trial id → its points, without the losses of single samples, most of the stored bytes."""
-    query = (
-        select(PointRow.trial_id, *rows.POINT)
-        .where(PointRow.trial_id.in_(trial_ids))
-        .order_by(PointRow.trial_id, PointRow.step)
-    )
-    curves: dict[int, list[StoredPoint]] = {}
-    for trial_id, *values in session.execute(query):
-        curves.setdefault(trial_id, []).append(StoredPoint(*values))
-    return curves
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +172,6 @@ def translating(database: ForeignDatabase) -> Iterator[None]:
 
 def _reason(error: SQLAlchemyError, database: ForeignDatabase) -> str:
     """One line of what the driver says, without the password."""
-    said = " ".join(str(getattr(error, "orig", None) or error).split())
+    said = one_line(getattr(error, "orig", None) or error)
     password = make_url(database.url).password
     return said.replace(str(password), "***") if password else said

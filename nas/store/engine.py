@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from nas.errors import InvalidInput
+from nas.errors import InvalidInput, one_line
 from nas.store.troubles import DatabaseTrouble, is_busy, trouble_of
 
 #: What a database's address may be.
 ACCEPTED = "sqlite:///path/to/file.db or postgresql://user:password@host/database"
+#: Rows of one INSERT or DELETE, and values of one IN: within the limits of every database, and few
+#: enough that other writers do not wait long.
+AT_ONCE = 500
+SECONDS_PER_DAY = 86_400.0
 _BUSY_TIMEOUT_SECONDS = 30
 _STATEMENT_TIMEOUT_MS = 30_000
 #: Limit of an idle transaction; transactions take milliseconds.  One whose client was disconnected
@@ -110,8 +115,8 @@ def parse(url: str, field: str = "database_url") -> URL:
         try:
             make_conninfo("", **{name: str(value) for name, value in parsed.query.items()})
         except ProgrammingError as error:
-            said = " ".join(str(error).split())
-            raise InvalidInput(field, shown, f"options that PostgreSQL knows: {said}") from None
+            accepted = f"options that PostgreSQL knows: {one_line(error)}"
+            raise InvalidInput(field, shown, accepted) from None
         return parsed
     if backend != "sqlite" or parsed.host or parsed.database in (None, "", ":memory:"):
         raise InvalidInput(field, shown, ACCEPTED)
@@ -273,3 +278,24 @@ def reading(engine: Engine) -> Iterator[Session]:
     """A session for reads that see one state of the database."""
     with translated(), Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
+
+
+def inserting(session: Session, table: type[Any]) -> Any:
+    """An INSERT with `on_conflict_do_nothing` and `on_conflict_do_update`."""
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    return (postgresql.insert if is_postgresql else sqlite.insert)(table)
+
+
+def one_at_a_time(session: Session, *key: Any) -> None:
+    """Lock out, until the transaction ends, other transactions that ask with the same key.
+
+    Needed where concurrent transactions would not count each other's rows.  SQLite has one writer
+    anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(*key)))
+
+
+def pieces(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The values in parts of at most `AT_ONCE`."""
+    return (values[i : i + AT_ONCE] for i in range(0, len(values), AT_ONCE))

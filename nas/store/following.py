@@ -10,19 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 from sqlalchemy import func, select
 
 from nas.records.search import SearchState
-from nas.store.engine import reading
+from nas.store.engine import pieces, reading
 from nas.store.records import TERMINAL, Event
 from nas.store.schema import EventRow, SearchRow
 from nas.store.searches import Store
-
-#: Searches of one statement: databases limit the number of its parameters.
-_AT_ONCE = 1000
-_EVENT = (EventRow.id, EventRow.search_id, EventRow.created_at, EventRow.kind, EventRow.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +35,7 @@ class Head:
 
 
 def read_heads(store: Store, searches: Collection[str]) -> dict[str, Head]:
-    """The heads of the searches that exist, in one statement for every thousand.
+    """The heads of the searches that exist, in one statement for every few hundred.
 
     Raises
     ------
@@ -54,9 +49,8 @@ def read_heads(store: Store, searches: Collection[str]) -> dict[str, Head]:
         .scalar_subquery()
     )
     heads: dict[str, Head] = {}
-    left = iter(searches)
     with reading(store.engine) as session:
-        while asked := list(islice(left, _AT_ONCE)):
+        for asked in pieces(list(searches)):
             query = select(SearchRow.id, SearchRow.state, last).where(SearchRow.id.in_(asked))
             for search_id, state, newest in session.execute(query):
                 heads[search_id] = Head(state, newest or 0)
@@ -82,12 +76,10 @@ def read_news(
         news = {}
         for search_id, (after, last) in spans.items():
             query = (
-                # plain rows: ORM objects are slower
-                select(*_EVENT)
+                select(*EventRow.__table__.columns)  # plain rows: ORM objects are slower
                 .where(EventRow.search_id == search_id, EventRow.id > after, EventRow.id <= last)
                 .order_by(EventRow.id)
                 .limit(limit)
             )
-            rows = session.execute(query)
-            news[search_id] = [Event(r.id, r.search_id, r.created_at, r.kind, r.data) for r in rows]
+            news[search_id] = [Event(**row._mapping) for row in session.execute(query)]
         return news

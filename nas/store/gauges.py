@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
-from alembic.script import ScriptDirectory
-from sqlalchemy import and_, case, func, inspect, select, text
+from sqlalchemy import and_, case, func, select, text
 from sqlalchemy.orm import Session
 
 from nas.store import rows
 from nas.store.engine import reading
+from nas.store.migrate import known_revisions, stored_revision
 from nas.store.processes import LIVE_SECONDS
 from nas.store.schema import ProcessRow, SearchRow, database_now
 from nas.store.searches import Store
@@ -34,7 +32,7 @@ class SchemaState:
             return "current"
         if self.found is None:
             return "missing"
-        return "older" if self.found in _revisions()[1] else "newer"
+        return "older" if self.found in known_revisions() else "newer"
 
     @property
     def advice(self) -> str:
@@ -80,20 +78,8 @@ class Gauges:
     dead_lettered: int
 
 
-@cache
-def _revisions() -> tuple[str, frozenset[str]]:
-    """(the newest revision of this program, all that it knows)."""
-    scripts = ScriptDirectory(str(Path(__file__).with_name("migrations")))
-    head = scripts.get_current_head()
-    assert head is not None
-    return head, frozenset(s.revision for s in scripts.walk_revisions())
-
-
 def _schema(session: Session) -> SchemaState:
-    found = None
-    if inspect(session.connection()).has_table("alembic_version"):
-        found = session.scalar(text("SELECT version_num FROM alembic_version"))
-    return SchemaState(found, _revisions()[0])
+    return SchemaState(stored_revision(session.connection()), known_revisions()[-1])
 
 
 def read_database(store: Store) -> Database:

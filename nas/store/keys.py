@@ -10,7 +10,7 @@ import math
 import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from sqlalchemy import delete, inspect, or_, select, update
@@ -114,9 +114,8 @@ class Keys:
             raise InvalidInput("name", name, accepted)
         chosen = checked_scopes(scopes)
         with writing(self._engine) as session:
-            made, secret = _add(
-                session, tenant=tenant, name=name, scopes=chosen, seconds=checked_seconds(seconds)
-            )
+            life = checked_seconds(seconds)
+            made, secret = _add(session, chosen, life, tenant=tenant, name=name)
             _note(session, "key created", made, scopes=" ".join(chosen))
             return made, secret
 
@@ -139,12 +138,10 @@ class Keys:
                 raise Conflict(f"key {key_id} is {old.refusal(at)}; make a new one")
             life = None if old.expires_at is None else old.expires_at - old.created_at
             made, secret = _add(
-                session, tenant=old.tenant, name=old.name, scopes=old.scopes, seconds=life,
-                rotated_from=old.id,
-            )  # fmt: skip
+                session, old.scopes, life, tenant=old.tenant, name=old.name, rotated_from=old.id
+            )
             if grace > 0:
-                row.expires_at = min(at + grace, math.inf if row.expires_at is None
-                                     else row.expires_at)  # fmt: skip
+                row.expires_at = min(at + grace, row.expires_at or math.inf)
             else:
                 row.revoked_at = at
             _note(session, "key rotated", old, to=made.id, grace_seconds=f"{grace:g}")
@@ -240,9 +237,8 @@ class Keys:
             kept = list(session.scalars(newest.limit(_SESSIONS - 1)))
             session.execute(delete(KeyRow).where(own, KeyRow.id.not_in(kept)))
             made, secret = _add(
-                session, tenant=key.tenant, name=key.name, scopes=scopes, seconds=seconds,
-                parent=key.id,
-            )  # fmt: skip
+                session, scopes, seconds, tenant=key.tenant, name=key.name, parent=key.id
+            )
             _note(session, "signed in", key, to=made.id)
             return made, secret
 
@@ -264,21 +260,14 @@ def checked_seconds(seconds: float | None, *, least: float = 1.0) -> float | Non
 
 
 def _add(
-    session: Session,
-    *,
-    tenant: str,
-    name: str,
-    scopes: tuple[Scope, ...],
-    seconds: float | None,
-    parent: str | None = None,
-    rotated_from: str | None = None,
+    session: Session, scopes: Iterable[Scope], seconds: float | None, **values: str
 ) -> tuple[Key, str]:
+    """A new key that expires after so many seconds; `values` are its other columns."""
     secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     at = rows.now(session)
     row = KeyRow(
-        id=secrets.token_hex(6), digest=digest_of(secret), tenant=tenant, name=name,
-        scopes=",".join(scopes), parent=parent, rotated_from=rotated_from, created_at=at,
-        expires_at=None if seconds is None else at + seconds,
+        id=secrets.token_hex(6), digest=digest_of(secret), scopes=",".join(scopes), created_at=at,
+        expires_at=None if seconds is None else at + seconds, **values,
     )  # fmt: skip
     session.add(row)
     session.flush()
@@ -293,10 +282,8 @@ def _row(session: Session, key_id: str) -> KeyRow:
 
 
 def _to_key(row: KeyRow) -> Key:
-    return Key(
-        row.id, row.tenant, row.name, checked_scopes(row.scopes.split(",")), row.created_at,
-        row.expires_at, row.revoked_at, row.used_at, row.parent, row.rotated_from,
-    )  # fmt: skip
+    values = {field.name: getattr(row, field.name) for field in fields(Key)}
+    return Key(**{**values, "scopes": checked_scopes(row.scopes.split(","))})
 
 
 def _note(session: Session, action: str, key: Key, **more: str) -> None:

@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 
 from nas.errors import LeaseLost
 from nas.records.search import Search, SearchFailure, SearchState
-from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure
-from nas.store import lifecycle, rows, standings
-from nas.store.engine import writing
+from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure, TrialState
+from nas.store import lifecycle, rows, scopes, standings
+from nas.store.engine import one_at_a_time, writing
 from nas.store.records import UNFINISHED, Lease, Renewal, TrialDraft
 from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
 from nas.store.searches import Store
@@ -149,9 +149,7 @@ class Leases:
         own = select(TenantRow.name).where(TenantRow.concurrency.is_not(None)).limit(1)
         if self._tenant_concurrency is None and session.scalar(own) is None:
             return []
-        if session.get_bind().dialect.name == "postgresql":
-            # two concurrent claims would not count each other; SQLite has one writer anyway
-            session.execute(select(func.pg_advisory_xact_lock(_CLAIM_LOCK)))
+        one_at_a_time(session, _CLAIM_LOCK)
         most = func.coalesce(TenantRow.concurrency, self._tenant_concurrency)
         full = (
             select(SearchRow.tenant)
@@ -206,7 +204,7 @@ class Leases:
         with self._fenced(lease) as (session, row):
             if row.task_fingerprint is None:
                 row.task_fingerprint = fingerprint
-                standings.touch(session, row)
+                scopes.touch(session, row)
             return row.task_fingerprint
 
     def add_trial(self, lease: Lease, draft: TrialDraft) -> Trial:
@@ -244,7 +242,6 @@ class Leases:
                 model_params=plan.params,
                 seed=draft.seed,
                 key=draft.key,
-                attempts=0,
                 epoch=lease.epoch,
                 created_at=rows.now(session),
                 model=rows.model_digest(search.task_fingerprint or search.id, plan),
@@ -269,9 +266,8 @@ class Leases:
             ).first()
             if (row.state, row.epoch) == ("running", lease.epoch) and dropped is None:
                 return  # this same write, repeated because its response was lost
-            rows.count(search, **{row.state: -1})
-            rows.count(search, running=1)
-            row.state, row.epoch = "running", lease.epoch
+            lifecycle.set_state(search, row, "running")
+            row.epoch = lease.epoch
             if row.attempts:  # the first attempt was charged when the search was submitted
                 search.charged_flops += row.train_flops
             row.attempts += 1
@@ -287,10 +283,14 @@ class Leases:
             raise LeaseLost(f"trial {trial_id} is not an unfinished one of {lease.search_id}")
         return row
 
-    def _has_ended(self, session: Session, lease: Lease, trial_id: int, state: str) -> bool:
-        """Whether this lease has ended the trial in this way already: the write is a repetition."""
+    def _unended(
+        self, session: Session, lease: Lease, trial_id: int, state: TrialState
+    ) -> TrialRow | None:
+        """The trial to end; None if this lease has ended it so before: the write is repeated."""
         row = session.get(TrialRow, trial_id)
-        return row is not None and (row.state, row.epoch) == (state, lease.epoch)
+        if row is not None and (row.state, row.epoch) == (state, lease.epoch):
+            return None
+        return self._trial(session, lease, trial_id)
 
     def add_point(self, lease: Lease, trial_id: int, point: StoredPoint) -> None:
         """Store one evaluation; a run that was restarted overwrites its earlier points."""
@@ -323,9 +323,9 @@ class Leases:
     ) -> None:
         """Complete a trial whose last point has been stored; from now on answers use it."""
         with self._fenced(lease) as (session, search):
-            if self._has_ended(session, lease, trial_id, "complete"):
+            row = self._unended(session, lease, trial_id, "complete")
+            if row is None:
                 return
-            row = self._trial(session, lease, trial_id)
             last = session.get(PointRow, (trial_id, row.steps))
             if last is None:
                 raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
@@ -342,9 +342,9 @@ class Leases:
     ) -> None:
         """End a trial with the reason why it has no result; its points stay."""
         with self._fenced(lease) as (session, search):
-            if self._has_ended(session, lease, trial_id, "failed"):
+            row = self._unended(session, lease, trial_id, "failed")
+            if row is None:
                 return
-            row = self._trial(session, lease, trial_id)
             row.error, row.failure = reason[: lifecycle.LONGEST_ERROR], failure
             data = {"error": row.error, "failure": failure}
             self._finish_trial(session, search, row, "failed", data)
@@ -361,21 +361,20 @@ class Leases:
         session: Session,
         search: SearchRow,
         row: TrialRow,
-        state: str,
+        state: TrialState,
         data: Mapping[str, Any],
     ) -> None:
-        row.epoch = search.epoch
-        rows.count(search, **{row.state: -1, state: 1})
-        row.state, row.finished_at = state, rows.now(session)
+        lifecycle.set_state(search, row, state)
+        row.epoch, row.finished_at = search.epoch, rows.now(session)
         event = {"number": row.number, **data}
         rows.add_event(session, row.search_id, f"trial_{state}", event)
 
     def reuse_result(self, lease: Lease, trial_id: int) -> bool:
         """Complete a trial with the result of an equal run of its tenant, if there is one."""
         with self._fenced(lease) as (session, search):
-            if self._has_ended(session, lease, trial_id, "complete"):
+            row = self._unended(session, lease, trial_id, "complete")
+            if row is None:
                 return True
-            row = self._trial(session, lease, trial_id)
             twin = session.scalars(
                 select(TrialRow)
                 .join(SearchRow, TrialRow.search_id == SearchRow.id)
@@ -428,12 +427,7 @@ class Leases:
     def hand_back(self, lease: Lease) -> None:
         """Queue the search again, or pause it if that was requested; this counts as no failure."""
         with self._fenced(lease) as (session, row):
-            if row.cancel_requested:
-                lifecycle.end(session, row, "cancelled")
-            elif row.pause_requested:
-                lifecycle.pause_now(session, row)
-            else:
-                lifecycle.stop_running(session, row, "queued")
+            if lifecycle.take_back(session, row):
                 rows.add_event(session, row.id, "handed_back", {"worker": lease.worker})
 
     def requeue(self, lease: Lease, error: str) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from nas.errors import Conflict, counted
 from nas.records.search import SearchFailure, SearchState
+from nas.records.trial import TrialState
 from nas.store import rows
 from nas.store.quotas import used_flops
 from nas.store.records import TERMINAL, UNFINISHED
@@ -60,7 +61,7 @@ def end(
     rows.add_event(session, row.id, state, data)
 
 
-def stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
+def _stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
     """Take a running search from its worker and set it to `state`, queued or paused.
 
     Its running trials become planned again.
@@ -74,6 +75,13 @@ def stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
     rows.count(row, running=-running, planned=running)
     _let_go(row, rows.now(session))
     row.state, row.worker = state, None
+
+
+def set_state(search: SearchRow, trial: TrialRow, state: TrialState) -> None:
+    """Set the state of a trial, and the counts of its search."""
+    rows.count(search, **{trial.state: -1})
+    rows.count(search, **{state: 1})
+    trial.state = state
 
 
 def _let_go(row: SearchRow, at: float) -> None:
@@ -90,31 +98,45 @@ def count_failure(session: Session, row: SearchRow, error: str, max_attempts: in
     It is not if its cancellation or pause was requested, or its attempts are used up.
     """
     row.failures += 1
-    if row.cancel_requested or row.failures >= max_attempts:
-        times = counted(
-            row.failures, "lost lease or infrastructure error",
-            "lost leases or infrastructure errors",
-        )  # fmt: skip
-        reason = f"gave up after {times}: {error}"
-        end(session, row, "failed", reason, "attempts")
+    if row.failures < max_attempts:
+        return take_back(session, row)
+    times = counted(
+        row.failures, "lost lease or infrastructure error",
+        "lost leases or infrastructure errors",
+    )  # fmt: skip
+    end(session, row, "failed", f"gave up after {times}: {error}", "attempts")
+    return False
+
+
+def take_back(session: Session, row: SearchRow) -> bool:
+    """Take a running search from its worker; return whether it is queued again.
+
+    It is not if its cancellation or pause was requested, which then happens.
+    """
+    if row.cancel_requested:
+        end(session, row, "cancelled")
     elif row.pause_requested:
-        pause_now(session, row)
+        _pause_now(session, row)
     else:
-        stop_running(session, row, "queued")
+        _stop_running(session, row, "queued")
     return row.state == "queued"
 
 
-def pause_now(session: Session, row: SearchRow) -> None:
+def _pause_now(session: Session, row: SearchRow) -> None:
     """Pause a search that no worker holds."""
-    stop_running(session, row, "paused")
+    _stop_running(session, row, "paused")
     row.pause_requested = False
     rows.add_event(session, row.id, "paused", {})
 
 
-def cancel(session: Session, row: SearchRow) -> None:
-    """Cancel a search: at once if no worker holds it, else at its worker's next lease renewal."""
+def _refuse_ended(row: SearchRow) -> None:
     if row.state in TERMINAL:
         raise Conflict(f"search {row.id} has ended: {row.state}")
+
+
+def cancel(session: Session, row: SearchRow) -> None:
+    """Cancel a search: at once if no worker holds it, else at its worker's next lease renewal."""
+    _refuse_ended(row)
     row.cancel_requested = True
     if _is_held(session, row):
         rows.add_event(session, row.id, "cancel_requested", {})
@@ -124,12 +146,11 @@ def cancel(session: Session, row: SearchRow) -> None:
 
 def pause(session: Session, row: SearchRow) -> None:
     """Pause a search: at once if no worker holds it, else at its worker's next lease renewal."""
-    if row.state in TERMINAL:
-        raise Conflict(f"search {row.id} has ended: {row.state}")
+    _refuse_ended(row)
     if row.state == "paused":
         return
     if not _is_held(session, row):
-        pause_now(session, row)
+        _pause_now(session, row)
     elif not row.pause_requested:
         row.pause_requested = True
         rows.add_event(session, row.id, "pause_requested", {})
@@ -166,9 +187,8 @@ def retry(session: Session, row: SearchRow) -> None:
         raise Conflict(refusal)
     owed = list(session.scalars(select(TrialRow).where(_owed(row))))
     for trial in owed:
-        rows.count(row, **{trial.state: -1})
-        rows.count(row, planned=1)
-        trial.state, trial.error, trial.failure, trial.finished_at = "planned", None, None, None
+        set_state(row, trial, "planned")
+        trial.error = trial.failure = trial.finished_at = None
     row.state, row.failures, row.not_before = "queued", 0, 0.0
     row.error = row.failure = row.finished_at = None
     row.cancel_requested = False
@@ -225,7 +245,6 @@ def _owed(row: SearchRow) -> ColumnElement[bool]:
 
 def set_priority(session: Session, row: SearchRow, priority: int) -> None:
     """Set the priority of a search that has not ended."""
-    if row.state in TERMINAL:
-        raise Conflict(f"search {row.id} has ended: {row.state}")
+    _refuse_ended(row)
     row.priority = priority
     rows.add_event(session, row.id, "priority", {"priority": priority})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -30,10 +31,16 @@ def _config(connection: Connection | None = None) -> Config:
     return config
 
 
-def known_revisions() -> list[str]:
+@cache
+def known_revisions() -> tuple[str, ...]:
     """Every revision of the schema that this program can read, the first one first."""
     scripts = ScriptDirectory.from_config(_config())
-    return [script.revision for script in scripts.walk_revisions()][::-1]
+    return tuple(script.revision for script in scripts.walk_revisions())[::-1]
+
+
+def stored_revision(connection: Connection) -> str | None:
+    """The revision of a database's schema; None for a database without one."""
+    return MigrationContext.configure(connection).get_current_revision()
 
 
 def upgrade(url: str, revision: str = "head") -> None:
@@ -51,8 +58,8 @@ def _is_current(url: str) -> bool:
     engine = open_engine(url)
     try:
         with translated(), engine.connect() as connection:
-            stored = MigrationContext.configure(connection).get_current_revision()
-            return stored == known_revisions()[-1] and standings.are_current(connection)
+            is_newest = stored_revision(connection) == known_revisions()[-1]
+            return is_newest and standings.are_current(connection)
     finally:
         engine.dispose()
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
-from sqlalchemy import Insert, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import delete, select
 
 from nas.errors import InvalidInput
-from nas.store.engine import reading, writing
+from nas.store.engine import inserting, reading, writing
 from nas.store.schema import ProcessRow, database_now
 from nas.store.searches import Store
 
@@ -86,22 +85,9 @@ class Processes:
         if name not in self._entered:  # an entry of that name is of a process that has ended
             renewed["started_at"] = database_now()
         with writing(self._engine) as session:
-            dialect = session.get_bind().dialect.name
             values = {"name": name, "started_at": database_now(), **told}
-            statement: Insert
-            if dialect == "sqlite":
-                statement = (
-                    sqlite.insert(ProcessRow)
-                    .values(values)
-                    .on_conflict_do_update(index_elements=["name"], set_=renewed)
-                )
-            else:
-                statement = (
-                    postgresql.insert(ProcessRow)
-                    .values(values)
-                    .on_conflict_do_update(index_elements=["name"], set_=renewed)
-                )
-            session.execute(statement)
+            row = inserting(session, ProcessRow).values(values)
+            session.execute(row.on_conflict_do_update(index_elements=["name"], set_=renewed))
         self._entered.add(name)
 
     def gone(self, name: str) -> None:

@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
 from nas.errors import QuotaExceeded
 from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import rows
+from nas.store.engine import SECONDS_PER_DAY, one_at_a_time
 from nas.store.records import TERMINAL
 from nas.store.schema import SearchRow, TenantRow, TrialRow
 
-_SECONDS_PER_DAY = 86_400.0
 #: First key of the lock under which a tenant's quotas are checked; an arbitrary constant.
 _QUOTA_LOCK = 7305616
 
@@ -78,15 +78,18 @@ def most_flops(request: SearchRequest) -> float:
 
 def used_flops(session: Session, search_id: str) -> float:
     """Train FLOPs of every attempt at the runs of a search; reused results have none."""
-    spent = func.sum(TrialRow.train_flops * TrialRow.attempts)
-    return float(session.scalar(select(spent).where(TrialRow.search_id == search_id)) or 0.0)
+    spent = TrialRow.train_flops * TrialRow.attempts
+    return _total(session, spent, TrialRow.search_id == search_id)
 
 
 def owed_flops(session: Session, search_id: str, most: float) -> float:
     """Train FLOPs that an ended search may use in addition if it is retried, of `most` in total."""
-    ended = func.sum(TrialRow.train_flops)
     own = (TrialRow.search_id == search_id, TrialRow.state == "complete")
-    return max(most - float(session.scalar(select(ended).where(*own)) or 0.0), 0.0)
+    return max(most - _total(session, TrialRow.train_flops, *own), 0.0)
+
+
+def _total(session: Session, flops: Any, *where: ColumnElement[bool]) -> float:
+    return float(session.scalar(select(func.sum(flops)).where(*where)) or 0.0)
 
 
 def check_quotas(
@@ -102,10 +105,7 @@ def check_quotas(
     quotas = quotas_of(session, tenant, defaults)
     if quotas.searches is None and quotas.train_flops is None:
         return
-    if session.get_bind().dialect.name == "postgresql":
-        # two concurrent requests would not count each other; SQLite has one writer anyway
-        lock = func.pg_advisory_xact_lock(_QUOTA_LOCK, func.hashtext(tenant))
-        session.execute(select(lock))
+    one_at_a_time(session, _QUOTA_LOCK, func.hashtext(tenant))
     use = use_of(session, tenant, quotas)
     if quotas.searches is not None and use.searches + further > quotas.searches:
         raise QuotaExceeded(
@@ -126,22 +126,20 @@ def quotas_of(session: Session, tenant: str, defaults: Quotas) -> Quotas:
     own = session.get(TenantRow, tenant)
     if own is None:
         return defaults
-
     named = {name: getattr(own, name) for name in ("searches", "train_flops", "concurrency")}
     return replace(defaults, **{name: n for name, n in named.items() if n is not None})
 
 
 def use_of(session: Session, tenant: str, quotas: Quotas) -> Use:
-    since = rows.now(session) - quotas.days * _SECONDS_PER_DAY
+    since = rows.now(session) - quotas.days * SECONDS_PER_DAY
     unended = SearchRow.state.not_in(TERMINAL)
     own = SearchRow.tenant == tenant
-    charged = func.sum(SearchRow.charged_flops)
     counted = or_(unended, SearchRow.finished_at > since)
     counts = select(func.count()).select_from(SearchRow)
     return Use(
         tenant,
         session.scalar(counts.where(own, unended)) or 0,
         session.scalar(counts.where(own, SearchRow.state == "running")) or 0,
-        float(session.scalar(select(charged).where(own, counted)) or 0.0),
+        _total(session, SearchRow.charged_flops, own, counted),
         quotas,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy import Select, delete, func, select
 from sqlalchemy.orm import Session, aliased
@@ -15,18 +16,16 @@ from sqlalchemy.orm import Session, aliased
 from nas.errors import InvalidInput
 from nas.store import rows
 from nas.store.audit import Audit
-from nas.store.engine import reading, writing
+from nas.store.engine import SECONDS_PER_DAY, reading, writing
 from nas.store.records import TERMINAL
-from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow
+from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow, database_now
 from nas.store.searches import Store
+from nas.store.selecting import pages
 
 #: Events that repeat what a trial's row and curve hold; all others are milestones and stay.
 FINE_GRAINED = ("point", "trial_planned", "trial_started")
 #: Ends without success.
 UNSUCCESSFUL = ("failed", "cancelled")
-#: Events deleted in one transaction, and searches of one: other writers wait no longer than that.
-_AT_ONCE = 500
-_SECONDS_PER_DAY = 86_400.0
 _OWN = aliased(TrialRow)
 
 
@@ -77,9 +76,9 @@ def prune(
             raise InvalidInput(name, days, "a number of days above 0")
     found, gone = Pruned(), set[str]()
     if failed_days is not None:
-        found, gone = _prune_searches(store, failed_days * _SECONDS_PER_DAY, dry_run)
+        found, gone = _prune_searches(store, failed_days * SECONDS_PER_DAY, dry_run)
     if event_days is not None:
-        events = _prune_events(store, event_days * _SECONDS_PER_DAY, gone, dry_run)
+        events = _prune_events(store, event_days * SECONDS_PER_DAY, gone, dry_run)
         found = replace(found, events=events)
     if audit_days is not None:
         found = replace(found, audit=Audit(store).prune(audit_days, dry_run=dry_run))
@@ -91,55 +90,31 @@ def prune(
 
 def _prune_events(store: Store, seconds: float, gone: Set[str], dry_run: bool) -> int:
     count = 0
-    for page_of_searches in _ended(store, seconds, TERMINAL):
-        searches = set(page_of_searches) - gone
+    for ended in _ended(store, seconds, TERMINAL):
+        searches = {row.id for row in ended} - gone
         fine = EventRow.search_id.in_(searches) & EventRow.kind.in_(FINE_GRAINED)
         if dry_run:
             with reading(store.engine) as session:
                 count += session.scalar(select(func.count()).where(fine)) or 0
             continue
-        after = 0
-        while True:
-            # searched for in a read transaction, which blocks no writer
-            page = select(EventRow.id).where(fine, EventRow.id > after).order_by(EventRow.id)
-            with reading(store.engine) as session:
-                ids = list(session.scalars(page.limit(_AT_ONCE)))
-            if not ids:
-                break
-            count += _delete_events(store, ids)
-            after = ids[-1]
+        for page in pages(store.engine, select(EventRow.id).where(fine), EventRow.id):
+            count += _delete_events(store, [row.id for row in page])
     return count
 
 
 def _delete_events(store: Store, ids: Sequence[int]) -> int:
     ended = select(SearchRow.id).where(SearchRow.finished_at.is_not(None))  # one may be retried
+    chosen = delete(EventRow).where(EventRow.id.in_(ids), EventRow.search_id.in_(ended))
     with writing(store.engine) as session:
-        chosen = EventRow.id.in_(ids), EventRow.search_id.in_(ended)
-        deleted = session.scalar(select(func.count()).where(*chosen)) or 0
-        session.execute(delete(EventRow).where(*chosen))
-    return deleted
+        return len(session.execute(chosen.returning(EventRow.id)).all())
 
 
-def _ended(store: Store, seconds: float, states: Collection[str]) -> Iterator[list[str]]:
-    """Pages of the ids of searches that ended in one of `states` longer ago than `seconds`."""
-    last = -1
-    while True:
-        with reading(store.engine) as session:
-            query = (
-                select(SearchRow.id, SearchRow.sequence)
-                .where(
-                    SearchRow.state.in_(states),
-                    SearchRow.finished_at < rows.now(session) - seconds,
-                    SearchRow.sequence > last,
-                )
-                .order_by(SearchRow.sequence)
-                .limit(_AT_ONCE)
-            )
-            page = session.execute(query).all()
-        if not page:
-            return
-        yield [str(row.id) for row in page]
-        last = page[-1].sequence
+def _ended(store: Store, seconds: float, states: Collection[str]) -> Iterator[Sequence[Any]]:
+    """Pages of (id, sequence) of searches that ended in one of `states` so many seconds ago."""
+    ended = select(SearchRow.id, SearchRow.sequence).where(
+        SearchRow.state.in_(states), SearchRow.finished_at < database_now() - seconds
+    )
+    return pages(store.engine, ended, SearchRow.sequence)
 
 
 # --- searches
@@ -149,7 +124,8 @@ def _prune_searches(store: Store, seconds: float, dry_run: bool) -> tuple[Pruned
     """(the searches and trials that were deleted, or would be, and the ids of these searches)."""
     gone: set[str] = set()
     trials = 0
-    for searches in _ended(store, seconds, UNSUCCESSFUL):
+    for ended in _ended(store, seconds, UNSUCCESSFUL):
+        searches = [row.id for row in ended]
         with reading(store.engine) as session:
             chosen = sorted(set(searches) - _kept(session, searches))
             owned = select(func.count()).where(TrialRow.search_id.in_(chosen))

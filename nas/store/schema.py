@@ -323,7 +323,7 @@ class BarRow(Base):
 
 
 class StandingRow(Base):
-    """A point of one of the best runs of a scope at some budget; see `nas.store.standings`."""
+    """A point of one of the best runs of a scope at some budget; see `nas.store.fronts`."""
 
     __tablename__ = "standings"
 
@@ -337,7 +337,7 @@ class StandingRow(Base):
     )
     step: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=False)
     dense: Mapped[bool]
-    #: what is run with several seeds; see `nas.store.standings.model_number`
+    #: what is run with several seeds; see `nas.store.fronts.model_number`
     model: Mapped[int] = mapped_column(_BIG)
     #: in the unit of the axis
     x: Mapped[float] = mapped_column(Float)

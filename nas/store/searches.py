@@ -8,7 +8,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, or_, select, text, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -20,11 +20,12 @@ from nas.records.trial import StoredPoint, Trial
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
+from nas.store.migrate import stored_revision
 from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
 from nas.store.records import Event
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
-
-MAX_PAGE = 500
+from nas.store.scopes import repeats, within
+from nas.store.selecting import MAX_PAGE, newest
 
 
 class Store:
@@ -138,14 +139,6 @@ class Store:
                 idempotency_key=key,
                 request_digest=request.digest,
                 created_at=rows.now(session),
-                cancel_requested=False,
-                epoch=0,
-                failures=0,
-                not_before=0.0,
-                tally={},
-                pause_requested=False,
-                stale_writes=0,
-                held_seconds=0.0,
                 charged_flops=charge,
                 **values,
             )
@@ -211,15 +204,10 @@ class Store:
         state, failure, tenant
             Only searches with this value.
         """
-        columns = SearchRow.__table__.columns  # plain rows: ORM objects are slower
-        query = select(*columns).order_by(SearchRow.sequence.desc()).limit(min(limit, MAX_PAGE))
-        if before is not None:
-            query = query.where(SearchRow.sequence < before)
+        equal = {"state": state, "failure": failure, "tenant": tenant}
+        query = newest(SearchRow, SearchRow.sequence, before, limit, **equal)
         if self.confined:
             query = query.where(SearchRow.tenant == self.tenant)
-        for name, wanted in (("state", state), ("failure", failure), ("tenant", tenant)):
-            if wanted is not None:
-                query = query.where(getattr(SearchRow, name) == wanted)
         with reading(self.engine) as session:
             return [rows.to_search(r) for r in session.execute(query)]
 
@@ -352,24 +340,14 @@ class Store:
 
         A trial that reuses another's result in the same search adds no evidence, so it is left out.
         """
-        where: list[ColumnElement[bool]] = [TrialRow.state.in_(("complete", "running"))]
-        if search_id is not None:
-            own = select(TrialRow.id).where(TrialRow.search_id == search_id)
-            elsewhere = TrialRow.reused_from.not_in(own.scalar_subquery())
-            where += [SearchRow.id == search_id, or_(TrialRow.reused_from.is_(None), elsewhere)]
-        else:
-            where += [SearchRow.tenant == self.tenant, TrialRow.reused_from.is_(None)]
-        if task is not None:
-            where.append(SearchRow.task == task)
-        if fingerprint is not None:
-            where.append(SearchRow.task_fingerprint == fingerprint)
-        query: Any = (
+        query = (
             select(*rows.RUN, *rows.POINT, rows.COMPLETE)
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
-            .where(*where)
+            .where(*within(search_id, task, fingerprint, self.tenant), ~repeats(search_id))
+            .where(TrialRow.state.in_(("complete", "running")))
             .order_by(PointRow.train_flops, PointRow.loss, TrialRow.id)
-        )  # fmt: skip
+        )
         with reading(self.engine) as session:
             if search_id is not None:
                 self.row(session, search_id)
@@ -428,8 +406,7 @@ class Store:
     def schema_revision(self) -> str | None:
         """The revision of the database's schema."""
         with reading(self.engine) as session:
-            revision = session.scalar(text("SELECT version_num FROM alembic_version"))
-            return None if revision is None else str(revision)
+            return stored_revision(session.connection())
 
 
 def _of_key(tenant: str, idempotency_key: str) -> Select[SearchRow]:

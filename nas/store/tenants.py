@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from nas.errors import InvalidInput
 from nas.store.audit import add_audit
-from nas.store.engine import reading, writing
+from nas.store.engine import inserting, reading, writing
 from nas.store.quotas import Use, quotas_of, use_of
 from nas.store.schema import SearchRow, TenantRow
 from nas.store.searches import Store
@@ -35,9 +34,7 @@ def set_quotas(store: Store, tenant: str, **given: float) -> None:
         if not 0 <= value <= _MOST[name]:
             raise InvalidInput(name, value, f"a number from 0 to {_MOST[name]:g}")
     with writing(store.engine) as session:
-        dialect = session.get_bind().dialect.name
-        make = postgresql.insert if dialect == "postgresql" else sqlite.insert
-        row = make(TenantRow).values(name=tenant, **given)
+        row = inserting(session, TenantRow).values(name=tenant, **given)
         session.execute(row.on_conflict_do_update(index_elements=["name"], set_=given))
         told = ", ".join(f"{name} {value:g}" for name, value in given.items())
         add_audit(session, "quota set", tenant=tenant, reason=told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any, Literal, get_args
 
-from nas.errors import StoreUnavailable
+from nas.errors import StoreUnavailable, one_line
 
 TroubleKind = Literal[
     "away", "full", "read_only", "locked", "exhausted", "timeout", "damaged", "refused", "failing"
@@ -100,7 +100,7 @@ class DatabaseTrouble(StoreUnavailable):
 
     def __init__(self, kind: TroubleKind, cause: str) -> None:
         self.kind: TroubleKind = kind
-        self.cause = " ".join(cause.split())[:_LONGEST_CAUSE]
+        self.cause = one_line(cause)[:_LONGEST_CAUSE]
         super().__init__(f"the database is unavailable: {self.finding} ({self.cause})")
 
     def __reduce__(self) -> tuple[type[DatabaseTrouble], tuple[TroubleKind, str]]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nas.analysis.scaling import HULL_TOLERANCE, common_mean, mean_over_seeds, ratio_over_seeds
 from nas.designs.theta import DENSE, SUM_TOLERANCE, Theta
+from nas.study.task import Task
 from nas.study.wording import REFERENCE, estimate, plain, verdict_of, verdict_text
-
-if TYPE_CHECKING:
-    from nas.study.report import Task
 
 Json = dict[str, Any]
 
@@ -23,7 +21,6 @@ EQUIVALENCE = HULL_TOLERANCE
 #: Task → start of a structure's name → exponent b in the papers.  regression: arXiv:2410.02117,
 #: the slope from loss .0142 to .00295 over 8e12 to 8e15 forward MACs × tokens; images: CIFAR-10
 #: train error of MLPs, arXiv:2406.06248, read off a bar chart.
-
 PAPER_EXPONENTS: Mapping[str, Mapping[str, float]] = {
     "regression": {"dense": 0.23, "kronecker": 0.17},
     "images": {
@@ -47,18 +44,12 @@ _ORDER: Mapping[tuple[float, ...], float] = {
 
 def findings_of(tasks: Mapping[str, Task]) -> list[Json]:
     rows = []
-    for group, cites in (("ω > 0", "2410.02117"), ("ω = 0, ψ < 1", "2410.02117")):
+    for group in ("ω > 0", "ω = 0, ψ < 1"):
         for name, task in tasks.items():
-            if task.budget is None:
-                continue
-            ratio = task.compared(lambda b, t=task, g=group: t.mean_of(g, b)[0])["C"]
-            agreement = {"worse": "agrees", "better": "contradicts"}
-            rows.append(
-                _finding(
-                    f"{group} is worse than {REFERENCE}", cites, name,
-                    verdict_text(ratio, REFERENCE), agreement.get(verdict_of(ratio), "undecided"),
-                )
-            )  # fmt: skip
+            if task.budget is not None:
+                paper, ratio = f"{group} is worse than {REFERENCE}", task.compared_group(group)["C"]
+                here, agreement = verdict_text(ratio, REFERENCE), _agreement(ratio, "worse")
+                rows.append(_finding(paper, "2410.02117", name, here, agreement))
     rows += [row for name, task in tasks.items() for row in _against_dense(name, task)]
     rows += _slopes(tasks.get("regression"))
     rows += _order(tasks.get("regression"))
@@ -88,8 +79,16 @@ def _against_dense(name: str, task: Task) -> Iterator[Json]:
         agreement = _equivalent(ratio)
         paper += f" (here: loss within {EQUIVALENCE:.0%})"
     else:
-        agreement = {"better": "agrees", "worse": "contradicts"}.get(verdict_of(ratio), "undecided")
+        agreement = _agreement(ratio, "better")
     yield _finding(paper, cites, name, verdict_text(ratio, "dense"), agreement)
+
+
+def _agreement(ratio: Mapping[str, Any] | None, expected: str) -> str:
+    """Of a verdict with the one that the papers have, worse or better."""
+    verdict = verdict_of(ratio)
+    if verdict == expected:
+        return "agrees"
+    return "contradicts" if verdict in ("worse", "better") else "undecided"
 
 
 def _equivalent(ratio: Mapping[str, Any] | None) -> str:

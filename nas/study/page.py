@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nas.analysis.scaling import PowerLaw
 from nas.analysis.style import (
     DENSE,
     MARK,
@@ -20,6 +20,9 @@ from nas.study.wording import REFERENCE, flops, number, plain
 Json = dict[str, Any]
 
 _COLOURS = {REFERENCE: STRUCTURED, "ω = 0, ψ < 1": "#a855f7", "ω > 0": "#e11d48"}
+_FLOPS = log_axis("train FLOPs")
+# the unit stands in the text above: the longest would not fit beside a small figure
+_LOSS = loss_axis("validation loss")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 
 
@@ -34,15 +37,6 @@ def _layout(title: str, x: Json, y: Json, **more: Any) -> Json:
     return figure_layout(title, x, y, **own)
 
 
-def _flops_axis() -> Json:
-    return log_axis("train FLOPs")
-
-
-def _loss_axis() -> Json:
-    # the unit stands in the text above: the longest would not fit beside a small figure
-    return loss_axis("validation loss")
-
-
 def _figures(task: Mapping[str, Any]) -> dict[str, Json]:
     """Figures of a task by the id of their place in the page."""
     drawn = {
@@ -50,9 +44,10 @@ def _figures(task: Mapping[str, Any]) -> dict[str, Json]:
         "exponents": _draw_exponents(task),
         "curves": _draw_curves(task),
         "frontiers": _draw_frontiers(task),
+        "omega": _draw_against(task, "omega", "ω"),
+        "psi": _draw_against(task, "psi", "ψ"),
+        "nu": _draw_against(task, "nu", "ν"),
     }
-    for key, sign in (("omega", "ω"), ("psi", "ψ"), ("nu", "ν")):
-        drawn[key] = _draw_against(task, key, sign)
     return {f"{task['task']}-{name}": figure for name, figure in drawn.items()}
 
 
@@ -71,7 +66,7 @@ def _draw_curves(task: Mapping[str, Any]) -> Json:
                 "line": {"color": _colour(s), "width": 2 if s["dense"] else 1.3},
             })  # fmt: skip
             seen.add(kind)
-    return {"data": traces, "layout": _layout("Every run", _flops_axis(), _loss_axis())}
+    return {"data": traces, "layout": _layout("Every run", _FLOPS, _LOSS)}
 
 
 def _draw_frontiers(task: Mapping[str, Any]) -> Json:
@@ -88,13 +83,14 @@ def _draw_frontiers(task: Mapping[str, Any]) -> Json:
                 "marker": {"color": _colour(s), "size": 6, "symbol": marker, "opacity": 0.65},
             })  # fmt: skip
             if f["b"] is not None:
-                line = [math.exp(math.log(f["a"]) - f["b"] * math.log(x)) for x in f["train_flops"]]
+                law = PowerLaw(f["a"], f["b"], len(f["train_flops"]))
+                line = [law.loss(x) for x in f["train_flops"]]
                 traces.append({
                     **shared, "y": line, "mode": "lines", "showlegend": False,
                     "hoverinfo": "skip", "line": {"color": _colour(s), "width": 1}, "opacity": 0.6,
                 })  # fmt: skip
     title = "Compute-optimal frontier of each structure and seed, with its power law"
-    layout = _layout(title, _flops_axis(), _loss_axis(), legend={"font": {"size": 11}})
+    layout = _layout(title, _FLOPS, _LOSS, legend={"font": {"size": 11}})
     return {"data": traces, "layout": layout}
 
 
@@ -162,7 +158,7 @@ def _draw_against(task: Mapping[str, Any], key: str, sign: str) -> Json:
             "error_y": {**_bars([s["loss"]]), "color": _colour(s)},
         })  # fmt: skip
     x = {"title": {"text": sign}, "range": [-0.06, 1.06]}
-    return {"data": traces, "layout": _layout(f"Loss against {sign}", x, _loss_axis())}
+    return {"data": traces, "layout": _layout(f"Loss against {sign}", x, _LOSS)}
 
 
 def render(result: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nas.analysis.scaling import Estimate, Multiplier
+from nas.errors import counted
 
 Json = dict[str, Any]
 
@@ -17,7 +18,7 @@ def multiplier_text(m: Multiplier) -> str:
     if m.value is not None:
         interval = list(m.interval) if m.interval else None
         return number({"value": m.value, "interval": interval, "by_seed": m.by_seed}, digits=2)
-    censored = f"{m.censored} of {seeds(n)} censored"
+    censored = f"{m.censored} of {counted(n, 'seed')} censored"
     if m.least is not None:
         return f"≥ {m.least:.2f} ({censored})"
     if m.most is not None:
@@ -47,15 +48,11 @@ def verdict_text(ratio: Mapping[str, Any] | None, than: str) -> str:
     return f"{start}: loss × {number(ratio)}"
 
 
-def seeds(n: int) -> str:
-    return f"{n} seed{'s' if n != 1 else ''}"
-
-
 def number(e: Mapping[str, Any] | None, digits: int = 3) -> str:
     """A ratio and its interval: `1.230 (95% 1.180–1.290, 3 seeds)`."""
     if e is None:
         return "—"
-    value, n = f"{e['value']:.{digits}f}", seeds(len(e["by_seed"]))
+    value, n = f"{e['value']:.{digits}f}", counted(len(e["by_seed"]), "seed")
     if e["interval"] is None:
         return f"{value} ({n}, interval unknown)"
     low, high = e["interval"]
@@ -69,7 +66,7 @@ def plain(e: Mapping[str, Any] | None) -> str:
     if e["interval"] is None:
         return f"{e['value']:.4g} (1 seed, interval unknown)"
     low, high = e["interval"]
-    return f"{e['value']:.4g} (95% {low:.4g}–{high:.4g}, {seeds(len(e['by_seed']))})"
+    return f"{e['value']:.4g} (95% {low:.4g}–{high:.4g}, {counted(len(e['by_seed']), 'seed')})"
 
 
 def flops(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from nas.planning.recipe import Recipe
+from nas.planning.recipe import ImageRecipe, Recipe, RegressionRecipe, TextRecipe
 from nas.tasks.data import TaskData
 
 __all__ = ["TaskData", "load_data"]
@@ -33,16 +33,17 @@ def load_data(
     InvalidInput
         The data is missing, unusable, too little or too much; nothing is ever unpickled.
     """
-    if recipe.task == "text":
+    if isinstance(recipe, TextRecipe):
         from nas.tasks.corpus import load_text
 
         return load_text(recipe, data, shown=shown, root=root)
-    if recipe.task == "regression":
+    if isinstance(recipe, RegressionRecipe):
         from nas.tasks.regression import load_regression
 
         return load_regression(recipe, data, shown=shown, root=root)
     from nas.tasks.images import load_images
 
+    assert isinstance(recipe, ImageRecipe)
     return load_images(recipe, data, shown=shown, root=root)
 
 
@@ -54,7 +55,7 @@ def check_data(
     What can be known without learning tokens is known then: whether these are enough is not.
     Parameters and errors as of `load_data`.
     """
-    if recipe.task == "text":
+    if isinstance(recipe, TextRecipe):
         from nas.tasks.corpus import load_text
 
         return load_text(recipe, data, shown=shown, root=root, learns=False).recipe

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput, echo
+from nas.tasks.data import Reading
 from nas.tasks.folders import listed
 
 #: How `.npy` and `.npz` files begin.
@@ -25,86 +25,69 @@ _DIRECTORY = 1 << 20
 _EXPANSION = 200
 
 
-@dataclass(frozen=True)
-class ArrayReader:
-    """How a loader takes arrays: its error, and its limit of bytes.
+def read_npy(reading: Reading, stream: IO[bytes], size: int, called: str) -> NDArray[Any]:
+    """The array of an `.npy` of `size` bytes.
 
-    Parameters
-    ----------
-    error
-        The error of the loader, made from what is wrong.
-    check_size
-        Raises for more bytes than the loader takes.
+    Raises
+    ------
+    InvalidInput
+        It is broken, too large, empty or an array of objects.
     """
+    try:
+        begin = io.BytesIO(stream.read(_HEADER))
+        shape, fortran, dtype = _described(begin)
+        if dtype.hasobject:
+            raise reading.pickled()
+        count = math.prod(shape) * dtype.itemsize
+        reading.check_size(count)
+        if not 0 < count <= size:
+            raise reading.error(f"{called} is {'truncated' if count > 0 else 'empty'}")
+        content = bytearray(count)
+        held = begin.readinto(content)
+        with memoryview(content) as rest:
+            while held < count and (piece := stream.read(min(count - held, _DIRECTORY))):
+                rest[held : held + len(piece)] = piece
+                held += len(piece)
+        if held < count:
+            raise reading.error(f"{called} is truncated")
+        return np.ndarray(shape, dtype, buffer=content, order="F" if fortran else "C")
+    except InvalidInput:
+        raise
+    except Exception as error:  # numpy reads the description as a piece of Python
+        raise reading.error(f"{called} cannot be read") from error
 
-    error: Callable[[str], InvalidInput]
-    check_size: Callable[[int], None]
 
-    def pickled(self) -> InvalidInput:
-        return self.error("this is a pickle, which is never unpickled")
+def read_npz(reading: Reading, stream: IO[bytes], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of these names in an `.npz`.
 
-    def npy(self, stream: IO[bytes], size: int, called: str) -> NDArray[Any]:
-        """The array of an `.npy` of `size` bytes.
-
-        Raises
-        ------
-        InvalidInput
-            It is broken, too large, empty or an array of objects.
-        """
-        try:
-            begin = io.BytesIO(stream.read(_HEADER))
-            shape, fortran, dtype = _described(begin)
-            if dtype.hasobject:
-                raise self.pickled()
-            count = math.prod(shape) * dtype.itemsize
-            self.check_size(count)
-            if not 0 < count <= size:
-                raise self.error(f"{called} is {'truncated' if count > 0 else 'empty'}")
-            content = bytearray(count)
-            held = begin.readinto(content)
-            with memoryview(content) as rest:
-                while held < count and (piece := stream.read(min(count - held, _DIRECTORY))):
-                    rest[held : held + len(piece)] = piece
-                    held += len(piece)
-            if held < count:
-                raise self.error(f"{called} is truncated")
-            return np.ndarray(shape, dtype, buffer=content, order="F" if fortran else "C")
-        except InvalidInput:
-            raise
-        except Exception as error:  # numpy reads the description as a piece of Python
-            raise self.error(f"{called} cannot be read") from error
-
-    def npz(self, stream: IO[bytes], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """The arrays of these names in an `.npz`.
-
-        Raises
-        ------
-        InvalidInput
-            As for `npy`, or one is missing, or far larger than what it takes in the file.
-        """
-        guarded = _Guarded(stream)
-        arrays = {}
-        try:
-            with zipfile.ZipFile(guarded) as archive:
-                guarded.limit = None
-                members = {info.filename: info for info in archive.infolist()}
-                for name in names:
-                    if (member := members.get(f"{name}.npy")) is None:
-                        has = listed(n.removesuffix(".npy") for n in members) or "no arrays"
-                        raise self.error(f"this file has no array `{name}`; it has {echo(has)}")
-                    self.check_size(member.file_size)
-                    if member.file_size > _HEADER + _EXPANSION * member.compress_size:
-                        raise self.error(
-                            f"array `{name}` takes more than {_EXPANSION} times its bytes in the "
-                            "file, which no data does"
-                        )
-                    with archive.open(member) as content:
-                        arrays[name] = self.npy(content, member.file_size, f"array `{name}`")
-        except InvalidInput:
-            raise
-        except Exception as error:  # zipfile's are many
-            raise self.error("this .npz file cannot be read") from error
-        return arrays
+    Raises
+    ------
+    InvalidInput
+        As for `read_npy`, or one is missing, or far larger than what it takes in the file.
+    """
+    guarded = _Guarded(stream)
+    arrays = {}
+    try:
+        with zipfile.ZipFile(guarded) as archive:
+            guarded.limit = None
+            members = {info.filename: info for info in archive.infolist()}
+            for name in names:
+                if (member := members.get(f"{name}.npy")) is None:
+                    has = listed(n.removesuffix(".npy") for n in members) or "no arrays"
+                    raise reading.error(f"this file has no array `{name}`; it has {echo(has)}")
+                reading.check_size(member.file_size)
+                if member.file_size > _HEADER + _EXPANSION * member.compress_size:
+                    raise reading.error(
+                        f"array `{name}` takes more than {_EXPANSION} times its bytes in the "
+                        "file, which no data does"
+                    )
+                with archive.open(member) as content:
+                    arrays[name] = read_npy(reading, content, member.file_size, f"array `{name}`")
+    except InvalidInput:
+        raise
+    except Exception as error:  # zipfile's are many
+        raise reading.error("this .npz file cannot be read") from error
+    return arrays
 
 
 class _Guarded:

@@ -11,12 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from nas.planning.recipe import Recipe
+from nas.planning.recipe import (
+    ClassesRecipe,
+    PixelsRecipe,
+    Recipe,
+    RegressionRecipe,
+    TextRecipe,
+    VitRecipe,
+)
 from nas.tasks.data import Arrays
 
 Pair = tuple[Tensor, Tensor]
 #: generator → inputs and targets of one step
 Draw = Callable[[torch.Generator], Pair]
+#: which samples, and what augments them → their inputs and targets
+Samples = Callable[[Tensor, torch.Generator | None], Pair]
 
 _IMAGES_AT_ONCE = 1024
 _VALIDATION_SEED = 20241002  # the same validation samples for every run of a task
@@ -24,10 +33,15 @@ _VALIDATION_SEED = 20241002  # the same validation samples for every run of a ta
 
 def training_batches(recipe: Recipe, train: Arrays) -> Draw:
     """What draws the batches of a run: `recipe.batch` samples, with replacement, on the CPU."""
-    draws: dict[str, Callable[[Recipe, Arrays], Draw]] = {
-        "text": _text, "pixels": _pixels, "images": _images, "regression": _regression,
-    }  # fmt: skip
-    return draws[recipe.task](recipe, train)
+    if isinstance(recipe, RegressionRecipe) and "inputs" not in train:
+        return _fresh(recipe, train)
+    count, samples = _samples(recipe, train, train)
+
+    def draw(generator: torch.Generator) -> Pair:
+        chosen = torch.randint(count, (recipe.batch,), generator=generator)
+        return samples(chosen, generator)
+
+    return draw
 
 
 def validation_set(recipe: Recipe, train: Arrays, validation: Arrays) -> Pair:
@@ -36,21 +50,10 @@ def validation_set(recipe: Recipe, train: Arrays, validation: Arrays) -> Pair:
     Windows of a text are distinct and do not overlap, so that each counts once.
     """
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
-    if recipe.task == "text":
-        tokens = validation["tokens"]
-        places = torch.randperm(len(tokens) // (recipe.context + 1), generator=generator)
-        starts = places[: recipe.validation_samples] * (recipe.context + 1)
-        return _windows(tokens, starts, recipe.context)
-    count = len(next(iter(validation.values())))
-    chosen = torch.randperm(count, generator=generator)[: recipe.validation_samples]
-    if recipe.task == "regression":
-        inputs, targets = validation["inputs"], validation["targets"]
-        return torch.from_numpy(inputs)[chosen], torch.from_numpy(targets)[chosen]
-    images = torch.from_numpy(validation["images"])[chosen]
-    if recipe.task == "pixels":
-        return _shifted(images, recipe)
-    labels = torch.from_numpy(validation["labels"])[chosen]
-    return _as_features(_standardised(images, train["images"]), recipe), labels
+    count, samples = _samples(recipe, validation, train)
+    step = recipe.context + 1 if isinstance(recipe, TextRecipe) else 1
+    places = torch.randperm(math.ceil(count / step), generator=generator)
+    return samples(places[: recipe.validation_samples] * step, None)
 
 
 def sample_losses(recipe: Recipe, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -64,14 +67,27 @@ def sample_losses(recipe: Recipe, outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, targets, reduction="none")
 
 
-def _text(recipe: Recipe, train: Arrays) -> Draw:
-    tokens = train["tokens"]
+def _samples(recipe: Recipe, split: Arrays, train: Arrays) -> tuple[int, Samples]:
+    """The number of samples of a split, and what makes inputs and targets of some of them."""
+    if isinstance(recipe, TextRecipe):
+        tokens, context = split["tokens"], recipe.context
+        return len(tokens) - context, lambda starts, _: _windows(tokens, starts, context)
+    if isinstance(recipe, RegressionRecipe):
+        inputs, targets = torch.from_numpy(split["inputs"]), torch.from_numpy(split["targets"])
+        return len(inputs), lambda chosen, _: (inputs[chosen], targets[chosen])
+    images = torch.from_numpy(split["images"])
+    if isinstance(recipe, PixelsRecipe):
+        return len(images), lambda chosen, _: _shifted(images[chosen], recipe)
+    assert isinstance(recipe, ClassesRecipe)
+    labels, (mean, std) = torch.from_numpy(split["labels"]), _moments(train["images"])
 
-    def draw(generator: torch.Generator) -> Pair:
-        starts = torch.randint(len(tokens) - recipe.context, (recipe.batch,), generator=generator)
-        return _windows(tokens, starts, recipe.context)
+    def classified(chosen: Tensor, generator: torch.Generator | None) -> Pair:
+        batch = (images[chosen].float() - mean) / std
+        if generator is not None:
+            batch = _augmented(batch, recipe, generator)
+        return _as_features(batch, recipe), labels[chosen]
 
-    return draw
+    return len(images), classified
 
 
 def _windows(tokens: NDArray[np.generic], starts: Tensor, context: int) -> Pair:
@@ -81,33 +97,11 @@ def _windows(tokens: NDArray[np.generic], starts: Tensor, context: int) -> Pair:
     return windows[:, :-1], windows[:, 1:]
 
 
-def _pixels(recipe: Recipe, train: Arrays) -> Draw:
-    images = torch.from_numpy(train["images"])
-
-    def draw(generator: torch.Generator) -> Pair:
-        chosen = torch.randint(len(images), (recipe.batch,), generator=generator)
-        return _shifted(images[chosen], recipe)
-
-    return draw
-
-
-def _shifted(images: Tensor, recipe: Recipe) -> Pair:
+def _shifted(images: Tensor, recipe: PixelsRecipe) -> Pair:
     """Each value predicted from those before it, the first from a start token: two (n, tokens)."""
     values = images.flatten(1).long()
     start = torch.full_like(values[:, :1], recipe.vocabulary)
     return torch.cat([start, values[:, :-1]], dim=1), values
-
-
-def _images(recipe: Recipe, train: Arrays) -> Draw:
-    images, labels = torch.from_numpy(train["images"]), torch.from_numpy(train["labels"])
-    mean, std = _moments(train["images"])
-
-    def draw(generator: torch.Generator) -> Pair:
-        chosen = torch.randint(len(images), (recipe.batch,), generator=generator)
-        batch = (images[chosen].float() - mean) / std
-        return _as_features(_augmented(batch, recipe, generator), recipe), labels[chosen]
-
-    return draw
 
 
 def _moments(images: NDArray[np.generic]) -> Pair:
@@ -126,12 +120,7 @@ def _moments(images: NDArray[np.generic]) -> Pair:
     return torch.tensor(mean).float(), torch.tensor(np.where(std > 0, std, 1.0)).float()
 
 
-def _standardised(images: Tensor, train_images: NDArray[np.generic]) -> Tensor:
-    mean, std = _moments(train_images)
-    return (images.float() - mean) / std
-
-
-def _augmented(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def _augmented(images: Tensor, recipe: ClassesRecipe, generator: torch.Generator) -> Tensor:
     """Random crops of the images padded by an eighth with their mean colour; random mirroring.
 
     (n, side, side, channels) → the same shape; images are standardised, so the mean colour is 0.
@@ -150,28 +139,16 @@ def _augmented(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Te
     return padded[which, rows[:, :, None], columns[:, None, :]]
 
 
-def _as_features(images: Tensor, recipe: Recipe) -> Tensor:
+def _as_features(images: Tensor, recipe: ClassesRecipe) -> Tensor:
     """(n, side, side, channels) → (n, features), or (n, patches, features) for a ViT."""
-    if recipe.model != "vit":
+    if not isinstance(recipe, VitRecipe):
         return images.flatten(1)
     n, side, patch = len(images), recipe.side // recipe.patch, recipe.patch
     tiles = images.reshape(n, side, patch, side, patch, recipe.channels).transpose(2, 3)
     return tiles.reshape(n, side * side, recipe.features)
 
 
-def _regression(recipe: Recipe, train: Arrays) -> Draw:
-    if "inputs" not in train:
-        return _fresh(recipe, train)
-    inputs, targets = torch.from_numpy(train["inputs"]), torch.from_numpy(train["targets"])
-
-    def draw(generator: torch.Generator) -> Pair:
-        chosen = torch.randint(len(inputs), (recipe.batch,), generator=generator)
-        return inputs[chosen], targets[chosen]
-
-    return draw
-
-
-def _fresh(recipe: Recipe, train: Arrays) -> Draw:
+def _fresh(recipe: RegressionRecipe, train: Arrays) -> Draw:
     """Samples never seen before, at the cost of the target network for each."""
     weights = [
         torch.from_numpy(train[name]) for name in sorted(k for k in train if k.startswith("w"))

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import sysconfig
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput, echo
-from nas.planning.recipe import TEXT_BPE, Recipe
-from nas.tasks.arrays import NPY, ArrayReader
+from nas.planning.recipe import TEXT_BPE, TextRecipe
+from nas.tasks.arrays import NPY, read_npy
 from nas.tasks.data import (
     HUB_PREFIX,
     MAX_BYTES,
     Arrays,
+    Reading,
     TaskData,
     content_digest,
     is_pickle,
@@ -71,25 +71,17 @@ class _Unusable(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What errors call the data, and which texts are usable."""
+@dataclass
+class _Reading(Reading):
+    """How texts are read: which are usable, and what they are called."""
 
-    name: str
+    recipe: TextRecipe
     #: whether texts are UTF-8 or made of the 96 characters
     utf8: bool
     #: whether tokens are learnt, or only looked for
     learns: bool = True
-
-    def error(self, what: str) -> InvalidInput:
-        made_of = "printable ASCII and newline"
-        if self.utf8:
-            made_of = "UTF-8 without NUL, or a .npy array of tokens"
-        accepted = f"a text file or a folder of text files made of {made_of}; {what}"
-        return InvalidInput("data", self.name, accepted)
-
-    def too_large(self) -> InvalidInput:
-        return self.error(f"at most {MAX_BYTES:,} bytes")
+    #: what the summary calls the texts
+    called: str = "files"
 
     def foreign(self) -> Callable[[bytes], tuple[int, int] | None]:
         """A function of a text's successive pieces: the first byte that it cannot have, and where.
@@ -134,7 +126,7 @@ def default_folder() -> Path:
 
 
 def load_text(
-    recipe: Recipe,
+    recipe: TextRecipe,
     data: str | os.PathLike[str] | None,
     *,
     shown: str | None = None,
@@ -159,12 +151,10 @@ def load_text(
 
     Parameters
     ----------
-    shown
-        What errors call the data; by default its path.
-    root
-        See `load_data`.
     learns
         False to look only: where tokens would be learnt, which takes minutes, there are none then.
+    others
+        As of `load_data`.
 
     Raises
     ------
@@ -172,73 +162,70 @@ def load_text(
         The data does not exist, is neither a regular file nor a folder, is a pickle, is too large,
         or too little of it is usable; or it does not have the recipe's vocabulary.
     """
+    utf8 = recipe.tokenizer == "bpe" and data is not None
+    made_of = "printable ASCII and newline"
+    if utf8:
+        made_of = "UTF-8 without NUL, or a .npy array of tokens"
     name = shown or ("the default corpus" if data is None else str(data))
-    reading = _Reading(name, recipe.tokenizer == "bpe" and data is not None, learns)
+    accepted = f"a text file or a folder of text files made of {made_of}"
+    reading = _Reading(name, accepted, recipe, utf8, learns)
     path = default_folder() if data is None else data
     if data is not None and root is None and str(data).startswith(HUB_PREFIX):
         from nas.tasks.hub import local_text
 
         if (file := local_text(str(data))) is None:
-            return _read_hub(recipe, reading, str(data))
+            return _read_hub(reading, str(data))
         path = file
     with opened(path, reading.error, root=root) as found:
         if found.is_folder:
-            return _read_folder(recipe, reading, found, data is None)
-        return _read_file(recipe, reading, found)
+            return _read_folder(reading, found, data is None)
+        return _read_file(reading, found)
 
 
-def _read_file(recipe: Recipe, reading: _Reading, found: OpenData) -> TaskData:
+def _read_file(reading: _Reading, found: OpenData) -> TaskData:
     head = _begin(found)
     if is_pickle(found.name, head):
-        raise reading.error("this file is a pickle, which is never unpickled")
-    if found.size > MAX_BYTES:
-        raise reading.too_large()
+        raise reading.pickled()
+    reading.check_size(found.size)
     if head.startswith(NPY):
-        return _pretokenised(recipe, reading, found)
-    source = (_pieces_of_file(found, found.size), False)
-    return _task_data(recipe, reading, [source], "files", Counter(), single=True)
+        return _pretokenised(reading, found)
+    return _task_data(reading, [(_pieces_of_file(found, found.size), False)], single=True)
 
 
-def _read_folder(recipe: Recipe, reading: _Reading, found: OpenData, only_python: bool) -> TaskData:
-    end = ".py" if only_python else ""
-    left_out: Counter[str] = Counter()
+def _read_folder(reading: _Reading, found: OpenData, only_python: bool) -> TaskData:
+    end, left_out = ".py" if only_python else "", reading.left_out
     every = found.files(left_out, lambda name: is_system_folder(name) or name in _PACKAGES)
     files = [file for file in every if file.name.endswith(end)]
-    if sum(file.size for file in files) > MAX_BYTES and (
-        sum(file.size for file in files if _is_text(file, reading)) > MAX_BYTES
-    ):
-        raise reading.too_large()
+    if sum(file.size for file in files) > MAX_BYTES:
+        reading.check_size(sum(file.size for file in files if _is_text(file, reading)))
     tops = [] if only_python else [_name_of_split(file) for file in files]
     train, held = own_split(tops)
     if not held:
-        sources: Iterable[_Source] = ((_pieces_of_file(f, f.size), False) for f in files)
-        return _task_data(recipe, reading, sources, "files", left_out)
+        return _task_data(reading, ((_pieces_of_file(f, f.size), False) for f in files))
     chosen = [(f, top in held) for f, top in zip(files, tops, strict=True) if top in train | held]
     left_out[f"beside {listed(train)} and {listed(held)}"] = len(files) - len(chosen)
     sources = ((_pieces_of_file(f, f.size), is_held) for f, is_held in chosen)
-    return _task_data(recipe, reading, sources, "files", left_out, own=True)
+    return _task_data(reading, sources, own=True)
 
 
-def _read_hub(recipe: Recipe, reading: _Reading, spec: str) -> TaskData:
+def _read_hub(reading: _Reading, spec: str) -> TaskData:
     """The rows of a dataset: texts, or, where none has several lines, the lines of one text."""
     from nas.tasks.hub import hub_texts
 
     found = hub_texts(spec)
-    left_out: Counter[str] = Counter()
+    reading.called = "texts"
     if found.whole or any(b"\n" in row[:-1] for row in found.texts):
-        texts = (([text], False) for text in found.texts)
         of = "" if found.whole else f" of column {echo(found.column)}"
-        return _task_data(recipe, reading, texts, "texts", left_out, of=of)
+        return _task_data(reading, (([text], False) for text in found.texts), of=of)
     lines = []
     for row in found.texts:
         try:
             lines.append(reading.checked([row]) if row else b"")
         except _Unusable as error:
-            left_out[f"rows {error.kind}"] += 1
+            reading.left_out[f"rows {error.kind}"] += 1
     text = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
     of = f" whose lines are the {len(lines):,} rows of column {echo(found.column)}"
-    sources = [([text], False)] if text else []
-    return _task_data(recipe, reading, sources, "texts", left_out, of=of)
+    return _task_data(reading, [([text], False)] if text else [], of=of)
 
 
 def _name_of_split(file: DataFile) -> str:
@@ -297,11 +284,8 @@ def _foreign_to_utf8() -> Callable[[bytes], tuple[int, int] | None]:
 
 
 def _task_data(
-    recipe: Recipe,
     reading: _Reading,
     sources: Iterable[_Source],
-    called: str,
-    left_out: Counter[str],
     *,
     single: bool = False,
     own: bool = False,
@@ -311,6 +295,7 @@ def _task_data(
 
     `of` says in the summary what the texts were made of.
     """
+    recipe, left_out = reading.recipe, reading.left_out
     texts: dict[bytes, bytes] = {}
     held: dict[bytes, bytes] = {}
     size = 0
@@ -329,8 +314,7 @@ def _task_data(
             continue
         split[digest] = text
         size += len(text)
-        if size > MAX_BYTES:
-            raise reading.too_large()
+        reading.check_size(size)
     for digest in texts.keys() & held.keys():
         left_out["equal to one for training"] += 1
         size -= len(held.pop(digest))
@@ -340,7 +324,10 @@ def _task_data(
     if reading.utf8:
         characters = sum(len(str(text[a:b], "utf-8")) for text, a, b in _pieces(chain(*splits)))
     count = len(texts) + len(held)
-    summary = f"{count:,} {called}{of}, {characters:,} characters, {_counted(left_out, called)}"
+    summary = (
+        f"{count:,} {reading.called}{of}, {characters:,} characters, {left_out.total():,} "
+        f"{reading.called} left out{reading.kinds_left_out()}"
+    )
     # a token is at least a byte: before tokens are learnt from a text that is too short
     if min(map(_size, splits)) >= recipe.least_tokens:
         bpe = recipe.tokenizer == "bpe"
@@ -355,7 +342,7 @@ def _task_data(
         lengths = f"{len(train):,} and {len(validation):,} tokens"
     else:
         lengths = "{:,} and {:,} bytes".format(*map(_size, splits))
-    how = "" if own else f" (the last 5%, or whole {called})"
+    how = "" if own else f" (the last 5%, or whole {reading.called})"
     of_others = any("characters" in kind or "line endings" in kind for kind in left_out)
     other = f"; {_ANY_TEXT}" if of_others and not reading.utf8 else ""
     raise reading.error(
@@ -364,12 +351,7 @@ def _task_data(
     )
 
 
-def _counted(left_out: Counter[str], called: str) -> str:
-    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items()) if n)
-    return f"{left_out.total():,} {called} left out" + (f" ({kinds})" if kinds else "")
-
-
-def _of_tokens(recipe: Recipe, train: _Tokens, validation: _Tokens, summary: str) -> TaskData:
+def _of_tokens(recipe: TextRecipe, train: _Tokens, validation: _Tokens, summary: str) -> TaskData:
     label = "text/bpe" if recipe.tokenizer == "bpe" else "text/96"
     splits: tuple[Arrays, Arrays] = {"tokens": train}, {"tokens": validation}
     return TaskData(recipe, *splits, content_digest(label, *splits), summary)
@@ -439,8 +421,9 @@ def _characters(spans: Iterable[_Span]) -> NDArray[np.uint8]:
 
 
 def _encoded(
-    recipe: Recipe, splits: tuple[list[_Span], list[_Span]]
+    recipe: TextRecipe, splits: tuple[list[_Span], list[_Span]]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    recipe.check_bytes()
     every = math.ceil(_size(splits[0]) / COUNTED_CHARACTERS)
     pieces = (p for i, p in enumerate(_pieces(splits[0])) if i % every == 0)
     tokenizer = learn_tokens((str(text[a:b], "utf-8") for text, a, b in pieces), recipe.vocabulary)
@@ -477,10 +460,8 @@ def learn_tokens(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     Raises
     ------
     InvalidInput
-        A vocabulary that is too small for bytes, or larger than the texts yield.
+        A vocabulary that is larger than the texts yield.
     """
-    if vocabulary < 256:
-        raise InvalidInput("vocabulary", vocabulary, "at least 256, the bytes, with tokenizer=bpe")
     # threads of ours, which end, encode batches instead: the library's stay and do not survive a
     # fork, of which it warns whoever forks later
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -507,19 +488,14 @@ def learn_tokens(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _pretokenised(recipe: Recipe, reading: _Reading, found: OpenData) -> TaskData:
+def _pretokenised(reading: _Reading, found: OpenData) -> TaskData:
     """A `.npy` file of tokens, its last 5% for validation."""
+    recipe = reading.recipe
     accepted = "with tokenizer=bpe a .npy holds a one-dimensional array of unsigned integers"
-
-    def broken(what: str) -> InvalidInput:
-        return reading.error(f"{accepted}; {what}")
-
-    def check_size(size: int) -> None:
-        if size > MAX_BYTES:
-            raise reading.too_large()
-
     with found.open() as stream:
-        array = ArrayReader(broken, check_size).npy(stream, found.size, "this one")
+        array = read_npy(
+            Reading(reading.name, f"{reading.accepted}; {accepted}"), stream, found.size, "this one"
+        )
     if not reading.utf8 or array.dtype.kind != "u" or array.ndim != 1:
         raise reading.error(f"{accepted}, this one {array.dtype} of shape {array.shape}")
     count, held = len(array), int(VALIDATION_SHARE * len(array))

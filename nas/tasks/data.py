@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
 
 #: Data that the `datasets` library reads is named with this before it.
@@ -21,6 +23,8 @@ MAX_BYTES = 1 << 31
 
 _PICKLES = frozenset({".pkl", ".pickle", ".pt", ".pth"})
 
+#: The error of a loader, made from what is wrong.
+Refusal = Callable[[str], InvalidInput]
 #: The arrays of a split by name.
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -40,6 +44,35 @@ def hub_parts(spec: str) -> tuple[str, str]:
 def is_there(path: str) -> bool:
     """Whether a path exists; False for names that no file can have."""
     return os.path.exists(path)  # noqa: PTH110 (Path.exists raises for a long name)
+
+
+@dataclass
+class Reading:
+    """What errors call the data that is read, and say that is accepted."""
+
+    name: str
+    accepted: str
+    #: what its bytes are of, where they are not those of a file
+    of: str = field(default="", kw_only=True)
+    #: how much was passed over, by kind
+    left_out: Counter[str] = field(default_factory=Counter, kw_only=True)
+
+    def error(self, what: str) -> InvalidInput:
+        """The error that says what is wrong."""
+        return InvalidInput("data", self.name, f"{self.accepted}; {what}")
+
+    def pickled(self) -> InvalidInput:
+        return self.error("this is a pickle, which is never unpickled")
+
+    def check_size(self, size: int) -> None:
+        """Raise `InvalidInput` for more bytes than are read."""
+        if size > MAX_BYTES:
+            raise self.error(f"at most {MAX_BYTES:,} bytes{self.of}")
+
+    def kinds_left_out(self) -> str:
+        """What was left out, in brackets; or nothing."""
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.left_out.items()) if n)
+        return f" ({kinds})" if kinds else ""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from nas.errors import InvalidInput
+from nas.tasks.data import Refusal
 
 #: Names of the training data, and of the validation data in the order in which they are preferred.
 TRAINING = ("train", "training", "trn")
@@ -40,7 +40,7 @@ def own_split(names: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def folders_of_split(
-    files: Iterable[tuple[str, ...]], labelled: bool, error: Callable[[str], InvalidInput]
+    files: Iterable[tuple[str, ...]], labelled: bool, error: Refusal
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the folders of training and of validation images; both empty if none is a split's.
 

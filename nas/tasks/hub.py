@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput, echo
-from nas.tasks.data import HUB_PREFIX, MAX_BYTES, hub_parts, is_there
+from nas.tasks.data import HUB_PREFIX, MAX_BYTES, Reading, hub_parts, is_there
 from nas.tasks.table import separated, text_rows
 
 #: End of a local file → what reads it.  None of these readers unpickles; others of the library do.
@@ -70,18 +69,20 @@ def hub_texts(spec: str) -> HubTexts:
     InvalidInput
         The library or the dataset is missing, or it has no such column.
     """
+    reading = Reading(spec, _ACCEPTED)
     texts: list[bytes] = []
     size, column, whole = 0, "", False
-    for row in _rows(spec):
+    for row in _rows(reading):
         whole = isinstance(row, _File)
-        column = _column(spec, row, _TEXT_COLUMNS)
+        column = _column(reading, row, _TEXT_COLUMNS)
         text = row[column]
         if isinstance(text, str | None):
             text = (text or "").encode("utf-8", "replace")
         elif not isinstance(text, bytes):
-            raise _error(spec, f"column {echo(column)} of row {len(texts)} is no text")
+            raise reading.error(f"column {echo(column)} of row {len(texts)} is no text")
         texts.append(text)
-        size = _added(spec, size, len(texts[-1]))
+        size += len(text)
+        reading.check_size(size)
     return HubTexts(texts, column, whole)
 
 
@@ -93,26 +94,28 @@ def hub_images(spec: str) -> tuple[list[bytes | NDArray[np.uint8]], list[int | s
     InvalidInput
         The library or the dataset is missing, or it has no images.
     """
+    reading = Reading(spec, _ACCEPTED)
     images: list[bytes | NDArray[np.uint8]] = []
     labels: list[int | str] = []
     size = 0
-    for row in _rows(spec):
-        column = _column(spec, row, _IMAGE_COLUMNS)
+    for row in _rows(reading):
+        column = _column(reading, row, _IMAGE_COLUMNS)
         image = row[column]
         if isinstance(image, dict):  # a path in it is never opened: it may lead anywhere
             image = image.get("bytes")
         if not isinstance(image, bytes):
             image = _array(image)
         if image is None:
-            raise _error(spec, f"column {column} of row {len(images)} is no image")
+            raise reading.error(f"column {column} of row {len(images)} is no image")
         label_column = next((c for c in _LABEL_COLUMNS if c in row), None)
         if label_column is not None:
             label = row[label_column]
             if not isinstance(label, int | str) or label in (-1, ""):
-                raise _error(spec, f"row {len(images)} has no label in column {label_column}")
+                raise reading.error(f"row {len(images)} has no label in column {label_column}")
             labels.append(label)
         images.append(image)
-        size = _added(spec, size, image.nbytes if isinstance(image, np.ndarray) else len(image))
+        size += image.nbytes if isinstance(image, np.ndarray) else len(image)
+        reading.check_size(size)
     return images, labels
 
 
@@ -127,34 +130,24 @@ def _array(value: Any) -> NDArray[np.uint8] | None:
     return wide.astype(np.uint8) if wide.min() >= 0 and wide.max() <= 255 else None
 
 
-def _error(spec: str, what: str) -> InvalidInput:
-    return InvalidInput("data", spec, f"{_ACCEPTED}; {what}")
-
-
-def _added(spec: str, size: int, more: int) -> int:
-    if size + more > MAX_BYTES:
-        raise _error(spec, f"at most {MAX_BYTES:,} bytes")
-    return size + more
-
-
-def _column(spec: str, row: Row, names: tuple[str, ...]) -> str:
+def _column(reading: Reading, row: Row, names: tuple[str, ...]) -> str:
     if found := next((n for n in names if n in row), None):
         return found
     if len(row) == 1 and not separated([*row]):
         return next(iter(row))
-    raise _error(spec, f"a column {' or '.join(names)}; this has {', '.join(row)}")
+    raise reading.error(f"a column {' or '.join(names)}; this has {', '.join(row)}")
 
 
-def _rows(spec: str) -> Iterator[Row]:
+def _rows(reading: Reading) -> Iterator[Row]:
     """The rows of one split; local data is not copied to the library's cache."""
     try:
         import datasets
     except ImportError as error:
-        raise _error(spec, "this needs pip install 'einsum-nas[data]'") from error
-    name, part = hub_parts(spec)
+        raise reading.error("this needs pip install 'einsum-nas[data]'") from error
+    name, part = hub_parts(reading.name)
     configuration, _, split = part.rpartition("/")
     if not name:
-        raise _error(spec, "this names no dataset")
+        raise reading.error("this names no dataset")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else local files are counted online, too
     with TemporaryDirectory() as folder:
         try:
@@ -162,15 +155,15 @@ def _rows(spec: str) -> Iterator[Row]:
             local = is_there(name)
             kind = None
             if path.is_file() and (kind := _BUILDERS.get(path.suffix.lower())) is None:
-                raise _error(spec, "this file is none of these")
+                raise reading.error("this file is none of these")
             if local:
                 name = _plainly_named(path.resolve(), Path(folder))
-            yield from _rows_of(spec, name, kind, configuration, split, local)
+            yield from _rows_of(reading, name, kind, configuration, split, local)
         except InvalidInput:
             raise
         except Exception as error:  # the library's own, pyarrow's, pandas', the network's
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise _error(spec, reason) from error
+            raise reading.error(reason) from error
 
 
 def _plainly_named(path: Path, folder: Path) -> str:
@@ -188,7 +181,7 @@ def _plainly_named(path: Path, folder: Path) -> str:
 
 
 def _rows_of(
-    spec: str, source: str, kind: str | None, configuration: str, split: str, local: bool
+    reading: Reading, source: str, kind: str | None, configuration: str, split: str, local: bool
 ) -> Iterator[Row]:
     import datasets
 
@@ -200,23 +193,23 @@ def _rows_of(
     builder = builder_for()
     reader = type(builder).__module__.rpartition(".")[2]
     if reader not in _BUILDERS.values():
-        raise _error(spec, f"this dataset is read by {reader!r}")
+        raise reading.error(f"this dataset is read by {reader!r}")
     files = builder.config.data_files if local and reader in ("csv", "text") else None
     if files is not None:
-        for file in files[_split_of(spec, split, files)]:
+        for file in files[_split_of(reading, split, files)]:
             with Path(file).open("rb") as stream:
                 if reader == "text":
                     yield _File(text=stream.read(MAX_BYTES + 1))
                 else:
-                    yield from text_rows(stream, partial(_error, spec))
+                    yield from text_rows(stream, reading.error)
         return
     if reader in _OPTIONS:
         builder = builder_for(**_OPTIONS[reader])
     if not local:
-        _added(spec, 0, builder.info.dataset_size or 0)
+        reading.check_size(builder.info.dataset_size or 0)
         builder.download_and_prepare()
     found = builder.as_streaming_dataset() if local else builder.as_dataset()
-    rows = found[_split_of(spec, split, found)]
+    rows = found[_split_of(reading, split, found)]
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -224,8 +217,8 @@ def _rows_of(
         yield _File(row) if reader == "text" else row
 
 
-def _split_of(spec: str, split: str, found: Mapping[str, Any]) -> str:
+def _split_of(reading: Reading, split: str, found: Mapping[str, Any]) -> str:
     split = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
     if split not in found:
-        raise _error(spec, f"this dataset has the splits {', '.join(map(str, found))}")
+        raise reading.error(f"this dataset has the splits {', '.join(map(str, found))}")
     return split

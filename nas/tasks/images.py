@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import InvalidInput
-from nas.planning.recipe import Recipe
-from nas.tasks.arrays import NPY, ZIP, ArrayReader
+from nas.planning.recipe import ClassesRecipe, ImageRecipe, PixelsRecipe, with_overrides
+from nas.tasks.arrays import NPY, ZIP, read_npy, read_npz
 from nas.tasks.data import (
     HUB_PREFIX,
-    MAX_BYTES,
     Arrays,
+    Reading,
     TaskData,
     content_digest,
     is_pickle,
@@ -76,14 +76,12 @@ class _Source:
 
 
 @dataclass
-class _Reading:
-    """What errors call the data, and what has been read of it."""
+class _Reading(Reading):
+    """How images are read, and what has been read of them."""
 
-    recipe: Recipe
-    name: str
+    recipe: ImageRecipe
     #: images (n, side, side, channels), their labels, whether they are validation data
     pieces: list[tuple[Pixels, Sequence[Any], bool]] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
     #: values that a pixel of the source may have
     levels: int = 256
     #: pixels that may still be decoded
@@ -96,26 +94,10 @@ class _Reading:
 
     @property
     def labelled(self) -> bool:
-        return self.recipe.task == "images"
-
-    def error(self, what: str) -> InvalidInput:
-        folder, arrays = "a folder of images", "an .npz file with `images`, an .npy file"
-        if self.labelled:
-            folder += " with a sub-folder for each class"
-            arrays = "an .npz file with `images` and `labels`"
-        accepted = f"{folder}, CIFAR's .bin files, {arrays}, or {HUB_PREFIX}NAME; {what}"
-        return InvalidInput("data", self.name, accepted)
-
-    @property
-    def arrays(self) -> ArrayReader:
-        return ArrayReader(self.error, self.check_size)
-
-    def check_size(self, size: int) -> None:
-        if size > MAX_BYTES:
-            raise self.error(f"at most {MAX_BYTES:,} bytes of decoded images")
+        return isinstance(self.recipe, ClassesRecipe)
 
     def check_count(self, count: int) -> None:
-        self.check_size(count * self.recipe.side**2 * self.recipe.channels)
+        self.check_size(count * self.recipe.values)
 
     def check_shape(self, width: int, height: int, what: str) -> None:
         side = self.recipe.side
@@ -136,12 +118,17 @@ class _Reading:
         if self.most_pixels < 0:
             raise self.error(f"images of at most {_MAX_PIXELS:,} pixels all together")
 
+    def shown_left_out(self) -> str:
+        """What was left out, for the end of a message; or nothing."""
+        kinds = self.kinds_left_out()
+        return kinds and f"; {self.left_out.total():,} files or images left out{kinds}"
+
     def add(self, images: Pixels, labels: Sequence[Any], held: bool = False) -> None:
         self.pieces.append((images, labels, held))
 
 
 def load_images(
-    recipe: Recipe,
+    recipe: ImageRecipe,
     data: str | os.PathLike[str] | None,
     *,
     shown: str | None = None,
@@ -172,12 +159,7 @@ def load_images(
     validation images that equal a training image, and those beyond `recipe.validation_samples`,
     are left out and counted.
 
-    Parameters
-    ----------
-    shown
-        What errors call the data; by default its path.
-    root
-        See `load_data`.
+    Parameters are as of `load_data`.
 
     Raises
     ------
@@ -185,7 +167,12 @@ def load_images(
         The data does not exist, is a pickle or otherwise none of these, is too large, has images
         of another size, or too few images or classes.
     """
-    reading = _Reading(recipe, shown or str(data))
+    folder, arrays = "a folder of images", "an .npz file with `images`, an .npy file"
+    if isinstance(recipe, ClassesRecipe):
+        folder += " with a sub-folder for each class"
+        arrays = "an .npz file with `images` and `labels`"
+    accepted = f"{folder}, CIFAR's .bin files, {arrays}, or {HUB_PREFIX}NAME"
+    reading = _Reading(shown or str(data), accepted, recipe, of=" of decoded images")
     if data is None:
         return _digits(reading)
     if root is None and str(data).startswith(HUB_PREFIX):
@@ -224,13 +211,13 @@ def _read_file(reading: _Reading, found: OpenData) -> None:
         if found.suffix == ".bin":
             reading.check_size(found.size)
         if is_pickle(found.name, head):
-            raise reading.arrays.pickled()
+            raise reading.pickled()
         if found.suffix == ".bin":
             _read_cifar(reading, [found])
         elif head.startswith(NPY):
             if reading.labelled:
                 raise reading.error("an .npy file has no labels")
-            _add_arrays(reading, reading.arrays.npy(stream, found.size, "array `images`"), [])
+            _add_arrays(reading, read_npy(reading, stream, found.size, "array `images`"), [])
         elif head.startswith(ZIP) and found.suffix == ".npz":
             _read_npz(reading, stream)
         else:
@@ -239,7 +226,7 @@ def _read_file(reading: _Reading, found: OpenData) -> None:
 
 def _read_npz(reading: _Reading, stream: IO[bytes]) -> None:
     names = ("images", "labels") if reading.labelled else ("images",)
-    arrays = reading.arrays.npz(stream, names)
+    arrays = read_npz(reading, stream, names)
     labels = arrays.get("labels", np.zeros(0, np.int64))
     if reading.labelled and (
         labels.dtype.kind not in "iubU" or labels.shape != arrays["images"].shape[:1]
@@ -354,10 +341,9 @@ def _read_folder(reading: _Reading, folder: OpenData) -> None:
         for file in files:
             with file.open() as stream:
                 if is_pickle(file.name, stream.read(2)):
-                    raise reading.arrays.pickled()
+                    raise reading.pickled()
         raise reading.error(
-            f"none of the {len(files):,} files of this folder is an image"
-            f"{_counted(reading.left_out)}"
+            f"none of the {len(files):,} files of this folder is an image{reading.shown_left_out()}"
         )
     reading.check_count(len(images))
     reading.left_out["no image"] = len(files) - len(images)
@@ -430,13 +416,13 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
     recipe = reading.recipe
     left_out = reading.left_out
     if not reading.pieces:
-        raise reading.error(f"no image is usable{_counted(left_out)}")
+        raise reading.error(f"no image is usable{reading.shown_left_out()}")
     images = np.concatenate([p for p, _, _ in reading.pieces])
     flags = [held for p, _, held in reading.pieces for _ in p]
     names, labels = np.zeros(0), np.zeros(len(images), dtype=np.int64)
     if reading.labelled:
         names, labels = np.unique([n for _, p, _ in reading.pieces for n in p], return_inverse=True)
-    elif recipe.vocabulary < reading.levels:
+    elif isinstance(recipe, PixelsRecipe) and recipe.vocabulary < reading.levels:
         levels = np.arange(reading.levels) * recipe.vocabulary // reading.levels
         images = levels.astype(np.uint8)[images]
     reading.pieces.clear()
@@ -456,7 +442,7 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
     if reading.shift is not None:
         counts += f"; values of 16-bit files read as of {reading.shift + 8} bits"
         counts += f" (the largest is {reading.largest:,})" if reading.largest >= 0 else ""
-    counts += _counted(left_out)
+    counts += reading.shown_left_out()
     least = recipe.min_validation_samples
     if min(len(train), len(validation)) < least:
         needs = f"at least {least} images for training and {least} for validation"
@@ -474,7 +460,7 @@ def _task_data(reading: _Reading, source: str = "") -> TaskData:
             raise reading.error(f"no training image has the class {', '.join(absent[:5])}")
         if len(names) < 2:
             raise reading.error(f"at least 2 classes; every image has the class {names[0]}")
-        recipe = replace(recipe, classes=len(names))
+        recipe = with_overrides(recipe, {"classes": len(names)})
         shape += f", {len(names)} classes"
 
     def arrays(part: list[int]) -> Arrays:
@@ -503,11 +489,6 @@ def _why_few(digests: Sequence[bytes], labels: NDArray[np.int64], labelled: bool
             "a label is to be shared by several images"
         )
     return ""
-
-
-def _counted(left_out: Counter[str]) -> str:
-    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items()) if n)
-    return f"; {left_out.total():,} files or images left out ({kinds})" if kinds else ""
 
 
 def _split(

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from nas.errors import InvalidInput
+from nas.tasks.data import Refusal
 from nas.tasks.folders import is_system_folder
 
 #: Files and folders that a folder named over the network may hold, all together.
@@ -70,9 +71,7 @@ class OpenData:
         Whether it was named by someone who may not use all of this machine.
     """
 
-    def __init__(
-        self, descriptor: int, name: str, error: Callable[[str], InvalidInput], from_network: bool
-    ) -> None:
+    def __init__(self, descriptor: int, name: str, error: Refusal, from_network: bool) -> None:
         found = os.fstat(descriptor)
         self._descriptor, self._error = descriptor, error
         self.name, self.from_network = name, from_network
@@ -143,7 +142,7 @@ class OpenData:
 @contextmanager
 def opened(
     path: str | os.PathLike[str],
-    error: Callable[[str], InvalidInput],
+    error: Refusal,
     *,
     root: str | os.PathLike[str] | None = None,
     folders: bool = True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import IO
@@ -13,10 +13,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import InvalidInput
-from nas.planning.recipe import Recipe
-from nas.tasks.arrays import ZIP, ArrayReader
-from nas.tasks.data import MAX_BYTES, Arrays, TaskData, content_digest, is_pickle
+from nas.planning.recipe import RegressionRecipe, with_overrides
+from nas.tasks.arrays import ZIP, read_npz
+from nas.tasks.data import MAX_BYTES, Arrays, Reading, TaskData, content_digest, is_pickle
 from nas.tasks.opening import OpenData, opened
 from nas.tasks.table import other_format, read_numbers
 
@@ -44,7 +43,7 @@ Floats = NDArray[np.float32]
 
 
 def load_regression(
-    recipe: Recipe,
+    recipe: RegressionRecipe,
     data: str | os.PathLike[str] | None,
     *,
     shown: str | None = None,
@@ -83,14 +82,10 @@ def load_regression(
             "validation"
         )
         return TaskData(recipe, train, validation, content, summary)
-    name = shown or str(data)
-
-    def refusal(what: str) -> InvalidInput:
-        return InvalidInput("data", name, f"{_ACCEPTED}; {what}")
-
-    with opened(data, refusal, root=root, folders=False) as found:
-        table = _read(found, refusal)
-    return _split(recipe, table, name, refusal)
+    reading = Reading(shown or str(data), _ACCEPTED)
+    with opened(data, reading.error, root=root, folders=False) as found:
+        table = _read(found, reading)
+    return _split(recipe, table, reading)
 
 
 @lru_cache(maxsize=2)
@@ -141,43 +136,39 @@ class _Table:
         yield self.inputs.shape[1], self.targets
 
 
-def _read(found: OpenData, refusal: Callable[[str], InvalidInput]) -> _Table:
+def _read(found: OpenData, reading: Reading) -> _Table:
     if not 0 < found.size <= MAX_BYTES:
-        raise refusal(f"1 to {MAX_BYTES:,} bytes; this has {found.size:,}")
+        raise reading.error(f"1 to {MAX_BYTES:,} bytes; this has {found.size:,}")
     with found.open() as file:
         start = file.read(8)
         file.seek(0)
         if is_pickle(found.name, start):
-            raise refusal("this is a pickle, which is never unpickled")
+            raise reading.pickled()
         if start.startswith(ZIP):
-            table = _read_npz(file, refusal)
+            table = _read_npz(file, reading)
         elif other := other_format(start):
-            raise refusal(f"this is {other}")
+            raise reading.error(f"this is {other}")
         else:
-            read = read_numbers(file, refusal)
+            read = read_numbers(file, reading.error)
             table = _Table(read.values[:, :-1], read.values[:, -1], read.place, f"; {read.how}")
     inputs, targets = table.inputs, table.targets
     if inputs.ndim != 2 or targets.shape != (len(inputs),) or inputs.shape[1] < 1:
-        raise refusal(f"this has inputs {inputs.shape} and targets {targets.shape}")
+        raise reading.error(f"this has inputs {inputs.shape} and targets {targets.shape}")
     for column, values in table.columns():
         if not (finite := np.isfinite(values)).all():
             row = int(finite.argmin())
-            raise refusal(
+            raise reading.error(
                 f"every number is to be finite; {table.place(row, column)} has {values[row]}"
             )
     return table
 
 
-def _read_npz(file: IO[bytes], refusal: Callable[[str], InvalidInput]) -> _Table:
-    def check_size(size: int) -> None:
-        if size > MAX_BYTES:
-            raise refusal(f"at most {MAX_BYTES:,} bytes")
-
+def _read_npz(file: IO[bytes], reading: Reading) -> _Table:
     def numbers(name: str) -> NDArray[np.float64]:
         array = arrays[name]
         if array.dtype.kind not in "biuf":
-            raise refusal(f"`{name}` are numbers, these {array.dtype}")
-        check_size(array.size * np.dtype(np.float64).itemsize)
+            raise reading.error(f"`{name}` are numbers, these {array.dtype}")
+        reading.check_size(array.size * np.dtype(np.float64).itemsize)
         return array.astype(np.float64)
 
     def place(row: int, column: int) -> str:
@@ -185,7 +176,7 @@ def _read_npz(file: IO[bytes], refusal: Callable[[str], InvalidInput]) -> _Table
             return f"row {row + 1:,} of `targets`"
         return f"row {row + 1:,}, column {column + 1:,} of `inputs`"
 
-    arrays = ArrayReader(refusal, check_size).npz(file, ("inputs", "targets"))
+    arrays = read_npz(reading, file, ("inputs", "targets"))
     inputs = numbers("inputs")
     return _Table(inputs, numbers("targets"), place)
 
@@ -197,7 +188,7 @@ def _end_of_equal(values: NDArray[np.intp], start: int) -> int:
     return start
 
 
-def _check_spread(table: _Table, refusal: Callable[[str], InvalidInput]) -> None:
+def _check_spread(table: _Table, reading: Reading) -> None:
     """No value lies so far from the others of its column that these become equal beside it.
 
     Such a value marks what was not measured: it would be learnt from, and decide the unit of the
@@ -216,14 +207,14 @@ def _check_spread(table: _Table, refusal: Callable[[str], InvalidInput]) -> None
         far = int(np.abs(scaled - distinct[closest]).argmax())
         at = f"{table.place(far, column)} has {values[far]:.9g}"
         if widths[closest] < _TOO_CLOSE * scaled.std():
-            raise refusal(
+            raise reading.error(
                 f"{at}, so far from the others that half of these would be all but equal "
                 f"beside it; if it marks a missing value, {how}; else take logarithms"
             )
         others = scaled != scaled[far]
         gap, spread = np.abs(scaled[others] - scaled[far]).min(), np.ptp(scaled[others])
         if values[far] in _FILL_VALUES and gap > _FILL_DISTANCE * spread > 0:
-            raise refusal(
+            raise reading.error(
                 f"{at} where the others are {values[others].min():.9g} to "
                 f"{values[others].max():.9g}, so it seems to mark a missing value; {how}"
             )
@@ -236,16 +227,15 @@ def _scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return scaled
 
 
-def _split(
-    recipe: Recipe, table: _Table, name: str, refusal: Callable[[str], InvalidInput]
-) -> TaskData:
+def _split(recipe: RegressionRecipe, table: _Table, reading: Reading) -> TaskData:
     inputs, targets = table.inputs, table.targets
     rows = len(inputs)
     held = min(recipe.validation_samples, int(rows * _VALIDATION_SHARE))
     if held < recipe.min_validation_samples:
         least = math.ceil(recipe.min_validation_samples / _VALIDATION_SHARE)
-        raise InvalidInput("data", name, f"at least {least} rows, a tenth of them for validation; "
-                           f"this has {rows}")  # fmt: skip
+        raise reading.error(
+            f"at least {least} rows, a tenth of them for validation; this has {rows}"
+        )
     # equal inputs stay on one side, or validation would ask for what was trained on
     distinct, which = np.unique(inputs, axis=0, return_inverse=True)
     place = np.random.default_rng(_SPLIT_SEED).permutation(len(distinct))[which.reshape(-1)]
@@ -257,14 +247,14 @@ def _split(
         held = _end_of_equal(place[order], wanted)
     kept = order[held:]
     if len(kept) < recipe.min_validation_samples or held > rows // 2:
-        raise InvalidInput(
-            "data", name, f"rows of which a tenth has inputs that the others do not have; of these "
+        raise reading.error(
+            "rows of which a tenth has inputs that the others do not have; of these "
             f"{rows:,}, {len(distinct):,} differ in their inputs"
-        )  # fmt: skip
-    _check_spread(table, refusal)
+        )
+    _check_spread(table, reading)
     inputs, targets = _scaled(inputs), _scaled(targets)
     if np.ptp(targets[kept]) <= _ROUNDING:
-        raise InvalidInput("data", name, "a target that varies; this one is constant")
+        raise reading.error("a target that varies; this one is constant")
     varies = np.ptp(inputs[kept], axis=0) > 0  # a constant column carries nothing, and becomes 0
     mean, std = inputs[kept].mean(axis=0), np.where(varies, inputs[kept].std(axis=0), 1.0)
     y_mean, y_std = targets[kept].mean(), targets[kept].std()
@@ -273,7 +263,7 @@ def _split(
     train: Arrays = {"inputs": x[kept], "targets": y[kept]}
     validation: Arrays = {"inputs": x[order[:held]], "targets": y[order[:held]]}
     return TaskData(
-        replace(recipe, input_dim=inputs.shape[1], pool=len(kept)),
+        with_overrides(recipe, {"input_dim": inputs.shape[1], "pool": len(kept)}),
         train,
         validation,
         content_digest("table", train, validation),

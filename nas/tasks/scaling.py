@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.planning.recipe import Recipe
+from nas.planning.recipe import ImageRecipe
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 
 
-def fitted(image: Image.Image, recipe: Recipe) -> Pixels:
+def fitted(image: Image.Image, recipe: ImageRecipe) -> Pixels:
     """(side, side, channels) of an image that is no smaller."""
     image = image.convert("L" if recipe.channels == 1 else "RGB")
     (width, height), side = image.size, recipe.side

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain, islice, pairwise
@@ -15,8 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import InvalidInput, echo
-from nas.tasks.data import MAX_BYTES
+from nas.errors import echo
+from nas.tasks.data import MAX_BYTES, Refusal
 
 #: Characters of a line.
 _LONGEST_LINE = 1 << 20
@@ -54,7 +54,7 @@ class _Lines:
     """
 
     stream: BinaryIO
-    error: Callable[[str], InvalidInput]
+    error: Refusal
     numbers: bool
     comments: int = 0
     #: cells of a row
@@ -119,7 +119,7 @@ def other_format(begin: bytes) -> str | None:
     return f"{found[0]}: {found[1]}" if found else None
 
 
-def read_numbers(stream: BinaryIO, error: Callable[[str], InvalidInput]) -> NumberTable:
+def read_numbers(stream: BinaryIO, error: Refusal) -> NumberTable:
     """A table of numbers, whose first row may be the columns' names.
 
     Raises
@@ -158,9 +158,7 @@ def read_numbers(stream: BinaryIO, error: Callable[[str], InvalidInput]) -> Numb
     return NumberTable(np.frombuffer(numbers).reshape(-1, len(first)), names, of_rows, how)
 
 
-def text_rows(
-    stream: BufferedReader, error: Callable[[str], InvalidInput]
-) -> Iterator[dict[str, str]]:
+def text_rows(stream: BufferedReader, error: Refusal) -> Iterator[dict[str, str]]:
     """Rows of a table of texts by the names in its first row; a cell may have several lines.
 
     Raises
@@ -213,7 +211,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _names(
-    first: list[str], line: int, others: list[list[str]], error: Callable[[str], InvalidInput]
+    first: list[str], line: int, others: list[list[str]], error: Refusal
 ) -> list[str] | None:
     """The first row's cells if they are the columns' names, None if they are a sample's."""
     cells = [cell.strip() for cell in first]

@@ -14,6 +14,7 @@ from nas.planning.cost import references
 from nas.planning.request import SearchRequest
 from nas.store import Lease, Leases, MeasuredCost, Store, StoredPoint, Trial, TrialDraft, standings
 from nas.store.engine import writing
+from nas.store.fronts import sweep_out
 from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 4})
@@ -96,7 +97,7 @@ def standing(store: Store) -> set[tuple[Any, ...]]:
     """Counts and standings, once what does not belong any more has been swept out."""
     with writing(store.engine) as session:
         for bar in session.scalars(sa.select(BarRow)):
-            standings._sweep_out(session, bar)
+            sweep_out(session, bar)
     with Session(store.engine) as session:
         rows = session.execute(sa.select(StandingRow.__table__)).all()
         scopes = session.execute(

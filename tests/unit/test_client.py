@@ -1,18 +1,20 @@
-"""What the client refuses before it sends anything: addresses, keys, proxies, certificates."""
+"""What the clients refuse before they send anything, and that both send the same."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import httpx2 as httpx
 import pytest
 
-from nas.client import AsyncClient, Client, ServiceError
-from nas.errors import InvalidInput
+from nas.client import AsyncClient, AsyncRemoteSearch, Client, RemoteSearch, ServiceError
+from nas.errors import InvalidInput, NotFound
 
 AWAY = "http://nas.invalid:9"
 
@@ -124,3 +126,74 @@ def test_certificates_that_are_none(
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     with pytest.raises(InvalidInput, match=r"^SSL_CERT_FILE: got .*ca.pem"):
         Client("https://nas.invalid")
+
+
+def _methods(kind: type) -> dict[str, Any]:
+    return {n: m for n, m in vars(kind).items() if not n.startswith("_") and callable(m)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [(Client, AsyncClient), (RemoteSearch, AsyncRemoteSearch)]
+)
+def test_both_clients_have_the_same_methods(kind: type, other: type) -> None:
+    methods, awaited = _methods(kind), _methods(other)
+    assert set(awaited) == set(methods)
+    for name, method in awaited.items():
+        assert inspect.iscoroutinefunction(method) or name in ("searches", "iterate"), name
+        if name != "wait":  # a coroutine takes no call of its progress
+            assert inspect.signature(method).parameters == (
+                inspect.signature(methods[name]).parameters
+            ), name
+        assert method.__doc__, name
+
+
+def test_every_call_is_the_same_from_both_clients() -> None:
+    """Each method's request, its own kind of search in the answer, and its refusal."""
+    seen: dict[str, list[tuple[str, str, bytes]]] = {"sync": [], "async": []}
+
+    def answer(kind: str) -> httpx.MockTransport:
+        def handle(request: httpx.Request) -> httpx.Response:
+            seen[kind].append((request.method, str(request.url), request.content))
+            if request.url.path == "/v1/structures":
+                return httpx.Response(404, json={"detail": "none"})
+            return httpx.Response(
+                200,
+                json={"id": "s1", "state": "queued", "request": {"train_flops": 1e9}, "items": []},
+            )
+
+        return httpx.MockTransport(handle)
+
+    here = Client(AWAY)
+    here._http = httpx.Client(base_url=AWAY, transport=answer("sync"))
+    with here as client:
+        found = client.search(train_flops=1e9, seed=1)
+        assert type(found) is RemoteSearch
+        client.preview(train_flops=1e9)
+        client.trial(3)
+        assert client.tasks() == []
+        found.confirm(top=2)
+        found.refresh().cancel().pause().resume().retry().set_priority(3).clone(trials=2)
+        with pytest.raises(NotFound, match="none"):
+            client.structure("monarch", 8, 8)
+
+    async def ask() -> None:
+        away = AsyncClient(AWAY)
+        away._http = httpx.AsyncClient(base_url=AWAY, transport=answer("async"))
+        async with away as client:
+            found = await client.search(train_flops=1e9, seed=1)
+            assert type(found) is AsyncRemoteSearch
+            await client.preview(train_flops=1e9)
+            await client.trial(3)
+            assert await client.tasks() == []
+            await found.confirm(top=2)
+            found = await found.refresh()
+            for change in (found.cancel, found.pause, found.resume, found.retry):
+                assert type(await change()) is AsyncRemoteSearch
+            await found.set_priority(3)
+            await found.clone(trials=2)
+            with pytest.raises(NotFound, match="none"):
+                await client.structure("monarch", 8, 8)
+
+    asyncio.run(ask())
+    assert seen["sync"] == seen["async"]
+    assert len(seen["sync"]) == 13

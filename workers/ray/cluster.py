@@ -23,22 +23,15 @@ os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(16 * 2**20))
 os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "2")
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
-from ray._private.worker import _post_init_hooks
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nas.errors import ClusterUnavailable, InvalidInput
+from nas.errors import ClusterUnavailable, InvalidInput, one_line
 from nas.settings import Settings
 from workers import metrics
-from workers.ray import temporary
+from workers.ray import internals, temporary
+from workers.ray.address import cluster_address
 
 _log = logging.getLogger(__name__)
-# it warns that a local cluster asks for a token, which is as it should be
-_AUTHENTICATION_NOTICE = "ray._private.authentication.authentication_token_setup"
-logging.getLogger(_AUTHENTICATION_NOTICE).setLevel(logging.ERROR)
-# it warns that it leaves the signals alone, which is why it is started in a thread
-logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
 #: Token of a cluster of this process's own: no file has it, only the processes of the cluster.
 _OWN_TOKEN = secrets.token_hex(32)
 _TOKEN_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
@@ -54,21 +47,6 @@ _LOOK_SECONDS = 2.0
 _PATIENCE_SECONDS = 30.0
 #: Packages whose versions a node shares with this process, for what is sent between them.
 _SHARED = ("einsum-nas", "ray", "torch")
-
-
-def address() -> str | None:
-    """The cluster to join, from `RAY_ADDRESS`; None, and `local`, for one of this process's own.
-
-    Raises
-    ------
-    InvalidInput
-        An address of Ray's client server: its driver would not be this process.
-    """
-    given = os.environ.get("RAY_ADDRESS") or None
-    if given is not None and "://" in given:
-        accepted = "HOST:PORT of the head (such as 10.0.0.1:6379), or auto on a node of the cluster"
-        raise InvalidInput("RAY_ADDRESS", given, accepted)
-    return None if given == "local" else given
 
 
 def connect(settings: Settings) -> None:
@@ -87,7 +65,7 @@ def connect(settings: Settings) -> None:
             return
         disconnect()  # its head is gone; there may be a new one by now
         metrics.RAY_RECONNECTS.inc()
-    wanted = address()
+    wanted = cluster_address()
     _beside(lambda: _start_local(settings) if wanted is None else _join(wanted))
 
 
@@ -152,17 +130,13 @@ def _start_local(settings: Settings) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
             num_cpus=max(os.cpu_count() or 1, settings.cpus_per_trial),
             resources=dict(settings.resources_per_trial) or None,
-            _temp_dir=None if _folder is None else _folder.name,
+            **internals.on_loopback(None if _folder is None else _folder.name),
         )
     except Exception as error:  # such as a system that lets it start no process
         disconnect()
-        said = " ".join(str(error).split())[:500]
-        raise ClusterUnavailable(
-            f"Ray does not start on this machine: {said}; `einsum-nas doctor` looks for the cause"
-        ) from error
+        raise _unavailable("Ray does not start on this machine", error) from error
 
 
 def _expect_others(expected: bool) -> None:
@@ -171,17 +145,13 @@ def _expect_others(expected: bool) -> None:
     In the latter case its servers accept connections from this machine only, and only with the
     token; a token and a mode set in the environment are kept.
     """
-    # Ray exchanges 127.0.0.1 for an address that others reach, on all systems but those where it
-    # takes this variable for an answer; read by now, and by the processes it will start
-    ray_constants.ENABLE_RAY_CLUSTER = expected
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = str(int(expected))
+    internals.expect_others(expected)
     if expected and os.environ.get("RAY_AUTH_TOKEN") == _OWN_TOKEN:
         del os.environ["RAY_AUTH_TOKEN"]
         os.environ.pop("RAY_AUTH_MODE", None)  # which Ray itself has set
-        AuthenticationTokenLoader.instance().reset_cache()
     elif not expected and not os.environ.keys() & _TOKEN_VARIABLES:
         os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
-        AuthenticationTokenLoader.instance().reset_cache()
+    internals.forget_token()
 
 
 def _join(wanted: str) -> None:
@@ -197,11 +167,14 @@ def _join(wanted: str) -> None:
         ray.shutdown()
         if isinstance(error, ClusterUnavailable):
             raise
-        said = " ".join(str(error).split())[:500]
-        raise ClusterUnavailable(
-            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined: {said}; "
-            "`einsum-nas doctor` looks for the cause"
+        raise _unavailable(
+            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined", error
         ) from error
+
+
+def _unavailable(what: str, error: Exception) -> ClusterUnavailable:
+    said = one_line(error)[:500]
+    return ClusterUnavailable(f"{what}: {said}; `einsum-nas doctor` looks for the cause")
 
 
 def listens(wanted: str) -> bool:
@@ -311,7 +284,7 @@ class Shared:
     """
 
     def __init__(self, train: Any, validation: Any) -> None:
-        self._hooks = len(_post_init_hooks)
+        self._hooks = internals.count_hooks()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         owner = ray.remote(num_cpus=0, scheduling_strategy=here)(_Owner)
         #: to be given to `taken`
@@ -319,7 +292,7 @@ class Shared:
 
     def free(self) -> None:
         """Drop the data from every node; nothing may use it any more."""
-        del _post_init_hooks[self._hooks :]  # which Tune leaves behind at each run
+        internals.drop_hooks(self._hooks)
         if ray.is_initialized():
             ray.kill(self.owner)
 

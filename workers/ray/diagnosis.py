@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from nas.errors import ClusterUnavailable, InvalidInput
+from nas.errors import ClusterUnavailable, InvalidInput, one_line
 from nas.service.doctor import Check, shared_memory
 from nas.settings import Settings
 from workers.ray import temporary
+from workers.ray.address import cluster_address
 
 #: Seconds for joining the cluster and asking every node.
 PATIENCE_SECONDS = 75.0
@@ -33,20 +34,20 @@ _MARK = "einsum-nas-diagnosis:"
 
 def examine_cluster(settings: Settings, patience_seconds: float = PATIENCE_SECONDS) -> list[Check]:
     """Checks of the cluster at `RAY_ADDRESS`, or of what a local Ray needs."""
-    wanted = os.environ.get("RAY_ADDRESS") or None
-    if wanted is None or wanted == "local":
-        count = max(os.cpu_count() or 1, settings.cpus_per_trial)
-        found = f"no RAY_ADDRESS: a worker starts a Ray of its own here, with {count} CPU(s)"
-        return [Check("cluster", "ok", found), *_folder(settings)]
-    if "://" in wanted:
-        return [
-            Check(
-                "cluster", "problem", f"RAY_ADDRESS={wanted} is one of Ray's client server",
-                "give the head itself: HOST:PORT (such as 10.0.0.1:6379), or auto on one of its "
-                "nodes; a worker has to be the driver",
-            )
-        ]  # fmt: skip
-    return _in_child(settings, wanted, patience_seconds)
+    try:
+        wanted = cluster_address()
+    except InvalidInput as error:
+        found = f"RAY_ADDRESS={error.value} is one of Ray's client server"
+        advice = (
+            "give the head itself: HOST:PORT (such as 10.0.0.1:6379), or auto on one of its nodes; "
+            "a worker has to be the driver"
+        )
+        return [Check("cluster", "problem", found, advice)]
+    if wanted is not None:
+        return _in_child(settings, wanted, patience_seconds)
+    count = max(os.cpu_count() or 1, settings.cpus_per_trial)
+    found = f"no RAY_ADDRESS: a worker starts a Ray of its own here, with {count} CPU(s)"
+    return [Check("cluster", "ok", found), *_folder(settings)]
 
 
 def _folder(settings: Settings) -> Iterator[Check]:
@@ -89,7 +90,7 @@ def _in_child(settings: Settings, wanted: str, patience_seconds: float) -> list[
     for line in out.splitlines():
         if line.startswith(_MARK):
             return [Check(**c) for c in json.loads(line.removeprefix(_MARK))]
-    said = " ".join((errors or out).split())[-500:]
+    said = one_line(errors or out)[-500:]
     found = f"joining RAY_ADDRESS={wanted} ended with status {child.returncode}: {said}"
     return [Check("cluster", "problem", found, "see the message; the head's log may say more")]
 
@@ -99,8 +100,8 @@ def _examined(settings: Settings) -> Iterator[Check]:
     from workers.ray import cluster  # isort: skip  # sets what Ray reads when it is imported
     import ray
 
-    wanted = cluster.address()
-    if wanted != "auto" and not cluster.listens(str(wanted)):
+    wanted = str(cluster_address())
+    if wanted != "auto" and not cluster.listens(wanted):
         yield Check(
             "cluster", "problem", f"nothing listens at RAY_ADDRESS={wanted}",
             "start the head with `ray start --head`, or correct the address",
@@ -109,10 +110,10 @@ def _examined(settings: Settings) -> Iterator[Check]:
     try:
         ray.init(address=wanted, logging_level="error", log_to_driver=False)
     except Exception as error:
-        yield _not_joined(str(wanted), error)
+        yield _not_joined(wanted, error)
         return
-    with _stranger(str(wanted)) as stranger:
-        yield from _joined(settings, str(wanted), stranger)
+    with _stranger(wanted) as stranger:
+        yield from _joined(settings, wanted, stranger)
 
 
 def _joined(settings: Settings, wanted: str, stranger: subprocess.Popen[bytes]) -> Iterator[Check]:
@@ -171,7 +172,7 @@ def _was_let_in(stranger: subprocess.Popen[bytes]) -> bool:
 
 
 def _not_joined(wanted: str, error: Exception) -> Check:
-    said = " ".join(str(error).split())[:500]
+    said = one_line(error)[:500]
     lower = said.lower()
     if "version mismatch" in lower:
         advice = "install the Ray and Python of the cluster here, or the other way round"
@@ -212,7 +213,7 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Check]:
 
 
 def _no_answer(name: str, has: str, error: Exception) -> Check:
-    said = " ".join(str(error).split())[-300:]
+    said = one_line(error)[-300:]
     if "ModuleNotFoundError" in str(error):
         advice = "install einsum-nas there, in the Python that runs Ray, in this version"
         return Check(name, "problem", f"{has}; einsum-nas cannot be imported: {said}", advice)

@@ -10,8 +10,10 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
 # read when ray.tune is imported: no result files, no signal handler
@@ -40,6 +42,7 @@ from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
 from nas.training.checkpoint import prune
 from workers import metrics
+from workers.ray import internals
 from workers.ray.trainable import ProxyTrainable
 from workers.session import SearchSession
 
@@ -80,20 +83,33 @@ class _Experiment:
         begun = self.begun.get(trial_id)
         return begun is not None and time.monotonic() - begun >= _NEARLY * self.trial_seconds
 
-    def given_up(self, number: int, reason: str) -> tuple[str, TrialFailure]:
-        """Why a trial failed whose process died as often as it may, and the kind of that."""
-        times = counted(self.deaths[number], "time")
+    def count_death(self, trial_id: str, reason: str) -> tuple[str, TrialFailure] | None:
+        """Count that a trial's process has died; None if the trial may run again.
+
+        Otherwise why it has failed, and the kind of that.
+        """
+        ours = self.ids[trial_id]
+        self.deaths[ours] += 1
+        if self.out_of_time(trial_id):
+            return f"ended after {self.trial_seconds:.6g} s, its time limit", "timeout"
+        if self.deaths[ours] <= _MAX_PROCESS_FAILURES:
+            return None
+        times = counted(self.deaths[ours], "time")
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
         return f"failed {times}; before the last: {reason}", kind
 
-    @property
-    def too_late(self) -> str:
-        """Why a trial that used up its time has failed."""
-        return f"ended after {self.trial_seconds:.6g} s, its time limit"
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Keep the error that ends the experiment."""
+        try:
+            yield
+        except Exception as error:
+            _log.warning("search ends early: %s", error)
+            self.error = self.error or error
+            raise
 
 
-#: Experiments of this process. Tune copies and pickles its searcher and stopper, which therefore
-#: hold only a key of this mapping.
+#: Experiments of this process, by the keys that `_OfExperiment` holds.
 _experiments: dict[str, _Experiment] = {}
 
 
@@ -145,7 +161,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
                     num_samples=remaining * (1 + _MAX_PROCESS_FAILURES),
                     max_concurrent_trials=min(settings.concurrency or capacity, capacity),
                     reuse_actors=True,
-                    trial_dirname_creator=_directory_name,
+                    trial_dirname_creator=attrgetter("trial_id"),
                 ),
                 run_config=tune.RunConfig(
                     name=session.search.id,
@@ -181,94 +197,88 @@ def _abandon(session: SearchSession, why: str) -> None:
         os._exit(0 if asked and session.signals.shutdown.is_set() else CLUSTER_LOST_STATUS)
 
 
-def _directory_name(trial: Any) -> str:
-    return str(trial.trial_id)
-
-
-class _SessionSearcher(Searcher):
-    """Hands the session's trials to Tune and Tune's results to the session."""
+class _OfExperiment:
+    """What Tune is given of ours; Tune copies and pickles it, so it holds only a key."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
         self._key = key
 
     @property
-    def _session(self) -> SearchSession:
-        return _experiments[self._key].session
+    def _experiment(self) -> _Experiment:
+        return _experiments[self._key]
 
-    @property
-    def _ids(self) -> dict[str, int]:
-        return _experiments[self._key].ids
+
+class _SessionSearcher(_OfExperiment, Searcher):
+    """Hands the session's trials to Tune and Tune's results to the session."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        with _remembered(self._key):
-            trial = self._session.next_trial()
+        session = self._experiment.session
+        with self._experiment.remembering():
+            trial = session.next_trial()
             if trial is None:
-                return Searcher.FINISHED if self._session.exhausted else None
-            self._ids[trial_id] = trial.id
-            return trial_config(self._session, trial)
+                return Searcher.FINISHED if session.exhausted else None
+            self._experiment.ids[trial_id] = trial.id
+            return trial_config(session, trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        with _remembered(self._key), bound(trial_id=self._ids[trial_id]):
+        experiment = self._experiment
+        ours = experiment.ids[trial_id]
+        with experiment.remembering(), bound(trial_id=ours):
             report = _read_report(result)
             if "begun" in report:
-                _experiments[self._key].begun[trial_id] = time.monotonic()
+                experiment.begun[trial_id] = time.monotonic()
                 _log.info("trial begun on %s", report["begun"])
-            elif "point" in report and not self._session.signals.lost.is_set():
+            elif "point" in report and not experiment.session.signals.lost.is_set():
                 point = report["point"]
                 stored = StoredPoint(train_seconds=point.pop("seconds"), **point)
-                self._session.point(self._ids[trial_id], stored)
+                experiment.session.point(ours, stored)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        with _remembered(self._key):
-            number = self._ids.pop(trial_id, None)
-            if number is None or self._session.signals.lost.is_set():
+        experiment = self._experiment
+        with experiment.remembering():
+            ours = experiment.ids.get(trial_id)
+            if ours is None or experiment.session.signals.lost.is_set():
                 return
-            with bound(trial_id=number):
-                state = self._end(trial_id, number, _read_report(result or {}), error)
-            begun = _experiments[self._key].begun.pop(trial_id, None)
+            with bound(trial_id=ours):
+                state = self._end(trial_id, ours, _read_report(result or {}), error)
+            del experiment.ids[trial_id]
+            begun = experiment.begun.pop(trial_id, None)
             if state is None:
                 return
             metrics.TRIALS.labels(state).inc()
             if begun is not None:
                 metrics.TRIAL_SECONDS.observe(time.monotonic() - begun)
 
-    def _end(self, trial_id: str, number: int, report: dict[str, Any], error: bool) -> str | None:
-        """Store how a trial ended; its state, or None if it is to run again."""
-        if error:
-            return "failed" if self._fail(trial_id, number) else None
-        if "failure" in report:
-            failed = report["failure"]
-            _log.warning("trial failed: %s", failed["reason"])
-            self._session.fail(number, failed["reason"], failed["kind"])
-            return "failed"
-        if "ended" in report:
-            ended = report["ended"]
-            self._session.complete(number, ended["environment"], MeasuredCost(**ended["cost"]))
-            return "complete"
-        return "stopped"  # with the search: it stays unfinished until the search ends
-
-    def _fail(self, trial_id: str, number: int) -> bool:
-        """End a trial whose process died and that Tune gives up; False if it is to run again.
+    def _end(self, trial_id: str, ours: int, report: dict[str, Any], error: bool) -> str | None:
+        """Store how a trial ended; its state, or None if it is to run again.
 
         Where a process dies as it is handed from one trial to the next, Tune counts its death
         twice, and gives the trial up before its process has died as often as it may.
         """
-        experiment = _experiments[self._key]
-        experiment.deaths[number] += 1
-        reason = experiment.reasons.get(trial_id, "its process died")
-        if experiment.out_of_time(trial_id):
-            self._session.fail(number, experiment.too_late, "timeout")
-        elif experiment.deaths[number] <= _MAX_PROCESS_FAILURES:
-            _log.warning("trial queued again: %s", reason)
-            self._session.retry(number)
-            return False
-        else:
+        session = self._experiment.session
+        if error:
+            reason = self._experiment.reasons.get(trial_id, "its process died")
+            failed = self._experiment.count_death(trial_id, reason)
+            if failed is None:
+                _log.warning("trial queued again: %s", reason)
+                session.retry(ours)
+                return None
             _log.warning("trial given up: %s", reason)
-            self._session.fail(number, *experiment.given_up(number, reason))
-        return True
+            session.fail(ours, *failed)
+            return "failed"
+        if "failure" in report:
+            failure = report["failure"]
+            _log.warning("trial failed: %s", failure["reason"])
+            session.fail(ours, failure["reason"], failure["kind"])
+            return "failed"
+        if "ended" in report:
+            ended = report["ended"]
+            session.complete(ours, ended["environment"], MeasuredCost(**ended["cost"]))
+            return "complete"
+        return "stopped"  # with the search: it stays unfinished until the search ends
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the only truth."""
@@ -277,39 +287,17 @@ class _SessionSearcher(Searcher):
         """Nothing; see `save`."""
 
 
-class _remembered:
-    """Keeps the error that ends the experiment."""
-
-    def __init__(self, key: str) -> None:
-        self._experiment = _experiments[key]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _type: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, Exception):
-            _log.warning("search ends early: %s", error)
-            self._experiment.error = self._experiment.error or error
-
-
-class _Attempts(Callback):
+class _Attempts(_OfExperiment, Callback):
     """Records why trials are restarted, and prevents the restart of those that ran out of time."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
-
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_info: Any) -> None:
-        experiment = _experiments[self._key]
-        reason = _reason(trial)
-        experiment.reasons[trial.trial_id] = reason
-        number = experiment.ids[trial.trial_id]
-        experiment.deaths[number] += 1
-        if experiment.out_of_time(trial.trial_id):
-            _refuse(trial, experiment.too_late, "timeout")
-        elif experiment.deaths[number] > _MAX_PROCESS_FAILURES:
-            _refuse(trial, *experiment.given_up(number, reason))
-        else:
+        experiment = self._experiment
+        experiment.reasons[trial.trial_id] = reason = _reason(trial)
+        failed = experiment.count_death(trial.trial_id, reason)
+        if failed is None:
             _log.warning("trial started anew: %s", reason)
+        else:
+            _refuse(trial, *failed)
         experiment.begun.pop(trial.trial_id, None)
 
 
@@ -321,15 +309,8 @@ def _refuse(trial: Any, reason: str, kind: TrialFailure) -> None:
 
 
 def _reason(trial: Any) -> str:
-    """Why the last attempt at a trial ended, in a line.
-
-    Tune's own `get_error` looks into the results' folder, where the text comes later.
-    """
-    try:
-        text = Path(trial.error_file or "").read_text()
-    except OSError:
-        text = ""
-    lines = text.rpartition("Failure # ")[2].strip().splitlines()
+    """Why the last attempt at a trial ended, in a line."""
+    lines = internals.last_error(trial).splitlines()
     told = [line for line in lines if line.startswith("The actor is dead")] or lines[-1:]
     return told[0][:_LONGEST_REASON] if told else "its process died"
 
@@ -342,11 +323,8 @@ def _of_memory(reason: str) -> bool:
     return any(sign in reason for sign in signs)
 
 
-class _SessionStopper(Stopper):
+class _SessionStopper(_OfExperiment, Stopper):
     """Ends every trial once the session is to stop."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return self.stop_all()

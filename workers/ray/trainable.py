@@ -21,7 +21,7 @@ from ray import tune
 
 from nas.errors import RunFailed
 from nas.planning.cost import RunPlan
-from nas.planning.recipe import Recipe
+from nas.planning.recipe import stored_recipe
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.metering import CostMeter
@@ -86,7 +86,7 @@ class ProxyTrainable(tune.Trainable):
         self._start_clock()
         limit_memory(self._memory)
         plan = RunPlan.from_dict(run["plan"])
-        recipe = Recipe(**run["recipe"])
+        recipe = stored_recipe(run["recipe"])
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)

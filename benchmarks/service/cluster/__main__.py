@@ -25,9 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.reporting import show
 from benchmarks.service.cluster.nodes import Cluster, SupervisedWorker
 from nas.planning.request import SearchRequest
 from nas.store import Store
@@ -301,13 +299,14 @@ def main() -> int:
                 results.append({"scenario": name, "database": kind, **figures, "broken": wrong})
                 broken += wrong
                 print(json.dumps(results[-1], default=str), flush=True)
-    table = Table("scenario", "database", "figure", "value")
-    for result in results:
-        for figure, value in result.items():
-            if figure not in ("scenario", "database"):
-                shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-                table.add_row(result["scenario"], result["database"], figure, shown)
-    Console().print(table)
+    show(
+        [
+            {"scenario": r["scenario"], "database": r["database"], "figure": k, "value": v}
+            for r in results
+            for k, v in r.items()
+            if k not in ("scenario", "database")
+        ]
+    )
     return 1 if broken else 0
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nas.designs.einsum import Structure
 from nas.layers.kernels.plan import Gemm, Plan, Product, onednn_available
+from nas.layers.kernels.torch_internals import linear_by_onednn, onednn_linear
 
 #: Rows of W whose gradient is held at once; enough for a matrix product at full speed.
 SLAB_ROWS = 256
@@ -33,7 +34,7 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 if onednn_available():
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    @register_flop_formula(onednn_linear())
     def _gemm_flops(
         x_shape: tuple[int, ...], w_shape: tuple[int, ...], *_: object, **__: object
     ) -> int:
@@ -51,8 +52,7 @@ def gemm(p: Tensor, q: Tensor, library: Gemm) -> Tensor:
         q = q.contiguous()
     if p.stride(0) == 1:  # torch transposes fast only what lies together as a whole
         p = p.t().contiguous().t()
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(p.contiguous(), q.t(), None, "none", [], "")
-    return out
+    return linear_by_onednn(p.contiguous(), q.t())
 
 
 def forward(x: Tensor, a: Tensor, b: Tensor | None, d_out: int, plan: Plan) -> Tensor:

@@ -18,6 +18,7 @@ from nas.layers.kernels import contraction, measuring, mixture_kernels
 from nas.layers.kernels.mixture_kernels import Form, Gradients
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_for_sizes
 from nas.layers.kernels.plan import bucket
+from nas.layers.kernels.torch_internals import is_view
 from nas.layers.modes import autocast_dtype, is_recorded, transforms_active, without_autocast
 
 
@@ -144,7 +145,7 @@ class _Mix(torch.autograd.Function):
         ctx.plan, ctx.form = plan, form
         ctx.save_for_backward(x, weights, chosen, a, b)
         y = mixture_kernels.forward(x, weights, chosen, a, b, d_out, plan, form)
-        return y if y._base is None else y.clone()  # autograd lets no one write into a view
+        return y.clone() if is_view(y) else y  # autograd lets no one write into a view
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

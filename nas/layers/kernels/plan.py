@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
 
 from nas.designs.einsum import Sizes
 from nas.errors import InvalidInput
+from nas.layers.kernels.torch_internals import onednn_linear
 
 #: Which factor is contracted first, or both multiplied into one matrix.
 Order = Literal["a-first", "b-first", "materialised"]
@@ -42,6 +43,15 @@ class Operator(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def __hash__(self) -> int: ...
+
+
+class _AnyPlan(Protocol):
+    @classmethod
+    def parse(cls, text: str) -> Self: ...
+    def checked(self, operator: Any, /) -> Self: ...
+
+
+_Plan = TypeVar("_Plan", bound=_AnyPlan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +136,24 @@ class Plan:
         )
 
 
+def checked_plan(kind: type[_Plan], value: object, structure: Any) -> _Plan:
+    """The plan of this kind, given as such or as its text, that can run `structure` here.
+
+    Raises
+    ------
+    InvalidInput
+        Neither of both, or one that cannot run it.
+    """
+    plan = kind.parse(value) if isinstance(value, str) else value
+    if not isinstance(plan, kind):
+        raise InvalidInput("plan", value, f"a {kind.__name__}, its text, or None")
+    return plan.checked(structure)
+
+
 @cache
 def onednn_available() -> bool:
     """Whether this torch has single-precision matrix products of oneDNN."""
-    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return built_in and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return onednn_linear() is not None
 
 
 @cache

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 
 import nas.tasks
 from api.dashboard.figures import draw_scatter, scatter_data
-from api.routes import v1 as routes
+from api.routes import searches
 from api.schemas import SearchPage, TrialPage
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
@@ -531,7 +531,7 @@ def test_who_waits_for_data_to_be_read_is_in_nobodys_way(
         assert go_on.wait(60)
         return read(*given, **more)
 
-    monkeypatch.setattr(routes, "check_data", slowly)
+    monkeypatch.setattr(searches, "check_data", slowly)
     statuses: list[int] = []
 
     def submit(seed: int) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import HTTPException, Request
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
 from api.app import create_app
-from api.auth import ADMIN, OPEN, Caller, for_operators, scope_of
+from api.declared import PROBE, PUBLIC, READ, SUBMIT, declared_of, read_declarations
 from api.limits import rates
 from api.middleware.audit import AuditTrail, RequestRecord
 from nas.errors import InvalidInput
@@ -124,7 +125,21 @@ def operations() -> list[tuple[str, str]]:
     return found + besides
 
 
-CLOSED = [o for o in operations() if scope_of(*o) is not None]
+APP = create_app(Settings(access_control=True))
+
+
+def scopes_of(method: str, path: str) -> tuple[str, ...] | None:
+    """The scopes that a request needs; None: no key."""
+    return declared_of(request_for(path, method), APP).scopes
+
+
+def request_for(path: str, method: str = "GET") -> dict[str, Any]:
+    return {"type": "http", "method": method, "path": path, "root_path": "", "headers": []}
+
+
+CLOSED = [o for o in operations() if scopes_of(*o) is not None]
+OPEN = ("/healthz", "/readyz", "/openapi.json", "/login")
+ADMIN = ("/metrics", "/v1/workers", "/v1/audit")
 
 
 def filled(path: str, ids: dict[str, str]) -> str:
@@ -141,12 +156,66 @@ def is_problem(response: Any, status: int) -> bool:
 
 
 def test_nothing_else_is_open() -> None:
-    assert {o for o in operations() if scope_of(*o) is None} == {
+    assert {o for o in operations() if scopes_of(*o) is None} == {
         ("GET", "/healthz"), ("GET", "/readyz"),
     }  # fmt: skip
-    assert {scope_of(*o) for o in CLOSED} == set(SCOPES)
+    assert {scopes_of(*o) for o in CLOSED} == {*((scope,) for scope in SCOPES), ()}
     for path in ("/static", "/Static/x", "/login/", "//login", "/v1/../login", "/healthz/x"):
-        assert scope_of("GET", path) == "read"
+        assert scopes_of("GET", path) == ()
+    for path in (*OPEN, "/static/x", "/static/plotly.min.js"):
+        assert scopes_of("GET", path) is None
+    for path in ADMIN:
+        assert scopes_of("GET", path) == ("admin",)
+
+
+def test_every_route_declares_one_permission() -> None:
+    """What changes anything needs scope submit, except for signing in and out."""
+    declared = {
+        (method, route.path): found.scopes
+        for route, found in APP.state.declarations
+        for method in route.methods or ("GET",)
+    }
+    assert len(declared) >= 30
+    assert {path for (_, path), scopes in declared.items() if scopes is None} == {
+        *OPEN, "/static", "/static/plotly.min.js",
+    }  # fmt: skip
+    unsafe = {path: scopes for (method, path), scopes in declared.items() if method == "POST"}
+    others = {"/login": None, "/logout": (), "/v1/searches/preview": ("read",)}
+    assert unsafe == {**dict.fromkeys(unsafe, ("submit",)), **others}
+    assert {
+        path: (found.needs_store, found.probe)
+        for path in (r.path for r, _ in APP.state.declarations)
+        if not (found := declared_of(request_for(path), APP)).needs_store
+    } == {
+        "/healthz": (False, True), "/readyz": (False, True), "/metrics": (False, True),
+        "/static/plotly.min.js": (False, False),
+    }  # fmt: skip
+
+
+def test_the_document_says_which_scope_an_operation_needs() -> None:
+    for path, operations_at in APP.openapi()["paths"].items():
+        for method, operation in operations_at.items():
+            needed = scopes_of(method.upper(), path)
+            expected = None if needed is None else [{"key": list(needed)}]
+            assert operation.get("security") == expected, path
+            assert ("401" in operation["responses"]) == (needed is not None)
+    open_to_this_machine = json.dumps(create_app(Settings()).openapi())
+    assert '"security' not in open_to_this_machine
+
+
+@pytest.mark.parametrize("given", [[], [READ, SUBMIT], [PUBLIC, READ], [PROBE]])
+def test_a_route_without_one_permission_is_refused(given: list[Any]) -> None:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_api_route("/x", lambda: None, dependencies=given)
+    with pytest.raises(LookupError, match="/x declares"):
+        read_declarations(app)
+
+
+def test_a_folder_without_a_permission_is_refused(tmp_path: Path) -> None:
+    app = FastAPI(openapi_url=None)
+    app.mount("/x", StaticFiles(directory=tmp_path))
+    with pytest.raises(LookupError, match="/x declares"):
+        read_declarations(app)
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -169,14 +238,18 @@ def test_without_a_usable_key_nothing_is_told(
 
 @pytest.mark.parametrize(("method", "path"), [o for o in CLOSED if o[1] != "/logout"])
 def test_a_key_does_what_its_scopes_say_and_no_more(house: House, method: str, path: str) -> None:
-    needed = scope_of(method, path)
+    needed = scopes_of(method, path)
+    assert needed is not None
     for scope in SCOPES:
         response, line = house.ask(method, filled(path, house.ids), scope, json=BODY)
-        if scope == needed:
+        if needed == ():  # no route: nothing to be allowed
+            assert response.status_code in (404, 405), response.text
+            continue
+        if needed == (scope,):
             assert response.status_code not in (401, 403), response.text
             continue
         assert is_problem(response, 403), response.text
-        assert f"scope {needed}" in response.json()["detail"]
+        assert f"scope {needed[0]}" in response.json()["detail"]
         assert line is not None
         assert (line.status, line.tenant) == (403, "mine")
 
@@ -366,22 +439,6 @@ def test_what_cannot_be_seen_in_a_path_opens_nothing(house: House, end: str) -> 
             assert is_problem(response, 404), response.text
 
 
-def test_operators_routes_ask_once_more(house: House) -> None:
-    """By the route that was met, in case its path was read in another way."""
-    request = Request(
-        {
-            "type": "http",
-            "headers": [],
-            "state": {"caller": Caller("a", "k", "n", ("read", "submit"))},
-        }
-    )
-    with pytest.raises(HTTPException) as error:
-        asyncio.run(for_operators(request))
-    assert error.value.status_code == 403
-    request.state.caller = Caller("a", "k", "n", ("admin",))
-    asyncio.run(for_operators(request))
-
-
 @pytest.mark.parametrize(("path", "key"), [("/healthz", None), ("/v1/searches", "submit")])
 def test_a_flood_of_failures_does_not_fill_the_log_either(
     house: House, path: str, key: str | None
@@ -511,8 +568,3 @@ def test_without_access_control_only_this_machine_is_answered(tmp_path: Path) ->
 )  # fmt: skip
 def test_what_is_loopback(address: str, loopback: bool) -> None:
     assert is_loopback(address) is loopback
-
-
-def test_operators_routes_exist() -> None:
-    paths = set(create_app(Settings()).openapi()["paths"])
-    assert {p for p in ADMIN if p.startswith("/v1/")} <= paths

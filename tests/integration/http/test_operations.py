@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
+from api import readiness
 from api.app import create_app
-from api.routes import health
 from nas.errors import EinsumNasError, InvalidInput
 from nas.logs import configure
 from nas.settings import Settings
@@ -265,7 +265,7 @@ def test_another_schema_is_not_ready(client: TestClient, revision: str, word: st
 def test_a_database_that_says_nothing_is_not_waited_for(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(readiness, "PATIENCE_SECONDS", 0.2)
     store: Store = client.app.state.store  # type: ignore[attr-defined]
     with writing(store.engine) as session:  # SQLite has one writer: the probe's write waits
         session.execute(text("DELETE FROM processes"))
@@ -333,7 +333,7 @@ def test_an_answer_of_a_service_that_waits_names_no_secret(tmp_path: Path) -> No
 @pytest.mark.parametrize("url", ["mysql://a/b", "no url"])
 def test_a_url_that_names_no_database_stops_the_start(tmp_path: Path, url: str) -> None:
     with pytest.raises(InvalidInput, match="database_url"):
-        health.refuse_unusable(Settings(home=tmp_path, database_url=url))
+        readiness.refuse_unusable(Settings(home=tmp_path, database_url=url))
     with (
         pytest.raises(InvalidInput),
         serving(create_app(Settings(home=tmp_path, database_url=url))),
@@ -348,7 +348,7 @@ def test_a_newer_schema_stops_the_start(tmp_path: Path) -> None:
     with writing(store.engine) as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(EinsumNasError, match=r"9999.*upgrade einsum-nas"):
-        health.refuse_unusable(settings)
+        readiness.refuse_unusable(settings)
     with pytest.raises(EinsumNasError, match="9999"), serving(create_app(settings)):
         pass
     assert store.schema_revision() == "9999"

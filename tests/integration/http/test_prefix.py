@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from api.dashboard.signin import inside
-from api.middleware.prefix import OWN, checked_root, path_of, root_of
+from api.middleware.prefix import checked_root, own_segments, path_of, root_of
 from api.server import behind_proxies
 from nas.errors import InvalidInput
 from nas.settings import Settings
@@ -162,6 +162,7 @@ def test_what_looks_at_paths_still_does(proxied: Proxied) -> None:
 
 
 def test_a_prefix_that_is_none_is_not_used(home: Path) -> None:
+    own = own_segments(create_app(Settings(home=home)))
     with client(home) as opened:
         for prefix in (
             "//evil.example", "/\\evil.example", "https://evil.example", "nas", "/a//b", "/..",
@@ -170,7 +171,7 @@ def test_a_prefix_that_is_none_is_not_used(home: Path) -> None:
         ):  # fmt: skip
             accepted = r"EINSUM_NAS_ROOT_PATH: got .*; accepted: a path such as /nas"
             with pytest.raises(InvalidInput, match=accepted):
-                checked_root(Settings(home=home, root_path=prefix))
+                checked_root(Settings(home=home, root_path=prefix), own)
             sent = {b"Accept": b"text/html", b"X-Forwarded-Prefix": prefix.encode("latin-1")}
             found = opened.get("/", headers=sent)
             assert found.headers["location"] == "/login?next=/", prefix
@@ -188,9 +189,10 @@ def test_a_prefix_is_believed_of_trusted_proxies_only(home: Path) -> None:
 
 
 def test_no_path_of_the_service_can_be_a_prefix(home: Path) -> None:
-    routes = create_app(Settings(home=home)).openapi()["paths"]
+    app = create_app(Settings(home=home))
+    routes = app.openapi()["paths"]
     pages = ("/", "/searches/{id}", "/login", "/logout", "/static/x", "/metrics", "/openapi.json")
-    assert {path.split("/")[1] for path in [*routes, *pages]} - {""} == OWN
+    assert {path.split("/")[1] for path in [*routes, *pages]} - {""} == own_segments(app)
 
 
 @pytest.mark.parametrize(

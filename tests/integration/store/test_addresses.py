@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api.routes.health import refuse_unusable
+from api.readiness import refuse_unusable
 from nas.errors import InvalidInput
 from nas.service.doctor import examine
 from nas.settings import Settings

@@ -289,7 +289,7 @@ def test_every_step_keeps_what_is_stored(database_url: str, file: Path, before: 
     expected = of_old(url, before)
     assert [len(rows) for rows in expected.values()][1:3] == [20, 105]
     revisions = known_revisions()
-    assert revisions[:4] == ["0001", "0002", "0003", "0004"]
+    assert revisions[:4] == ("0001", "0002", "0003", "0004")
     there_and_back = [*revisions[1:], *revisions[-2::-1], *revisions[1:]]
     at = revisions[0]
     for revision in there_and_back:

@@ -17,7 +17,7 @@ from nas.cli.db import app
 from nas.errors import InvalidInput, NotFound
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.settings import settings
-from nas.store import Leases, Store, StoredPoint
+from nas.store import Leases, Store, StoredPoint, selecting
 from nas.store import retention as module
 from nas.store.engine import writing
 from nas.store.retention import FINE_GRAINED, Pruned, prune
@@ -63,7 +63,7 @@ def rows_of(store: Store) -> dict[str, int]:
 
 
 def test_old_logs_keep_their_turning_points(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", 3)
+    monkeypatch.setattr(selecting, "AT_ONCE", 3)
     old = ended(store, "succeeded", days_ago=31, completed=3)
     failed = ended(store, "failed", days_ago=31)
     young = ended(store, "succeeded", days_ago=29, completed=1)

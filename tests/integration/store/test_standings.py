@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import LeaseLost
-from nas.store import AXES, Leases, Standings, Store, StoredPoint, task_scope
-from nas.store import standings as module
+from nas.store import AXES, Leases, Standings, Store, StoredPoint, fronts, task_scope
 from nas.store.engine import open_engine, writing
+from nas.store.fronts import Points, as_points, is_beaten, sweep
 from nas.store.migrate import upgrade
-from nas.store.standings import Points, kept
+from nas.store.standings import rebuild
 from tests.support.stored import begun, draft, run, standing
 
 SCOPES = (task_scope("text", "f1"), task_scope("text", "f2"))
@@ -27,11 +27,15 @@ POINTS = st.lists(
 
 def of_runs(rows: list[tuple[int, int, int, int]]) -> Points:
     """Points of models that were run once each."""
-    return Points.of([(row[0], *row) for row in rows])
+    return as_points([(row[0], *row) for row in rows])
 
 
 def keys(points: Points) -> set[tuple[int, int]]:
-    return {(trial, step) for _, trial, step, _, _ in points.rows()}
+    return {(trial, step) for _, trial, step, _, _ in points.tolist()}
+
+
+def kept(points: Points, runs: int) -> Points:
+    return points[sweep(points, runs)[0]]
 
 
 def slowly_kept(rows: list[tuple[int, int, int, int]], runs: int) -> set[tuple[int, int]]:
@@ -50,9 +54,7 @@ def slowly_kept(rows: list[tuple[int, int, int, int]], runs: int) -> set[tuple[i
 def test_kept_points_are_those_that_few_runs_beat(
     rows: list[tuple[int, int, int, int]], runs: int
 ) -> None:
-    points = of_runs(rows)
-    chosen = points.select(kept(points, runs))
-    assert keys(chosen) == slowly_kept(rows, runs)
+    assert keys(kept(of_runs(rows), runs)) == slowly_kept(rows, runs)
 
 
 @given(rows=POINTS, runs=st.integers(1, 3), seed=st.integers(0, 9))
@@ -66,8 +68,7 @@ def test_nothing_that_was_left_out_is_missed_later(
     order = np.random.default_rng(seed).permutation(list(by_run)).tolist()
     held = of_runs([])
     for trial in order:
-        both = Points.together([held, of_runs(by_run[trial])])
-        held = both.select(kept(both, runs))
+        held = kept(np.concatenate([held, of_runs(by_run[trial])]), runs)
     assert keys(held) == slowly_kept(rows, runs)
 
 
@@ -77,10 +78,10 @@ def test_bars_turn_away_only_what_is_beaten(
 ) -> None:
     points = of_runs(rows)
     half = np.random.default_rng(seed).random(len(points)) < 0.5
-    _, bars = module._sweep(points.select(half), runs)
+    _, bars = sweep(points[half], runs)
     thinned = np.array(bars[::-1][::edges][::-1], dtype="<f8").tobytes()
-    late = points.select(~half & ~np.isin(points.trial, points.trial[half]))
-    turned_away = late.select(module._is_beaten(late, thinned))
+    late = points[~half & ~np.isin(points["trial_id"], points["trial_id"][half])]
+    turned_away = late[is_beaten(late, thinned)]
     stays = slowly_kept(rows, runs)
     assert not keys(turned_away) & stays
 
@@ -88,9 +89,9 @@ def test_bars_turn_away_only_what_is_beaten(
 def test_results_as_they_land_equal_those_built_anew(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "KEPT_MODELS", 2)
-    monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 4)
-    monkeypatch.setattr(module, "_MOST_EDGES", 3)
+    monkeypatch.setattr(fronts, "KEPT_MODELS", 2)
+    monkeypatch.setattr(fronts, "_SWEPT_AT_LEAST", 4)
+    monkeypatch.setattr(fronts, "_MOST_EDGES", 3)
     rng = np.random.default_rng(5)
     for search in range(3):
         lease = begun(store, "f1" if search < 2 else "f2", seed=search)
@@ -100,14 +101,14 @@ def test_results_as_they_land_equal_those_built_anew(
         twin = Leases(store).add_trial(lease, draft(6, key=f"{search}-0"))
         assert Leases(store).reuse_result(lease, twin.id)
         Leases(store).release(lease, "succeeded")
-    fronts = [Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES]
+    found = [Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES]
     before = standing(store)
     assert len(before) > 30
     with writing(store.engine) as session:
-        module.rebuild(session)
+        rebuild(session)
     assert standing(store) == before
     # what stood too long changed no front
-    assert fronts == [
+    assert found == [
         Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES
     ]
 
@@ -216,8 +217,8 @@ def upgrade_down(url: str) -> None:
 def test_many_seeds_of_one_model_push_no_other_out(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "KEPT_MODELS", 2)
-    monkeypatch.setattr(module, "_SWEPT_AT_LEAST", 1)
+    monkeypatch.setattr(fronts, "KEPT_MODELS", 2)
+    monkeypatch.setattr(fronts, "_SWEPT_AT_LEAST", 1)
     lease = begun(store)
     favourite = [
         run(store, lease, i, [2.0 + i / 100], seed=i, plan=draft(0).plan) for i in range(6)

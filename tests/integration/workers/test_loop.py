@@ -17,6 +17,7 @@ from nas.tasks import TaskData
 from tests.support.services import PATIENCE, wait_for
 from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
 from workers.ray import cluster
+from workers.ray.address import cluster_address
 from workers.session import SearchSession, Signals
 
 LEASE = Lease("s", 1, "w", 0.6)
@@ -224,7 +225,7 @@ def test_a_ray_client_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         InvalidInput, match=r"RAY_ADDRESS: got ray://10\.0\.0\.1:10001; accepted: HOST"
     ):
-        cluster.address()
+        cluster_address()
 
 
 def test_a_head_that_is_not_there_is_said_to_be_away(

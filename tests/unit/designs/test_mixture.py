@@ -590,7 +590,7 @@ def test_plans_that_contradict_themselves() -> None:
     with pytest.raises(InvalidInput, match="materialised"):
         layer.plan = "grouping=experts a-first"
     with pytest.raises(InvalidInput, match="a MixturePlan"):
-        layer.plan = 3  # type: ignore[assignment]
+        layer.plan = 3
     with pytest.raises(InvalidInput, match="grouping=all"):
         MixturePlan("batched", tile=4)
     layer.plan = None

@@ -28,14 +28,14 @@ MODELS = [
 ]  # fmt: skip
 
 
-OTHERS = [
+OTHERS: list[tuple[str, int, Recipe]] = [
     (text, 64, recipe)
     for recipe in (PIXELS, IMAGES, IMAGES_VIT, REGRESSION)
     for text in ("dense", "btt:rho=1/4")
 ]
 
 
-@pytest.mark.parametrize(("text", "width", "recipe"), [(*m, TEXT) for m in MODELS] + OTHERS)
+@pytest.mark.parametrize(("text", "width", "recipe"), [*((*m, TEXT) for m in MODELS), *OTHERS])
 def test_flops_and_parameters_are_those_of_the_built_model(
     text: str, width: int, recipe: Recipe
 ) -> None:

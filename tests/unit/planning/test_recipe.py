@@ -1,23 +1,30 @@
 from __future__ import annotations
 
+import json
 import math
+import pickle
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from nas.errors import InvalidInput
 from nas.planning.recipe import (
     IMAGES_PAPER,
+    IMAGES_VIT,
     PIXELS_PAPER,
     RECIPES,
     REGRESSION,
     REGRESSION_PAPER,
+    SETTINGS,
     TASKS,
     TEXT,
     TEXT_PAPER,
     Recipe,
     recipe_of,
+    stored_recipe,
     with_overrides,
 )
 
@@ -54,7 +61,10 @@ def test_every_recipe_is_whole(recipe: Recipe) -> None:
     assert recipe.outputs >= 1
     assert (recipe.features > 0) != recipe.is_token_model
     assert len(recipe.widths) >= 3
-    assert Recipe(**recipe.as_dict()) == recipe
+    assert list(recipe.as_dict()) == list(SETTINGS)
+    assert stored_recipe(recipe.as_dict()) == recipe
+    assert stored_recipe(json.loads(json.dumps(asdict(recipe)))) == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_the_first_recipe_of_a_task_is_its_default() -> None:
@@ -92,7 +102,7 @@ def test_overrides_take_numbers_as_text() -> None:
         ({"depth": 2.5}, "depth"), ({"depth": True}, "depth"), ({"depth": 0}, "depth"),
         ({"depth": 10**6}, "depth"), ({"depth": "1" * 5000}, "depth"), ({"depth": None}, "depth"),
         ({"schedule": "linear"}, "schedule"), ({"normalize": "maybe"}, "normalize"),
-        ({"input_dim": 0}, "context, vocabulary"), ({"head_dim": 7}, "min_width"),
+        ({"input_dim": 0}, "input_dim"), ({"head_dim": 7}, "min_width"),
         ({"head_dim": 1, "min_width": 1}, "min_width"), ({"max_width": 8}, "min_width"),
         ({"max_width": 24}, "min_width"), ({"context": 64}, "overrides"),
         ({"augmentation": "crop"}, "overrides"), ({"min_steps": 10}, "min_steps"),
@@ -105,6 +115,17 @@ def test_bad_overrides_are_named(overrides: dict[str, Any], field: str) -> None:
         with_overrides(REGRESSION, overrides)
     assert caught.value.field.startswith(field)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("patch", "says"), [(0, "a whole number from 1"), (3, "a divisor")])
+def test_patches_fill_an_image(patch: int, says: str) -> None:
+    with pytest.raises(InvalidInput, match=f"patch: got {patch}; accepted: {says}"):
+        with_overrides(IMAGES_VIT, {"patch": patch})
+
+
+def test_a_stored_recipe_of_no_task_is_refused() -> None:
+    with pytest.raises(ValidationError, match="task"):
+        stored_recipe({**TEXT.as_dict(), "task": "video"})
 
 
 def test_text_of_characters_has_96() -> None:

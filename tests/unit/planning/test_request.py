@@ -55,7 +55,7 @@ def test_byte_pairs_begin_with_the_bytes() -> None:
 
 
 def test_a_missing_budget_is_named() -> None:
-    with pytest.raises(InvalidInput, match="train_flops: got nothing; accepted: a finite number"):
+    with pytest.raises(InvalidInput, match="got nothing; accepted: a finite number above 0"):
         SearchRequest.checked({})
 
 

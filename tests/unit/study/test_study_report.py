@@ -9,7 +9,8 @@ import pytest
 from nas.designs.taxonomy import parse_theta
 from nas.errors import InvalidInput
 from nas.study.page import render
-from nas.study.report import GROUPS, analyse, group_of, summary_lines
+from nas.study.report import analyse, summary_lines
+from nas.study.task import GROUPS, group_of
 from nas.study.wording import REFERENCE
 from tests.support.studies import NAMES, Record, record, study
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from nas.planning.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
+from nas.planning.recipe import (
+    IMAGES,
+    IMAGES_VIT,
+    PIXELS,
+    REGRESSION,
+    TEXT,
+    Recipe,
+    with_overrides,
+)
 from nas.tasks.batches import sample_losses, training_batches, validation_set
 
 RNG = np.random.default_rng(0)
@@ -48,7 +56,7 @@ def test_patches_hold_their_own_pixels() -> None:
 
 @pytest.mark.parametrize("augmentation", ["crop", "crop+flip"])
 def test_augmented_images_are_shifts_of_their_own(augmentation: str) -> None:
-    recipe = replace(IMAGES, augmentation=augmentation, batch=64)
+    recipe = with_overrides(IMAGES, {"augmentation": augmentation, "batch": 64})
     arrays = image_arrays(count=3)
     x, _ = training_batches(recipe, arrays)(generator())
     plain = replace(recipe, augmentation="none", batch=64)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import nas.tasks.corpus
+import nas.tasks.data
 import nas.tasks.hub
 from nas.errors import InvalidInput
 from nas.planning.recipe import TEXT
@@ -280,7 +281,8 @@ def test_large_files_are_not_read(
     # in a folder what does not begin as text is left out, whatever its size
     (tmp_path / "text").write_text("one two three four\n" * 1000)
     assert "2 files left out" in load_text(SMALL, tmp_path).summary
-    monkeypatch.setattr(nas.tasks.corpus, "MAX_BYTES", 1 << 15)
+    for module in (nas.tasks.corpus, nas.tasks.data):
+        monkeypatch.setattr(module, "MAX_BYTES", 1 << 15)
     (tmp_path / "other").write_text("five six seven eight\n" * 1000)
     assert "at most 32,768 bytes" in refusal(tmp_path, recipe)
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nas.tasks.data
 import nas.tasks.hub
-from nas.cli.main import _checked_data
+from nas.cli.local import checked_data
 from nas.errors import InvalidInput
 from nas.planning.recipe import IMAGES
 from nas.planning.request import SearchRequest
@@ -100,7 +101,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert hub_images(spec) == (FILES, LABELS)
     assert asked == [("some/rows", None), ("some/rows", None), ("some/rows", "plain")]
     assert "this dataset has the splits train, test" in refusal(hub_images, "hf:some/rows:dev")
-    monkeypatch.setattr(nas.tasks.hub, "MAX_BYTES", 100)
+    monkeypatch.setattr(nas.tasks.data, "MAX_BYTES", 100)
     assert "at most 100 bytes" in refusal(hub_images, "hf:some/rows")
 
 
@@ -173,7 +174,7 @@ def test_a_relative_name_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a:b" / "l.txt").write_text("a line of text\n" * 9000)
     for name, part in (("a:b/l.txt", ""), ("a:b/l.txt", ":train"), ("a:b", "")):
         request = SearchRequest(task="text", data=f"hf:{name}{part}", train_flops=1e13)
-        assert _checked_data(request) == f"hf:{tmp_path / name}{part}"
+        assert checked_data(request) == f"hf:{tmp_path / name}{part}"
     assert hub_parts("hf:some/rows:plain/test") == ("some/rows", "plain/test")
 
 
@@ -254,7 +255,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "this names no dataset" in refusal(hub_texts, "hf:")
     assert "this names no dataset" in refusal(hub_texts, "hf::train")
     (tmp_path / "a.txt").write_text("one\ntwo\n" * 10)
-    monkeypatch.setattr(nas.tasks.hub, "MAX_BYTES", 59)
+    monkeypatch.setattr(nas.tasks.data, "MAX_BYTES", 59)
     assert "at most 59 bytes" in refusal(hub_texts, f"hf:{tmp_path / 'a.txt'}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "this needs pip install 'einsum-nas[data]'" in refusal(hub_texts, "hf:some/rows")

@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import nas.tasks.images
+import nas.tasks.data
 from nas.errors import InvalidInput
-from nas.planning.recipe import IMAGES, IMAGES_CIFAR, IMAGES_VIT, PIXELS, PIXELS_CIFAR, Recipe
+from nas.planning.recipe import IMAGES, IMAGES_CIFAR, IMAGES_VIT, PIXELS, PIXELS_CIFAR, ImageRecipe
 from nas.tasks.data import MAX_BYTES, TaskData
 from nas.tasks.images import load_images
 
@@ -66,7 +66,7 @@ def everything(data: TaskData) -> set[bytes]:
     return rows(data.train["images"], data.validation["images"])
 
 
-def refusal(recipe: Recipe, data: Any, **options: Any) -> str:
+def refusal(recipe: ImageRecipe, data: Any, **options: Any) -> str:
     with pytest.raises(InvalidInput) as caught:
         load_images(recipe, data, **options)
     assert caught.value.field == "data"
@@ -90,10 +90,10 @@ def test_the_digits() -> None:
 
 
 @pytest.mark.parametrize("recipe", [IMAGES, replace(IMAGES_VIT, validation_samples=2048)])
-def test_the_digits_with_labels(recipe: Recipe) -> None:
+def test_the_digits_with_labels(recipe: ImageRecipe) -> None:
     data = load_images(recipe, None)
     assert sizes(data) == (1438, 359)
-    assert data.recipe.classes == 10
+    assert data.recipe.outputs == 10
     labels = data.train["labels"]
     assert labels.dtype == np.int64
     assert set(labels.tolist()) == set(range(10))
@@ -107,7 +107,7 @@ def test_the_digits_with_labels(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("recipe", [PIXELS_CIFAR, IMAGES_CIFAR, replace(PIXELS, side=4)])
-def test_other_recipes_need_data(recipe: Recipe) -> None:
+def test_other_recipes_need_data(recipe: ImageRecipe) -> None:
     side, channels = recipe.side, recipe.channels
     assert (
         f"images of {side}×{side} pixels and {channels} channels: recipe {recipe.name} has no "
@@ -164,7 +164,7 @@ def test_every_class_is_in_training(tmp_path: Path) -> None:
     classes = [f"{i:02}" for i in range(40)]  # 30 of one image, 10 of two
     data = load_images(CLASSES, folder_of(tmp_path, images, classes))
     assert set(data.train["labels"].tolist()) == set(range(40))
-    assert data.recipe.classes == 40
+    assert data.recipe.outputs == 40
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_split_of_its_own(tmp_path: Path, train: str, held: str) -> None:
     data = load_images(CLASSES, tmp_path)
     assert rows(data.train["images"]) == rows(images[:30, ..., None])
     assert rows(data.validation["images"]) < rows(images[30:])
-    assert data.recipe.classes == 2
+    assert data.recipe.outputs == 2
     assert data.summary == (
         "40 images, 8×8, 2 classes: 30 for training, 10 for validation; 10 files or images left "
         f"out (3 beside {train} and {held}, 2 equal to a training image, 5 validation images "
@@ -436,7 +436,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (inside / "c").symlink_to(outside / "a", target_is_directory=True)
     os.mkfifo(inside / "a" / "pipe.png")
     data = load_images(CLASSES, inside)
-    assert (sum(sizes(data)), data.recipe.classes) == (50, 2)
+    assert (sum(sizes(data)), data.recipe.outputs) == (50, 2)
     says = "; 3 files or images left out (2 linked, 1 no regular file)"
     assert data.summary.endswith(says)
     (tmp_path / "links").mkdir()
@@ -474,7 +474,7 @@ def test_cifar_100_has_fine_labels(tmp_path: Path) -> None:
     coarse, fine = [0] * 50, [90 + i % 3 for i in range(50)]
     (tmp_path / "train.bin").write_bytes(cifar(images, coarse, fine))
     data = load_images(CLASSES_CIFAR, tmp_path / "train.bin")
-    assert data.recipe.classes == 3
+    assert data.recipe.outputs == 3
     (tmp_path / "train.bin").write_bytes(cifar(images, [20, *coarse[1:]], fine))
     assert "record 1 of train.bin has the label" in refusal(CLASSES_CIFAR, tmp_path)
 
@@ -500,7 +500,7 @@ def test_arrays(tmp_path: Path) -> None:
     labels = np.array(["no", "yes"])[np.arange(50) % 2]
     np.savez_compressed(path, images=images, labels=labels)
     data = load_images(CLASSES, path)
-    assert (sizes(data), data.recipe.classes) == ((40, 10), 2)
+    assert (sizes(data), data.recipe.outputs) == ((40, 10), 2)
     assert everything(data) == rows(images)
     np.savez(path, images=np.asfortranarray(images[..., None]), labels=np.arange(50) % 2 * 7)
     assert load_images(CLASSES, path).content == data.content
@@ -589,7 +589,7 @@ def object_arrays(path: Path, marker: Path) -> None:
     ],
 )  # fmt: skip
 def test_pickles_are_never_unpickled(
-    tmp_path: Path, recipe: Recipe, name: str, write: Callable[[Path, Path], None]
+    tmp_path: Path, recipe: ImageRecipe, name: str, write: Callable[[Path, Path], None]
 ) -> None:
     folder, marker = tmp_path / "data", tmp_path / "marker"
     folder.mkdir()
@@ -625,7 +625,7 @@ def test_large_data_is_refused_before_it_is_read(
     assert limit in refusal(GREY, sparse(tmp_path / "x.npy", 10 << 30))
     assert "none of these" in refusal(GREY, sparse(tmp_path / "huge", 10 << 30))
     folder = folder_of(tmp_path / "folder", noise(50, 8, 8))
-    monkeypatch.setattr(nas.tasks.images, "MAX_BYTES", 50 * 64 - 1)
+    monkeypatch.setattr(nas.tasks.data, "MAX_BYTES", 50 * 64 - 1)
     assert "at most 3,199 bytes" in refusal(GREY, folder)
 
 
@@ -692,7 +692,7 @@ def test_images_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nas.tasks.hub", module)
     data = load_images(CLASSES, "hf:some/rows")
     assert everything(data) == rows(pixels)
-    assert data.recipe.classes == 2
+    assert data.recipe.outputs == 2
     assert sizes(load_images(GREY, "hf:some/rows")) == (40, 10)
     labels.clear()
     assert "this dataset has no column of labels" in refusal(CLASSES, "hf:some/rows")

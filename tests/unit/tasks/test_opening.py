@@ -234,6 +234,7 @@ def test_archives_that_would_fill_the_memory(tmp_path: Path) -> None:
     long = tmp_path / "long.npy"  # a description of 4 GiB
     long.write_bytes(b"\x93NUMPY\x02\x00" + b"\xff" * 4)
     os.truncate(long, 5 << 30)
+    recipe: Recipe
     with little_memory():
         assert "more than 200 times its bytes" in refusal(GREY, zeros)
         assert "more than 200 times its bytes" in refusal(REGRESSION, table)

@@ -1,0 +1,52 @@
+"""The best structure within one budget, compared with dense."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from api.declared import READ
+from api.deps import STRICT, Budget, StoreDep, Text, answered
+from api.problems import refusals
+from api.routes import frontier
+from nas.records.answers import Answer
+from nas.service import answers
+
+router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
+_RULES = {
+    **frontier.RULES,
+    "budget": "exactly one budget",
+    "train_flops": "not so far beyond all measured budgets that no measured width would be run",
+}
+
+
+@router.get(
+    "/best",
+    responses=refusals(404, rules=_RULES),
+    response_model=Answer,
+    summary="Get the best structure within one budget, compared with dense",
+)
+async def read_best(
+    request: Request,
+    store: StoreDep,
+    train_flops: Annotated[Budget, Query()] = None,
+    inference_flops: Annotated[Budget, Query(description="per token")] = None,
+    params: Annotated[Budget, Query()] = None,
+    step_seconds: Annotated[Budget, Query()] = None,
+    peak_memory: Annotated[Budget, Query(description="bytes")] = None,
+    task: Text = None,
+    search: Text = None,
+) -> Response:
+    axis, budget = answers.checked_budget(
+        {
+            "train_flops": train_flops,
+            "inference_flops": inference_flops,
+            "params": params,
+            "step_seconds": step_seconds,
+            "peak_memory": peak_memory,
+        }
+    )
+    return await answered(
+        request, store, answers.get_best, task=task, search_id=search, **{axis: budget}
+    )

@@ -1,0 +1,41 @@
+"""The exact properties of a structure for one layer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from api.declared import READ
+from api.deps import STRICT, TEXT, Dimension
+from api.problems import refusals
+from api.schemas import StructureOut
+from nas.designs.design import design_forms, inspect_design, parse_design
+from nas.designs.structure import Sizing
+
+router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
+_RULES = {
+    "theta": "text that names a structure",
+    "mixture": "text that names a mixture",
+    "convolution": "text that names a convolution",
+    "experts": "a number of experts that the structure can have",
+    "active": "at most `experts`",
+    "heads": "only with two factors and mixtures of them",
+    "sizing": "paper only with two factors",
+}
+
+
+@router.get(
+    "/structures",
+    responses=refusals(rules=_RULES),
+    response_model=StructureOut,
+    response_model_exclude_unset=True,
+    summary="Get exact sizes, FLOPs, parameters and rank of a structure for one layer",
+)
+def read_structure(
+    theta: Annotated[str, Query(pattern=TEXT, description=design_forms(), examples=["monarch"])],
+    d_in: Dimension,
+    d_out: Dimension,
+    sizing: Sizing = "least-waste",
+) -> dict[str, Any]:
+    return inspect_design(parse_design(theta), d_in, d_out, sizing)

@@ -1,0 +1,161 @@
+"""Commands that answer from what is known or stored: inspect, frontier, best, export."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from nas.cli.common import (
+    Json,
+    Server,
+    amount,
+    count,
+    local_store,
+    opened,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from nas.designs.structure import Sizing
+
+Task = Annotated[
+    str, typer.Option(help="Task: a name, or name@fingerprint for one version of its data.")
+]
+OneSearch = Annotated[
+    str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
+]
+_budget = partial(amount, "NUMBER")
+
+
+def inspect(
+    theta: Annotated[
+        str,
+        typer.Argument(
+            help='"1/2,0,1/2,0,1/2,1/2,0", decimals, or a name: btt:rho=1/4, btt:cores=3, '
+            "btt-moe:experts=8, convolution"
+        ),
+    ],
+    d_in: Annotated[int, count("N", "Inputs of the layer.")],
+    d_out: Annotated[int, count("N", "Outputs of the layer.")],
+    sizing: Annotated[
+        str,
+        typer.Option(help="least-waste | paper: round each axis on its own, as the papers' code"),
+    ] = "least-waste",
+    as_json: Json = False,
+) -> None:
+    """Show exact sizes, FLOPs, parameters, rank and taxonomy of one structure."""
+    from nas.designs.design import inspect_design, parse_design
+
+    inspected = inspect_design(parse_design(theta), d_in, d_out, cast("Sizing", sizing))
+    if as_json:
+        print_json(inspected)
+    else:
+        from nas.cli.terminal import show_structure
+
+        show_structure(inspected)
+
+
+def frontier(
+    task: Task = "text",
+    search_id: OneSearch = None,
+    x: Annotated[
+        str,
+        typer.Option(
+            help="train_flops | train_seconds | inference_flops | params | step_seconds | "
+            "peak_memory"
+        ),
+    ] = "train_flops",
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Show the Pareto front of loss against train FLOPs or another axis."""
+    with opened(server) as place:
+        found = place.get_search(search_id).frontier(x) if search_id else place.frontier(task, x)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        from nas.cli.terminal import show_frontier
+
+        show_frontier(found)
+
+
+def best(
+    train_flops: Annotated[float | None, _budget("Budget in train FLOPs.")] = None,
+    inference_flops: Annotated[float | None, _budget("Budget in forward FLOPs per token.")] = None,
+    params: Annotated[float | None, _budget("Budget in parameters of the model.")] = None,
+    step_seconds: Annotated[float | None, _budget("Budget in measured seconds per step.")] = None,
+    peak_memory: Annotated[float | None, _budget("Budget in measured peak memory, bytes.")] = None,
+    task: Task = "text",
+    search_id: OneSearch = None,
+    snippet: Annotated[
+        bool,
+        typer.Option(
+            "--snippet",
+            help="Print only a program that uses the structure, or keeps dense.",
+        ),
+    ] = False,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Show the best structure within one budget, compared with dense, with intervals."""
+    from nas.service.answers import checked_budget
+
+    axis, value = checked_budget(
+        {
+            "train_flops": train_flops,
+            "inference_flops": inference_flops,
+            "params": params,
+            "step_seconds": step_seconds,
+            "peak_memory": peak_memory,
+        }
+    )
+    with opened(server) as place:
+        if search_id:
+            answer = place.get_search(search_id).best(**{axis: value})
+        else:
+            answer = place.best(task=task, **{axis: value})
+    if as_json:
+        print_json(answer.model_dump(mode="json"))
+    elif snippet:
+        print(answer.snippet, end="")
+    else:
+        from nas.cli.terminal import show_best
+
+        show_best(answer)
+
+
+def export(
+    file_format: Annotated[str, typer.Option("--format", help="csv | parquet | json | optuna")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|URL",
+            help="File to write, compressed if its name ends in .gz; - for standard output; for "
+            "optuna, its storage URL.",
+        ),
+    ],
+    task: Task = "text",
+    search_id: OneSearch = None,
+    rows: Annotated[
+        str, typer.Option(help="One row for each: trials | points (evaluations).")
+    ] = "trials",
+    study: Annotated[
+        str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+    ] = False,
+) -> None:
+    """Write every trial, or every evaluation, to a file or an Optuna study."""
+    from nas.service.export import STANDARD_OUTPUT
+    from nas.service.export import export as write
+
+    with local_store() as store:
+        done = write(
+            store, file_format, out, task=task, search_id=search_id, rows=rows, study=study,
+            overwrite=overwrite,
+        )  # fmt: skip
+    print(done.summary, file=sys.stderr if out == STANDARD_OUTPUT else sys.stdout)

@@ -1,0 +1,165 @@
+"""This machine's database as the command line uses it, with the methods of `nas.client.Client`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.errors import EinsumNasError, InvalidInput
+from nas.planning.request import SearchRequest
+from nas.processes import BAD_INPUT, exit_on_signals, spawn, stop_child
+from nas.records.answers import Answer, FrontierAnswer
+from nas.service.answers import get_best, get_frontier
+from nas.service.catalogue import checked_filters, search_dict
+from nas.service.clone import create_clone
+from nas.service.confirm import ConfirmRequest, create_confirmation
+from nas.store import Search, Store
+from nas.store.processes import Processes
+
+
+@dataclass(frozen=True)
+class LocalSearch:
+    """A search in the database, as it stood when it was last read; see `RemoteSearch`."""
+
+    id: str
+    #: the search as the service describes it; right after its submission its id and state alone
+    data: dict[str, Any]
+    store: Store
+
+    def wait(
+        self, *, poll_seconds: float = 0.5, progress: Callable[[LocalSearch], object] | None = None
+    ) -> LocalSearch:
+        """Wait until the search has ended, and keep a worker process running for it."""
+        child: subprocess.Popen[bytes] | None = None
+        hinted = False
+        exit_on_signals()
+        try:
+            while True:
+                found = self.store.search(self.id)
+                current = self._as(found)
+                if progress is not None:
+                    progress(current)
+                if found.finished_at is not None:
+                    return current
+                if child is not None and child.poll() == BAD_INPUT:
+                    raise EinsumNasError("the worker's settings are invalid; see its error above")
+                if found.state == "paused" and not hinted:
+                    hinted = True
+                    print(f"paused; `einsum-nas resume {self.id}` continues", file=sys.stderr)
+                if child is None or child.poll() is not None:
+                    child = spawn("worker", "--search", self.id, quiet=True)
+                time.sleep(poll_seconds)
+        finally:
+            stop_child(child)
+
+    def frontier(self, x: str = "train_flops") -> FrontierAnswer:
+        """Pareto fronts of this search against an axis."""
+        return get_frontier(self.store, search_id=self.id, x=x)
+
+    def best(self, **budgets: float | None) -> Answer:
+        """The best structure of this search within a budget, by default the search's own."""
+        own = {"train_flops": self.store.search(self.id).request.train_flops}
+        return get_best(self.store, task=None, search_id=self.id, **(budgets or own))
+
+    def confirm(self, **fields: Any) -> LocalSearch:
+        """Run the best of this search again with fresh seeds."""
+        wanted = ConfirmRequest.checked(fields)
+        return _submitted(self.store, create_confirmation(self.store, self.id, wanted)[0])
+
+    def clone(self, **changes: Any) -> LocalSearch:
+        """Submit a copy of this search with some fields changed."""
+        return self._as(create_clone(self.store, self.id, changes, _no_other_data)[0])
+
+    def cancel(self) -> LocalSearch:
+        """Cancel the search."""
+        return self._as(self.store.cancel(self.id))
+
+    def pause(self) -> LocalSearch:
+        """Pause the search."""
+        return self._as(self.store.pause(self.id))
+
+    def resume(self) -> LocalSearch:
+        """Queue the paused search again."""
+        return self._as(self.store.resume(self.id))
+
+    def retry(self) -> LocalSearch:
+        """Queue the ended search again, to run the trials that are not complete."""
+        return self._as(self.store.retry(self.id))
+
+    def set_priority(self, priority: int) -> LocalSearch:
+        """Set the priority of the search."""
+        return self._as(self.store.set_priority(self.id, priority))
+
+    def _as(self, search: Search) -> LocalSearch:
+        return LocalSearch(search.id, search_dict(search), self.store)
+
+
+class Local:
+    """A database, as one of two ways to run a command; the other is `Remote`."""
+
+    #: what is to be done before a queued search runs
+    then = "; `einsum-nas worker` or `serve` runs it"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def search(self, **fields: Any) -> LocalSearch:
+        """Submit a search, of whose data the path is kept; fields as of `SearchRequest`."""
+        request = SearchRequest.checked(fields)
+        created, _ = self._store.create_search(request, data_path=checked_data(request))
+        return _submitted(self._store, created)
+
+    def get_search(self, search_id: str) -> LocalSearch:
+        """A search by its id."""
+        return LocalSearch(search_id, search_dict(self._store.search(search_id)), self._store)
+
+    def newest(self, *, limit: int, **filters: str | None) -> list[dict[str, Any]]:
+        """The newest searches; filters are state, failure and tenant."""
+        known = checked_filters(**filters)
+        return [search_dict(found) for found in self._store.searches(limit=limit, **known)]
+
+    def frontier(self, task: str, x: str) -> FrontierAnswer:
+        """Pareto fronts of a task over all its searches, against an axis."""
+        return get_frontier(self._store, task=task, x=x)
+
+    def best(self, *, task: str, **budgets: float | None) -> Answer:
+        """The best structure of a task within one budget."""
+        return get_best(self._store, task=task, search_id=None, **budgets)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Workers and services that were seen recently."""
+        return [asdict(process) for process in Processes(self._store).alive()]
+
+
+def _submitted(store: Store, created: Search) -> LocalSearch:
+    return LocalSearch(created.id, {"id": created.id, "state": created.state}, store)
+
+
+def _no_other_data(request: SearchRequest) -> tuple[None, None]:
+    if request.data is not None:
+        accepted = "the data of the cloned search; for other data use `einsum-nas search --data`"
+        raise InvalidInput("data", request.data, accepted)
+    return None, None
+
+
+def checked_data(request: SearchRequest) -> str | None:
+    """Load the request's data to check it, and return its absolute path; None for the default."""
+    if request.data is None:
+        return None
+    from nas.tasks import load_data
+    from nas.tasks.data import HUB_PREFIX, hub_parts, is_there
+
+    data = load_data(request.settings, request.data)
+    request.check_budget(data.recipe)
+    print(f"data: {data.summary}, fingerprint {data.fingerprint}", file=sys.stderr)
+    # absolute, because a worker may run in another folder
+    if not request.data.startswith(HUB_PREFIX):
+        return str(Path(request.data).resolve())
+    name, part = hub_parts(request.data)
+    place = str(Path(name).resolve()) if is_there(name) else name
+    return f"{HUB_PREFIX}{place}" + (f":{part}" if part else "")

@@ -1,0 +1,188 @@
+"""Commands that submit a search or its confirmation, and show what came of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nas.cli.common import Json, Server, amount, count, opened, print_json, whole
+from nas.errors import InvalidInput, NotFound
+
+if TYPE_CHECKING:
+    from nas.cli.local import Local, LocalSearch
+    from nas.cli.remote import Remote
+    from nas.client import RemoteSearch
+
+Wait = Annotated[bool, typer.Option("--wait", help="Run it and show the answer.")]
+
+
+def search(
+    train_flops: Annotated[float, amount("FLOPS", "Budget of each run, train FLOPs.")],
+    task: Annotated[str, typer.Option(help="Task to train.")] = "text",
+    data: Annotated[
+        str | None, typer.Option(help="File or folder, or hf:NAME, instead of the default data.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe of the task; by default its first one.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe setting; repeatable."),
+    ] = None,
+    trials: Annotated[int, count("N", "Candidates, besides the dense references.")] = 16,
+    sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
+    objective: Annotated[
+        str, typer.Option(help="budget: lowest loss at the budget | pareto: loss and train FLOPs")
+    ] = "budget",
+    seed: Annotated[int, count("N", "Seed of proposals and runs.")] = 0,
+    references: Annotated[int, count("N", "Dense runs, each of another width.")] = 5,
+    families: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Families to search: einsum, btt-moe, low-rank-moe, dense-moe, ffn-moe, "
+            "convolution; by default einsum.",
+        ),
+    ] = None,
+    factors: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Factors of an einsum, 2 to 4; by default 2.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Experts of a mixture; by default 8.")
+    ] = None,
+    active: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Experts that process a token; by default 2.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="free | aligned: attention heads coincide with blocks of the projections; "
+            "by default free.",
+        ),
+    ] = None,
+    trial_seconds: Annotated[
+        float | None, amount("S", "Most seconds of one attempt at a trial.")
+    ] = None,
+    seconds: Annotated[float | None, amount("S", "Most seconds of the search on workers.")] = None,
+    total_train_flops: Annotated[
+        float | None, amount("FLOPS", "Most train FLOPs of all runs together.")
+    ] = None,
+    priority: Annotated[int, count("N", "Searches of higher priority run first.")] = 0,
+    wait: Wait = False,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a search; with --wait, run it to its end and show the answer."""
+    from nas.planning.request import SearchRequest
+
+    fields: dict[str, Any] = {
+        "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
+        "train_flops": train_flops, "trials": trials,
+        "sampler": sampler, "objective": objective, "seed": seed, "references": references,
+        "space": _space(
+            families=families, factors=factors, experts=experts, active=active, heads=heads
+        ),
+        "limits": _given(
+            trial_seconds=trial_seconds, seconds=seconds, total_train_flops=total_train_flops
+        ),
+        "priority": priority,
+    }  # fmt: skip
+    SearchRequest.checked(fields)
+    with opened(server) as place:
+        show_outcome(place.search(**fields), place.then, wait, as_json)
+
+
+def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
+    """NAME=VALUE pairs as a mapping; None if there are none."""
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise InvalidInput("set", pair, "NAME=VALUE, such as depth=6")
+    return dict(p.split("=", 1) for p in pairs) if pairs else None
+
+
+def _given(**values: float | None) -> dict[str, float] | None:
+    """The options that were given; None if none was."""
+    return {name: value for name, value in values.items() if value is not None} or None
+
+
+def _space(**choices: str | None) -> dict[str, list[Any]] | None:
+    """Comma-separated choices as fields of a request's `Space`; None if there are none."""
+    given = {name: text.split(",") for name, text in choices.items() if text is not None}
+    numbers = ("factors", "experts", "active")
+    found: dict[str, list[Any]] = {
+        name: [whole(part) for part in parts] if name in numbers else parts
+        for name, parts in given.items()
+    }
+    return found or None
+
+
+def confirm(
+    search_id: Annotated[
+        str | None, typer.Option("--search", help="The search; by default the last that succeeded.")
+    ] = None,
+    top: Annotated[
+        int,
+        count("K", "Candidates to run again, besides the best dense one."),
+    ] = 3,
+    seeds: Annotated[int, count("N", "New seeds for each candidate.")] = 3,
+    longer: Annotated[float, amount("C", "Train C times as many steps as before.")] = 1.0,
+    spread: Annotated[
+        bool,
+        typer.Option("--spread", help="Take candidates from the whole ranking, not from its top."),
+    ] = False,
+    wait: Wait = False,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Run the best candidates of a search again with new seeds, to correct for lucky runs."""
+    from nas.service.confirm import ConfirmRequest
+
+    fields: dict[str, Any] = {
+        "top": top, "seeds": seeds, "longer": longer, "spread": spread
+    }  # fmt: skip
+    ConfirmRequest.checked(fields)
+    with opened(server) as place:
+        source = place.get_search(search_id or _newest_ended(place))
+        show_outcome(source.confirm(**fields), place.then, wait, as_json)
+
+
+def _newest_ended(place: Local | Remote) -> str:
+    """The id of the newest search that succeeded and is no confirmation."""
+    for found in place.newest(limit=500, state="succeeded"):
+        if found["request"].get("confirm") is None:
+            return str(found["id"])
+    raise NotFound("no search has succeeded yet; run `einsum-nas search --wait`, then confirm it")
+
+
+def show_outcome(
+    submitted: LocalSearch | RemoteSearch, then: str, wait: bool, as_json: bool
+) -> None:
+    """Show that a search is queued, or wait for its end and show its answer."""
+    if not wait:
+        queued = f"search {submitted.id} is queued{then}"
+        print_json(submitted.data) if as_json else print(queued)
+        return
+    from nas.cli.terminal import search_progress, show_best, show_frontier
+
+    if as_json:
+        ended = submitted.wait()
+    else:
+        with search_progress() as show:
+            ended = submitted.wait(poll_seconds=0.5, progress=lambda s: show(s.data))
+    data = ended.data
+    if data["state"] != "succeeded":
+        error = f": {data['error']}" if data["error"] else ""
+        print(f"search {data['state']}{error}", file=sys.stderr)
+        raise typer.Exit(1)
+    if data["limit_reached"] is not None:
+        reached = data["limit_reached"]
+        print(f"a limit ended the search before its last trial: {reached}", file=sys.stderr)
+    best = ended.best()
+    if as_json:
+        print_json({"search": data, "best": best.model_dump(mode="json")})
+        return
+    show_frontier(ended.frontier())
+    show_best(best)
