@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -135,16 +135,14 @@ _SECONDS = {
 OF_BODIES = (413, 415, 422)
 
 
-def _invalid(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, InvalidInput)
+def _invalid(_request: Request, error: InvalidInput) -> JSONResponse:
     return problem(
         422, "invalid-input", "Invalid input", str(error),
         field=echo(error.field), value=error.value, accepted=error.accepted,
     )  # fmt: skip
 
 
-def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _invalid_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     # a location is (where, name, …); the rest names the types that were tried
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
@@ -161,8 +159,7 @@ def _in_words(request: Request, field: str) -> str | None:
     return in_words(schemas[field.lower()]) if field.lower() in schemas else None
 
 
-def _quota(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, QuotaExceeded)
+def _quota(_request: Request, error: QuotaExceeded) -> JSONResponse:
     return problem(
         429, "quota-exceeded", "Quota exceeded", str(error), quota=error.quota, tenant=error.tenant
     )
@@ -177,8 +174,7 @@ def _idempotency(_request: Request, error: Exception) -> JSONResponse:
     return problem(422, "idempotency-conflict", "Idempotency-Key used before", echo(str(error)))
 
 
-def unavailable(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, StoreUnavailable)
+def unavailable(request: Request, error: StoreUnavailable) -> JSONResponse:
     request.app.state.readiness.doubt()
     what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
     if not isinstance(error, DatabaseTrouble):
@@ -190,8 +186,7 @@ def unavailable(request: Request, error: Exception) -> JSONResponse:
     return problem(503, "unavailable", "Service unavailable", detail, reason=error.kind)
 
 
-def _http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+def _http(request: Request, error: HTTPException) -> JSONResponse:
     title = HTTPStatus(error.status_code).phrase
     response = problem(error.status_code, "http", title, str(error.detail))
     response.headers.update(error.headers or {})
@@ -222,16 +217,17 @@ def unexpected(request: Request, error: Exception) -> JSONResponse:
     return problem(500, "internal", "Internal error", detail)
 
 
-def install(app: FastAPI) -> None:
-    """Register the handlers; the most specific class of an error wins."""
-    app.add_exception_handler(InvalidInput, _invalid)
-    app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    app.add_exception_handler(NotAllowed, _telling(403, "not-allowed", "Not allowed"))
-    app.add_exception_handler(NotFound, _telling(404, "not-found", "Not found"))
-    app.add_exception_handler(IdempotencyConflict, _idempotency)
-    app.add_exception_handler(Conflict, _telling(409, "conflict", "Conflict"))
-    app.add_exception_handler(QuotaExceeded, _quota)
-    app.add_exception_handler(StoreUnavailable, unavailable)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, unexpected)
+#: Of an application's errors; the most specific class wins.
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
+    InvalidInput: _invalid,
+    RequestValidationError: _invalid_parameter,
+    NotAllowed: _telling(403, "not-allowed", "Not allowed"),
+    NotFound: _telling(404, "not-found", "Not found"),
+    IdempotencyConflict: _idempotency,
+    Conflict: _telling(409, "conflict", "Conflict"),
+    QuotaExceeded: _quota,
+    StoreUnavailable: unavailable,
+    HTTPException: _http,
+    ClientDisconnect: _gone,
+    Exception: unexpected,
+}
