@@ -8,12 +8,12 @@ the background.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -87,6 +87,7 @@ class Report:
 
 
 def _failing(error: StoreUnavailable) -> Part:
+    _log.debug("%s", error)
     if isinstance(error, DatabaseTrouble):
         return Part("failing", error.finding, error.advice)
     return Part("failing", "it does not answer", "see the log of this service")
@@ -162,19 +163,17 @@ class Readiness:
             raise
         tried = asyncio.Event()
         self._background = [asyncio.create_task(self._open(tried))]
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             await asyncio.wait_for(tried.wait(), _START_SECONDS)
         self._background.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
         """Stop checking, and remove this service from the table of processes."""
-        for task in self._background:
+        tasks = [*self._background, *([self._looking] if self._looking else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
-        with contextlib.suppress(StoreUnavailable, TimeoutError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(StoreUnavailable, TimeoutError):
             async with asyncio.timeout(_RETRY_SECONDS):
                 await self._thread(self._processes.gone, self._name)
 
@@ -200,15 +199,8 @@ class Readiness:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 return await asyncio.shield(self._looking)
         except TimeoutError:
-            return self._noted(
-                Report(
-                    Part(
-                        "failing",
-                        f"it has not answered for {PATIENCE_SECONDS:.0f} s",
-                        "check its load and the network",
-                    )
-                )
-            )
+            finding = f"it has not answered for {PATIENCE_SECONDS:.0f} s"
+            return self._noted(Report(Part("failing", finding, "check its load and the network")))
 
     async def _look(self) -> Report:
         doubts = self._doubts
@@ -238,7 +230,10 @@ class Readiness:
         try:
             upgrade(self._settings.resolved_database_url)
         except Exception as error:
-            self.opened = self._current()  # a full or read-only database can still be read
+            current = False
+            with suppress(StoreUnavailable):  # a full or read-only database can still be read
+                current = read_database(self._store).schema.verdict == "current"
+            self.opened = current
             if isinstance(error, StoreUnavailable):
                 advice = f": {error.advice}" if isinstance(error, DatabaseTrouble) else ""
                 _log.error("the schema cannot be upgraded yet: %s%s", error, advice)
@@ -247,12 +242,6 @@ class Readiness:
             return False
         self.opened = True
         return True
-
-    def _current(self) -> bool:
-        try:
-            return read_database(self._store).schema.verdict == "current"
-        except StoreUnavailable:
-            return False
 
     async def _watch(self) -> None:
         """Check regularly, which also records that this service is alive, and log failures."""
@@ -264,9 +253,7 @@ class Readiness:
         try:
             facts = read_database(self._store)
         except StoreUnavailable as error:
-            _log.debug("%s", error)
             return Report(_failing(error))
-        database = Part("ok")
         schema, writable, workers = Part("ok"), Part("ok"), None
         state = facts.schema
         if not self.opened and state.verdict in ("missing", "older"):
@@ -274,19 +261,17 @@ class Readiness:
         elif state.verdict != "current":
             finding = f"revision {state.found}, and this program needs {state.needed}"
             schema = Part("failing", finding, state.advice)
-        if schema.status == "ok":
+        if schema.status != "ok":
+            writable = Part("unknown", "not checked: the schema is not the needed one")
+        else:
             try:
                 self._write()
             except StoreUnavailable as error:
-                _log.debug("%s", error)
                 writable = _failing(error)
-            with contextlib.suppress(StoreUnavailable):
+            with suppress(StoreUnavailable):
                 workers = len(self._processes.alive(LIVE_SECONDS, kind="worker"))
-        else:
-            writable = Part("unknown", "not checked: the schema is not the needed one")
-        return Report(
-            database, schema, writable, workers, facts.round_trip_seconds, state.found
-        )  # fmt: skip
+        seconds = facts.round_trip_seconds
+        return Report(Part("ok"), schema, writable, workers, seconds, state.found)
 
     def _write(self) -> None:
         doubted, self._doubted = self._doubted, False
