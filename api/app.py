@@ -17,17 +17,7 @@ from api.declared import read_declarations
 from api.limits.rates import Rates
 from api.middleware import access, bodies, headers, hosts
 from api.readiness import Readiness, SchemaGate
-from api.routes import (
-    admin,
-    answers,
-    catalogue,
-    events,
-    exports,
-    health,
-    metrics,
-    searches,
-    trials,
-)
+from api.routes import admin, answers, catalogue, events, exports, health, metrics, searches, trials
 from nas.errors import InvalidInput
 from nas.settings import Settings, is_loopback, settings
 from nas.store import Standings, Store

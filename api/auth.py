@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -64,15 +64,13 @@ def refuse_keyless(settings: Settings, address: str) -> None:
     """
     if is_loopback(address):
         return
-    store = Store(settings.resolved_database_url)
     try:
-        if Keys(store).any_usable():
-            return
+        with closing(Store(settings.resolved_database_url)) as store:
+            if Keys(store).any_usable():
+                return
     except StoreUnavailable as error:
         _log.warning("cannot check yet whether a key exists: %s", error)
         return
-    finally:
-        store.close()
     raise InvalidInput(
         "host", address,
         "a loopback address (127.0.0.1, ::1, localhost) as long as there is no API key; for "

@@ -205,11 +205,6 @@ def _methods(request: Request) -> list[str]:
     return [method.upper() for method in paths.get(found, ())]
 
 
-def _gone(_request: Request, _error: Exception) -> Response:
-    """A response that nobody reads: the connection ended before the request was complete."""
-    return Response(status_code=400)
-
-
 def unexpected(request: Request, error: Exception) -> JSONResponse:
     """500 for an unexpected error, which is logged in full."""
     _log.error("%s %s failed", echo(request.method), route_of(request.scope), exc_info=error)
@@ -228,6 +223,7 @@ HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
     QuotaExceeded: _quota,
     StoreUnavailable: unavailable,
     HTTPException: _http,
-    ClientDisconnect: _gone,
+    # nobody reads it: the connection ended before the request was complete
+    ClientDisconnect: lambda _request, _error: Response(status_code=400),
     Exception: unexpected,
 }

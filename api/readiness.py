@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -105,9 +105,9 @@ def refuse_unusable(settings: Settings) -> None:
     EinsumNasError
         The file is not a database, or the schema is newer than this program.
     """
-    store = Store(settings.resolved_database_url)
     try:
-        schema = read_database(store).schema
+        with closing(Store(settings.resolved_database_url)) as store:
+            schema = read_database(store).schema
     except DatabaseTrouble as error:
         if error.kind == "damaged":
             raise EinsumNasError(f"{error}: {error.advice}") from error
@@ -119,8 +119,6 @@ def refuse_unusable(settings: Settings) -> None:
                 f"the database is at schema revision {schema.found}, this program at "
                 f"{schema.needed}: {schema.advice}"
             )
-    finally:
-        store.close()
 
 
 class Readiness:
@@ -307,14 +305,14 @@ class SchemaGate:
         if scope["type"] == "http" and declared_of(scope).needs_store:
             readiness: Readiness = scope["app"].state.readiness
             if not readiness.opened:
-                report = await readiness.report()
-                await not_ready(report, report.failing or "schema")(scope, receive, send)
+                await not_ready(await readiness.report())(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def not_ready(report: Report, name: PartName) -> JSONResponse:
-    """The response that names a failing check and the results of all."""
+def not_ready(report: Report) -> JSONResponse:
+    """The response that names the failing check, or else the schema, and the results of all."""
+    name = report.failing or "schema"
     part = report.parts[name]
     detail = f"{name}: {part.finding or 'it is being prepared'}"
     return problem(

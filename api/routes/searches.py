@@ -141,10 +141,7 @@ async def usable_data(
     summary="Submit a search",
 )
 async def create_search(
-    body: RequestDep,
-    request: Request,
-    creation: CreationDep,
-    store: StoreDep,
+    body: RequestDep, request: Request, creation: CreationDep, store: StoreDep
 ) -> SearchOut:
     (data_path, data_root), _ = await usable_data(request, body, store)
     return await creation.run(store.create_search, body, data_path=data_path, data_root=data_root)
@@ -255,10 +252,7 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
     summary="Submit a copy of a search, with the fields of the body changed",
 )
 async def clone_search(
-    search_id: SearchId,
-    request: Request,
-    creation: CreationDep,
-    store: StoreDep,
+    search_id: SearchId, request: Request, creation: CreationDep, store: StoreDep
 ) -> SearchOut:
     changes = await read_json_if_any(request)
     if not isinstance(changes, dict):
