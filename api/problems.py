@@ -93,7 +93,9 @@ def route_of(scope: Scope) -> str:
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a route for the OpenAPI document."""
     content = {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}
-    later = {"headers": {"Retry-After": _SECONDS}}
+    schema = {"type": "integer", "minimum": 0}
+    seconds = {"description": "seconds until the client may try again", "schema": schema}
+    later = {"headers": {"Retry-After": seconds}}
     return {
         s: {"description": _MEANINGS[s], "content": content} | (later if s in (429, 503) else {})
         for s in statuses
@@ -126,10 +128,6 @@ _MEANINGS = {
     422: "A field, parameter or header is invalid; `field` names it, `accepted` says what is valid",
     429: "Too many requests, or a quota is used up",
     503: "The database is unavailable; try again later",
-}
-_SECONDS = {
-    "description": "seconds until the client may try again",
-    "schema": {"type": "integer", "minimum": 0},
 }
 #: Statuses of every route that reads a body.
 OF_BODIES = (413, 415, 422)

@@ -102,14 +102,8 @@ class FollowedSearch:
             return False
         return after == self.head.last or (after > self.head.last and self.poll > came)
 
-    def span(self, head: Head) -> tuple[int, int] | None:
-        """Ids (after, up to) of the events to read for a new head; None if there are none."""
-        if self.head is None or head.last <= self.head.last:
-            return None
-        return self.head.last, head.last
-
     def update(self, head: Head, poll: int, news: list[Event]) -> None:
-        """Take over the head that a poll found, and the events of its span."""
+        """Take over the head that a poll found, and the events up to it since the last one."""
         changed = head != self.head
         if self.head is None or head.last < self.head.last or len(news) > _CACHED:
             # not continuous with the cache: streams read from the store until they have caught up
@@ -272,10 +266,11 @@ class Follower:
         poll = self.polls
         followed = dict(self._followed)
         heads = await self._thread(self._pollers, partial(read_heads, self.store, list(followed)))
+        #: search → ids (after, up to) of the events to read
         spans = {
-            search_id: span
+            search_id: (known.last, head.last)
             for search_id, head in heads.items()
-            if (span := followed[search_id].span(head)) is not None
+            if (known := followed[search_id].head) is not None and head.last > known.last
         }
         read = partial(read_news, self.store, spans, limit=_CACHED + 1)
         news = await self._thread(self._pollers, read) if spans else {}

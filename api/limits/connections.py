@@ -85,6 +85,7 @@ class Gate:
     def __init__(self, limits: Limits, trusted: Callable[[str], bool]) -> None:
         self.limits, self._trusted = limits, trusted
         self._open = 0
+        #: by network; None for all proxies
         self._open_of: Counter[str | None] = Counter()
         self._untold: Counter[str] = Counter()
         self._told_at = -_TELL_SECONDS

@@ -72,6 +72,4 @@ def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
         "status": status, "milliseconds": round(milliseconds, 3),
     }  # fmt: skip
     shown = "gone" if status is None else status
-    _log.log(
-        level, "%s %s %s in %.1f ms", told["method"], route, shown, milliseconds, extra=told
-    )  # fmt: skip
+    _log.log(level, "%s %s %s in %.1f ms", told["method"], route, shown, milliseconds, extra=told)

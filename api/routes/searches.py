@@ -121,9 +121,7 @@ async def usable_data(
     _waiting[store.tenant] += 1
     try:
         # errors show the name that was sent, never the path on this host
-        check = partial(
-            check_data, wanted.settings, place.path, shown=wanted.data, root=place.root
-        )  # fmt: skip
+        check = partial(check_data, wanted.settings, place.path, shown=wanted.data, root=place.root)
         recipe = await to_thread.run_sync(check, limiter=_READER)
     finally:
         _waiting[store.tenant] -= 1
