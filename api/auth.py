@@ -90,19 +90,17 @@ def document(app: FastAPI, *, access_control: bool) -> None:
             for route, declared in app.state.declarations:
                 for method, operation in found["paths"].get(route.path, {}).items():
                     if method.upper() in route.methods:
-                        _document(operation, declared.scopes, access_control)
+                        _document(operation, declared.scopes if access_control else None)
+                        if not access_control:
+                            operation.pop("security", None)
         return described()
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(
-    operation: dict[str, Any], needed: tuple[str, ...] | None, access_control: bool
-) -> None:
+def _document(operation: dict[str, Any], needed: tuple[str, ...] | None) -> None:
     refusals = [403, 429]
-    if not access_control:
-        operation.pop("security", None)
-    elif needed is not None:
+    if needed is not None:
         refusals.insert(0, 401)
         described = operation.get("description", "")
         why = f"Needs a key with scope `{', '.join(needed)}`."

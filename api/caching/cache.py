@@ -19,8 +19,6 @@ from pydantic import BaseModel
 from api.caching.coalescing import Coalescer
 from nas.store import Standings
 
-_CAPACITY = 2048
-
 
 class CachedAnswer(NamedTuple):
     """An answer as JSON, plain and compressed."""
@@ -32,7 +30,7 @@ class CachedAnswer(NamedTuple):
 class AnswerCache:
     """Least-recently-used cache of answers, by question; belongs to one event loop."""
 
-    def __init__(self, standings: Standings, capacity: int = _CAPACITY) -> None:
+    def __init__(self, standings: Standings, capacity: int = 2048) -> None:
         self._entries: LRUCache[Hashable, tuple[int, CachedAnswer]] = LRUCache(capacity)
         self._making: dict[Hashable, asyncio.Lock] = {}
         self._revisions = Coalescer(standings.revisions)

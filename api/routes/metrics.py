@@ -118,8 +118,8 @@ class StoreCollector(Collector):
             ("trials", "Trials of all searches by state", get_args(TrialState), found.trials),
             ("workers", "Workers seen recently, by state", get_args(ProcessState), found.workers),
         ):
-            by_state = {(state,): 0 for state in states} | {(s,): n for s, n in counts.items()}
-            yield _labelled(name, text, ("state",), by_state)
+            numbers = dict.fromkeys(states, 0) | dict(counts)
+            yield _labelled(name, text, ("state",), {(state,): n for state, n in numbers.items()})
         for name, text, value in (
             ("oldest_queued_search_age_seconds",
              "Seconds since the oldest queued search was submitted; 0 if none is queued",
