@@ -230,7 +230,9 @@ class _SessionSearcher(_OfExperiment, Searcher):
                 experiment.begun[trial_id] = time.monotonic()
                 _log.info("trial begun on %s", report["begun"])
             elif "point" in report and not experiment.session.signals.lost.is_set():
-                experiment.session.point(ours, StoredPoint(**report["point"]))
+                point = report["point"]
+                stored = StoredPoint(train_seconds=point.pop("seconds"), **point)
+                experiment.session.point(ours, stored)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -341,7 +343,7 @@ def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
         steps=trial.steps,
         train_flops_per_step=trial.train_flops_per_step,
         forward_flops_per_token=trial.forward_flops_per_token,
-        params=trial.model_params,
+        params=trial.params,
         structures=trial.structures,
         dense=trial.dense,
     )
