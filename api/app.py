@@ -84,6 +84,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         exception_handlers=problems.HANDLERS,
     )
     app.state.access_control = access_control
+    # from here on: each middleware is outside of those before it
     app.add_middleware(bodies.BodyLimit)
     app.state.rates = rates = Rates(used)
     app.add_middleware(auth.Access, settings=used, rates=rates, access_control=access_control)
