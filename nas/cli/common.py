@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic_core import to_jsonable_python
+from typer.core import TyperGroup
 
 from nas.errors import EinsumNasError, InvalidInput, echo
 
@@ -26,20 +27,22 @@ Server = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def number(text: str) -> float:
-    """An option's value as a number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"got {echo(text)}; accepted: a number such as 2e11") from None
+T = TypeVar("T")
 
 
-def whole(text: str) -> int:
-    """An option's value as a whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"got {echo(text)}; accepted: a whole number") from None
+def _parser(kind: type[float], accepted: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"got {echo(text)}; accepted: {accepted}") from None
+
+    return parse
+
+
+#: The text of an option as a whole number.
+whole = _parser(int, "a whole number")
+_number = _parser(float, "a number such as 2e11")
 
 
 def count(metavar: str, help_text: str) -> Any:
@@ -49,7 +52,21 @@ def count(metavar: str, help_text: str) -> Any:
 
 def amount(metavar: str, help_text: str) -> Any:
     """An option whose value is a number."""
-    return typer.Option(parser=number, metavar=metavar, help=help_text)
+    return typer.Option(parser=_number, metavar=metavar, help=help_text)
+
+
+def _checked_limit(limit: int) -> int:
+    if not 1 <= limit <= 500:
+        raise InvalidInput("limit", limit, "a whole number from 1 to 500")
+    return limit
+
+
+Limit = Annotated[
+    int,
+    typer.Option(
+        parser=whole, metavar="N", help="How many, from 1 to 500.", callback=_checked_limit
+    ),
+]
 
 
 @contextmanager
@@ -91,23 +108,20 @@ def opened(server: str | None) -> Iterator[Local | Remote]:
         yield client
 
 
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Report `EinsumNasError` as one line on stderr; exit with 2 for bad input, else with 1."""
+class Commands(TyperGroup):
+    """Reports `EinsumNasError` as one line on stderr; exits with 2 for bad input, else with 1."""
 
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def invoke(self, ctx: Any) -> Any:
         try:
-            command(*args, **kwargs)
+            return super().invoke(ctx)
+        except InvalidInput as error:  # which repeats no secret to begin with
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except EinsumNasError as error:
-            if isinstance(error, InvalidInput):  # which repeats no secret to begin with
-                print(f"error: {error}", file=sys.stderr)
-                raise typer.Exit(2) from None
             from nas.logs import masked
 
             print(f"error: {masked(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
-
-    return run
 
 
 def escape_unprintable() -> None:
@@ -118,5 +132,10 @@ def escape_unprintable() -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    """Print a value, which may hold models and dataclasses, as JSON on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False, default=to_jsonable_python))
+
+
+def show(found: T, as_json: bool, as_text: Callable[[T], None]) -> None:
+    """Print what a command has found: as JSON, or by `as_text` for people."""
+    (print_json if as_json else as_text)(found)

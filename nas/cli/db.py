@@ -10,28 +10,26 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from nas.cli.common import Json, amount, local_store, print_json, reported
+from nas.cli.common import Commands, Json, amount, local_store, print_json, show
 
-app = typer.Typer(help="Upgrade, back up, restore or prune the database.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Upgrade, back up, restore or prune the database."
+)
 
 _COUNTED = ("searches", "trials", "points", "events")
 BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup file.")]
 
 
 @app.command()
-@reported
 def upgrade(as_json: Json = False) -> None:
     """Upgrade the database's schema to this version."""
     with local_store() as store:
         revision = store.schema_revision()
-    if as_json:
-        print_json({"revision": revision})
-    else:
-        print(f"schema at revision {revision}")
+    found = {"revision": revision}
+    show(found, as_json, lambda _: print(f"schema at revision {revision}"))
 
 
 @app.command()
-@reported
 def backup(
     file: BackupFile,
     overwrite: Annotated[
@@ -55,7 +53,6 @@ def backup(
 
 
 @app.command()
-@reported
 def restore(file: BackupFile, as_json: Json = False) -> None:
     """Copy a backup, or another SQLite database of einsum-nas, into the empty database."""
     from nas.settings import settings
@@ -63,7 +60,7 @@ def restore(file: BackupFile, as_json: Json = False) -> None:
 
     done = read(file, settings().resolved_database_url)
     if as_json:
-        print_json(asdict(done))
+        print_json(done)
         return
     print(f"restored {file}: schema {done.file_revision}, now {done.revision}")
     print(_counts(done.rows))
@@ -72,7 +69,6 @@ def restore(file: BackupFile, as_json: Json = False) -> None:
 
 
 @app.command()
-@reported
 def prune(
     event_days: Annotated[
         float | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from nas.cli.common import Json, count, print_json
 from nas.cli.serve import Port
 from nas.cli.submit import show_outcome
+from nas.cli.terminal import console, study_progress
 from nas.errors import EinsumNasError
 from nas.processes import exit_on_signals, free_port, spawn, stop_child
 
@@ -31,7 +33,6 @@ _DEMO: dict[str, Any] = {
 
 def demo(port: Port = None) -> None:
     """Serve, run a search over the default text, show the answer, and keep serving."""
-    from nas.cli.terminal import console
     from nas.client import Client
     from nas.settings import settings
 
@@ -79,9 +80,6 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Run the papers' study and write report.html and report.json."""
-    from contextlib import nullcontext
-
-    from nas.cli.terminal import console, study_progress
     from nas.study.reproduce import reproduce as run_study
 
     exit_on_signals()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Server, amount, count, opened, print_json, whole
+from nas.cli.common import Json, Server, amount, count, opened, print_json, show, whole
+from nas.cli.terminal import search_progress, show_best, show_frontier
 from nas.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -163,15 +164,13 @@ def show_outcome(
     """Show that a search is queued, or wait for its end and show its answer."""
     if not wait:
         queued = f"search {submitted.id} is queued{then}"
-        print_json(submitted.data) if as_json else print(queued)
+        show(submitted.data, as_json, lambda _: print(queued))
         return
-    from nas.cli.terminal import search_progress, show_best, show_frontier
-
     if as_json:
         ended = submitted.wait()
     else:
-        with search_progress() as show:
-            ended = submitted.wait(poll_seconds=0.5, progress=lambda s: show(s.data))
+        with search_progress() as advance:
+            ended = submitted.wait(poll_seconds=0.5, progress=lambda s: advance(s.data))
     data = ended.data
     if data["state"] != "succeeded":
         error = f": {data['error']}" if data["error"] else ""
@@ -182,7 +181,7 @@ def show_outcome(
         print(f"a limit ended the search before its last trial: {reached}", file=sys.stderr)
     best = ended.best()
     if as_json:
-        print_json({"search": data, "best": best.model_dump(mode="json")})
+        print_json({"search": data, "best": best})
         return
     show_frontier(ended.frontier())
     show_best(best)

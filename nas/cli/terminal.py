@@ -12,11 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nas.designs.design import parse_design
 from nas.errors import counted
-from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
 
 if TYPE_CHECKING:
+    from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
     from nas.store.audit import Entry
     from nas.store.keys import Key
     from nas.store.quotas import Use
@@ -65,17 +64,25 @@ def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield show
 
 
-def _filled(table: Table, rows: Sequence[Mapping[str, str]]) -> Table:
-    """`table` with rows, at least one, of which the first has every column's heading."""
+def _described(design: str) -> str:
+    from nas.designs.design import parse_design  # numpy, which it needs, takes time to import
+
+    return parse_design(design).described
+
+
+def _print_rows(
+    rows: Sequence[Mapping[str, str]], if_none: str, table: Table | None = None
+) -> None:
+    """Print rows, of which the first has every column's heading; a text if there are none."""
+    if not rows:
+        console.print(if_none)
+        return
+    table = table or Table(box=None, pad_edge=False)
     for heading in rows[0]:
         table.add_column(heading)
     for row in rows:
         table.add_row(*(row.get(heading, "") for heading in rows[0]))
-    return table
-
-
-def _without_rules(rows: Sequence[Mapping[str, str]]) -> Table:
-    return _filled(Table(box=None, pad_edge=False), rows)
+    console.print(table)
 
 
 def show_frontier(front: FrontierAnswer) -> None:
@@ -86,7 +93,7 @@ def show_frontier(front: FrontierAnswer) -> None:
     columns: dict[str, Callable[[Point], str]] = {
         "train FLOPs": lambda p: f"{p.train_flops:.3e}",
         "loss": lambda p: f"{p.loss:.4f}",
-        "structure": lambda p: parse_design(p.design).described,
+        "structure": lambda p: _described(p.design),
         "width": lambda p: str(p.width),
         "steps": lambda p: str(p.steps),
         "trial": lambda p: f"#{p.number}",
@@ -135,8 +142,7 @@ def show_best(best: Answer) -> None:
 
 def _best_lines(best: Answer) -> Iterator[str]:
     interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
-    name = parse_design(best.design).described
-    yield f"best: {name}, width {best.width}, {counted(best.steps, 'step')}"
+    yield f"best: {_described(best.design)}, width {best.width}, {counted(best.steps, 'step')}"
     yield f"verdict: {best.verdict} ({best.verdict_reason})"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
     unsure = ", unconfirmed" if best.verdict == "unconfirmed" else ""
@@ -202,7 +208,7 @@ def _rivals(best: Answer) -> Iterator[str]:
     )
     for r in best.indistinguishable[:_SHOWN_RIVALS]:
         yield (
-            f"  {parse_design(r.design).described}, width {r.width}: {r.difference:+.4f} "
+            f"  {_described(r.design)}, width {r.width}: {r.difference:+.4f} "
             f"({_range(r.difference_interval, '+.4f')})"
         )
     more = len(best.indistinguishable) - _SHOWN_RIVALS
@@ -351,14 +357,11 @@ def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
         failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
         if why := s["limit_reached"] or failed:
             rows.append({"search": f"  {escape(why)}"})
-    console.print(_without_rules(rows) if rows else "no search matches these filters")
+    _print_rows(rows, "no search matches these filters")
 
 
 def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of workers and services."""
-    if not found:
-        console.print("no worker or service was seen recently; `einsum-nas worker` starts one")
-        return
     rows = [
         {
             "process": p["name"],
@@ -370,33 +373,38 @@ def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
         }
         for p in found
     ]
-    console.print(_filled(Table(), rows))
+    none = "no worker or service was seen recently; `einsum-nas worker` starts one"
+    _print_rows(rows, none, Table())
 
 
-def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
-    """Print a table of keys; `ends` describes when a key expires."""
-    if not found:
-        console.print("there is no key; `einsum-nas keys create --name NAME` creates one")
-        return
+def show_keys(found: Sequence[Key]) -> None:
+    """Print a table of keys."""
     rows = [
         {
             "key": key.id,
             "tenant": key.tenant,
             "name": escape(key.name),
             "scopes": ", ".join(key.scopes),
-            "ends": ends(key),
+            "ends": key_ends(key),
             "last used": "never" if key.used_at is None else _day(key.used_at),
         }
         for key in found
     ]
-    console.print(_without_rules(rows))
+    _print_rows(rows, "there is no key; `einsum-nas keys create --name NAME` creates one")
+
+
+def key_ends(key: Key) -> str:
+    """When the key expires, or why it is no longer valid."""
+    refusal = key.refusal(time.time())
+    if refusal is not None:
+        return refusal
+    if key.expires_at is None:
+        return "never expires"
+    return "expires " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
 
 
 def show_tenants(found: Sequence[Use]) -> None:
     """Print a table of tenants' quotas and their use."""
-    if not found:
-        console.print("no tenant has a search or a quota")
-        return
     rows = [
         {
             "tenant": use.tenant,
@@ -407,7 +415,7 @@ def show_tenants(found: Sequence[Use]) -> None:
         }
         for use in found
     ]
-    console.print(_without_rules(rows))
+    _print_rows(rows, "no tenant has a search or a quota")
 
 
 def _or_any(limit: float | None) -> str:
