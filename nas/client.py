@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
+from operator import itemgetter
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 from urllib.parse import quote
 from urllib.request import proxy_bypass
@@ -49,6 +50,12 @@ class NotAllowed(EinsumNasError):
 
 class RateLimited(EinsumNasError):
     """The key or address has sent too many requests, or the tenant's quota is used up."""
+
+
+#: What the status of an answer means, where its body does not say more.
+_ERRORS: Mapping[int, type[EinsumNasError]] = {
+    401: NotAllowed, 403: NotAllowed, 404: NotFound, 409: Conflict, 429: RateLimited
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,17 +95,9 @@ def _once(key: str | None) -> dict[str, str]:
     return {"Idempotency-Key": key or uuid.uuid4().hex}
 
 
-def _frontier(answer: dict[str, Any]) -> FrontierAnswer:
-    return FrontierAnswer(**answer)
-
-
-def _best(answer: dict[str, Any]) -> Answer:
-    return Answer(**answer)
-
-
-def _items(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = answer["items"]
-    return items
+#: How answers are read.
+_frontier, _best = FrontierAnswer.model_validate, Answer.model_validate
+_items = cast("Callable[[dict[str, Any]], list[dict[str, Any]]]", itemgetter("items"))
 
 
 def _search(search_id: str) -> str:
@@ -579,14 +578,8 @@ def _as_error(response: httpx.Response) -> EinsumNasError:
         return ServiceError(f"{response.status_code} {response.reason_phrase}")
     if "field" in problem:
         return InvalidInput(problem["field"], problem["value"], problem["accepted"])
-    if response.status_code == 404:
-        return NotFound(detail)
     if problem.get("type", "").endswith("idempotency-conflict"):
         return IdempotencyConflict(detail)
-    if response.status_code == 409:
-        return Conflict(detail)
-    if response.status_code in (401, 403):
-        return NotAllowed(detail)
-    if response.status_code == 429:
-        return RateLimited(detail)
+    if kind := _ERRORS.get(response.status_code):
+        return kind(detail)
     return ServiceError(f"{response.status_code}: {detail}")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from nas.errors import ClusterUnavailable, InvalidInput, one_line
@@ -240,7 +241,7 @@ def _main(settings_json: str) -> None:
         checks = list(_examined(Settings.model_validate_json(settings_json)))
     except InvalidInput as error:
         checks = [Check("cluster", "problem", str(error), f"set it to {error.accepted}")]
-    print(_MARK + json.dumps([c.as_dict for c in checks]), flush=True)
+    print(_MARK + json.dumps([asdict(c) for c in checks]), flush=True)
     os._exit(0)  # leaving the cluster in order can take as long as joining it
 
 
