@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from nas.cli.common import Json, Server, amount, count, local_store, opened, show
+from nas.cli.common import Json, Overwrite, Server, amount, count, local_store, opened, show
 from nas.cli.terminal import show_best, show_frontier, show_structure
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def best(
     snippet: Annotated[
         bool,
         typer.Option(
-            "--snippet",
-            help="Print only a program that uses the structure, or keeps dense.",
+            "--snippet", help="Print only a program that uses the structure, or keeps dense."
         ),
     ] = False,
     server: Server = None,
@@ -86,15 +85,10 @@ def best(
     """Show the best structure within one budget, compared with dense, with intervals."""
     from nas.service.answers import checked_budget
 
-    axis, value = checked_budget(
-        {
-            "train_flops": train_flops,
-            "inference_flops": inference_flops,
-            "params": params,
-            "step_seconds": step_seconds,
-            "peak_memory": peak_memory,
-        }
-    )
+    axis, value = checked_budget({
+        "train_flops": train_flops, "inference_flops": inference_flops, "params": params,
+        "step_seconds": step_seconds, "peak_memory": peak_memory,
+    })  # fmt: skip
     with opened(server) as place:
         if search_id:
             answer = place.get_search(search_id).best(**{axis: value})
@@ -124,9 +118,7 @@ def export(
     study: Annotated[
         str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that exists.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write every trial, or every evaluation, to a file or an Optuna study."""
     from nas.service.export import STANDARD_OUTPUT

@@ -24,6 +24,7 @@ Server = Annotated[
     str | None,
     typer.Option(help="URL of a service to use; by default the database is used directly."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from nas.cli.common import Commands, Json, amount, local_store, print_json, show
+from nas.cli.common import Commands, Json, Overwrite, amount, local_store, print_json, show
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Upgrade, back up, restore or prune the database."
@@ -25,16 +25,14 @@ def upgrade(as_json: Json = False) -> None:
     """Upgrade the database's schema to this version."""
     with local_store() as store:
         revision = store.schema_revision()
-    found = {"revision": revision}
-    show(found, as_json, lambda _: print(f"schema at revision {revision}"))
+    text = f"schema at revision {revision}"
+    show({"revision": revision}, as_json, lambda _: print(text))
 
 
 @app.command()
 def backup(
     file: BackupFile,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that exists.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a consistent snapshot of the database to one SQLite file; services may keep running.
@@ -45,11 +43,9 @@ def backup(
     from nas.store.backup import backup as write
 
     made = write(settings().resolved_database_url, file, overwrite=overwrite)
-    if as_json:
-        print_json({"file": str(made.path), "bytes": made.bytes, **asdict(made.manifest)})
-        return
-    print(f"{made.path}: {decimal(made.bytes)}, schema {made.manifest.revision}")
-    print(_counts(made.manifest.rows))
+    text = f"{made.path}: {decimal(made.bytes)}, schema {made.manifest.revision}"
+    found = {"file": made.path, "bytes": made.bytes, **asdict(made.manifest)}
+    show(found, as_json, lambda _: print(text, _counts(made.manifest.rows), sep="\n"))
 
 
 @app.command()
@@ -112,14 +108,12 @@ def prune(
             audit_days=used.audit_days if audit_days is None else audit_days,
             dry_run=dry_run,
         )
-    if as_json:
-        print_json({**asdict(done), "dry_run": dry_run})
-        return
     verb = "would delete" if dry_run else "deleted"
-    print(
+    text = (
         f"{verb} {done.searches:,} searches with {done.trials:,} trials, {done.events:,} "
         f"events of other searches, and {done.audit:,} records of the audit log"
     )
+    show({**asdict(done), "dry_run": dry_run}, as_json, lambda _: print(text))
 
 
 def _counts(rows: Mapping[str, int]) -> str:

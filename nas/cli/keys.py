@@ -150,11 +150,7 @@ def tenants(
     show(found, as_json, show_tenants)
 
 
-def audit(
-    tenant: Tenant = None,
-    limit: Limit = 50,
-    as_json: Json = False,
-) -> None:
+def audit(tenant: Tenant = None, limit: Limit = 50, as_json: Json = False) -> None:
     """Show the newest records of the audit log: who did what, and who was refused."""
     from nas.store.audit import Audit
 

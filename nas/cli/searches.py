@@ -21,8 +21,7 @@ SearchId = Annotated[str, typer.Argument(metavar="ID", help="The id of the searc
 
 def searches(
     state: Annotated[
-        str | None,
-        typer.Option(help="queued | running | paused | succeeded | failed | cancelled"),
+        str | None, typer.Option(help="queued | running | paused | succeeded | failed | cancelled")
     ] = None,
     failure: Annotated[
         str | None,

@@ -124,10 +124,7 @@ def confirm(
     search_id: Annotated[
         str | None, typer.Option("--search", help="The search; by default the last that succeeded.")
     ] = None,
-    top: Annotated[
-        int,
-        count("K", "Candidates to run again, besides the best dense one."),
-    ] = 3,
+    top: Annotated[int, count("K", "Candidates to run again, besides the best dense one.")] = 3,
     seeds: Annotated[int, count("N", "New seeds for each candidate.")] = 3,
     longer: Annotated[float, amount("C", "Train C times as many steps as before.")] = 1.0,
     spread: Annotated[
