@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import ssl
@@ -35,6 +36,7 @@ _KEY = r"[A-Za-z0-9._~+/-]+=*"
 _IDEMPOTENCY_KEY = r"[!-~]{1,255}"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
+_Json = Mapping[str, Any] | None
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
@@ -78,10 +80,7 @@ def _get(path: str, read: Callable[[Any], _T], **query: Any) -> _Call[_T]:
 
 
 def _post(
-    path: str,
-    read: Callable[[Any], _T],
-    body: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
+    path: str, read: Callable[[Any], _T], body: _Json = None, headers: _Json = None
 ) -> _Call[_T]:
     options = {} if body is None else {"json": body, "headers": headers or {}}
     return _Call("POST", path, options, read)
@@ -156,12 +155,11 @@ def _trusted(url: httpx.URL) -> ssl.SSLContext:
 
 def _proxy_refused(error: Exception) -> InvalidInput:
     given = {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
-    more = "for one of SOCKS `pip install 'httpx2[socks]'`; NO_PROXY names hosts without a proxy"
-    shown = ", ".join(masked(value) for value in given.values())
-    said = masked(echo(str(error)))
-    return InvalidInput(
-        ", ".join(given), shown, f"a proxy such as http://HOST:PORT; {more} ({said})"
+    accepted = (
+        "a proxy such as http://HOST:PORT; for one of SOCKS `pip install 'httpx2[socks]'`; "
+        f"NO_PROXY names hosts without a proxy ({masked(echo(str(error)))})"
     )
+    return InvalidInput(", ".join(given), ", ".join(map(masked, given.values())), accepted)
 
 
 def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
@@ -231,14 +229,14 @@ class RemoteSearch(_Stored):
         TimeoutError
             It has not ended within `timeout_seconds`.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             current = self.refresh()
             if progress is not None:
                 progress(current)
             if current.finished:
                 return current
-            if deadline is not None and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 raise TimeoutError(f"search {self.id} is still {current.state}")
             time.sleep(poll_seconds)
 
@@ -428,12 +426,7 @@ class Client(_Connection[httpx.Client]):
     def _kept(self, search_id: str, data: dict[str, Any]) -> RemoteSearch:
         return RemoteSearch(search_id, data, self)
 
-    def _become(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> RemoteSearch:
+    def _become(self, path: str, body: _Json = None, headers: _Json = None) -> RemoteSearch:
         """The search that a POST answers with."""
         return self.send(_post(path, lambda data: self._kept(data["id"], data), body, headers))
 

@@ -156,11 +156,8 @@ def _formatter(log_format: str) -> logging.Formatter:
         structlog.processors.format_exc_info,
         _bounded,
     ]
-    if log_format == "json":
-        last: Processor = structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False)
-        after: list[Processor] = [_named, last]
-    else:
-        after = [_line]
+    as_json = structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False)
+    after: list[Processor] = [_named, as_json] if log_format == "json" else [_line]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=before,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *after],

@@ -70,6 +70,14 @@ Limit = Annotated[
 ]
 
 
+def named_values(option: str, pairs: list[str] | None, example: str) -> dict[str, str]:
+    """The NAME=VALUE pairs of a repeatable option as a mapping."""
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise InvalidInput(option, pair, f"NAME=VALUE, such as {example}")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
 @contextmanager
 def local_store() -> Iterator[Store]:
     """Open the settings' database for the settings' tenant, and upgrade its schema."""

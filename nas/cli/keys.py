@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,9 @@ def duration(text: str | float) -> float:
     return int(found[1]) * _UNITS[found[2]]
 
 
+_time = partial(typer.Option, parser=duration, metavar="TIME")
+
+
 @app.command()
 def create(
     name: Annotated[str, typer.Option(help="Who uses the key, or for what.")],
@@ -53,11 +57,7 @@ def create(
     ] = DEFAULT_TENANT,
     expires: Annotated[
         float | None,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            help="Time until the key expires, such as 90d or 12h; by default it never does.",
-        ),
+        _time(help="Time until the key expires, such as 90d or 12h; by default it never does."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -95,11 +95,7 @@ def rotate(
     key_id: KeyId,
     grace: Annotated[
         float,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            help="Time for which the old key stays valid, such as 1h or 7d; by default none.",
-        ),
+        _time(help="Time for which the old key stays valid, such as 1h or 7d; by default none."),
     ] = 0.0,
     as_json: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Limit, Server, opened, show, whole
+from nas.cli.common import Json, Limit, Server, named_values, opened, show, whole
 from nas.cli.terminal import show_searches, show_workers
 from nas.errors import InvalidInput
 
@@ -103,22 +103,16 @@ def clone(
     as_json: Json = False,
 ) -> None:
     """Submit a copy of a search, with changes; equal runs are reused, not run again."""
-    changed = _changes(changes or [])
+    given = named_values("change", changes, "trials=32")
+    changed = {name: _json_or_text(value) for name, value in given.items()}
     _change(search_id, server, as_json, lambda s: s.clone(**changed))
 
 
-def _changes(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, each value parsed as JSON if it is valid JSON, else taken as text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InvalidInput("change", pair, "NAME=VALUE, such as trials=32")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _say(found: dict[str, Any]) -> None:

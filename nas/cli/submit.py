@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Server, amount, count, opened, print_json, show, whole
+from nas.cli.common import (
+    Json,
+    Server,
+    amount,
+    count,
+    named_values,
+    opened,
+    print_json,
+    show,
+    whole,
+)
 from nas.cli.terminal import search_progress, show_best, show_frontier
-from nas.errors import InvalidInput, NotFound
+from nas.errors import NotFound
 
 if TYPE_CHECKING:
     from nas.cli.local import Local, LocalSearch
@@ -80,8 +90,7 @@ def search(
     from nas.planning.request import SearchRequest
 
     fields: dict[str, Any] = {
-        "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
-        "train_flops": train_flops, "trials": trials,
+        "task": task, "data": data, "recipe": recipe, "train_flops": train_flops, "trials": trials,
         "sampler": sampler, "objective": objective, "seed": seed, "references": references,
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, heads=heads
@@ -89,19 +98,11 @@ def search(
         "limits": _given(
             trial_seconds=trial_seconds, seconds=seconds, total_train_flops=total_train_flops
         ),
-        "priority": priority,
+        "priority": priority, "overrides": named_values("set", overrides, "depth=6") or None,
     }  # fmt: skip
     SearchRequest.checked(fields)
     with opened(server) as place:
         show_outcome(place.search(**fields), place.then, wait, as_json)
-
-
-def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
-    """NAME=VALUE pairs as a mapping; None if there are none."""
-    for pair in pairs or []:
-        if "=" not in pair:
-            raise InvalidInput("set", pair, "NAME=VALUE, such as depth=6")
-    return dict(p.split("=", 1) for p in pairs) if pairs else None
 
 
 def _given(**values: float | None) -> dict[str, float] | None:
@@ -111,13 +112,12 @@ def _given(**values: float | None) -> dict[str, float] | None:
 
 def _space(**choices: str | None) -> dict[str, list[Any]] | None:
     """Comma-separated choices as fields of a request's `Space`; None if there are none."""
-    given = {name: text.split(",") for name, text in choices.items() if text is not None}
     numbers = ("factors", "experts", "active")
-    found: dict[str, list[Any]] = {
-        name: [whole(part) for part in parts] if name in numbers else parts
-        for name, parts in given.items()
-    }
-    return found or None
+    return {
+        name: [whole(part) for part in text.split(",")] if name in numbers else text.split(",")
+        for name, text in choices.items()
+        if text is not None
+    } or None
 
 
 def confirm(
@@ -138,9 +138,7 @@ def confirm(
     """Run the best candidates of a search again with new seeds, to correct for lucky runs."""
     from nas.service.confirm import ConfirmRequest
 
-    fields: dict[str, Any] = {
-        "top": top, "seeds": seeds, "longer": longer, "spread": spread
-    }  # fmt: skip
+    fields: dict[str, Any] = {"top": top, "seeds": seeds, "longer": longer, "spread": spread}
     ConfirmRequest.checked(fields)
     with opened(server) as place:
         source = place.get_search(search_id or _newest_ended(place))
@@ -173,8 +171,7 @@ def show_outcome(
         error = f": {data['error']}" if data["error"] else ""
         print(f"search {data['state']}{error}", file=sys.stderr)
         raise typer.Exit(1)
-    if data["limit_reached"] is not None:
-        reached = data["limit_reached"]
+    if (reached := data["limit_reached"]) is not None:
         print(f"a limit ended the search before its last trial: {reached}", file=sys.stderr)
     best = ended.best()
     if as_json:

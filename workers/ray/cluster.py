@@ -167,9 +167,8 @@ def _join(wanted: str) -> None:
         ray.shutdown()
         if isinstance(error, ClusterUnavailable):
             raise
-        raise _unavailable(
-            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined", error
-        ) from error
+        what = f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined"
+        raise _unavailable(what, error) from error
 
 
 def _unavailable(what: str, error: Exception) -> ClusterUnavailable:
