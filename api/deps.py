@@ -16,10 +16,9 @@ from api.declared import Caller
 from api.middleware.bodies import REAL, WHOLE, Absent, read_strictly
 from api.schemas import SearchOut
 from nas.designs.structure import MAX_DIMENSION
-from nas.service import catalogue
+from nas.records.search import SearchFailure, SearchState
 from nas.settings import DEFAULT_TENANT, TENANT
 from nas.store import AXES, Search, Store, of_tenant
-from nas.store.records import SearchFailure, SearchState
 
 T = TypeVar("T")
 #: Refuses what a request has that its route does not know.
@@ -80,7 +79,6 @@ _PAGE_MAKERS = CapacityLimiter(2)
 async def paged(
     read: Callable[[], Sequence[T]],
     limit: int,
-    item: Callable[[T], dict[str, Any]],
     cursor: Callable[[T], int],
 ) -> Response:
     """A page, made in a thread and sent without validation; tests check it against its model."""
@@ -88,7 +86,7 @@ async def paged(
     def page() -> bytes:
         found = read()
         more = str(cursor(found[-1])) if len(found) == limit else None
-        return to_json({"items": [item(one) for one in found], "next": more})
+        return to_json({"items": found, "next": more})
 
     return as_json(await to_thread.run_sync(page, limiter=_PAGE_MAKERS))
 
@@ -123,4 +121,4 @@ def as_json(body: bytes) -> Response:
 
 def describe(search: Search) -> SearchOut:
     """A search in the service's form."""
-    return SearchOut.model_validate(catalogue.search_dict(search))
+    return SearchOut.model_validate(search, from_attributes=True)

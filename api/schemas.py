@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nas.planning.request import MAX_PRIORITY, WHOLE, SearchRequest
-from nas.records.answers import DESIGN, THETA
-from nas.store import StoredPoint, Trial
+from nas.records.search import Search
+from nas.records.trial import StoredPoint, Trial
 
 
 class _Out(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class SearchOut(_Out):
+class SearchOut(Search):
     """A search and its progress."""
-
-    id: str
-    state: str = Field(description="queued | running | paused | succeeded | failed | cancelled")
-    task: str
-    task_fingerprint: str | None = Field(
-        description="fingerprint of the data, null until a worker has loaded it"
-    )
-    request: SearchRequest
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    cancel_requested: bool
-    error: str | None
-    worker: str | None
-    epoch: int = Field(description="number of times that a worker claimed it")
-    trial_counts: dict[str, int] = Field(description="trial state → number of trials")
-    runs_total: int | None = Field(
-        description="runs of the whole search, references included; null until they are planned"
-    )
-    tenant: str
-    priority: int = Field(description="searches of higher priority run first")
-    pause_requested: bool
-    failures: int = Field(description="lost leases and infrastructure errors since it was queued")
-    failure: str | None = Field(
-        description="why it failed. attempts: too many lost leases and infrastructure errors, may "
-        "be retried | input: its data cannot be used | trials: no candidate completed | limit: a "
-        "limit was reached before a candidate completed"
-    )
-    limit_reached: str | None = Field(
-        description="the limit that ended the search before its last trial"
-    )
-    held_seconds: float = Field(description="seconds that workers held it in earlier claims")
-    stale_writes: int = Field(
-        description="refused writes of workers from which another worker had taken the search over"
-    )
-    cloned_from: str | None
 
 
 class SearchPage(_Out):
@@ -62,79 +27,8 @@ class SearchPage(_Out):
     next: str | None = Field(description="cursor of the next page")
 
 
-class TrialOut(_Out):
+class TrialOut(Trial):
     """One run of a search. FLOPs are train FLOPs and exact."""
-
-    id: int
-    search_id: str
-    number: int
-    kind: str = Field(description="candidate | reference | confirmation")
-    state: str = Field(description="planned | running | complete | stopped | failed")
-    name: str
-    theta: list[float] = Field(description=THETA)
-    design: str = Field(description=DESIGN)
-    dense: bool
-    structures: list[str] = Field(
-        description="integer sizes of the layers of a block; with two factors "
-        "d_in x d_out:alpha.beta.gamma.delta.epsilon.phi.rho"
-    )
-    width: int
-    depth: int
-    steps: int
-    train_flops: int
-    train_flops_per_step: int
-    forward_flops_per_token: float
-    params: int = Field(description="trainable parameters of the whole model")
-    seed: int
-    loss: float | None = Field(description="validation loss at the last step, in the task's unit")
-    error: str | None
-    attempts: int
-    reused_from: int | None = Field(
-        description="trial with an equal run, from which this result was copied"
-    )
-    unseen: list[int] = Field(
-        description="candidates that were still running when this one was proposed, so that the "
-        "sampler did not know their results"
-    )
-    sampler_params: dict[str, int | float | str] | None
-    environment: dict[str, Any] | None
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    failure: str | None = Field(
-        description="why it has no result. run: an error of the run itself, such as a loss that is "
-        "not finite | process: its process died | timeout | memory | search: stopped with its "
-        "search"
-    )
-    confirms: int | None = Field(description="trial that this one repeats with a new seed")
-    seconds_per_step: float | None = Field(description="measured; null if unknown")
-    peak_memory_bytes: int | None = Field(
-        description="measured: parameters, optimiser state and the peak of what a step allocates"
-    )
-
-    @classmethod
-    def of(cls, trial: Trial) -> TrialOut:
-        return cls(**trial_fields(trial))
-
-
-def trial_fields(trial: Trial) -> dict[str, Any]:
-    """The fields of a `TrialOut`, as plain values."""
-    same = (
-        "id", "search_id", "number", "kind", "state", "name", "dense", "width", "depth", "steps",
-        "train_flops", "train_flops_per_step", "forward_flops_per_token", "seed", "loss", "error",
-        "attempts", "reused_from", "created_at", "started_at", "finished_at", "confirms",
-        "seconds_per_step", "peak_memory_bytes", "failure",
-    )  # fmt: skip
-    return {
-        **{name: getattr(trial, name) for name in same},
-        "theta": list(trial.theta),
-        "design": trial.design,
-        "structures": list(dict.fromkeys(trial.structures)),
-        "params": trial.model_params,
-        "unseen": list(trial.unseen),
-        "sampler_params": None if trial.params is None else dict(trial.params),
-        "environment": None if trial.environment is None else dict(trial.environment),
-    }
 
 
 class TrialPage(_Out):
@@ -144,24 +38,9 @@ class TrialPage(_Out):
     next: str | None = Field(description="cursor of the next page")
 
 
-class PointOut(_Out):
+@dataclass(frozen=True, slots=True)
+class PointOut(StoredPoint):
     """One evaluation of a run."""
-
-    step: int
-    train_flops: float
-    loss: float = Field(description="validation loss, in the task's unit")
-    loss_stderr: float = Field(description="standard error over the validation samples")
-    train_seconds: float = Field(description="seconds of training up to this step")
-
-    @classmethod
-    def of(cls, point: StoredPoint) -> PointOut:
-        return cls(
-            step=point.step,
-            train_flops=point.train_flops,
-            loss=point.loss,
-            loss_stderr=point.loss_stderr,
-            train_seconds=point.seconds,
-        )
 
 
 class TrialDetail(TrialOut):
@@ -171,7 +50,7 @@ class TrialDetail(TrialOut):
 
     @classmethod
     def with_curve(cls, trial: Trial, curve: list[StoredPoint]) -> TrialDetail:
-        return cls(**trial_fields(trial), curve=[PointOut.of(p) for p in curve])
+        return cls(**dict(trial), curve=[PointOut(**asdict(p)) for p in curve])
 
 
 class ReferenceOut(_Out):

@@ -21,7 +21,8 @@ from mkdocs.structure.files import File, Files
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to those that are written."""
     pages = {
-        "cli": command_line, "rest": rest, "settings": settings, "metrics": metrics,
+        "cli": command_line, "rest": rest, "export": export, "settings": settings,
+        "metrics": metrics,
     }  # fmt: skip
     for name, page in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=page()))
@@ -48,6 +49,22 @@ def _table(*rows: tuple[str, ...]) -> Iterator[str]:
         if i == 0:
             yield f"|{'---|' * len(row)}"
     yield ""
+
+
+def export() -> str:
+    """Every column of exported files."""
+    from nas.service.export import ROWS, columns_of
+
+    lines = [
+        "# Exported files", "",
+        "What `einsum-nas export` writes as CSV, Parquet or JSON. Missing values are missing: "
+        "null, and in CSV an empty field without quotes.", "",
+    ]  # fmt: skip
+    for rows in ROWS:
+        table = [("column", "unit", "meaning")]
+        table += [(f"`{c.name}`", c.unit or "", c.meaning) for c in columns_of(rows, "the task's")]
+        lines += [f"## Rows of `--rows {rows}`", "", *_table(*table)]
+    return "\n".join(lines)
 
 
 def settings() -> str:

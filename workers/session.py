@@ -315,12 +315,12 @@ _NUMBER = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{6,}\b|\d+(\.\d+)?")
 
 
 def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:
-    assert trial.params is not None
+    assert trial.sampler_params is not None
     if trial.state == "complete" and trial.loss is not None:
         values: tuple[float, ...] = (trial.loss,)
         if request.objective == "pareto":
             # logarithm, because the most expensive runs would dominate a hypervolume in plain FLOPs
             values = (trial.loss, math.log(trial.train_flops))
-        return PastTrial(trial.params, "complete", values, trial.sampler_state)
+        return PastTrial(trial.sampler_params, "complete", values, trial.sampler_state)
     state = "running" if trial.state in UNFINISHED else "failed"
-    return PastTrial(trial.params, state, None, trial.sampler_state)  # type: ignore[arg-type]
+    return PastTrial(trial.sampler_params, state, None, trial.sampler_state)  # type: ignore[arg-type]

@@ -49,9 +49,8 @@ class Series:
 
 
 def _label(p: CurvePoint) -> str:
-    return (
-        f"#{p.number} {plain_text(p.name)}<br>width {p.width}, {p.step} steps<br>loss {p.loss:.4f}"
-    )
+    run = f"#{p.run.number} {plain_text(p.run.name)}<br>width {p.run.width}"
+    return f"{run}, {p.step} steps<br>loss {p.loss:.4f}"
 
 
 def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
@@ -60,7 +59,7 @@ def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
         tuple(axis_value(p, axis) for p in points),
         tuple(p.loss for p in points),
         tuple(_label(p) for p in points),
-        tuple(_SYMBOLS.get(_kind(p.design), "circle") for p in points),
+        tuple(_SYMBOLS.get(_kind(p.run.design), "circle") for p in points),
     )
 
 
@@ -78,23 +77,23 @@ def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dic
     """
     shown = list(points)
     if not AXES[axis].along_curve:
-        ends = {p.trial_id: p for p in sorted(points, key=lambda p: p.step) if p.complete}
+        ends = {p.run.trial_id: p for p in sorted(points, key=lambda p: p.step) if p.run.complete}
         shown = [p for p in ends.values() if has_axis(p, axis)]
     fronts = frontier(shown, axis)
-    structured = [p for p in shown if not p.dense]
-    kinds = sorted({_kind(p.design) for p in structured}, key=list(_SYMBOLS).index)
+    structured = [p for p in shown if not p.run.dense]
+    kinds = sorted({_kind(p.run.design) for p in structured}, key=list(_SYMBOLS).index)
     if kinds in ([], ["two factors"]):
         series = {"structured": _series("structured", structured, axis)}
     else:
         series = {
             f"structured: {kind}": _series(
-                kind, [p for p in structured if _kind(p.design) == kind], axis
+                kind, [p for p in structured if _kind(p.run.design) == kind], axis
             )
             for kind in kinds
         }
     return {
         **series,
-        "dense": _series("dense", [p for p in shown if p.dense], axis),
+        "dense": _series("dense", [p for p in shown if p.run.dense], axis),
         "structured_front": _series("structured front", fronts.structured, axis),
         "dense_front": _series("dense front (reference)", fronts.dense, axis),
     }
@@ -104,19 +103,19 @@ def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
     """One curve a trial in steps, with whether it is dense; the lowest `_SHOWN_CURVES`."""
     runs: dict[int, list[CurvePoint]] = {}
     for p in sorted(points, key=lambda p: p.step):
-        runs.setdefault(p.trial_id, []).append(p)
+        runs.setdefault(p.run.trial_id, []).append(p)
     lowest = sorted(runs.values(), key=lambda run: min(p.loss for p in run))[:_SHOWN_CURVES]
     return [
         (
             Series(
-                f"#{run[0].number} {plain_text(run[0].name)}, width {run[0].width}",
+                f"#{run[0].run.number} {plain_text(run[0].run.name)}, width {run[0].run.width}",
                 tuple(float(p.step) for p in run),
                 tuple(p.loss for p in run),
                 tuple(_label(p) for p in run),
             ),
-            run[0].dense,
+            run[0].run.dense,
         )
-        for run in sorted(lowest, key=lambda run: run[0].number)
+        for run in sorted(lowest, key=lambda run: run[0].run.number)
     ]
 
 

@@ -18,7 +18,6 @@ from api.dashboard import figures
 from api.declared import PUBLIC, READ, WITHOUT_STORE, Declared
 from api.deps import Axis, SearchId, StoreDep, describe
 from api.middleware.prefix import root_of
-from api.schemas import TrialOut
 from nas.errors import InvalidInput, NotFound
 from nas.service import answers
 from nas.store import AXES
@@ -74,7 +73,7 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
         "scatter": figures.draw_scatter(figures.scatter_data(points, x), x, budget, unit),
         "curves": figures.draw_curves(figures.curves_data(points), unit),
         "trials_total": sum(search.trial_counts.values()),
-        "trials": [TrialOut.of(t).model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
+        "trials": [t.model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
     }
     return Response(
         json.dumps(body, cls=PlotlyJSONEncoder, allow_nan=False), media_type="application/json"

@@ -19,10 +19,11 @@ from prometheus_fastapi_instrumentator import metrics as of_requests
 
 from api.declared import ADMIN, PROBE
 from nas.errors import StoreUnavailable
+from nas.records.search import SearchState
+from nas.records.trial import TrialState
 from nas.store import Store
 from nas.store.gauges import Gauges, read_gauges
 from nas.store.processes import ProcessState
-from nas.store.records import SearchState, TrialState
 
 _log = logging.getLogger(__name__)
 router = APIRouter(include_in_schema=False, dependencies=[ADMIN, PROBE])

@@ -189,7 +189,7 @@ async def list_searches(
 ) -> Response:
     filters = catalogue.checked_filters(state=state, failure=failure, tenant=tenant)
     read = partial(store.searches, before=cursor, limit=limit, **filters)
-    return await paged(read, limit, catalogue.search_dict, attrgetter("sequence"))
+    return await paged(read, limit, attrgetter("sequence"))
 
 
 @router.get("/{search_id}", responses={**refusals(404), **SEARCH_FOUND}, summary="Get a search")

@@ -14,7 +14,7 @@ from api.deps import MAX_ID, PAGE, STRICT, Cursor, Limit, SearchId, StoreDep, pa
 from api.middleware.bodies import WHOLE
 from api.problems import refusals
 from api.reference import link
-from api.schemas import TrialDetail, TrialPage, trial_fields
+from api.schemas import TrialDetail, TrialPage
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
 _PAGE_FOUND: dict[int | str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ async def list_trials(
     search_id: SearchId, store: StoreDep, limit: Limit = 100, cursor: Annotated[Cursor, PAGE] = -1
 ) -> Response:
     read = partial(store.trials, search_id, after=cursor, limit=limit)
-    return await paged(read, limit, trial_fields, attrgetter("number"))
+    return await paged(read, limit, attrgetter("number"))
 
 
 @router.get("/trials/{trial_id}", responses=refusals(404), summary="Get a trial with its curve")

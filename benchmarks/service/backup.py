@@ -184,7 +184,7 @@ def fronts_of_store(
     standings = Standings(store)
     return {
         (scope, axis, dense): [
-            (p.trial_id, p.step) for p in standings.front(scope, axis, dense=dense)
+            (p.run.trial_id, p.step) for p in standings.front(scope, axis, dense=dense)
         ]
         for scope in scopes
         for axis in AXES

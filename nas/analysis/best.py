@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from nas.analysis.intervals import Interval, around, half_width, t_quantile
 from nas.analysis.scaling import Curve, multiplier_over_dense, summarise_multiplier
 from nas.errors import NotFound
+from nas.records.answers import Candidate, Multiplier, Rival
+from nas.records.run import OfRun
 from nas.store import Run
 
 #: (trial, step) of points → the loss of each validation sample at each.
@@ -54,8 +56,29 @@ class Reading:
     share: float
 
 
+class Shown:
+    """What is compared with others, and stands in answers."""
+
+    def shown(self) -> dict[str, Any]:
+        """The fields of its `Candidate`."""
+        raise NotImplementedError
+
+    @property
+    def candidate(self) -> Candidate:
+        """What users see of it."""
+        return Candidate(**self.shown())
+
+    def rival(self, difference: float, interval: Interval | None) -> Rival:
+        """The same, with its loss minus another's and the interval of that."""
+        return Rival(**self.shown(), difference=difference, difference_interval=interval)
+
+
+#: Fields of a `Candidate` that are not those of its run.
+_OF_CANDIDATE = Candidate.model_fields.keys() - OfRun.model_fields.keys()
+
+
 @dataclass(frozen=True)
-class Contender:
+class Contender(Shown):
     """A model at a budget: one reading a seed."""
 
     readings: tuple[Reading, ...]
@@ -87,6 +110,10 @@ class Contender:
         """Whether it is judged by confirmations."""
         return self.run.kind == "confirmation"
 
+    def shown(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in _OF_CANDIDATE}
+        return {**self.run.shared(), **own}
+
 
 @dataclass(frozen=True, slots=True)
 class Noise:
@@ -105,32 +132,6 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """A structure compared with the best one."""
-
-    contender: Contender
-    #: its loss minus the best one's, in the unit of the task
-    difference: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
-class BestMultiplier:
-    """Compute multiplier over dense; see `nas.analysis.scaling.multiplier_over_dense`."""
-
-    #: None where some seeds have an upper and others a lower bound only
-    value: float | None
-    #: exact | at_least (its curves begin below that loss) | less_than (they never reach it) |
-    #: undetermined
-    kind: str
-    #: over seeds; None for a bound, and for a single seed
-    interval: Interval | None
-    seeds: int
-    #: why there is no value
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """The best measured structure within a budget."""
 
@@ -143,8 +144,8 @@ class Answer:
     validation_interval: Interval | None
     #: the best dense model compared with the best structured one
     dense_difference: Rival | None
-    multiplier: BestMultiplier | None
-    structured_multiplier: BestMultiplier | None
+    multiplier: Multiplier | None
+    structured_multiplier: Multiplier | None
     #: structures whose difference from the best may be 0, among the `compared` others
     indistinguishable: tuple[Rival, ...]
     compared: int
@@ -160,7 +161,7 @@ def best_for_budget(
     runs: Sequence[Run],
     budget: float,
     windows: Windows,
-    value_of: Callable[[Run], float | None] | None = None,
+    axis: str = "train_flops",
 ) -> Answer:
     """The structure with the least expected loss within a budget.
 
@@ -169,22 +170,23 @@ def best_for_budget(
     runs
         Completed runs of one task: those near the front and every run of their models.
     budget
-        In train FLOPs, or in the unit of `value_of`.
+        In the unit of `axis`.
     windows
         Loss of each validation sample at given points.
-    value_of
-        What a run has of another axis (its parameters, say); None where that is not known.  Runs
-        are then judged at their ends.  By default the budget is one of train FLOPs.
+    axis
+        `train_flops`, or a field of a run that is one of `nas.store.AXES`.  Of such a field a run
+        has one value, or None where it is not known; runs are then judged at their ends.
 
     Raises
     ------
     NotFound
         No completed run lies within the budget.
     """
-    found = contenders(runs, budget) if value_of is None else _at_ends(runs, budget, value_of)
+    along_curve = axis == "train_flops"
+    found = contenders(runs, budget) if along_curve else _at_ends(runs, budget, axis)
     if not found:
         raise NotFound(f"no completed run within {budget:.4g}")
-    near = found if value_of else [c for c in found if c.train_flops * _NOISE_RANGE >= budget]
+    near = [c for c in found if not along_curve or c.train_flops * _NOISE_RANGE >= budget]
     noise = pooled_noise(near)
     leaders = _one_a_structure(found, noise)
     best = _choose(leaders, noise)
@@ -199,8 +201,8 @@ def best_for_budget(
         # the structured one was chosen among many too
         (difference,) = compare(best_structured, [best_dense], noise, windows, len(others))
 
-    def multiplier(of: Contender | None) -> BestMultiplier | None:
-        if of is None or best_dense is None or value_of is not None:
+    def multiplier(of: Contender | None) -> Multiplier | None:
+        if of is None or best_dense is None or not along_curve:
             return None
         return _multiplier(of, best_dense, runs, budget)
 
@@ -213,7 +215,9 @@ def best_for_budget(
         dense_difference=difference,
         multiplier=multiplier(best),
         structured_multiplier=multiplier(best_structured),
-        indistinguishable=tuple(r for r in rivals if r.interval is None or r.interval[0] <= 0.0),
+        indistinguishable=tuple(
+            r for r in rivals if r.difference_interval is None or r.difference_interval[0] <= 0.0
+        ),
         compared=len(rivals),
         noise=noise,
     )
@@ -280,13 +284,11 @@ def _step_of_lowest(run: Run, last: int) -> int:
     return min(run.points[: last + 1], key=lambda p: (p.loss, p.step)).step
 
 
-def _at_ends(
-    runs: Iterable[Run], budget: float, value_of: Callable[[Run], float | None]
-) -> list[Contender]:
+def _at_ends(runs: Iterable[Run], budget: float, axis: str) -> list[Contender]:
     """Models at the ends of their runs, of equal length each, whose value is within the budget."""
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        value = value_of(run)
+        value = getattr(run, axis)
         if run.points and value is not None and value <= budget:
             groups.setdefault((run.model, run.steps), []).append(run)
     found = []
@@ -349,7 +351,7 @@ def compare(
             ratio = c.log_loss - best.log_loss
             half = noise.half_width(1 / c.seeds + 1 / best.seeds, tests)
             difference = c.loss - best.loss
-            rivals.append(Rival(c, difference, around(best.loss, ratio, half, half)))
+            rivals.append(c.rival(difference, around(best.loss, ratio, half, half)))
         return rivals
     base, *rest = _sample_losses([best, *others], windows)
     rivals = []
@@ -357,9 +359,8 @@ def compare(
         half = half_width(losses - base, tests)
         difference = c.loss - best.loss
         known = math.isfinite(half)
-        rivals.append(
-            Rival(c, difference, (difference - half, difference + half) if known else None)
-        )
+        interval = (difference - half, difference + half) if known else None
+        rivals.append(c.rival(difference, interval))
     return rivals
 
 
@@ -412,9 +413,9 @@ def judge(found: Answer) -> tuple[Verdict, str]:
             f"the best {' and the best '.join(single)} {were} run with one seed, and other seeds "
             "may turn the result; `einsum-nas confirm` runs the best ones anew"
         )
-    if found.noise is None or difference.interval is None:
+    if found.noise is None or difference.difference_interval is None:
         return "unconfirmed", "no model was run with two seeds, so what these change is unknown"
-    low, high = difference.interval
+    low, high = difference.difference_interval
     if low > 0:
         return "structured is lower", "the 95% interval of the difference over seeds is above 0"
     if high < 0:
@@ -427,11 +428,11 @@ def judge(found: Answer) -> tuple[Verdict, str]:
 
 def _multiplier(
     of: Contender, dense: Contender, runs: Sequence[Run], budget: float
-) -> BestMultiplier | None:
+) -> Multiplier | None:
     """At every seed that the readings have in common, or else that any of the runs have; None
     where dense and the structure share no seed: then nothing is paired."""
     if of.run.dense:
-        return BestMultiplier(1.0, "exact", (1.0, 1.0), of.seeds)
+        return Multiplier(value=1.0, kind="exact", interval=(1.0, 1.0), seeds=of.seeds)
     own = _curves(r for r in runs if r.structure == of.run.structure)
     references = _curves(r for r in runs if r.dense)
     read = {r.run.seed for r in of.readings} & {r.run.seed for r in dense.readings}
@@ -444,14 +445,15 @@ def _multiplier(
         return None
     summary = summarise_multiplier(bounds)
     kinds = {b.kind for b in bounds.values()}
+    made = partial(Multiplier, seeds=len(bounds))
     if summary.value is not None:
-        return BestMultiplier(summary.value, "exact", summary.interval, len(bounds))
+        return made(value=summary.value, kind="exact", interval=summary.interval)
     if "less_than" not in kinds:
-        return BestMultiplier(summary.least, "at_least", None, len(bounds))
+        return made(value=summary.least, kind="at_least", interval=None)
     if "at_least" not in kinds:
-        return BestMultiplier(summary.most, "less_than", None, len(bounds))
+        return made(value=summary.most, kind="less_than", interval=None)
     reason = "with some seeds only a lower bound is known, with others only an upper one"
-    return BestMultiplier(None, "undetermined", None, len(bounds), reason)
+    return made(value=None, kind="undetermined", interval=None, reason=reason)
 
 
 def _curves(runs: Iterable[Run]) -> Mapping[int, list[Curve]]:

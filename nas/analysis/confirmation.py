@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from nas.analysis.intervals import Interval, t_quantile
+from nas.records.answers import RankCorrelation
 from nas.store import ConfirmedPair
 
 #: Fewest pairs of which an interval is given: its variance has n - 4 in the denominator.
@@ -20,22 +20,7 @@ _VARIANCE = 0.437
 _SAME_BUDGET = 1.05
 
 
-@dataclass(frozen=True, slots=True)
-class Confirmation:
-    """Kendall's τ-b between the losses of runs and of their confirmations."""
-
-    #: None for fewer than 2 pairs, or where all losses of one side are equal
-    tau: float | None
-    #: 95%; None below `MIN_PAIRS` pairs
-    interval: Interval | None
-    candidates: int
-    #: fewest confirmations of one of them
-    seeds: int
-    #: compute of a confirmation over that of its run, the greatest
-    longer: float
-
-
-def rank_correlation(pairs: Sequence[ConfirmedPair]) -> Confirmation | None:
+def rank_correlation(pairs: Sequence[ConfirmedPair]) -> RankCorrelation | None:
     """How well the ranking by the runs is that of their confirmations; None without any.
 
     Only runs of one search at one budget are ranked against each other: more compute gives a lower
@@ -51,7 +36,7 @@ def rank_correlation(pairs: Sequence[ConfirmedPair]) -> Confirmation | None:
         return None
     proxy, confirmed = [p.proxy_loss for p in used], [p.confirmed_loss for p in used]
     tau = kendall_tau(proxy, confirmed)
-    return Confirmation(
+    return RankCorrelation(
         tau=tau,
         interval=None if tau is None else tau_interval(proxy, confirmed),
         candidates=len(used),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.store import CurvePoint
+from nas.store import AXES, CurvePoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +24,14 @@ class Frontier:
     dense: tuple[CurvePoint, ...]
 
 
-#: Field of a point that an axis reads.
-_FIELDS = {
-    "train_seconds": "seconds",
-    "inference_flops": "forward_flops_per_token",
-    "step_seconds": "seconds_per_step",
-    "peak_memory": "peak_memory_bytes",
-}
-
-
 def axis_value(point: CurvePoint, axis: str) -> float:
-    """What a point has of an axis of `nas.store.AXES`."""
-    return float(getattr(point, _FIELDS.get(axis, axis)))
+    """What a point, or its run, has of an axis of `nas.store.AXES`."""
+    return float(getattr(point if AXES[axis].along_curve else point.run, axis))
 
 
 def has_axis(point: CurvePoint, axis: str) -> bool:
     """Whether that was measured."""
-    return getattr(point, _FIELDS.get(axis, axis)) is not None
+    return getattr(point if AXES[axis].along_curve else point.run, axis) is not None
 
 
 def non_dominated(
@@ -48,7 +39,7 @@ def non_dominated(
 ) -> tuple[CurvePoint, ...]:
     """The points that no other point equals or beats in both the axis and the loss."""
     front: list[CurvePoint] = []
-    order = sorted(points, key=lambda p: (axis_value(p, axis), p.loss, p.trial_id, p.step))
+    order = sorted(points, key=lambda p: (axis_value(p, axis), p.loss, p.run.trial_id, p.step))
     for point in order:
         if not front or point.loss < front[-1].loss:
             front.append(point)
@@ -60,11 +51,11 @@ def frontier(points: Sequence[CurvePoint], axis: str = "train_flops") -> Frontie
 
     At a constant learning rate every point of such a run's curve is the result of a shorter run.
     """
-    ended = [p for p in points if p.complete]
+    ended = [p for p in points if p.run.complete]
     return Frontier(
         overall=non_dominated(ended, axis),
-        structured=non_dominated((p for p in ended if not p.dense), axis),
-        dense=non_dominated((p for p in ended if p.dense), axis),
+        structured=non_dominated((p for p in ended if not p.run.dense), axis),
+        dense=non_dominated((p for p in ended if p.run.dense), axis),
     )
 
 

@@ -11,9 +11,11 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from nas.analysis.best import Shown
 from nas.analysis.intervals import Interval, around
 from nas.analysis.laws import (
     Curve,
@@ -27,6 +29,7 @@ from nas.analysis.scaling import compute_optimal
 from nas.designs.design import parse_design
 from nas.planning.cost import RunPlan, admissible, plans
 from nas.planning.recipe import Recipe
+from nas.records.answers import Multiplier, Rival
 from nas.store import Run
 
 #: A law is fitted to what was measured within this factor of the greatest budget: what a run
@@ -45,7 +48,7 @@ NEAR_WIDTH = math.sqrt(2.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(Shown):
     """A structure's law at a budget."""
 
     law: ScalingLaw
@@ -62,29 +65,26 @@ class Prediction:
     widths: int
     seeds: int
 
-
-@dataclass(frozen=True, slots=True)
-class PredictedRival:
-    """A structure whose prediction cannot be told apart from the best one."""
-
-    prediction: Prediction
-    difference: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
-class PredictedMultiplier:
-    """What dense spends for the loss of its law at the budget over what a structure needs for it.
-
-    There is none without an interval: two laws that are known from one seed may cross anywhere.
-    """
-
-    value: float | None
-    #: 95% over seeds, spanned over the laws that the data admit
-    interval: Interval | None
-    #: why there is none
-    reason: str | None
-    seeds: int
+    def shown(self) -> dict[str, Any]:
+        """The planned run's, named as the run with the least measured loss."""
+        plan = self.plan
+        return {
+            **self.run.shared(),
+            "name": plan.name,
+            "theta": list(plan.design.exponents),
+            "design": plan.design.text,
+            "width": plan.width,
+            "steps": plan.steps,
+            "train_flops": float(plan.train_flops),
+            "inference_flops": plan.forward_flops_per_token,
+            "params": plan.params,
+            # measured of another width
+            "step_seconds": None,
+            "peak_memory": None,
+            "seeds": self.seeds,
+            "loss": self.loss,
+            "confirmed": False,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,9 @@ class PredictedAnswer:
     best_structured: Prediction | None
     best_dense: Prediction | None
     #: of the best one and of the best structured one
-    multiplier: PredictedMultiplier | None
-    structured_multiplier: PredictedMultiplier | None
-    indistinguishable: tuple[PredictedRival, ...]
+    multiplier: Multiplier | None
+    structured_multiplier: Multiplier | None
+    indistinguishable: tuple[Rival, ...]
     compared: int
     #: structures of which no law can be fitted to widths that would be run at the budget
     left_out: int
@@ -135,7 +135,7 @@ def predict_for_budget(
         multiplier=_multiplier(best, dense, budget),
         structured_multiplier=_multiplier(structured, dense, budget),
         indistinguishable=tuple(
-            r for r in rivals if r.interval is None or r.interval[0] <= 0 <= r.interval[1]
+            r for r in rivals if (i := r.difference_interval) is None or i[0] <= 0 <= i[1]
         ),
         compared=len(rivals),
         left_out=len(predicted) - len(found),
@@ -260,16 +260,16 @@ def _spanned(interval: Interval | None, loss: float, other: Interval | None) -> 
     return min(interval[0], low), max(interval[1], high)
 
 
-def predicted_rival(best: Prediction, other: Prediction) -> PredictedRival:
+def predicted_rival(best: Prediction, other: Prediction) -> Rival:
     """Another prediction compared with one; errors of the two laws are taken as independent, on
     logarithms.  Each interval holds on its own."""
     difference = other.loss - best.loss
     if best.interval is None or other.interval is None:
-        return PredictedRival(other, difference, None)
+        return other.rival(difference, None)
     ratio = math.log(other.loss / best.loss)
     below = math.hypot(_spread(other.loss, other.interval[0]), _spread(best.loss, best.interval[1]))
     above = math.hypot(_spread(other.loss, other.interval[1]), _spread(best.loss, best.interval[0]))
-    return PredictedRival(other, difference, around(best.loss, ratio, below, above))
+    return other.rival(difference, around(best.loss, ratio, below, above))
 
 
 def _spread(loss: float, end: float) -> float:
@@ -279,24 +279,32 @@ def _spread(loss: float, end: float) -> float:
 
 def _multiplier(
     of: Prediction | None, dense: Prediction | None, budget: float
-) -> PredictedMultiplier | None:
+) -> Multiplier | None:
+    """What dense spends for the loss of its law at the budget over what a structure needs for it.
+
+    There is no value without an interval: two laws known from one seed may cross anywhere.
+    """
     if of is None:
         return None
     if dense is None:
-        return PredictedMultiplier(None, None, NO_DENSE, of.seeds)
+        return _no_multiplier(NO_DENSE, of.seeds)
     seeds = min(of.seeds, dense.seeds)
     if of.run.dense:
-        return PredictedMultiplier(1.0, (1.0, 1.0), None, seeds)
+        return Multiplier(value=1.0, kind="predicted", interval=(1.0, 1.0), seeds=seeds)
     value, interval = compute_ratio(of.law, dense.law, budget)
     for kind in of.others.keys() & dense.others.keys():
         other, theirs = compute_ratio(of.others[kind], dense.others[kind], budget)
         interval = _spanned(interval, 0.0 if other is None else other, theirs)
     if value is None:
         reason = "on its law the structure never comes down to the loss of dense"
-        return PredictedMultiplier(None, None, reason, seeds)
+        return _no_multiplier(reason, seeds)
     if interval is None:
-        return PredictedMultiplier(None, None, _ONE_SEED if seeds == 1 else _FEW_POINTS, seeds)
-    return PredictedMultiplier(value, interval, None, seeds)
+        return _no_multiplier(_ONE_SEED if seeds == 1 else _FEW_POINTS, seeds)
+    return Multiplier(value=value, kind="predicted", interval=interval, seeds=seeds)
+
+
+def _no_multiplier(reason: str, seeds: int) -> Multiplier:
+    return Multiplier(value=None, kind="undetermined", interval=None, seeds=seeds, reason=reason)
 
 
 NO_DENSE = "dense is not extrapolated: its best width at this budget lies outside of those measured"

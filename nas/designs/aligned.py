@@ -27,7 +27,7 @@ _ALONE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
+class Aligned(Design):
     """A design whose attention heads are blocks of its projections.
 
     Query, key and value have φ = heads and ε = head size, so that block φ = h makes head h alone;
@@ -77,9 +77,6 @@ class Aligned:
     def exponents(self) -> tuple[float, ...]:
         """Those of `of`."""
         return self.of.exponents
-
-    def canonical(self) -> Aligned:
-        return self
 
 
 def aligned(design: Design) -> Aligned:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from nas.designs.design import Family, Proposals
+from nas.designs.design import Design, Family, Proposals
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import VANISHING, exact_exponent, format_exponent, parse_exponent
 from nas.errors import InvalidInput
@@ -22,7 +22,7 @@ CONVOLUTION_FORM = "convolution or convolution:kernel=1/2, with a kernel from 0 
 
 
 @dataclass(frozen=True, slots=True)
-class Convolution:
+class Convolution(Design):
     """A circular convolution whose kernel has L^kernel taps; see the module.
 
     >>> Convolution(0.5).name
@@ -49,26 +49,8 @@ class Convolution:
         return f"convolution:kernel={format_exponent(self.kernel)}"
 
     @property
-    def described(self) -> str:
-        """The name."""
-        return self.name
-
-    @property
     def family(self) -> str:
         return "convolution"
-
-    @property
-    def kind(self) -> str:
-        """What a picture calls it."""
-        return "convolution"
-
-    @property
-    def exponents(self) -> tuple[float, ...]:
-        """None, for it is no θ."""
-        return ()
-
-    def canonical(self) -> Convolution:
-        return self
 
     @property
     def text(self) -> str:
@@ -227,25 +209,18 @@ def inspect_convolution(convolution: Convolution, d_in: int, d_out: int) -> dict
     """
     structure = ConvolutionStructure.of(convolution, d_in, d_out)
     return {
+        **structure.counts(),
         "convolution": convolution.text,
         "kernel": convolution.kernel,
         "name": convolution.name,
-        "d_in": d_in,
-        "d_out": d_out,
         "length": structure.length,
         "channels_in": structure.channels_in,
         "channels_out": structure.channels_out,
         "taps": structure.taps,
-        "macs": structure.macs,
-        "flops": structure.flops,
-        "params": structure.params,
         "rank": structure.rank,
         "padded_in": structure.padded_in,
         "padded_out": structure.padded_out,
         "waste": structure.waste,
-        "dense_macs": d_in * d_out,
-        "degenerate": structure.is_degenerate,
-        "fingerprint": structure.fingerprint,
         "factors": [
             {
                 **structure.factor_row(f),

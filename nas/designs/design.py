@@ -8,7 +8,7 @@ a design is of.  `nas.designs` registers the families there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,8 +22,10 @@ _LONGEST = 2000  # characters
 _LONGEST_NAME = 96
 
 
-class Design(Hashable, Protocol):
+class Design(Protocol):
     """A way to build linear layers; hashable, and equal to designs that say the same."""
+
+    __slots__ = ()
 
     @property
     def text(self) -> str:
@@ -36,6 +38,7 @@ class Design(Hashable, Protocol):
     @property
     def described(self) -> str:
         """The name, with its numbers where it has no other name."""
+        return self.name
 
     @property
     def family(self) -> str:
@@ -46,14 +49,20 @@ class Design(Hashable, Protocol):
     def kind(self) -> str:
         """What a picture calls it: dense | two factors | three factors … | mixture of experts |
         convolution."""
+        return self.family
 
     @property
     def exponents(self) -> tuple[float, ...]:
         """θ: 7 numbers for two factors and mixtures of them, more for a chain, none for a
         convolution and for experts that are feed-forward blocks."""
+        return ()
 
     def canonical(self) -> Design:
         """The same for every design that says the same."""
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
 
 @dataclass(frozen=True, slots=True)

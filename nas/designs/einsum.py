@@ -354,11 +354,10 @@ def inspect_structure(
     structure = Structure.of(theta, d_in, d_out, sizing)
     s, tax, integer = structure.sizes, taxonomy(theta), structure.integer_taxonomy
     return {
+        **structure.counts(),
         "theta": list(theta.values),
         "canonical_theta": list(theta.canonical().values),
         "name": theta.name,
-        "d_in": d_in,
-        "d_out": d_out,
         "sizing": sizing,
         "sizes": {
             "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma,
@@ -366,11 +365,8 @@ def inspect_structure(
         },
         "einsum": structure.einsum,
         "contraction": list(structure.contraction),
-        "macs": structure.macs,
         "macs_a_first": structure.macs_a_first,
         "macs_b_first": structure.macs_b_first,
-        "flops": structure.flops,
-        "params": structure.params,
         "rank": structure.rank,
         "omega": tax.omega,
         "psi": tax.psi,
@@ -383,10 +379,6 @@ def inspect_structure(
         "dropped_inputs": structure.dropped_inputs,
         "constant_outputs": structure.constant_outputs,
         "waste": structure.waste,
-        "dense_macs": d_in * d_out,
-        "degenerate": structure.is_degenerate,
-        "fingerprint": structure.fingerprint,
-        "factors": [structure.factor_row(f) for f in structure.factors],
     }  # fmt: skip
 
 

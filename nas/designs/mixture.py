@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from nas.designs.design import BlockOf, Choices, Family, LinearRole, Proposals
+from nas.designs.design import BlockOf, Choices, Design, Family, LinearRole, Proposals
 from nas.designs.einsum import Sizes, Structure, fit_theta, theta_of, with_heads, with_zero
 from nas.designs.structure import LinearStructure
 from nas.designs.theta import (
@@ -49,7 +49,7 @@ MIXTURE_FORMS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
+class Mixture(Design):
     """E experts of which each token uses k, whatever the dimensions.
 
     `theta` is the structure of the whole layer, kept canonical, whose ρ axis is divided evenly
@@ -94,17 +94,9 @@ class Mixture:
         return "mixture of experts"
 
     @property
-    def described(self) -> str:
-        """The name."""
-        return self.name
-
-    @property
     def exponents(self) -> tuple[float, ...]:
         """θ of the whole layer; none of whole feed-forward blocks."""
         return () if self.theta is None else self.theta.values
-
-    def canonical(self) -> Mixture:
-        return self
 
     @property
     def name(self) -> str:
@@ -401,14 +393,13 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
     assert mixture.theta is not None
     expert, s = structure.expert, structure.expert.sizes
     return {
+        **structure.counts(),
         "theta": list(mixture.theta.values),
         "name": mixture.name,
         "text": mixture.text,
         "family": mixture.family,
         "experts": mixture.experts,
         "active": mixture.active,
-        "d_in": d_in,
-        "d_out": d_out,
         "sizes": {
             "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma,
             "delta": s.delta, "epsilon": s.epsilon, "phi": s.phi, "rho": s.rho,
@@ -416,19 +407,13 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
         "rho": s.rho * mixture.experts,
         "expert_dense": expert.is_dense,
         "einsum": expert.einsum,
-        "macs": structure.macs,
-        "flops": structure.flops,
         "gate_macs": structure.gate_macs,
         "expert_macs": expert.macs,
         "experts_macs_all": mixture.experts * expert.macs,
-        "params": structure.params,
         "rank": expert.rank,
         "padded_in": expert.padded_in,
         "padded_out": expert.padded_out,
         "waste": structure.waste,
-        "dense_macs": d_in * d_out,
-        "degenerate": structure.is_degenerate,
-        "fingerprint": structure.fingerprint,
         "factors": [structure.factor_row(f) for f in (*structure.factors, "gate")],
     }  # fmt: skip
 

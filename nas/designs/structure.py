@@ -73,6 +73,15 @@ class LinearStructure(ABC):
         fan_in, fan_out = self.fans(factor)
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
+    def counts(self) -> dict[str, object]:
+        """What `inspect_design` tells of every family; `macs` and `flops` per token and forward."""
+        return {
+            "d_in": self.d_in, "d_out": self.d_out, "macs": self.macs, "flops": self.flops,
+            "params": self.params, "dense_macs": self.d_in * self.d_out,
+            "degenerate": self.is_degenerate, "fingerprint": self.fingerprint,
+            "factors": [self.factor_row(factor) for factor in self.factors],
+        }  # fmt: skip
+
     def check_factor(self, factor: str) -> None:
         """Raises `InvalidInput` for a name that no factor has."""
         if factor not in self.factors:

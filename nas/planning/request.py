@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
@@ -27,10 +27,12 @@ from nas.planning.recipe import (
 )
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
-Family = Literal["einsum", "btt-moe", "low-rank-moe", "dense-moe", "ffn-moe", "convolution"]
+FAMILIES = tuple(proposals())
+if TYPE_CHECKING:
+    Family = str
+else:
+    Family = Literal[FAMILIES]
 Heads = Literal["free", "aligned"]
-FAMILIES: tuple[str, ...] = get_args(Family)
-MIXTURES: tuple[str, ...] = tuple(f for f in FAMILIES if f.endswith("-moe"))
 MAX_FACTORS = 4
 Sampler = Literal["tpe", "nsga2", "random", "qmc", "gp"]
 Objective = Literal["budget", "pareto"]
@@ -118,11 +120,6 @@ class Space(BaseModel):
         "Whether attention heads coincide with blocks of the projections: free | aligned. Applies "
         "to two factors, btt-moe and low-rank-moe; other designs are free.",
     )
-
-    @property
-    def mixtures(self) -> tuple[str, ...]:
-        """The families of experts among those allowed."""
-        return tuple(f for f in self.families if f in MIXTURES)
 
     def check(self) -> None:
         """Raise `InvalidInput` for choices that contradict each other."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from nas.designs.aligned import Aligned
 from nas.designs.design import parse_design
 from nas.designs.mixture import Mixture
+from nas.records.base import DESIGN, THETA, Record
+from nas.records.run import CurvePoint, OfRun
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,48 +24,29 @@ if TYPE_CHECKING:
     from nas.layers.surgery import Surgery
 
 Pair = tuple[float, float]
-THETA = (
-    "exponents: seven for two factors and mixtures of them, more for a longer chain, none for a "
-    "convolution and for experts that are feed-forward blocks"
-)
-DESIGN = "structure of every layer, as text that `einsum-nas inspect` and `replace_linears` read"
 
 
-class Result(BaseModel):
-    """A frozen value whose fields can also be read as items."""
-
-    model_config = ConfigDict(frozen=True)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in type(self).model_fields:
-            raise KeyError(name)
-        return getattr(self, name)
-
-
-class Point(Result):
+class Point(OfRun):
     """A point of a run's learning curve."""
 
-    search_id: str
-    trial_id: int
-    number: int = Field(description="number of the trial in its search")
-    kind: str = Field(description="candidate | reference | confirmation")
-    name: str
-    theta: list[float] = Field(description=THETA)
-    design: str = Field(description=DESIGN)
-    width: int
     seed: int
     steps: int
     train_flops: float
     loss: float = Field(description="mean over the task's fixed validation samples")
     loss_stderr: float = Field(description="standard error over the validation samples")
     train_seconds: float = Field(description="measured seconds of training up to this point")
-    inference_flops: float = Field(description="forward FLOPs per token of the whole model")
-    params: int = Field(description="trainable parameters of the whole model")
-    step_seconds: float | None = Field(description="measured seconds of a training step")
-    peak_memory: int | None = Field(description="measured peak memory of training, bytes")
+
+    @classmethod
+    def of(cls, point: CurvePoint) -> Point:
+        """A stored point."""
+        own = ("train_flops", "loss", "loss_stderr", "train_seconds")
+        return cls(
+            **point.run.shared(), seed=point.run.seed, steps=point.step,
+            **{name: getattr(point, name) for name in own},
+        )  # fmt: skip
 
 
-class FrontierAnswer(Result):
+class FrontierAnswer(Record):
     """Pareto fronts of loss against one axis, both minimised, over completed runs."""
 
     x: str = Field(description="axis: the field of a point that the front is drawn against")
@@ -87,7 +70,7 @@ class FrontierAnswer(Result):
     trials: int = Field(description="completed runs")
 
 
-class Law(Result):
+class Law(Record):
     """loss = offset + a · C^(-b), C in train FLOPs, fitted to compute-optimal points of a front.
 
     It is fitted to whatever runs are on the front, so it has no interval.
@@ -100,7 +83,7 @@ class Law(Result):
     fitted: Pair = Field(description="least and greatest train FLOPs of the points")
 
 
-class Hypervolume(Result):
+class Hypervolume(Record):
     """Area that a front dominates, over decades of the axis times the unit of the loss.
 
     Up to the reference point: the greatest value of the axis on any front, and the greatest loss.
@@ -113,26 +96,15 @@ class Hypervolume(Result):
     unit: str
 
 
-class Candidate(Result):
+class Candidate(OfRun):
     """A structure at a width, and its loss at the budget."""
 
-    search_id: str
     trial_id: int = Field(description="trial of the first of its runs")
-    number: int
-    kind: str
-    name: str
-    theta: list[float] = Field(description=THETA)
-    design: str = Field(description=DESIGN)
-    width: int
     seeds: int = Field(description="number of runs with distinct seeds; the loss is their mean")
     steps: int
     train_flops: float
     loss: float
     confirmed: bool = Field(description="whether the loss comes from confirmations only")
-    inference_flops: float
-    params: int
-    step_seconds: float | None
-    peak_memory: int | None
 
 
 class Rival(Candidate):
@@ -145,7 +117,7 @@ class Rival(Candidate):
     )
 
 
-class Multiplier(Result):
+class Multiplier(Record):
     """Compute multiplier over dense: train FLOPs of the best dense run within the budget, divided
     by the train FLOPs that the structure needs for the same loss."""
 
@@ -162,7 +134,7 @@ class Multiplier(Result):
     reason: str | None = Field(None, description="why there is no value; null where there is one")
 
 
-class Evidence(Result):
+class Evidence(Record):
     """The runs that an answer rests on."""
 
     trials: int = Field(description="completed runs on the task or in the search")
@@ -180,7 +152,7 @@ class Evidence(Result):
     )  # fmt: skip
 
 
-class RankCorrelation(Result):
+class RankCorrelation(Record):
     """How well the runs that were ranked agree with their confirmations: Kendall's τ-b.
 
     Over the runs of one search at one budget: the largest such group that was confirmed.
@@ -193,7 +165,7 @@ class RankCorrelation(Result):
     longer: float = Field(description="train FLOPs of a confirmation relative to its run's")
 
 
-class Extrapolation(Result):
+class Extrapolation(Record):
     """How far a predicted answer lies outside of what was measured."""
 
     measured: Pair = Field(description="least and greatest train FLOPs of the evidence")
@@ -206,7 +178,7 @@ class Extrapolation(Result):
     )  # fmt: skip
 
 
-class Answer(Result):
+class Answer(Record):
     """The best structure within a budget.
 
     A predicted one is a run that a search with this budget could make: its width and steps are

@@ -57,7 +57,7 @@ _ATTRIBUTES = {
     "search_id": "search_id", "trial_id": "id", "trial_number": "number", "kind": "kind",
     "state": "state", "name": "name", "design": "design", "dense": "dense", "depth": "depth",
     "seed": "seed",
-    "params": "model_params", "forward_flops_per_token": "forward_flops_per_token",
+    "params": "params", "forward_flops_per_token": "forward_flops_per_token",
     "seconds_per_step": "seconds_per_step", "peak_memory_bytes": "peak_memory_bytes",
     "reason": "error", "reused_from": "reused_from",
 }  # fmt: skip
@@ -223,10 +223,10 @@ def _trials(runs: Iterable[StoredRun], widths: Sequence[int]) -> Iterator[tuple[
             yield _trial(run, run.points, widths), trial.state
             continue
         front = non_dominated([*front, *run.curve_points()])
-        holders = {p.trial_id: holders.get(p.trial_id, run) for p in front}
+        holders = {p.run.trial_id: holders.get(p.run.trial_id, run) for p in front}
         yield _trial(run, run.points, widths, equals=_equal(front, run)), "complete"
     for point in front:
-        run = holders[point.trial_id]
+        run = holders[point.run.trial_id]
         if point.step != run.points[-1].step:
             upto = [p for p in run.points if p.step <= point.step]
             yield _trial(run, upto, widths, shortened=True), "shortened"
@@ -237,7 +237,7 @@ def _equal(front: Iterable[CurvePoint], run: StoredRun) -> int | None:
     end = run.points[-1]
     for point in front:
         if (point.train_flops, point.loss) == (end.train_flops, end.loss):
-            return None if point.trial_id == run.trial.id else point.trial_id
+            return None if point.run.trial_id == run.trial.id else point.run.trial_id
     return None
 
 
@@ -277,7 +277,7 @@ def _trial(
     }
     if state is TrialState.COMPLETE:
         attributes["loss_stderr"] = curve[-1].loss_stderr
-        attributes["train_seconds"] = curve[-1].seconds
+        attributes["train_seconds"] = curve[-1].train_seconds
     if equals is not None:
         attributes["equals_trial"] = equals
     made = create_trial(

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nas.analysis import best_for_budget, predict_for_budget
-from nas.analysis.best import OVER_SEEDS, BestMultiplier, Contender, judge
+from nas.analysis.best import OVER_SEEDS, judge
 from nas.analysis.best import Answer as BestFound
-from nas.analysis.best import Rival as BestRival
 from nas.analysis.confirmation import rank_correlation
 from nas.analysis.frontier import axis_value, hypervolume, non_dominated
 from nas.analysis.laws import Curve, choose_law
 from nas.analysis.predict import (
     MOST_BEYOND,
     NO_DENSE,
-    PredictedMultiplier,
-    PredictedRival,
-    Prediction,
+    PredictedAnswer,
     formula,
     greatest_runnable,
     predicted_rival,
@@ -34,23 +31,18 @@ from nas.planning.cost import (
     FLOPS_PER_MAC,
     MAX_TRAIN_FLOPS,
     TRAIN_OVER_FORWARD,
-    RunPlan,
     plans,
     train_flops_per_step,
 )
 from nas.planning.recipe import TASKS, Recipe
 from nas.records.answers import (
     Answer,
-    Candidate,
     Evidence,
     Extrapolation,
     FrontierAnswer,
     Hypervolume,
     Law,
-    Multiplier,
     Point,
-    RankCorrelation,
-    Rival,
 )
 from nas.store import (
     AXES,
@@ -200,9 +192,9 @@ def get_frontier(
         x_unit=axis.unit,
         x_measured=axis.measured,
         y_unit=scope.loss_unit,
-        frontier=[to_point(p) for p in overall],
-        structured=[to_point(p) for p in structured],
-        dense=[to_point(p) for p in dense],
+        frontier=[Point.of(p) for p in overall],
+        structured=[Point.of(p) for p in structured],
+        dense=[Point.of(p) for p in dense],
         compute_optimal=_optimal(overall) if x == "train_flops" else None,
         structured_law=_law(structured) if x == "train_flops" else None,
         dense_law=_law(dense) if x == "train_flops" else None,
@@ -253,37 +245,8 @@ def _hypervolume(
     )  # fmt: skip
 
 
-def to_point(point: CurvePoint) -> Point:
-    """A curve point for users."""
-    return Point(
-        search_id=point.search_id,
-        trial_id=point.trial_id,
-        number=point.number,
-        kind=point.kind,
-        name=point.name,
-        theta=list(point.theta),
-        design=point.design,
-        width=point.width,
-        seed=point.seed,
-        steps=point.step,
-        train_flops=point.train_flops,
-        loss=point.loss,
-        loss_stderr=point.loss_stderr,
-        train_seconds=point.seconds,
-        inference_flops=point.forward_flops_per_token,
-        params=point.params,
-        step_seconds=point.seconds_per_step,
-        peak_memory=point.peak_memory_bytes,
-    )
-
-
 #: Axes that a budget of `get_best` can be in, besides train FLOPs.
-BUDGETS: Mapping[str, Callable[[Run], float | None]] = {
-    "inference_flops": lambda run: run.forward_flops_per_token,
-    "params": lambda run: run.params,
-    "step_seconds": lambda run: run.seconds_per_step,
-    "peak_memory": lambda run: run.peak_memory_bytes,
-}
+BUDGETS = tuple(name for name, axis in AXES.items() if not axis.along_curve)
 #: A budget up to this factor above the greatest measured train FLOPs counts as measured, or one
 #: step of the shortest run, because a run may end one step short of its budget.
 _SAME_BUDGET = 1.02
@@ -347,9 +310,8 @@ def get_best(
     if axis == "train_flops" and budget > greatest * same:
         return _predicted(standings, scope, state, budget)
     runs, left_out = _evidence(standings, scope, axis, budget)
-    value_of = BUDGETS.get(axis)
     try:
-        found = best_for_budget(runs, budget, store.window_losses, value_of)
+        found = best_for_budget(runs, budget, store.window_losses, axis)
     except NotFound:
         least = standings.least(scope.name, axis)
         raise NotFound(
@@ -388,41 +350,33 @@ def _measured(
     budget: float,
     left_out: int,
 ) -> Answer:
-    best = found.best
-    difference = found.dense_difference
     verdict, reason = judge(found)
+    noise = found.noise.sd if found.noise else None
     return Answer(
         kind="measured",
-        **_asked(scope, axis, budget),
-        **_of_design(best.run.design),
-        name=best.run.name,
-        theta=list(best.run.theta),
-        width=best.run.width,
-        steps=best.steps,
-        train_flops=best.train_flops,
-        expected_loss=best.loss,
+        **_common(found, standings, scope, axis, budget),
         interval=found.interval,
         interval_means=OVER_SEEDS if found.noise else UNKNOWN,
         validation_interval=found.validation_interval,
         verdict=verdict,
         verdict_reason=reason,
-        multiplier_over_dense=_to_multiplier(found.multiplier),
-        structured_multiplier=_to_multiplier(found.structured_multiplier),
-        indistinguishable=[_to_rival(r) for r in found.indistinguishable],
         comparisons_mean=found.basis,
-        best_structured=found.best_structured and Candidate(**_of_contender(found.best_structured)),
-        best_dense=found.best_dense and Candidate(**_of_contender(found.best_dense)),
-        dense_minus_structured=difference and _to_rival(difference),
-        confirmed=best.confirmed,
-        confirmation=_confirmation(standings, scope),
-        evidence=_to_evidence(
-            state, best.seeds, found.compared, found.noise.sd if found.noise else None, left_out
-        ),
+        dense_minus_structured=found.dense_difference,
+        evidence=_to_evidence(state, found.best.seeds, found.compared, noise, left_out),
         extrapolation=None,
     )
 
 
-def _asked(scope: Scope, axis: str, budget: float) -> dict[str, Any]:
+def _common(
+    found: BestFound | PredictedAnswer,
+    standings: Standings,
+    scope: Scope,
+    axis: str,
+    budget: float,
+) -> dict[str, Any]:
+    """The fields that a measured and a predicted answer have from the same place."""
+    best, structured, dense = found.best.candidate, found.best_structured, found.best_dense
+    of_best = ("name", "theta", "design", "width", "steps", "train_flops", "confirmed")
     return {
         "budget": budget,
         "budget_axis": axis,
@@ -432,48 +386,16 @@ def _asked(scope: Scope, axis: str, budget: float) -> dict[str, Any]:
         "loss_unit": scope.loss_unit,
         "base_width": scope.recipe.base_width,
         "base_lr": scope.recipe.lr,
+        **{name: getattr(best, name) for name in of_best},
+        "canonical_theta": list(parse_design(best.design).canonical().exponents),
+        "expected_loss": best.loss,
+        "multiplier_over_dense": found.multiplier,
+        "structured_multiplier": found.structured_multiplier,
+        "indistinguishable": found.indistinguishable,
+        "best_structured": structured and structured.candidate,
+        "best_dense": dense and dense.candidate,
+        "confirmation": rank_correlation(standings.confirmed(scope.name)),
     }
-
-
-def _of_design(design: str) -> dict[str, Any]:
-    canonical = parse_design(design).canonical()
-    return {"design": design, "canonical_theta": list(canonical.exponents)}
-
-
-def _of_run(run: Run) -> dict[str, Any]:
-    return {
-        "search_id": run.search_id,
-        "trial_id": run.trial_id,
-        "number": run.number,
-        "kind": run.kind,
-        "name": run.name,
-        "theta": list(run.theta),
-        "design": run.design,
-        "width": run.width,
-        "inference_flops": run.forward_flops_per_token,
-        "params": run.params,
-        "step_seconds": run.seconds_per_step,
-        "peak_memory": run.peak_memory_bytes,
-    }
-
-
-def _of_contender(c: Contender) -> dict[str, Any]:
-    return {
-        **_of_run(c.run), "seeds": c.seeds, "steps": c.steps, "train_flops": c.train_flops,
-        "loss": c.loss, "confirmed": c.confirmed,
-    }  # fmt: skip
-
-
-def _to_rival(rival: BestRival) -> Rival:
-    return Rival(
-        **_of_contender(rival.contender),
-        difference=rival.difference,
-        difference_interval=rival.interval,
-    )
-
-
-def _to_multiplier(found: BestMultiplier | None) -> Multiplier | None:
-    return None if found is None else Multiplier(**asdict(found))
 
 
 def _to_evidence(
@@ -483,11 +405,6 @@ def _to_evidence(
         trials=state.trials, points=state.points, searches=state.searches, seeds=seeds,
         compared=compared, noise=noise, not_finite=left_out,
     )  # fmt: skip
-
-
-def _confirmation(standings: Standings, scope: Scope) -> RankCorrelation | None:
-    found = rank_correlation(standings.confirmed(scope.name))
-    return None if found is None else RankCorrelation(**asdict(found))
 
 
 def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: float) -> Answer:
@@ -505,29 +422,16 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
     if found is None:
         raise _not_predictable(scope, recipe, runs, budget, greatest)
     best, structured, dense = found.best, found.best_structured, found.best_dense
-    difference = None
-    if structured and dense:
-        difference = _to_predicted_rival(predicted_rival(structured, dense))
     return Answer(
         kind="predicted",
-        **_asked(scope, "train_flops", budget),
-        **_of_plan(best.plan),
-        canonical_theta=list(best.plan.design.canonical().exponents),
-        expected_loss=best.loss,
+        **_common(found, standings, scope, "train_flops", budget),
         interval=best.interval,
         interval_means=OF_LAW,
         validation_interval=None,
         verdict="unconfirmed",
         verdict_reason=PREDICTED if dense else f"{PREDICTED}; {NO_DENSE}",
-        multiplier_over_dense=_to_predicted_multiplier(found.multiplier),
-        structured_multiplier=_to_predicted_multiplier(found.structured_multiplier),
-        indistinguishable=[_to_predicted_rival(r) for r in found.indistinguishable],
         comparisons_mean=OF_LAW,
-        best_structured=structured and Candidate(**_of_prediction(structured)),
-        best_dense=dense and Candidate(**_of_prediction(dense)),
-        dense_minus_structured=difference,
-        confirmed=False,
-        confirmation=_confirmation(standings, scope),
+        dense_minus_structured=predicted_rival(structured, dense) if structured and dense else None,
         evidence=_to_evidence(state, best.seeds, found.compared, None, left_out),
         extrapolation=Extrapolation(
             measured=(least, greatest),
@@ -579,43 +483,3 @@ def _not_predictable(
         f"are {min(measured):,} to {max(measured):,}; {search}"
     )
     return InvalidInput("train_flops", budget, accepted)
-
-
-def _of_plan(plan: RunPlan) -> dict[str, Any]:
-    return {
-        "name": plan.name,
-        "theta": list(plan.design.exponents),
-        "design": plan.design.text,
-        "width": plan.width,
-        "steps": plan.steps,
-        "train_flops": float(plan.train_flops),
-    }
-
-
-def _of_prediction(p: Prediction) -> dict[str, Any]:
-    return {
-        **_of_run(p.run),
-        **_of_plan(p.plan),
-        "inference_flops": p.plan.forward_flops_per_token,
-        "params": p.plan.params,
-        # measured of another width
-        "step_seconds": None,
-        "peak_memory": None,
-        "seeds": p.seeds,
-        "loss": p.loss,
-        "confirmed": False,
-    }
-
-
-def _to_predicted_rival(rival: PredictedRival) -> Rival:
-    return Rival(
-        **_of_prediction(rival.prediction),
-        difference=rival.difference,
-        difference_interval=rival.interval,
-    )
-
-
-def _to_predicted_multiplier(found: PredictedMultiplier | None) -> Multiplier | None:
-    if found is None:
-        return None
-    return Multiplier(kind="predicted" if found.reason is None else "undetermined", **asdict(found))

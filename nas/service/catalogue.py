@@ -20,23 +20,13 @@ from nas.planning.cost import (
 )
 from nas.planning.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
 from nas.planning.request import SearchRequest, Space
+from nas.records.search import SearchFailure, SearchState
 from nas.store import AXES, Search, Store
-from nas.store.records import SearchFailure, SearchState
 
 
 def search_dict(search: Search) -> dict[str, Any]:
-    """A search for users; `runs_total` is None until its dense references are planned."""
-    shown = (
-        "id", "state", "task", "task_fingerprint", "created_at", "started_at", "finished_at",
-        "cancel_requested", "error", "worker", "epoch", "tenant", "priority", "pause_requested",
-        "failures", "failure", "limit_reached", "held_seconds", "stale_writes", "cloned_from",
-    )  # fmt: skip
-    return {
-        **{name: getattr(search, name) for name in shown},
-        "request": search.request.model_dump(),
-        "trial_counts": dict(search.trial_counts),
-        "runs_total": _runs_total(search),
-    }
+    """A search for users, as plain values."""
+    return search.model_dump()
 
 
 def checked_filters(**given: str | None) -> dict[str, Any]:
@@ -45,12 +35,6 @@ def checked_filters(**given: str | None) -> dict[str, Any]:
         if given.get(name) is not None and given[name] not in get_args(known):
             raise InvalidInput(name, given[name], " | ".join(get_args(known)))
     return given
-
-
-def _runs_total(search: Search) -> int | None:
-    if search.request.confirm is not None:
-        return search.request.trials
-    return search.references + search.request.trials if search.references else None
 
 
 def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -66,16 +50,7 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
         "recipe": recipe.as_dict(),
         "loss_unit": recipe.loss_unit,
         "trials": request.trials,
-        "references": [
-            {
-                "width": p.width,
-                "steps": p.steps,
-                "train_flops": p.train_flops,
-                "params": p.params,
-                "forward_flops_per_token": p.forward_flops_per_token,
-            }
-            for p in dense
-        ],
+        "references": [{name: getattr(p, name) for name in _OF_REFERENCE} for p in dense],
         "total_runs": request.trials + len(dense),
         "total_train_flops_at_most": budget * (request.trials + len(dense)),
         "train_flops_unit": AXES["train_flops"].unit,
@@ -89,6 +64,7 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
     }
 
 
+_OF_REFERENCE = ("width", "steps", "train_flops", "params", "forward_flops_per_token")
 #: Widths of a slow family that a preview looks at: there may be a thousand.
 _WIDTHS_SHOWN = 32
 

@@ -7,60 +7,7 @@ under ``columns``, beside ``rows``::
 
     {"columns": {"loss": {"unit": "nats per character", "meaning": "…"}, …}, "rows": [{…}, …]}
 
-and for CSV here.  Of a trial:
-
-===========================  =======  ==========================================================
-column                       unit     meaning
-===========================  =======  ==========================================================
-search_id                             search that the trial belongs to
-task, fingerprint                     task, and digest of its data and recipe
-trial_id                              id of the trial on its store
-number                                number of the trial in its search
-kind                                  candidate, reference (dense), or confirmation
-state                                 planned, running, complete, stopped or failed
-proposal                              point of the sampler's box, JSON; missing for references
-unseen                                numbers of earlier trials that its proposal had not seen, JSON
-theta_alpha … theta_rho               the seven exponents of θ; missing for other designs than of
-                                      two factors and mixtures of them
-design                                how every layer is built, as text that is read back exactly
-name                                  name of the structure
-structures                            integer structures of the model's layers, JSON
-dense                                 whether every layer is dense
-width, depth                          features and layers of the model
-steps                        steps    optimiser steps of the whole run
-train_flops_per_step         FLOPs    training FLOPs of a step, exact
-train_flops                  FLOPs    training FLOPs of the whole run, exact
-forward_flops_per_token      FLOPs    forward FLOPs for a position of a sample
-params                                parameters of the model
-seed                                  seed of the run
-key                                   digest of everything that decides the result
-reused_from                           trial whose result this one shares
-attempts                              times that it was started
-environment                           where it ran: device, threads, versions, JSON
-loss                         task's   validation loss at the last step; complete trials only
-error                                 why it failed or was stopped
-created_at, started_at,      s        times, seconds since 1970-01-01 UTC
-finished_at
-model                                 digest, equal for runs that differ in steps and seed only
-confirms                              trial that this one runs again with a fresh seed
-seconds_per_step             s        measured training time of a step
-peak_memory_bytes            bytes    measured peak memory of the run
-failure                               kind of failure: run, process, timeout, memory or search
-===========================  =======  ==========================================================
-
-Of an evaluation, beside search_id, trial_id, number, kind, state, name, dense, width, seed and
-reused_from of its trial:
-
-===========================  =======  ==========================================================
-step                         steps    optimiser steps taken
-train_flops                  FLOPs    training FLOPs spent, a double
-loss                         task's   validation loss, mean over the fixed validation samples
-loss_stderr                  task's   standard error of the loss over the validation samples
-train_seconds                s        seconds of training, evaluation left out
-===========================  =======  ==========================================================
-
-FLOPs count 1 MAC as 2, training as 3 × forward, and every matrix product of the model.  A
-column of the store that this table lacks is written all the same.
+and in the documentation's reference of exported files, which lists `columns_of`.
 """
 
 from __future__ import annotations
@@ -72,7 +19,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from gzip import GzipFile
 from itertools import chain, islice
@@ -80,8 +27,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO, Literal, cast, get_args, get_type_hints
 
+from pydantic.fields import FieldInfo
+
 from nas.designs.theta import AXES
 from nas.errors import EinsumNasError, InvalidInput, NotFound
+from nas.records.base import LOSS
 from nas.service.answers import resolve_task
 from nas.store import Store, StoredPoint, Trial
 from nas.store.dump import StoredRun, iterate_runs
@@ -99,64 +49,15 @@ _BATCH = 4096
 _RUN_A_SEARCH = "`einsum-nas search --task {} --train-flops 5e10 --wait` runs one"
 
 Kind = Literal["text", "int", "float", "bool"]
-#: Column → (unit, meaning); "loss" stands for the task's unit of loss.
-_MEANINGS: dict[str, tuple[str | None, str]] = {
-    "search_id": (None, "search that the trial belongs to"),
-    "task": (None, "task"),
-    "fingerprint": (None, "digest of the task's data and recipe"),
-    "trial_id": (None, "id of the trial on its store"),
-    "number": (None, "number of the trial in its search"),
-    "kind": (None, "candidate, reference (dense), or confirmation"),
-    "state": (None, "planned, running, complete, stopped or failed"),
-    "proposal": (None, "point of the sampler's box, JSON; missing for references"),
-    "unseen": (None, "numbers of earlier trials that its proposal had not seen, JSON"),
-    **{
-        f"theta_{axis}": (None, f"exponent {axis} of θ; missing but for two factors")
-        for axis in AXES
-    },
-    "design": (None, "how every layer is built, as text that the command line and Python read"),
-    "name": (None, "name of the structure"),
-    "structures": (None, "integer structures of the model's layers, JSON"),
-    "dense": (None, "whether every layer is dense"),
-    "width": (None, "features of the model"),
-    "depth": (None, "layers of the model"),
-    "steps": ("steps", "optimiser steps of the whole run"),
-    "train_flops_per_step": ("FLOPs", "training FLOPs of a step, exact"),
-    "train_flops": ("FLOPs", "training FLOPs; 1 MAC = 2 FLOPs, training = 3 × forward"),
-    "forward_flops_per_token": ("FLOPs", "forward FLOPs for a position of a sample"),
-    "params": (None, "parameters of the model"),
-    "seed": (None, "seed of the run"),
-    "key": (None, "digest of everything that decides the result"),
-    "reused_from": (None, "trial whose result this one shares"),
-    "attempts": (None, "times that it was started"),
-    "environment": (None, "where it ran: device, threads, versions, JSON"),
-    "loss": ("loss", "validation loss, mean over the fixed validation samples"),
-    "error": (None, "why it failed or was stopped"),
-    "created_at": ("s", "seconds since 1970-01-01 UTC"),
-    "started_at": ("s", "seconds since 1970-01-01 UTC"),
-    "finished_at": ("s", "seconds since 1970-01-01 UTC"),
-    "model": (None, "digest, equal for runs that differ in steps and seed only"),
-    "confirms": (None, "trial that this one runs again with a fresh seed"),
-    "seconds_per_step": ("s", "measured training time of a step"),
-    "peak_memory_bytes": ("bytes", "measured peak memory of the run"),
-    "failure": (None, "kind of failure: run, process, timeout, memory or search"),
-    "step": ("steps", "optimiser steps taken"),
-    "loss_stderr": ("loss", "standard error of the loss over the validation samples"),
-    "train_seconds": ("s", "seconds of training, evaluation left out"),
-}
 #: Field of `Trial` → column, where they differ.
-_RENAMED = {"id": "trial_id", "model_params": "params", "params": "proposal"}
+_RENAMED = {"id": "trial_id", "sampler_params": "proposal"}
 #: What only a sampler can read.
 _INTERNAL = ("sampler_state",)
+#: Columns of its trial that a row of an evaluation begins with.
 _OF_TRIAL = (
     "search_id", "trial_id", "number", "kind", "state", "name", "dense", "width", "seed",
     "reused_from",
 )  # fmt: skip
-#: Column → field of `StoredPoint`.
-_OF_POINT = {
-    "step": "step", "train_flops": "train_flops", "loss": "loss", "loss_stderr": "loss_stderr",
-    "train_seconds": "seconds",
-}  # fmt: skip
 
 Source = tuple[StoredRun, StoredPoint | None]
 
@@ -329,7 +230,7 @@ def _export_study(store: Store, url: str, scope: _Scope, name: str | None) -> Ex
             "fingerprint": first.fingerprint,
             **({} if scope.search_id is None else {"search_id": scope.search_id}),
             "loss_unit": recipe.loss_unit,
-            "train_flops_unit": _MEANINGS["train_flops"][1],
+            "train_flops_unit": "training FLOPs; 1 MAC = 2 FLOPs, training = 3 × forward",
         },
     )
     summary = (
@@ -347,7 +248,7 @@ def _export_file(store: Store, file_format: str, out: Path, scope: _Scope, rows:
     if first is None:
         raise _nothing(scope, "trial" if rows == "trials" else "evaluation")
     unit = store.search(first[0].trial.search_id).request.settings.loss_unit
-    columns = _columns(rows, unit)
+    columns = columns_of(rows, unit)
 
     def write(file: BinaryIO, wide: bool = False) -> int:
         sources = _sources(scope.runs(store), rows)
@@ -379,55 +280,67 @@ def _sources(runs: Iterable[StoredRun], rows: str) -> Iterator[Source]:
             yield from ((run, point) for point in run.points)
 
 
-def _columns(rows: str, loss_unit: str) -> list[Column]:
-    """The columns of a file in their order; those of trials follow the fields of `Trial`."""
-    of_trials = _trial_columns(loss_unit)
+def columns_of(rows: str, loss_unit: str) -> list[Column]:
+    """The columns of a file in their order: the fields of `Trial`, or of `StoredPoint` behind some
+    of those.
+
+    Parameters
+    ----------
+    rows
+        One of `ROWS`.
+    loss_unit
+        Unit of the task's losses.
+    """
+    of_trials = [c for name, field in _FIELDS.items() for c in _columns_of(name, field, loss_unit)]
     if rows == "trials":
         return of_trials
     known = {column.name: column for column in of_trials}
-    hints = get_type_hints(StoredPoint)
     of_points = [
-        _column(name, _kind(hints[field]), loss_unit, partial(_of_point, field))
-        for name, field in _OF_POINT.items()
+        _column(name, field, loss_unit, partial(_of_point, name))
+        for name, field in _POINT_FIELDS.items()
     ]
     return [*(known[name] for name in _OF_TRIAL), *of_points]
 
 
-def _trial_columns(loss_unit: str) -> list[Column]:
-    make = partial(_column, loss_unit=loss_unit)
-    columns: list[Column] = []
-    for field, hint in ((f.name, get_type_hints(Trial)[f.name]) for f in fields(Trial)):
-        if field in _INTERNAL:
-            continue
-        if field == "theta":
-            columns += [
-                make(f"theta_{axis}", "float", read=partial(_exponent, i))
-                for i, axis in enumerate(AXES)
-            ]
-            continue
-        kind = _kind(hint)
-        read = _plain if kind is not None else _as_json
-        columns.append(make(_RENAMED.get(field, field), kind or "text", read=partial(read, field)))
-    at = 1 + next(i for i, column in enumerate(columns) if column.name == "search_id")
-    columns[at:at] = [
-        make("task", "text", read=lambda s: s[0].task),
-        make("fingerprint", "text", read=lambda s: s[0].fingerprint),
-    ]
-    return columns
+_FIELDS = {name: f for name, f in Trial.model_fields.items() if name not in _INTERNAL}
+_POINT_FIELDS = {
+    name: FieldInfo.from_annotation(hint)
+    for name, hint in get_type_hints(StoredPoint, include_extras=True).items()
+    if name != "window_losses"
+}
 
 
-def _column(name: str, kind: Kind, loss_unit: str, read: Callable[[Source], Any]) -> Column:
-    unit, meaning = _MEANINGS.get(name, (None, f"field {name} of the stored trial"))
-    return Column(name, kind, loss_unit if unit == "loss" else unit, meaning, read)
+def _columns_of(name: str, field: FieldInfo, loss_unit: str) -> Iterator[Column]:
+    """The columns of a field of a trial."""
+    if name == "theta":
+        for i, axis in enumerate(AXES):
+            meaning = f"exponent {axis} of θ; missing but for two factors"
+            yield Column(f"theta_{axis}", "float", None, meaning, partial(_exponent, i))
+        return
+    yield _column(name, field, loss_unit, partial(_of_trial, name))
+    if name == "search_id":
+        yield Column("task", "text", None, "task", lambda s: s[0].task)
+        meaning = "digest of the task's data and recipe"
+        yield Column("fingerprint", "text", None, meaning, lambda s: s[0].fingerprint)
 
 
-def _kind(hint: Any) -> Any:
+def _column(name: str, field: FieldInfo, loss_unit: str, read: Callable[[Source], Any]) -> Column:
+    kind, extra = _kind(field.annotation), field.json_schema_extra
+    unit = str(extra["unit"]) if isinstance(extra, dict) else None
+    meaning = field.description or ""
+    if kind is None:
+        read, meaning = partial(_as_json, read), f"{meaning}, JSON"
+    shown = loss_unit if extra is LOSS else unit
+    return Column(_RENAMED.get(name, name), kind or "text", shown, meaning, read)
+
+
+def _kind(hint: Any) -> Kind | None:
     """Kind of a field's column by its type; None for what is written as JSON."""
     options = [a for a in get_args(hint) if a is not NoneType] or [hint]
     texts = [text for option in options for text in get_args(option)] or options
     if all(isinstance(text, str) for text in texts):  # those of a Literal
         return "text"
-    kinds = {str: "text", int: "int", float: "float", bool: "bool"}
+    kinds: dict[Any, Kind] = {str: "text", int: "int", float: "float", bool: "bool"}
     return kinds.get(options[0]) if len(options) == 1 else None
 
 
@@ -435,20 +348,18 @@ def _of_point(field: str, source: Source) -> Any:
     return getattr(source[1], field)
 
 
+def _of_trial(field: str, source: Source) -> Any:
+    return getattr(source[0].trial, field)
+
+
 def _exponent(axis: int, source: Source) -> float | None:
     theta = source[0].trial.theta
     return theta[axis] if len(theta) == len(AXES) else None
 
 
-def _plain(field: str, source: Source) -> Any:
-    return getattr(source[0].trial, field)
-
-
-def _as_json(field: str, source: Source) -> str | None:
-    value = getattr(source[0].trial, field)
-    if value is None:
-        return None
-    return json.dumps(dict(value) if hasattr(value, "keys") else list(value))
+def _as_json(read: Callable[[Source], Any], source: Source) -> str | None:
+    value = read(source)
+    return None if value is None else json.dumps(value)
 
 
 def _batches(sources: Iterator[Source]) -> Iterator[list[Source]]:

@@ -1,24 +1,13 @@
 """The store: the one source of truth about searches.  Only this package imports sqlalchemy."""
 
+from nas.records.run import CurvePoint, Run
+from nas.records.search import Search
+from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.store.evidence import Standings
 from nas.store.fronts import AXES
 from nas.store.leases import Leases
 from nas.store.migrate import upgrade
-from nas.store.records import (
-    ConfirmedPair,
-    CurvePoint,
-    Event,
-    Lease,
-    MeasuredCost,
-    Renewal,
-    Run,
-    ScopeState,
-    Search,
-    StoredPoint,
-    Trial,
-    TrialDraft,
-    TrialFailure,
-)
+from nas.store.records import ConfirmedPair, Event, Lease, Renewal, ScopeState, TrialDraft
 from nas.store.scopes import of_tenant, task_scope
 from nas.store.searches import Store
 

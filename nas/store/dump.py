@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from nas.errors import InvalidInput, StoreUnavailable, one_line
+from nas.records.run import CurvePoint, Run
+from nas.records.trial import StoredPoint, Trial
 from nas.store import rows
 from nas.store.engine import ACCEPTED, connect_arguments, parse, reading, shown_url
-from nas.store.records import CurvePoint, StoredPoint, Trial
 from nas.store.schema import SearchRow, TrialRow
 from nas.store.scopes import repeats, within
 from nas.store.searches import Store
@@ -37,23 +38,11 @@ class StoredRun:
 
     def curve_points(self) -> list[CurvePoint]:
         """The points with what identifies their run, as analysis takes them."""
-        return [self._curve_point(p) for p in self.points]
-
-    def _curve_point(self, point: StoredPoint) -> CurvePoint:
-        trial = self.trial
-        renamed = {
-            "trial_id": trial.id,
-            "params": trial.model_params,
-            "complete": trial.state == "complete",
-        }
-        values: dict[str, Any] = {}
-        for field in fields(CurvePoint):
-            owner = point if hasattr(point, field.name) else trial
-            # FLOPs and loss belong to the point wherever both records have them
-            values[field.name] = (
-                renamed[field.name] if field.name in renamed else getattr(owner, field.name)
-            )
-        return CurvePoint(**values)
+        run = Run.of(self.trial)
+        return [
+            CurvePoint(p.step, p.train_flops, p.loss, p.loss_stderr, p.train_seconds, run=run)
+            for p in self.points
+        ]
 
 
 def iterate_runs(

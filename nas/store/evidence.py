@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import func, or_, select, tuple_
 
-from nas.designs.design import parse_design
-from nas.designs.theta import Theta
+from nas.records.run import CurvePoint, Run
 from nas.store import rows
 from nas.store.engine import pieces, reading, translated
 from nas.store.fronts import KEPT_MODELS, standing_at
-from nas.store.records import ConfirmedPair, CurvePoint, Run, ScopeState, StoredPoint
+from nas.store.records import ConfirmedPair, ScopeState
 from nas.store.schema import PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 from nas.store.scopes import evidence_in
 from nas.store.searches import Store
@@ -62,7 +60,7 @@ class Standings:
         )
         with reading(self._engine) as session:
             keys = [(int(trial), int(step)) for trial, step in session.execute(first)]
-        found = {(p.trial_id, p.step): p for p in self._curve_points(keys)}
+        found = {(p.run.trial_id, p.step): p for p in self._curve_points(keys)}
         # a stored loss that is not finite belongs to no front, however it got there
         return [found[key] for key in keys if math.isfinite(found[key].loss)]
 
@@ -91,12 +89,11 @@ class Standings:
         with reading(self._engine) as session:
             for part in pieces(keys):
                 query = (
-                    select(*columns_of(CurvePoint, PointRow, TrialRow))
+                    select(*rows.RUN, *rows.POINT, rows.COMPLETE)
                     .join(TrialRow, PointRow.trial_id == TrialRow.id)
                     .where(tuple_(PointRow.trial_id, PointRow.step).in_(part))
                 )
-                for row in session.execute(query):
-                    yield rows.to_curve_point(row, complete=True)
+                yield from rows.to_curve_points(session.execute(query))
 
     def runs(
         self,
@@ -110,7 +107,7 @@ class Standings:
         Of runs that share one result, only the one that was executed is included.
         """
         query = (
-            select(*columns_of(Run, TrialRow))
+            select(*rows.RUN)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .where(TrialRow.state == "complete", *evidence_in(scope))
         )
@@ -124,7 +121,7 @@ class Standings:
                     of_part = session.execute(query.where(column.in_(part)))
                     found.update((row.trial_id, row) for row in of_part)
             curves = curves_of(session, found)
-        return [_to_run(row, curves.get(trial, ())) for trial, row in sorted(found.items())]
+        return [rows.to_run(row, curves.get(trial, ())) for trial, row in sorted(found.items())]
 
     def models(self, trials: Iterable[int]) -> set[str]:
         """The models of the given trials."""
@@ -158,21 +155,3 @@ class Standings:
         )
         with reading(self._engine) as session:
             return [ConfirmedPair(*row) for row in session.execute(query)]
-
-
-def _to_run(row: Any, points: Sequence[StoredPoint]) -> Run:
-    design = rows.read_design(row)
-    return Run(
-        **{**row._mapping, **design, "model": row.model or str(row.trial_id)},
-        structure=structure_key(design["design"]),
-        points=tuple(points),
-    )
-
-
-@lru_cache(maxsize=65536)
-def structure_key(design: str) -> str:
-    """A design's canonical form as text, equal for equal structures at any width."""
-    found = parse_design(design).canonical()
-    if isinstance(found, Theta):
-        return ",".join(f"{v:.6g}" for v in found.values)
-    return found.text

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import func, select
 
+from nas.records.search import SearchState
 from nas.store.engine import pieces, reading
-from nas.store.records import TERMINAL, Event, SearchState
+from nas.store.records import TERMINAL, Event
 from nas.store.schema import EventRow, SearchRow
 from nas.store.searches import Store
 

@@ -10,28 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from nas.errors import LeaseLost
+from nas.records.search import Search, SearchFailure, SearchState
+from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure, TrialState
 from nas.store import lifecycle, rows, scopes, standings
 from nas.store.engine import one_at_a_time, writing
-from nas.store.records import (
-    UNFINISHED,
-    Lease,
-    MeasuredCost,
-    Renewal,
-    Search,
-    SearchFailure,
-    SearchState,
-    StoredPoint,
-    Trial,
-    TrialDraft,
-    TrialFailure,
-    TrialState,
-)
+from nas.store.records import UNFINISHED, Lease, Renewal, TrialDraft
 from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
 from nas.store.searches import Store
 
@@ -315,7 +305,7 @@ class Leases:
                     train_flops=point.train_flops,
                     loss=point.loss,
                     loss_stderr=point.loss_stderr,
-                    seconds=point.seconds,
+                    seconds=point.train_seconds,
                     window_losses=rows.pack_floats(point.window_losses),
                 )
             )
@@ -342,8 +332,8 @@ class Leases:
             row.loss = last.loss
             row.environment = None if environment is None else dict(environment)
             if cost is not None:
-                row.seconds_per_step = cost.seconds_per_step
-                row.peak_memory_bytes = cost.peak_memory_bytes
+                for name, value in asdict(cost).items():
+                    setattr(row, name, value)
             self._finish_trial(session, search, row, "complete", {"loss": last.loss})
             standings.enter(session, search, row)
 
@@ -403,7 +393,7 @@ class Leases:
             for point in session.scalars(select(PointRow).where(PointRow.trial_id == twin.id)):
                 copy = {c.name: getattr(point, c.name) for c in PointRow.__table__.columns}
                 session.add(PointRow(**{**copy, "trial_id": trial_id}))
-            for name in ("loss", "environment", "seconds_per_step", "peak_memory_bytes"):
+            for name in ("loss", "environment", *(f.name for f in fields(MeasuredCost))):
                 setattr(row, name, getattr(twin, name))
             row.reused_from, row.started_at = twin.id, rows.now(session)
             data = {"loss": row.loss, "reused": True}

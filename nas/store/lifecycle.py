@@ -16,9 +16,11 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from nas.errors import Conflict, counted
+from nas.records.search import SearchFailure, SearchState
+from nas.records.trial import TrialState
 from nas.store import rows
 from nas.store.quotas import used_flops
-from nas.store.records import TERMINAL, UNFINISHED, SearchFailure, SearchState, TrialState
+from nas.store.records import TERMINAL, UNFINISHED
 from nas.store.schema import SearchRow, TrialRow
 
 LONGEST_ERROR = 4000

@@ -6,19 +6,24 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from sqlalchemy import Row, select
+from sqlalchemy import ColumnElement, Row, select
 from sqlalchemy.orm import Session
 
 from nas.designs.design import Design
 from nas.designs.theta import Theta
 from nas.planning.cost import RunPlan
 from nas.planning.request import SearchRequest
-from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
+from nas.records.base import Record
+from nas.records.run import OF_TRIAL, CurvePoint, Run
+from nas.records.search import Search
+from nas.records.trial import StoredPoint, Trial
+from nas.store.records import Event
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow, database_now
 
+R = TypeVar("R", bound=Record)
 #: The tally's name for planned dense references, next to the states of trials.
 REFERENCES = "references"
 
@@ -33,89 +38,71 @@ def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, An
     session.add(EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data)))
 
 
+def _read(record: type[R], row: Any, **special: Any) -> R:
+    """A record of a row's values of the same names, but for those of `special`."""
+    names = record.model_fields.keys() - special.keys()
+    return record(**{name: getattr(row, name) for name in names}, **special)
+
+
 def to_search(row: SearchRow | Row[Any]) -> Search:
-    return Search(
-        id=row.id,
-        sequence=row.sequence,
-        state=row.state,  # type: ignore[arg-type]
-        task=row.task,
-        task_fingerprint=row.task_fingerprint,
-        request=SearchRequest(**row.request),
-        data_path=row.data_path,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        cancel_requested=row.cancel_requested,
-        error=row.error,
-        epoch=row.epoch,
-        failures=row.failures,
-        worker=row.worker,
-        trial_counts={k: n for k, n in row.tally.items() if k != REFERENCES},
-        references=row.tally.get(REFERENCES, 0),
-        tenant=row.tenant,
-        priority=row.priority,
-        pause_requested=row.pause_requested,
-        failure=row.failure,  # type: ignore[arg-type]
-        limit_reached=row.limit_reached,
-        stale_writes=row.stale_writes,
-        held_seconds=row.held_seconds,
-        cloned_from=row.cloned_from,
-        charged_flops=row.charged_flops,
-        data_root=row.data_root,
+    counts, request = dict(row.tally), SearchRequest(**row.request)
+    references = counts.pop(REFERENCES, 0)
+    total: int | None = request.trials
+    if request.confirm is None:
+        total = references + request.trials if references else None
+    return _read(
+        Search, row, request=request, trial_counts=counts, references=references, runs_total=total
     )
 
 
 def to_trial(row: TrialRow | Row[Any]) -> Trial:
-    return Trial(
-        id=row.id,
-        search_id=row.search_id,
-        number=row.number,
-        kind=row.kind,
-        state=row.state,  # type: ignore[arg-type]
-        params=row.params,
-        sampler_state=row.sampler_state,
-        unseen=tuple(row.unseen),
-        **read_design(row),
-        name=row.name,
-        structures=tuple(row.structures),
-        dense=row.dense,
-        width=row.width,
-        depth=row.depth,
-        steps=row.steps,
-        train_flops_per_step=row.train_flops_per_step,
-        train_flops=row.steps * row.train_flops_per_step,
-        forward_flops_per_token=row.forward_flops_per_token,
-        model_params=row.model_params,
-        seed=row.seed,
-        key=row.key,
-        reused_from=row.reused_from,
-        attempts=row.attempts,
-        environment=row.environment,
-        loss=row.loss,
-        error=row.error,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        model=row.model,
-        confirms=row.confirms,
-        seconds_per_step=row.seconds_per_step,
-        peak_memory_bytes=row.peak_memory_bytes,
-        failure=row.failure,  # type: ignore[arg-type]
-    )
+    return _read(
+        Trial, row, design=_design(row), train_flops=row.steps * row.train_flops_per_step,
+        **{field: getattr(row, column) for field, column in _COLUMN.items()},
+    )  # fmt: skip
 
 
-def read_design(row: Row[Any] | TrialRow) -> dict[str, Any]:
-    """The fields `theta` and `design` of a row that has both columns."""
-    theta = tuple(row.theta)
-    return {
-        "theta": theta,
-        "design": Theta(*theta).text if row.design is None else row.design,
-    }
+def _design(row: TrialRow | Row[Any]) -> str:
+    """The design's text, which for two factors is not stored."""
+    return Theta(*row.theta).text if row.design is None else row.design
 
 
-def to_curve_point(row: Row[Any], *, complete: bool) -> CurvePoint:
-    """A curve point from a row of its other fields by name."""
-    return CurvePoint(**{**row._mapping, **read_design(row), "complete": complete})
+#: Field of a trial → its column, where their names differ.
+_COLUMN = {"params": "model_params", "sampler_params": "params"}
+
+
+def column_of(field: str) -> str:
+    """The column of trials that a field of a run is read from."""
+    of_trial = OF_TRIAL.get(field, field)
+    return _COLUMN.get(of_trial, of_trial)
+
+
+#: What `to_run` and `to_curve_points` read; of a point in the order of a `StoredPoint`.
+RUN: Sequence[ColumnElement[Any]] = [
+    getattr(TrialRow, column_of(field)).label(field)
+    for field in Run.model_fields
+    if field not in ("complete", "points")
+]
+POINT: Sequence[Any] = [
+    PointRow.step, PointRow.train_flops, PointRow.loss, PointRow.loss_stderr, PointRow.seconds
+]  # fmt: skip
+COMPLETE: ColumnElement[bool] = (TrialRow.state == "complete").label("complete")
+
+
+def to_run(row: Row[Any], points: Sequence[StoredPoint] = (), *, complete: bool = True) -> Run:
+    """A run from a row of the columns `RUN`."""
+    model = row.model or str(row.trial_id)
+    return _read(Run, row, design=_design(row), model=model, points=points, complete=complete)
+
+
+def to_curve_points(found: Iterable[Row[Any]]) -> Iterator[CurvePoint]:
+    """Points from rows of the columns `RUN`, `POINT` and `COMPLETE`."""
+    runs: dict[int, Run] = {}
+    for row in found:
+        run = runs.get(row.trial_id)
+        if run is None:
+            run = runs[row.trial_id] = to_run(row, complete=row.complete)
+        yield CurvePoint(*(row._mapping[column] for column in POINT), run=run)
 
 
 def stored_design(design: Design) -> str | None:

@@ -14,15 +14,18 @@ from sqlalchemy.orm import Session
 
 from nas.errors import IdempotencyConflict, NotFound
 from nas.planning.request import SearchRequest
+from nas.records.run import CurvePoint
+from nas.records.search import Search
+from nas.records.trial import StoredPoint, Trial
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
 from nas.store.engine import open_engine, reading, writing
 from nas.store.migrate import stored_revision
 from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
-from nas.store.records import CurvePoint, Event, Search, StoredPoint, Trial
+from nas.store.records import Event
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 from nas.store.scopes import repeats, within
-from nas.store.selecting import MAX_PAGE, columns_of, newest
+from nas.store.selecting import MAX_PAGE, newest
 
 
 class Store:
@@ -338,7 +341,7 @@ class Store:
         A trial that reuses another's result in the same search adds no evidence, so it is left out.
         """
         query = (
-            select(*columns_of(CurvePoint, PointRow, TrialRow))
+            select(*rows.RUN, *rows.POINT, rows.COMPLETE)
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .where(*within(search_id, task, fingerprint, self.tenant), ~repeats(search_id))
@@ -348,8 +351,7 @@ class Store:
         with reading(self.engine) as session:
             if search_id is not None:
                 self.row(session, search_id)
-            found = session.execute(query)
-            return [rows.to_curve_point(r, complete=r.complete) for r in found]
+            return list(rows.to_curve_points(session.execute(query)))
 
     def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
         """Loss of each validation sample at the given (trial, step) points, in their order."""

@@ -9,38 +9,18 @@ from typing import Any
 from sqlalchemy import Engine, Select, select
 from sqlalchemy.orm import Session
 
+from nas.records.trial import StoredPoint
+from nas.store import rows
 from nas.store.engine import AT_ONCE, pieces, reading
-from nas.store.records import StoredPoint
-from nas.store.schema import PointRow, TrialRow
+from nas.store.schema import PointRow
 
 #: Most rows of one page.
 MAX_PAGE = 500
-#: Fields whose column of a trial has another name.
-_RENAMED = {
-    "trial_id": TrialRow.id,
-    "params": TrialRow.model_params,
-    "complete": TrialRow.state == "complete",
-}
 
 
-def columns_of(record: type[Any], *tables: type[Any]) -> list[Any]:
-    """The columns that hold the fields of a record, with the fields' names as labels.
-
-    Fields that no column holds are left out.
-
-    Parameters
-    ----------
-    tables
-        Where to look for a field, the first table that has it.
-    """
-    found: list[Any] = []
-    for field in fields(record):
-        column = _RENAMED.get(field.name)
-        if column is None:
-            column = next((getattr(t, field.name) for t in tables if hasattr(t, field.name)), None)
-        if column is not None:
-            found.append(column.label(field.name))
-    return found
+def columns_of(record: type[Any], table: type[Any]) -> list[Any]:
+    """The columns that hold the fields of a record, a dataclass."""
+    return [getattr(table, field.name) for field in fields(record)]
 
 
 def newest(
@@ -80,8 +60,7 @@ def curves_of(session: Session, trials: Iterable[int]) -> dict[int, list[StoredP
     curves: dict[int, list[StoredPoint]] = {}
     for part in pieces(sorted(trials)):
         query = (
-            select(PointRow.trial_id, PointRow.step, PointRow.train_flops, PointRow.loss,
-                   PointRow.loss_stderr, PointRow.seconds)
+            select(PointRow.trial_id, *rows.POINT)
             .where(PointRow.trial_id.in_(part))
             .order_by(PointRow.trial_id, PointRow.step)
         )  # fmt: skip

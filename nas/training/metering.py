@@ -6,11 +6,11 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from nas.records.trial import MeasuredCost
 
 #: Steps before anything is timed: the first ones allocate, compile and warm caches.
 _WARM_UP = 5
@@ -20,21 +20,6 @@ _RECORDED = 3
 _BURST = 20
 #: Fewest timed steps that a median is taken of.
 _MIN_TIMED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Measured cost of a training step; None where the run was too short to tell."""
-
-    #: median on a CPU, mean of a burst on a GPU; evaluations are not in it
-    seconds_per_step: float | None
-    #: parameters, optimiser state, and the most that a step holds besides; neither data nor
-    #: evaluations nor the process itself are in it
-    peak_memory_bytes: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 class CostMeter:
@@ -96,12 +81,12 @@ class CostMeter:
                 most = max(most, level)
         self._peak = held + most
 
-    def result(self) -> StepCost:
+    def result(self) -> MeasuredCost:
         """What was measured so far."""
         if self._gpu:
-            return StepCost(self._seconds[0] if self._seconds else None, self._peak)
+            return MeasuredCost(self._seconds[0] if self._seconds else None, self._peak)
         timed = len(self._seconds) >= _MIN_TIMED
-        return StepCost(statistics.median(self._seconds) if timed else None, self._peak)
+        return MeasuredCost(statistics.median(self._seconds) if timed else None, self._peak)
 
 
 def _bytes_held(optimizer: torch.optim.Optimizer) -> int:

@@ -101,7 +101,8 @@ def test_the_readme_is_one_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
     generated = {
-        ROOT / "docs" / "reference" / f"{n}.md" for n in ("cli", "rest", "settings", "metrics")
+        ROOT / "docs" / "reference" / f"{n}.md"
+        for n in ("cli", "rest", "export", "settings", "metrics")
     }
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target:

@@ -223,7 +223,9 @@ class _SessionSearcher(_OfExperiment, Searcher):
                 experiment.begun[trial_id] = time.monotonic()
                 _log.info("trial begun on %s", report["begun"])
             elif "point" in report and not experiment.session.signals.lost.is_set():
-                experiment.session.point(ours, StoredPoint(**report["point"]))
+                point = report["point"]
+                stored = StoredPoint(train_seconds=point.pop("seconds"), **point)
+                experiment.session.point(ours, stored)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -324,10 +326,10 @@ class _SessionStopper(_OfExperiment, Stopper):
 
 def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
     """A stored trial as the Tune configuration of its actor."""
-    # a stored trial names the fields of its plan alike, but for one
+    # a stored trial has the fields of its plan
     plan = {field.name: getattr(trial, field.name) for field in fields(RunPlan)}
     run = {
-        "plan": {**plan, "params": trial.model_params},
+        "plan": plan,
         "recipe": session.recipe.as_dict(),
         "seed": trial.seed,
         # what one tenant has computed is not another's to go on from

@@ -130,7 +130,7 @@ class ProxyTrainable(tune.Trainable):
         except StopIteration as end:
             self._checkpoint.remove()
             environment = self._environment() | ({"router": end.value} if end.value else {})
-            ended = {"environment": environment, "cost": self._meter.result().as_dict()}
+            ended = {"environment": environment, "cost": asdict(self._meter.result())}
             return _report("ended", ended, done=True)
         except RunFailed as error:
             self._checkpoint.remove()

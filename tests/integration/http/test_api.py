@@ -23,7 +23,7 @@ from nas.planning.cost import RunPlan, plan_at, plan_of_steps, references
 from nas.planning.recipe import RECIPES
 from nas.planning.request import SearchRequest
 from nas.settings import Settings
-from nas.store import CurvePoint, Leases, Store, StoredPoint, TrialDraft
+from nas.store import CurvePoint, Leases, Run, Store, StoredPoint, TrialDraft
 from nas.tasks import corpus
 from tests.support.services import PATIENCE
 
@@ -640,12 +640,13 @@ def test_a_picture_tells_kinds_of_designs_apart() -> None:
 def curve_point(
     trial: int, flops: float, loss: float, design: str, *, dense: bool = False
 ) -> CurvePoint:
-    return CurvePoint(
+    run = Run(
         trial_id=trial, search_id="s", number=trial, kind="candidate", dense=dense, name=design,
-        theta=(), design=design, width=32, seed=0, step=1, train_flops=flops, loss=loss,
-        loss_stderr=0.03, seconds=1.0, complete=True, forward_flops_per_token=1e3, params=100,
-        seconds_per_step=None, peak_memory_bytes=None,
+        theta=[], design=design, width=32, depth=2, steps=1, seed=0, model=str(trial),
+        train_flops_per_step=1, inference_flops=1e3, params=100, step_seconds=None,
+        peak_memory=None,
     )  # fmt: skip
+    return CurvePoint(1, flops, loss, 0.03, 1.0, run=run)
 
 
 def test_the_live_document_holds_the_figures(client: TestClient) -> None:

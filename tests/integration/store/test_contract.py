@@ -185,7 +185,8 @@ def test_any_design_reads_back(store: Store, leases: Leases, text: str) -> None:
     assert parse_design(trial.design) == parse_design(store.trial(trial.id).design) == design
     assert trial.theta == design.exponents
     (point,) = store.curve_points(search_id=search.id)
-    assert (parse_design(point.design), point.theta) == (design, design.exponents)
+    assert parse_design(point.run.design) == design
+    assert tuple(point.run.theta) == design.exponents
 
 
 def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
@@ -197,7 +198,7 @@ def test_a_trial_and_its_curve_read_back(store: Store, leases: Leases) -> None:
     assert (got.state, got.loss, got.environment) == ("complete", 2.0, {"device": "cpu"})
     assert (got.width, got.steps, got.train_flops) == (plan.width, plan.steps, plan.train_flops)
     assert (got.structures, got.theta) == (plan.structures, plan.design.exponents)
-    assert (got.params, got.sampler_state, got.unseen) == (
+    assert (got.sampler_params, got.sampler_state, got.unseen) == (
         {"alpha": 0.1}, {"trial": {"g": 1}}, (1, 2),
     )  # fmt: skip
     assert store.curve(trial.id) == [last_point(trial)]
@@ -302,16 +303,16 @@ def test_equal_keys_share_one_result(store: Store, leases: Leases) -> None:
     assert (got.state, got.loss, got.reused_from) == ("complete", 2.5, first.id)
     assert store.curve(twin.id) == store.curve(first.id)
     # of the task as a whole the run counts once
-    assert {p.trial_id for p in store.curve_points(task="text")} == {first.id}
-    assert {p.trial_id for p in store.curve_points(search_id=search.id)} == {first.id}
+    assert {p.run.trial_id for p in store.curve_points(task="text")} == {first.id}
+    assert {p.run.trial_id for p in store.curve_points(search_id=search.id)} == {first.id}
     # but a search that found it done elsewhere shows it
     leases.release(lease, "succeeded")
     again, _ = store.create_search(REQUEST)
     lease, _ = claimed(leases)
     elsewhere = leases.add_trial(lease, draft(0, key="same"))
     assert leases.reuse_result(lease, elsewhere.id)
-    assert {p.trial_id for p in store.curve_points(search_id=again.id)} == {elsewhere.id}
-    assert {p.trial_id for p in store.curve_points(task="text")} == {first.id}
+    assert {p.run.trial_id for p in store.curve_points(search_id=again.id)} == {elsewhere.id}
+    assert {p.run.trial_id for p in store.curve_points(task="text")} == {first.id}
 
 
 def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leases) -> None:
@@ -331,10 +332,10 @@ def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leas
         end(trial.id)
         ids.append(trial.id)
     points = store.curve_points(search_id=search.id)
-    assert {(p.trial_id, p.complete) for p in points} == {(done.id, True), (ids[2], False)}
+    assert {(p.run.trial_id, p.run.complete) for p in points} == {(done.id, True), (ids[2], False)}
     assert [store.trial(i).state for i in ids] == ["failed", "stopped", "running"]
-    complete = [p for p in points if p.complete]
-    assert store.window_losses([(p.trial_id, p.step) for p in complete]) == [(1.5, 2.5)]
+    complete = [p for p in points if p.run.complete]
+    assert store.window_losses([(p.run.trial_id, p.step) for p in complete]) == [(1.5, 2.5)]
 
 
 def test_tasks_are_told_apart_by_their_data(store: Store, leases: Leases) -> None:

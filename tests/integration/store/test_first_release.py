@@ -164,7 +164,7 @@ def test_everything_reads_back(store: Store, before: Rows) -> None:
             assert (trial.loss, trial.error, trial.key) == (raw["loss"], raw["error"], raw["key"])
             assert trial.environment == json.loads(raw["environment"] or "null")
             curve = [
-                (p.step, p.train_flops, p.loss, p.loss_stderr, p.seconds, p.window_losses)
+                (p.step, p.train_flops, p.loss, p.loss_stderr, p.train_seconds, p.window_losses)
                 for p in store.curve(trial.id)
             ]
             assert curve == [

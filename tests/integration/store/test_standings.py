@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +120,12 @@ def test_the_front_is_read_with_what_identifies_its_runs(store: Store) -> None:
     reading = Standings(store)
     for scope in (lease.search_id, task_scope("text", "f1")):
         front = reading.front(scope, "train_flops", dense=True)
-        assert [(p.trial_id, p.train_flops, p.loss) for p in front] == [
+        assert [(p.run.trial_id, p.train_flops, p.loss) for p in front] == [
             (quick, 1e9, 3.5), (quick, 2e9, 2.5), (slow, 4e9, 2.0),
         ]  # fmt: skip
         assert reading.front(scope, "train_flops", dense=False) == []
         by_memory = reading.front(scope, "peak_memory", dense=True)
-        assert [(p.trial_id, p.peak_memory_bytes) for p in by_memory] == [(slow, 1000)]
+        assert [(p.run.trial_id, p.run.peak_memory) for p in by_memory] == [(slow, 1000)]
     state = reading.state(task_scope("text", "f1"))
     assert state is not None
     assert (state.trials, state.points, state.searches) == (2, 4, 1)
@@ -193,7 +192,9 @@ def test_a_store_of_the_first_version_gets_its_standings(tmp_path: Path) -> None
     upgrade_down(url)
     upgrade(url)
     store = Store(url)
-    assert store.search(search.id) == replace(search, epoch=search.epoch + 1, charged_flops=0.0)
+    assert store.search(search.id) == search.model_copy(
+        update={"epoch": search.epoch + 1, "charged_flops": 0.0}
+    )
     with pytest.raises(LeaseLost):  # a worker of that version would complete trials unseen
         Leases(store).renew(lease)
     assert [t.model for t in store.trials(search.id)] == models

@@ -89,7 +89,7 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(
     assert broken.trial(interrupted.id).attempts == 2
 
     def proposal(t: Trial) -> tuple[object, ...]:
-        return (t.number, t.kind, t.params, t.theta, t.width, t.steps, t.seed, t.key)
+        return (t.number, t.kind, t.sampler_params, t.theta, t.width, t.steps, t.seed, t.key)
 
     expected = whole.trials(expected_id)
     assert [proposal(t) for t in trials] == [proposal(t) for t in expected]

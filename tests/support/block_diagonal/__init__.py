@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nas.designs.design import Family, Proposals
+from nas.designs.design import Design, Family, Proposals
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import exact_exponent, format_exponent, parse_exponent
 from nas.errors import InvalidInput
@@ -16,12 +16,14 @@ _FORM = "block-diagonal:blocks=1/2"
 
 
 @dataclass(frozen=True, slots=True)
-class BlockDiagonal:
+class BlockDiagonal(Design):
     """As many blocks as min(d_in, d_out)^blocks."""
 
     blocks: float = 0.5
-    family = kind = "block-diagonal"
-    exponents = ()
+
+    @property
+    def family(self) -> str:
+        return "block-diagonal"
 
     @property
     def text(self) -> str:
@@ -30,11 +32,6 @@ class BlockDiagonal:
     @property
     def name(self) -> str:
         return f"block-diagonal:blocks={format_exponent(self.blocks)}"
-
-    described = name
-
-    def canonical(self) -> BlockDiagonal:
-        return self
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,7 @@ def parse(text: str) -> BlockDiagonal:
 
 def inspect(design: BlockDiagonal, d_in: int, d_out: int) -> dict[str, object]:
     s = BlockDiagonalStructure.of(design, d_in, d_out)
-    return {
-        "name": design.name, "d_in": d_in, "d_out": d_out, "blocks": s.blocks, "macs": s.macs,
-        "flops": s.flops, "params": s.params, "dense_macs": d_in * d_out,
-        "degenerate": s.is_degenerate, "fingerprint": s.fingerprint,
-        "factors": [s.factor_row(f) for f in s.factors],
-    }  # fmt: skip
+    return {**s.counts(), "name": design.name, "blocks": s.blocks}
 
 
 FAMILY = Family(

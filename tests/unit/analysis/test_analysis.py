@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from nas.analysis import frontier
 from nas.analysis.confirmation import kendall_tau, rank_correlation, tau_interval
 from nas.analysis.frontier import flops_to_reach, hypervolume, non_dominated
-from nas.store import ConfirmedPair, CurvePoint
+from nas.store import ConfirmedPair, CurvePoint, Run
 
 
 def point(
     trial: int, flops: float, loss: float, *, dense: bool = False, complete: bool = True,
     step: int = 1,
 ) -> CurvePoint:  # fmt: skip
-    return CurvePoint(
+    run = Run(
         trial_id=trial, search_id="s", number=trial, kind="reference" if dense else "candidate",
-        dense=dense, name="dense" if dense else "monarch", theta=(0, 0, 1, 0, 0, 1, 0),
-        design="0,0,1,0,0,1,0", width=32,
-        seed=0, step=step, train_flops=flops, loss=loss, loss_stderr=0.03, seconds=1.0,
-        complete=complete, forward_flops_per_token=1e3, params=trial * 100, seconds_per_step=0.1,
-        peak_memory_bytes=None,
+        dense=dense, name="dense" if dense else "monarch", theta=[0, 0, 1, 0, 0, 1, 0],
+        design="0,0,1,0,0,1,0", width=32, depth=2, steps=step, seed=0, model=str(trial),
+        train_flops_per_step=1, complete=complete, inference_flops=1e3, params=trial * 100,
+        step_seconds=0.1, peak_memory=None,
     )  # fmt: skip
+    return CurvePoint(step, flops, loss, 0.03, 1.0, run=run)
 
 
 numbers = st.floats(0.5, 10).map(lambda x: round(x, 1))
@@ -50,9 +50,9 @@ def test_fronts_are_told_apart_by_kind() -> None:
         point(4, 1.0, 1.0, complete=False),
     ]  # fmt: skip
     fronts = frontier(points)
-    assert [p.trial_id for p in fronts.overall] == [1, 2]
-    assert [p.trial_id for p in fronts.dense] == [1, 3]
-    assert [p.trial_id for p in fronts.structured] == [2]
+    assert [p.run.trial_id for p in fronts.overall] == [1, 2]
+    assert [p.run.trial_id for p in fronts.dense] == [1, 3]
+    assert [p.run.trial_id for p in fronts.structured] == [2]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_curve_that_rises_again_has_reached_what_it_reached() -> None:
 
 def test_a_front_on_another_axis() -> None:
     points = [point(3, 1.0, 2.0), point(1, 9.0, 3.0), point(2, 5.0, 3.5)]
-    assert [p.trial_id for p in non_dominated(points, "params")] == [1, 3]
+    assert [p.run.trial_id for p in non_dominated(points, "params")] == [1, 3]
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12), numbers)

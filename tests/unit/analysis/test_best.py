@@ -13,15 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.analysis import Answer, best_for_budget, predict_for_budget
-from nas.analysis.best import BestMultiplier
 from nas.analysis.predict import PredictedAnswer, greatest_runnable, predicted_rival
 from nas.designs.design import Design
 from nas.designs.taxonomy import parse_theta
 from nas.errors import NotFound
 from nas.planning.cost import RunPlan, plans, train_flops_per_step
 from nas.planning.recipe import TEXT, Recipe
+from nas.records.answers import Multiplier
 from nas.store import Run, StoredPoint
-from nas.store.evidence import structure_key
 
 STEP = 0.01  # FLOPs of a step
 DENSE, DENSE_THETA, MONARCH = "dense", parse_theta("dense"), parse_theta("monarch")
@@ -37,18 +36,18 @@ def run(
     theta = parse_theta(structure)
     values: dict[str, Any] = {
         "trial_id": trial, "search_id": "s", "number": trial, "kind": kind,
-        "dense": structure == DENSE, "name": structure, "theta": theta.values,
-        "design": theta.text, "structure": structure_key(theta.text),
+        "dense": structure == DENSE, "name": structure, "theta": list(theta.values),
+        "design": theta.text,
         "model": f"{structure} {width}", "width": width,
         "depth": 2, "steps": round(points[-1][0] / STEP), "seed": seed,
-        "train_flops_per_step": STEP, "forward_flops_per_token": 10.0 * width, "params": width,
-        "seconds_per_step": None, "peak_memory_bytes": None,
+        "train_flops_per_step": STEP, "inference_flops": 10.0 * width, "params": width,
+        "step_seconds": None, "peak_memory": None,
         "points": tuple(
             StoredPoint(round(f / STEP), f, y, 0.03, f, ()) for f, y in points
         ),
         **fields,
     }  # fmt: skip
-    return Run(**values)
+    return Run.model_construct(**values)  # steps of less than a FLOP
 
 
 def samples(keys: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
@@ -206,7 +205,7 @@ def test_two_losses_far_apart_give_a_number_all_the_same() -> None:
     runs.append(run(90, [(10.0, 60.0)], structure="low-rank:rho=0.003", seed=1))
     answer = ask(runs, 10.0)
     assert all(
-        r.interval is not None and all(map(math.isfinite, r.interval))
+        r.difference_interval is not None and all(map(math.isfinite, r.difference_interval))
         for r in answer.indistinguishable
     )
 
@@ -216,7 +215,7 @@ def test_one_lucky_run_does_not_beat_several() -> None:
     a_little_lower = run(20, [(10.0, 1.95)], structure="kronecker")
     answer = ask([*several, a_little_lower], 10.0)
     assert answer.best.run.name == "monarch"
-    assert [r.contender.run.name for r in answer.indistinguishable] == ["kronecker"]
+    assert [r.name for r in answer.indistinguishable] == ["kronecker"]
     far_lower = run(20, [(10.0, 1.0)], structure="kronecker")
     answer = ask([*several, far_lower], 10.0)
     assert answer.best.run.name == "kronecker"
@@ -236,7 +235,7 @@ def test_the_set_that_cannot_be_told_apart_holds_the_best_as_often_as_it_says() 
             for r in replicated(i * 10, mean * np.exp(rng.normal(0, 0.02, 4)), structure=name)
         ]
         answer = ask(runs, 10.0)
-        chosen = {answer.best.run.name, *(r.contender.run.name for r in answer.indistinguishable)}
+        chosen = {answer.best.run.name, *(r.name for r in answer.indistinguishable)}
         held += {"monarch", "kronecker"} <= chosen
         sizes.append(len(chosen))
     assert held / 300 >= 0.95
@@ -251,10 +250,10 @@ def test_one_seed_each_is_compared_sample_by_sample() -> None:
     # the loss itself is uncertain by far more than the differences that are resolved
     assert answer.validation_interval is not None
     assert answer.validation_interval[1] - answer.validation_interval[0] > 0.1
-    assert [r.contender.run.trial_id for r in answer.indistinguishable] == [2]
+    assert [r.trial_id for r in answer.indistinguishable] == [2]
     assert answer.dense_difference is not None
-    assert answer.dense_difference.interval is not None
-    low, high = answer.dense_difference.interval
+    assert answer.dense_difference.difference_interval is not None
+    low, high = answer.dense_difference.difference_interval
     assert 0.09 < low < 0.1 < high < 0.11
     assert answer.interval is None
 
@@ -301,7 +300,7 @@ def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
     assert answer.structured_multiplier is not None
     assert answer.structured_multiplier.kind == "less_than"
     assert answer.structured_multiplier.value == pytest.approx(1.0)
-    assert answer.multiplier == BestMultiplier(1.0, "exact", (1.0, 1.0), 1)
+    assert answer.multiplier == Multiplier(value=1.0, kind="exact", interval=(1.0, 1.0), seeds=1)
 
 
 # --- other budgets
@@ -310,13 +309,13 @@ def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
 def test_a_budget_of_parameters_takes_runs_at_their_ends() -> None:
     runs = [run(1, [(5.0, 3.0), (10.0, 2.0)], width=64), run(2, [(90.0, 2.4)], width=32),
             run(3, [(50.0, 2.6)], width=16, structure=DENSE)]  # fmt: skip
-    answer = ask(runs, 40.0, value_of=lambda r: r.params)
+    answer = ask(runs, 40.0, axis="params")
     assert (answer.best.run.trial_id, answer.best.train_flops) == (2, 90.0)
     assert answer.multiplier is None
     with pytest.raises(NotFound):
-        ask(runs, 10.0, value_of=lambda r: r.params)
+        ask(runs, 10.0, axis="params")
     with pytest.raises(NotFound):
-        ask(runs, 1e9, value_of=lambda r: r.seconds_per_step)
+        ask(runs, 1e9, axis="step_seconds")
 
 
 # --- predictions
@@ -394,7 +393,8 @@ def test_far_predictions_of_wide_intervals_stay_numbers() -> None:
         answer = predict(runs, 9e14, 1e12)
         assert answer is not None
         for r in answer.indistinguishable:
-            assert r.interval is None or all(map(math.isfinite, r.interval))
+            interval = r.difference_interval
+            assert interval is None or all(map(math.isfinite, interval))
 
 
 def test_an_interval_that_begins_at_zero_is_compared_all_the_same() -> None:
@@ -405,7 +405,7 @@ def test_an_interval_that_begins_at_zero_is_compared_all_the_same() -> None:
     for loss in (0.3, 2.0, 7.0):
         best = replace(answer.best, loss=loss, interval=(0.0, 9.0))
         other = replace(answer.best_structured, loss=2 * loss, interval=(0.0, 20.0))
-        interval = predicted_rival(best, other).interval
+        interval = predicted_rival(best, other).difference_interval
         assert interval is not None
         assert interval[0] < 0 < interval[1]
         assert all(map(math.isfinite, interval))
@@ -416,7 +416,7 @@ def test_one_seed_claims_no_interval_of_a_prediction() -> None:
     answer = predict(runs, 2e12, 1e12)
     assert answer is not None
     assert answer.best.interval is None
-    assert [r.interval for r in answer.indistinguishable] == [None]
+    assert [r.difference_interval for r in answer.indistinguishable] == [None]
     assert answer.structured_multiplier is not None
     assert answer.structured_multiplier.value is None
     assert answer.structured_multiplier.interval is None
@@ -442,7 +442,9 @@ def across_widths(base: int, structure: str, seeds: int, rng: np.random.Generato
             ]
             found = run(base + len(runs), points, structure=structure, width=plan.width, seed=seed)
             cost = plan.train_flops_per_step
-            runs.append(replace(found, train_flops_per_step=cost, steps=plan.steps))
+            runs.append(
+                found.model_copy(update={"train_flops_per_step": cost, "steps": plan.steps})
+            )
     return runs
 
 

@@ -124,7 +124,7 @@ def test_a_study_reads_back(filling: Filling, target: str) -> None:
         for name, value in (
             ("search_id", stored.search_id), ("trial_number", stored.number),
             ("name", stored.name), ("steps", stored.steps), ("seed", stored.seed),
-            ("kind", stored.kind), ("dense", stored.dense), ("params", stored.model_params),
+            ("kind", stored.kind), ("dense", stored.dense), ("params", stored.params),
             ("train_flops", stored.train_flops), ("state", stored.state), ("shortened", False),
         ):  # fmt: skip
             assert whole.user_attrs[name] == value

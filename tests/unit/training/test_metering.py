@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from nas.records.trial import MeasuredCost
 from nas.training.metering import CostMeter
 
 
@@ -48,7 +49,7 @@ def test_seconds_are_the_median_step_after_the_first() -> None:
 
 def test_what_is_too_short_to_tell_is_not_told() -> None:
     cost = stepped(8, 2).result()
-    assert cost.as_dict() == {"seconds_per_step": None, "peak_memory_bytes": None}
+    assert cost == MeasuredCost(seconds_per_step=None, peak_memory_bytes=None)
     assert stepped(8, 8).result().seconds_per_step is None
 
 

@@ -84,7 +84,7 @@ def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
     whole.prepare()
     drain(whole)
     whole.finish()
-    expected = [(t.number, t.params, t.key) for t in store.trials(first_search.id)]
+    expected = [(t.number, t.sampler_params, t.key) for t in store.trials(first_search.id)]
 
     # the same search again, on data of another fingerprint so that nothing is reused
     broken, _, search = begin(store, sampler=sampler, trials=14)
@@ -101,7 +101,7 @@ def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
     resumed.fingerprint = "e" * 16
     assert resumed.prepare() == 3 + 14 - 9
     drain(resumed)
-    got = [(t.number, t.params) for t in store.trials(search.id)]
+    got = [(t.number, t.sampler_params) for t in store.trials(search.id)]
     assert got == [(n, p) for n, p, _ in expected]
     for trial_id, before in finished.items():
         assert store.trial(trial_id) == before
