@@ -178,10 +178,6 @@ def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
     return headers
 
 
-def _page(path: str, cursor: str | None) -> _Call[dict[str, Any]]:
-    return _get(path, _plain, limit=_PAGE, cursor=cursor)
-
-
 @dataclass(frozen=True)
 class _Stored:
     """A search on the service, as it stood when it was last read."""
@@ -413,7 +409,7 @@ class Client(_Connection[httpx.Client]):
         """The items of a paginated list."""
         cursor: str | None = None
         while True:
-            page = self.send(_page(path, cursor))
+            page = self.get(path, limit=_PAGE, cursor=cursor)
             yield from page["items"]
             cursor = page["next"]
             if cursor is None:
@@ -532,7 +528,7 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
         """The items of a paginated list."""
         cursor: str | None = None
         while True:
-            page = await self.send(_page(path, cursor))
+            page = await self.get(path, limit=_PAGE, cursor=cursor)
             for item in page["items"]:
                 yield item
             cursor = page["next"]

@@ -62,20 +62,17 @@ _SINCE_RENEWAL = Gauge(
     "einsum_nas_worker_seconds_since_lease_renewal",
     "Seconds since the lease was last renewed; 0 while none is held", registry=REGISTRY,
 )  # fmt: skip
-_renewed_at: float | None = None
-_SINCE_RENEWAL.set_function(lambda: 0.0 if _renewed_at is None else time.monotonic() - _renewed_at)
 
 
 def lease_renewed() -> None:
     """Record that a lease has just been taken or renewed."""
-    global _renewed_at
-    _renewed_at = time.monotonic()
+    renewed_at = time.monotonic()
+    _SINCE_RENEWAL.set_function(lambda: time.monotonic() - renewed_at)
 
 
 def lease_ended() -> None:
     """Record that no lease is held any more."""
-    global _renewed_at
-    _renewed_at = None
+    _SINCE_RENEWAL.set_function(lambda: 0.0)
 
 
 def serve(port: int, host: str) -> int:

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -14,6 +14,7 @@ from pydantic_core import to_jsonable_python
 from typer.core import TyperGroup
 
 from nas.errors import EinsumNasError, InvalidInput, echo
+from nas.settings import settings
 
 if TYPE_CHECKING:
     from nas.cli.local import Local
@@ -81,17 +82,14 @@ def named_values(option: str, pairs: list[str] | None, example: str) -> dict[str
 @contextmanager
 def local_store() -> Iterator[Store]:
     """Open the settings' database for the settings' tenant, and upgrade its schema."""
-    from nas.settings import settings
     from nas.store import Store, upgrade
     from nas.store.quotas import Quotas
 
     used = settings()
     upgrade(used.resolved_database_url)
-    store = Store(used.resolved_database_url, tenant=used.tenant, quotas=Quotas.of(used))
-    try:
+    quotas = Quotas.of(used)
+    with closing(Store(used.resolved_database_url, tenant=used.tenant, quotas=quotas)) as store:
         yield store
-    finally:
-        store.close()
 
 
 @contextmanager
@@ -107,7 +105,6 @@ def opened(server: str | None) -> Iterator[Local | Remote]:
             yield Local(store)
         return
     from nas.cli.remote import Remote
-    from nas.settings import settings
 
     used = settings()
     key = None if used.api_key is None else used.api_key.get_secret_value()

@@ -11,6 +11,7 @@ import typer
 from rich.filesize import decimal
 
 from nas.cli.common import Commands, Json, Overwrite, amount, local_store, print_json, show
+from nas.settings import settings
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Upgrade, back up, restore or prune the database."
@@ -39,7 +40,6 @@ def backup(
 
     This does not upgrade the database, so you can make a backup before you upgrade.
     """
-    from nas.settings import settings
     from nas.store.backup import backup as write
 
     made = write(settings().resolved_database_url, file, overwrite=overwrite)
@@ -51,7 +51,6 @@ def backup(
 @app.command()
 def restore(file: BackupFile, as_json: Json = False) -> None:
     """Copy a backup, or another SQLite database of einsum-nas, into the empty database."""
-    from nas.settings import settings
     from nas.store.backup import restore as read
 
     done = read(file, settings().resolved_database_url)
@@ -96,7 +95,6 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Delete old events, old audit records, and old searches without any result."""
-    from nas.settings import settings
     from nas.store.retention import prune as delete
 
     used = settings()

@@ -17,6 +17,7 @@ from nas.cli.submit import show_outcome
 from nas.cli.terminal import console, study_progress
 from nas.errors import EinsumNasError
 from nas.processes import exit_on_signals, free_port, spawn, stop_child
+from nas.settings import settings
 
 if TYPE_CHECKING:
     from nas.client import Client
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 def demo(port: Port = None) -> None:
     """Serve, run a search over the default text, show the answer, and keep serving."""
     from nas.client import Client
-    from nas.settings import settings
 
     exit_on_signals()
     used_port = free_port(settings().port) if port is None else port

@@ -10,6 +10,7 @@ import typer
 from nas.cli.common import Json, show, whole
 from nas.errors import InvalidInput
 from nas.processes import end_with, exit_on_signals, keep_worker
+from nas.settings import settings
 
 Parent = Annotated[int | None, typer.Option(hidden=True, parser=whole, metavar="PID")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
@@ -27,7 +28,6 @@ def worker(
 ) -> None:
     """Claim searches and run them."""
     from nas.logs import configure
-    from nas.settings import settings
     from workers.loop import main
 
     used = settings()
@@ -56,7 +56,6 @@ def api(host: Host = None, port: Port = None) -> None:
     from api.readiness import refuse_unusable
     from api.server import serve as serve_http
     from nas.logs import configure
-    from nas.settings import settings
 
     used = settings()
     configure(used)
