@@ -91,8 +91,10 @@ class FactorOut(_Out):
     shape: list[int] = []
 
 
-class StructureOut(_Out):
+class StructureOut(_Out, extra="allow"):
     """Exact properties of a structure for one layer; the fields depend on its family.
+
+    Those of families that other packages add are not listed here.
 
     FLOPs are forward FLOPs per token: 1 MAC = 2 FLOPs.
     """

@@ -30,6 +30,8 @@ _SYMBOLS = {
     "five factors": "star",
     "mixture of experts": "square", "convolution": "cross", "dense": "circle",
 }  # fmt: skip
+#: Marker of kinds that other packages add.
+_OTHER = "hexagon"
 #: Height of a row of the legend, pixels, and the entries that leave room for the title.
 _LEGEND_ROW, _SERIES_OF_ONE_KIND = 22, 4
 _SHOWN_CURVES = 200  # more lines cannot be distinguished, and slow down the page
@@ -59,7 +61,7 @@ def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
         tuple(axis_value(p, axis) for p in points),
         tuple(p.loss for p in points),
         tuple(_label(p) for p in points),
-        tuple(_SYMBOLS.get(_kind(p.run.design), "circle") for p in points),
+        tuple(_SYMBOLS.get(_kind(p.run.design), _OTHER) for p in points),
     )
 
 
@@ -81,7 +83,8 @@ def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dic
         shown = [p for p in ends.values() if has_axis(p, axis)]
     fronts = frontier(shown, axis)
     structured = [p for p in shown if not p.run.dense]
-    kinds = sorted({_kind(p.run.design) for p in structured}, key=list(_SYMBOLS).index)
+    present = {_kind(p.run.design) for p in structured}
+    kinds = [*(k for k in _SYMBOLS if k in present), *sorted(present - _SYMBOLS.keys())]
     if kinds in ([], ["two factors"]):
         series = {"structured": _series("structured", structured, axis)}
     else:

@@ -145,6 +145,8 @@ class Family:
     fit: Callable[[Any, int, BlockOf], Design] = _as_it_is
     #: of a design to which no single layer can be built: what can be, in words
     alone: Callable[[Any], str | None] = lambda design: None
+    #: whether a design's exponents alone say what it is
+    exponents_suffice: bool = False
     #: whether `inspect` takes a sizing
     sized: bool = False
     #: whether counting its FLOPs at one width takes milliseconds

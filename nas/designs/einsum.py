@@ -466,5 +466,6 @@ FAMILY = Family(
     with_heads=with_heads,
     has_blocks=lambda theta: not theta.is_dense,
     fit=fit_theta,
+    exponents_suffice=True,
     sized=True,
 )

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from nas.designs.aligned import Aligned
-from nas.designs.design import parse_design
-from nas.designs.mixture import Mixture
+from nas.designs.design import AT_HEADS, family_of, parse_design
 from nas.records.base import DESIGN, THETA, Record
 from nas.records.run import CurvePoint, OfRun
 
@@ -269,9 +267,9 @@ class Answer(Record):
         imports, model, use, run = "param_groups, replace_linears", _MODEL, _REPLACE, _STEP
         if self.keeps_dense:
             imports, use = "param_groups", ""
-        elif isinstance(design, Aligned):
+        elif design.text.endswith(AT_HEADS):
             imports, model, use, run = "layer_of, param_groups", _HEADS, _ALIGNED, "print(model)\n"
-        elif isinstance(design, Mixture) and design.theta is None:
+        elif family_of(design).alone(design):
             imports, model, use = "MixtureFFN, param_groups", _WIDTH, _FEED_FORWARD
         structure = "" if self.keeps_dense else f'structure = "{self.design}"\n'
         tuned = f"lr={self.base_lr:g}, base_width={self.base_width}, width=width"

@@ -9,8 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from nas.designs.design import parse_design
-from nas.designs.theta import Theta
+from nas.designs.design import family_of, parse_design
 from nas.records.base import DESIGN, THETA, Record
 from nas.records.trial import StoredPoint, Trial
 
@@ -76,8 +75,8 @@ class Run(OfRun):
 def structure_key(design: str) -> str:
     """A design's canonical form as text, equal for equal structures at any width."""
     found = parse_design(design).canonical()
-    if isinstance(found, Theta):
-        return ",".join(f"{v:.6g}" for v in found.values)
+    if family_of(found).exponents_suffice:
+        return ",".join(f"{v:.6g}" for v in found.exponents)
     return found.text
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Row, select
 from sqlalchemy.orm import Session
 
-from nas.designs.design import Design
+from nas.designs.design import Design, family_of
 from nas.designs.theta import Theta
 from nas.planning.cost import RunPlan
 from nas.planning.request import SearchRequest
@@ -106,8 +106,8 @@ def to_curve_points(found: Iterable[Row[Any]]) -> Iterator[CurvePoint]:
 
 
 def stored_design(design: Design) -> str | None:
-    """The text of a design to store; None for two factors, which the stored exponents determine."""
-    return None if isinstance(design, Theta) else design.text
+    """The text of a design to store; None where the stored exponents say what it is."""
+    return None if family_of(design).exponents_suffice else design.text
 
 
 def model_digest(task: str, plan: RunPlan) -> str:

@@ -1,4 +1,4 @@
-"""The layer of `tests.support.block_diagonal`."""
+"""The layer of the family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nas.layers.base import StructuredLinear
-from tests.support.block_diagonal import BlockDiagonalStructure
+
+from . import BlockDiagonalStructure
 
 
 class BlockDiagonalLinear(StructuredLinear):

@@ -1,4 +1,4 @@
-"""A family of designs that the product does not have; `tests/support/plugin` makes it known.
+"""A family of designs that the product does not have; the entry point beside it makes it known.
 
 W is B blocks along the diagonal, of ⌈d_out/B⌉ × ⌈d_in/B⌉, with B = min(d_in, d_out)^blocks.
 """
@@ -95,7 +95,7 @@ def inspect(design: BlockDiagonal, d_in: int, d_out: int) -> dict[str, object]:
 FAMILY = Family(
     design=BlockDiagonal,
     structure=BlockDiagonalStructure.of,
-    layer="tests.support.block_diagonal.layer:BlockDiagonalLinear",
+    layer="block_diagonal.layer:BlockDiagonalLinear",
     structures=BlockDiagonalStructure,
     forms=_FORM,
     reads=lambda text: text.partition(":")[0] == "block-diagonal",
