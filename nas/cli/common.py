@@ -27,13 +27,13 @@ Server = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
 T = TypeVar("T")
 
 
-def _parser(kind: type[float], accepted: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+def _parser(kind: Callable[[str], T], accepted: str) -> Callable[[str], T]:
+    """A parser of options by `kind`, which raises `ValueError` for what is not `accepted`."""
+
+    def parse(text: str) -> T:
         try:
             return kind(text)
         except ValueError:
