@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 
 from api import auth, problems
@@ -13,21 +14,10 @@ from api.caching.cache import AnswerCache
 from api.caching.following import Follower
 from api.dashboard import pages, signin
 from api.declared import read_declarations
+from api.limits.rates import Rates
 from api.middleware import access, bodies, headers, hosts
 from api.readiness import Readiness, SchemaGate
-from api.routes import (
-    admin,
-    best,
-    events,
-    exports,
-    frontier,
-    health,
-    metrics,
-    searches,
-    structures,
-    tasks,
-    trials,
-)
+from api.routes import admin, answers, catalogue, events, exports, health, metrics, searches, trials
 from nas.errors import InvalidInput
 from nas.settings import Settings, is_loopback, settings
 from nas.store import Standings, Store
@@ -91,20 +81,25 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         openapi_url=None,  # it has a route that says who may read it
         docs_url=None,  # that page loads scripts from another site; use /openapi.json
         redoc_url=None,
+        exception_handlers=problems.HANDLERS,
     )
-    problems.install(app)
     app.state.access_control = access_control
+    # from here on: each middleware is outside of those before it
     app.add_middleware(bodies.BodyLimit)
-    auth.install(app, used, access_control=access_control)
+    app.state.rates = rates = Rates(used)
+    app.add_middleware(auth.Access, settings=used, rates=rates, access_control=access_control)
     app.add_middleware(SchemaGate)
     hosts.install(app, used, address)
     metrics.install(app)
-    access.install(app)
+    app.add_middleware(access.AccessLog)
+    app.add_middleware(
+        CorrelationIdMiddleware, header_name="X-Request-ID", validator=access.usable_id
+    )
     headers.install(app)
     for router in (
         health.router, metrics.router, searches.changing, searches.router, trials.router,
-        frontier.router, best.router, structures.router, tasks.router, events.router,
-        exports.router, admin.router, pages.router, signin.router,
+        answers.router, catalogue.router, events.router, exports.router, admin.router,
+        pages.router, signin.router,
     ):  # fmt: skip
         app.include_router(router)
     app.mount("/static", pages.Files(), name="static")

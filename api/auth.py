@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.caching.coalescing import Coalescer
 from api.declared import OWNER, Caller, declared_of
 from api.limits.rates import Rates, network_of
-from api.middleware.audit import AuditTrail, RequestRecord
+from api.middleware.audit import AuditTrail
 from api.middleware.prefix import path_of, root_of
 from api.problems import problem, responses, unavailable
 from nas.errors import InvalidInput, StoreUnavailable
@@ -63,26 +64,18 @@ def refuse_keyless(settings: Settings, address: str) -> None:
     """
     if is_loopback(address):
         return
-    store = Store(settings.resolved_database_url)
     try:
-        if Keys(store).any_usable():
-            return
+        with closing(Store(settings.resolved_database_url)) as store:
+            if Keys(store).any_usable():
+                return
     except StoreUnavailable as error:
         _log.warning("cannot check yet whether a key exists: %s", error)
         return
-    finally:
-        store.close()
     raise InvalidInput(
         "host", address,
         "a loopback address (127.0.0.1, ::1, localhost) as long as there is no API key; for "
         "another address create a key first: einsum-nas keys create --name NAME",
     )  # fmt: skip
-
-
-def install(app: FastAPI, settings: Settings, *, access_control: bool) -> None:
-    """Require a key for every request; without access control, serve this machine only."""
-    app.state.rates = rates = Rates(settings)
-    app.add_middleware(Access, settings=settings, rates=rates, access_control=access_control)
 
 
 def document(app: FastAPI, *, access_control: bool) -> None:
@@ -97,19 +90,17 @@ def document(app: FastAPI, *, access_control: bool) -> None:
             for route, declared in app.state.declarations:
                 for method, operation in found["paths"].get(route.path, {}).items():
                     if method.upper() in route.methods:
-                        _document(operation, declared.scopes, access_control)
+                        _document(operation, declared.scopes if access_control else None)
+                        if not access_control:
+                            operation.pop("security", None)
         return described()
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(
-    operation: dict[str, Any], needed: tuple[str, ...] | None, access_control: bool
-) -> None:
+def _document(operation: dict[str, Any], needed: tuple[str, ...] | None) -> None:
     refusals = [403, 429]
-    if not access_control:
-        operation.pop("security", None)
-    elif needed is not None:
+    if needed is not None:
         refusals.insert(0, 401)
         described = operation.get("description", "")
         why = f"Needs a key with scope `{', '.join(needed)}`."
@@ -119,7 +110,10 @@ def _document(
 
 
 class Access:
-    """Middleware that checks rates, keys and origins, and writes the audit log."""
+    """Middleware that checks rates, keys and origins, and writes the audit log.
+
+    Without access control, it serves this machine only, and requires no key.
+    """
 
     def __init__(
         self, app: ASGIApp, *, settings: Settings, rates: Rates, access_control: bool
@@ -193,9 +187,7 @@ class Access:
 
     def _is_foreign(self, context: RequestContext) -> bool:
         """Whether a page of another site sent it; programs send neither an Origin nor a cookie."""
-        if context.origin is None:
-            return context.by_cookie
-        if context.origin in self._origins:
+        if context.origin is None or context.origin in self._origins:
             return context.by_cookie
         return context.origin.partition("://")[2] != context.host
 
@@ -209,7 +201,10 @@ class Access:
             if found.key is not None and found.refusal is None:
                 key = found.key
                 context.caller = Caller(key.tenant, key.parent or key.id, key.name, key.scopes)
-                self._watch(scope, context.digest)
+                # long responses ask again, from time to time, whether their key is still valid
+                scope.setdefault("state", {})["still_welcome"] = partial(
+                    self._is_welcome, scope, context.digest
+                )
             elif needs_key:
                 context.key_id = None if found.key is None else found.key.id
                 return await self._refused(context, scope, 401, f"this key is {found.refusal}")
@@ -249,13 +244,8 @@ class Access:
         self._noting.add(task)
         task.add_done_callback(self._noting.discard)
 
-    def _watch(self, scope: Scope, digest: str) -> None:
-        """Give a long response a function that tells whether its key is still valid."""
-
-        async def still_welcome() -> bool:
-            return (await self._find(scope, digest)).refusal is None
-
-        scope.setdefault("state", {})["still_welcome"] = still_welcome
+    async def _is_welcome(self, scope: Scope, digest: str) -> bool:
+        return (await self._find(scope, digest)).refusal is None
 
     async def _refused(
         self, context: RequestContext, scope: Scope, status: int, why: str,
@@ -276,12 +266,10 @@ class Access:
         if self._trail is None:
             self._trail = AuditTrail(scope["app"].state.store, self._rates)
         caller = context.caller
+        tenant, key_id = (caller.tenant, caller.key_id) if caller else (None, context.key_id)
         await self._trail.note(
-            RequestRecord(
-                context.method, context.path, status, why, context.address, context.counted_as,
-                None if caller is None else caller.tenant,
-                context.key_id if caller is None else caller.key_id,
-            )
+            context.method, status, why, who=context.counted_as,
+            target=context.path, address=context.address, tenant=tenant, key_id=key_id,
         )  # fmt: skip
 
     async def _traced(
@@ -320,7 +308,8 @@ class RequestContext:
         self.host, self.origin = headers.get("host", ""), headers.get("origin")
         self.tenant = headers.get("x-tenant")
         shown = headers.get("authorization")
-        cookie = None if shown is not None else _cookie(headers.get("cookie"))
+        cookies = cookie_parser(headers.get("cookie", ""))
+        cookie = cookies.get(COOKIE) if shown is None else None
         secret = cookie if shown is None else _bearer(shown)
         self.by_cookie = cookie is not None
         #: whether anything was sent as a key, valid or not
@@ -343,7 +332,3 @@ class RequestContext:
 def _bearer(value: str) -> str | None:
     scheme, _, secret = value.partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else None
-
-
-def _cookie(value: str | None) -> str | None:
-    return None if value is None else cookie_parser(value).get(COOKIE)

@@ -63,27 +63,22 @@ async def require(
             raise NotAllowed(why)
 
 
-async def _anyone() -> None:
-    """A dependency that requires nothing."""
+class _Mark:
+    """A dependency that does nothing; each instance marks routes."""
 
-
-async def _probed() -> None:
-    """A dependency that does nothing, as the next; they only mark a route."""
-
-
-async def _without_store() -> None: ...
+    async def __call__(self) -> None: ...
 
 
 READ, SUBMIT, ADMIN = (Security(require, scopes=[scope]) for scope in ("read", "submit", "admin"))
 #: Any key, whatever its scopes.
 SIGNED_IN = Security(require)
 #: Open to anyone: the route reveals nothing about any tenant.
-PUBLIC = Depends(_anyone)
+PUBLIC = Depends(_Mark())
 #: Whatever supervises the service requests the route every few seconds: it is answered whatever
 #: the state of the database, waits in no queue, and is not in the access log.
-PROBE = Depends(_probed)
+PROBE = Depends(_Mark())
 #: The route is answered whatever the state of the database.
-WITHOUT_STORE = Depends(_without_store)
+WITHOUT_STORE = Depends(_Mark())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +106,7 @@ def _declared(route: RouteContext) -> Declared:
     needed = [
         tuple(one.scopes or ()) if isinstance(one, params.Security) else None
         for one in given
-        if one.dependency in (require, _anyone)
+        if one.dependency is require or one == PUBLIC
     ]
     if len(needed) != 1:
         raise LookupError(f"{route.path} declares {len(needed)} permissions, not one")

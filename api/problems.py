@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -93,7 +93,9 @@ def route_of(scope: Scope) -> str:
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a route for the OpenAPI document."""
     content = {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}
-    later = {"headers": {"Retry-After": _SECONDS}}
+    schema = {"type": "integer", "minimum": 0}
+    seconds = {"description": "seconds until the client may try again", "schema": schema}
+    later = {"headers": {"Retry-After": seconds}}
     return {
         s: {"description": _MEANINGS[s], "content": content} | (later if s in (429, 503) else {})
         for s in statuses
@@ -127,24 +129,18 @@ _MEANINGS = {
     429: "Too many requests, or a quota is used up",
     503: "The database is unavailable; try again later",
 }
-_SECONDS = {
-    "description": "seconds until the client may try again",
-    "schema": {"type": "integer", "minimum": 0},
-}
 #: Statuses of every route that reads a body.
 OF_BODIES = (413, 415, 422)
 
 
-def _invalid(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, InvalidInput)
+def _invalid(_request: Request, error: InvalidInput) -> JSONResponse:
     return problem(
         422, "invalid-input", "Invalid input", str(error),
         field=echo(error.field), value=error.value, accepted=error.accepted,
     )  # fmt: skip
 
 
-def _invalid_parameter(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _invalid_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     # a location is (where, name, …); the rest names the types that were tried
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
@@ -161,8 +157,7 @@ def _in_words(request: Request, field: str) -> str | None:
     return in_words(schemas[field.lower()]) if field.lower() in schemas else None
 
 
-def _quota(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, QuotaExceeded)
+def _quota(_request: Request, error: QuotaExceeded) -> JSONResponse:
     return problem(
         429, "quota-exceeded", "Quota exceeded", str(error), quota=error.quota, tenant=error.tenant
     )
@@ -177,8 +172,7 @@ def _idempotency(_request: Request, error: Exception) -> JSONResponse:
     return problem(422, "idempotency-conflict", "Idempotency-Key used before", echo(str(error)))
 
 
-def unavailable(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, StoreUnavailable)
+def unavailable(request: Request, error: StoreUnavailable) -> JSONResponse:
     request.app.state.readiness.doubt()
     what = f"{echo(request.method)} {route_of(request.scope)} refused with 503"
     if not isinstance(error, DatabaseTrouble):
@@ -190,8 +184,7 @@ def unavailable(request: Request, error: Exception) -> JSONResponse:
     return problem(503, "unavailable", "Service unavailable", detail, reason=error.kind)
 
 
-def _http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+def _http(request: Request, error: HTTPException) -> JSONResponse:
     title = HTTPStatus(error.status_code).phrase
     response = problem(error.status_code, "http", title, str(error.detail))
     response.headers.update(error.headers or {})
@@ -210,11 +203,6 @@ def _methods(request: Request) -> list[str]:
     return [method.upper() for method in paths.get(found, ())]
 
 
-def _gone(_request: Request, _error: Exception) -> Response:
-    """A response that nobody reads: the connection ended before the request was complete."""
-    return Response(status_code=400)
-
-
 def unexpected(request: Request, error: Exception) -> JSONResponse:
     """500 for an unexpected error, which is logged in full."""
     _log.error("%s %s failed", echo(request.method), route_of(request.scope), exc_info=error)
@@ -222,16 +210,18 @@ def unexpected(request: Request, error: Exception) -> JSONResponse:
     return problem(500, "internal", "Internal error", detail)
 
 
-def install(app: FastAPI) -> None:
-    """Register the handlers; the most specific class of an error wins."""
-    app.add_exception_handler(InvalidInput, _invalid)
-    app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    app.add_exception_handler(NotAllowed, _telling(403, "not-allowed", "Not allowed"))
-    app.add_exception_handler(NotFound, _telling(404, "not-found", "Not found"))
-    app.add_exception_handler(IdempotencyConflict, _idempotency)
-    app.add_exception_handler(Conflict, _telling(409, "conflict", "Conflict"))
-    app.add_exception_handler(QuotaExceeded, _quota)
-    app.add_exception_handler(StoreUnavailable, unavailable)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, unexpected)
+#: Of an application's errors; the most specific class wins.
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
+    InvalidInput: _invalid,
+    RequestValidationError: _invalid_parameter,
+    NotAllowed: _telling(403, "not-allowed", "Not allowed"),
+    NotFound: _telling(404, "not-found", "Not found"),
+    IdempotencyConflict: _idempotency,
+    Conflict: _telling(409, "conflict", "Conflict"),
+    QuotaExceeded: _quota,
+    StoreUnavailable: unavailable,
+    HTTPException: _http,
+    # nobody reads it: the connection ended before the request was complete
+    ClientDisconnect: lambda _request, _error: Response(status_code=400),
+    Exception: unexpected,
+}

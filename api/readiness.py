@@ -8,12 +8,12 @@ the background.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import socket
 import time
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -87,6 +87,7 @@ class Report:
 
 
 def _failing(error: StoreUnavailable) -> Part:
+    _log.debug("%s", error)
     if isinstance(error, DatabaseTrouble):
         return Part("failing", error.finding, error.advice)
     return Part("failing", "it does not answer", "see the log of this service")
@@ -104,9 +105,9 @@ def refuse_unusable(settings: Settings) -> None:
     EinsumNasError
         The file is not a database, or the schema is newer than this program.
     """
-    store = Store(settings.resolved_database_url)
     try:
-        schema = read_database(store).schema
+        with closing(Store(settings.resolved_database_url)) as store:
+            schema = read_database(store).schema
     except DatabaseTrouble as error:
         if error.kind == "damaged":
             raise EinsumNasError(f"{error}: {error.advice}") from error
@@ -118,8 +119,6 @@ def refuse_unusable(settings: Settings) -> None:
                 f"the database is at schema revision {schema.found}, this program at "
                 f"{schema.needed}: {schema.advice}"
             )
-    finally:
-        store.close()
 
 
 class Readiness:
@@ -162,19 +161,17 @@ class Readiness:
             raise
         tried = asyncio.Event()
         self._background = [asyncio.create_task(self._open(tried))]
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             await asyncio.wait_for(tried.wait(), _START_SECONDS)
         self._background.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
         """Stop checking, and remove this service from the table of processes."""
-        for task in self._background:
+        tasks = [*self._background, *([self._looking] if self._looking else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
-        with contextlib.suppress(StoreUnavailable, TimeoutError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(StoreUnavailable, TimeoutError):
             async with asyncio.timeout(_RETRY_SECONDS):
                 await self._thread(self._processes.gone, self._name)
 
@@ -200,15 +197,8 @@ class Readiness:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 return await asyncio.shield(self._looking)
         except TimeoutError:
-            return self._noted(
-                Report(
-                    Part(
-                        "failing",
-                        f"it has not answered for {PATIENCE_SECONDS:.0f} s",
-                        "check its load and the network",
-                    )
-                )
-            )
+            finding = f"it has not answered for {PATIENCE_SECONDS:.0f} s"
+            return self._noted(Report(Part("failing", finding, "check its load and the network")))
 
     async def _look(self) -> Report:
         doubts = self._doubts
@@ -238,7 +228,10 @@ class Readiness:
         try:
             upgrade(self._settings.resolved_database_url)
         except Exception as error:
-            self.opened = self._current()  # a full or read-only database can still be read
+            current = False
+            with suppress(StoreUnavailable):  # a full or read-only database can still be read
+                current = read_database(self._store).schema.verdict == "current"
+            self.opened = current
             if isinstance(error, StoreUnavailable):
                 advice = f": {error.advice}" if isinstance(error, DatabaseTrouble) else ""
                 _log.error("the schema cannot be upgraded yet: %s%s", error, advice)
@@ -247,12 +240,6 @@ class Readiness:
             return False
         self.opened = True
         return True
-
-    def _current(self) -> bool:
-        try:
-            return read_database(self._store).schema.verdict == "current"
-        except StoreUnavailable:
-            return False
 
     async def _watch(self) -> None:
         """Check regularly, which also records that this service is alive, and log failures."""
@@ -264,9 +251,7 @@ class Readiness:
         try:
             facts = read_database(self._store)
         except StoreUnavailable as error:
-            _log.debug("%s", error)
             return Report(_failing(error))
-        database = Part("ok")
         schema, writable, workers = Part("ok"), Part("ok"), None
         state = facts.schema
         if not self.opened and state.verdict in ("missing", "older"):
@@ -274,19 +259,17 @@ class Readiness:
         elif state.verdict != "current":
             finding = f"revision {state.found}, and this program needs {state.needed}"
             schema = Part("failing", finding, state.advice)
-        if schema.status == "ok":
+        if schema.status != "ok":
+            writable = Part("unknown", "not checked: the schema is not the needed one")
+        else:
             try:
                 self._write()
             except StoreUnavailable as error:
-                _log.debug("%s", error)
                 writable = _failing(error)
-            with contextlib.suppress(StoreUnavailable):
+            with suppress(StoreUnavailable):
                 workers = len(self._processes.alive(LIVE_SECONDS, kind="worker"))
-        else:
-            writable = Part("unknown", "not checked: the schema is not the needed one")
-        return Report(
-            database, schema, writable, workers, facts.round_trip_seconds, state.found
-        )  # fmt: skip
+        seconds = facts.round_trip_seconds
+        return Report(Part("ok"), schema, writable, workers, seconds, state.found)
 
     def _write(self) -> None:
         doubted, self._doubted = self._doubted, False
@@ -322,14 +305,14 @@ class SchemaGate:
         if scope["type"] == "http" and declared_of(scope).needs_store:
             readiness: Readiness = scope["app"].state.readiness
             if not readiness.opened:
-                report = await readiness.report()
-                await not_ready(report, report.failing or "schema")(scope, receive, send)
+                await not_ready(await readiness.report())(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def not_ready(report: Report, name: PartName) -> JSONResponse:
-    """The response that names a failing check and the results of all."""
+def not_ready(report: Report) -> JSONResponse:
+    """The response that names the failing check, or else the schema, and the results of all."""
+    name = report.failing or "schema"
     part = report.parts[name]
     detail = f"{name}: {part.finding or 'it is being prepared'}"
     return problem(

@@ -87,7 +87,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._request_bytes += len(data)
         super().data_received(data)
         if self._phase in ("request", "head") and self._request_bytes > self.limits.head_bytes:
-            self._refuse(self._head_too_large())
+            self._refuse(Refused(*self._head_too_large()))
         elif self._request_bytes > self.limits.request_bytes:
             self._refuse(Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request is too large"))
 
@@ -96,24 +96,21 @@ class GuardedProtocol(HttpToolsProtocol):
         self._request_bytes = self._header_bytes = 0
         self._expect("head")
         if len(self.pipeline) >= self.limits.waiting:
-            raise self._stop(
-                Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many requests wait for a response")
-            )
+            raise self._stop(HTTPStatus.TOO_MANY_REQUESTS, "too many requests wait for a response")
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
-        if len(self.url) > self.limits.target_bytes:
-            most = self.limits.target_bytes
-            raise self._stop(
-                Refused(HTTPStatus.REQUEST_URI_TOO_LONG, f"the target is longer than {most} bytes")
-            )
+        most = self.limits.target_bytes
+        if len(self.url) > most:
+            why = f"the target is longer than {most} bytes"
+            raise self._stop(HTTPStatus.REQUEST_URI_TOO_LONG, why)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
         limits = self.limits
         if len(self.headers) > limits.headers or self._header_bytes > limits.head_bytes:
-            raise self._stop(self._head_too_large())
+            raise self._stop(*self._head_too_large())
 
     def on_headers_complete(self) -> None:
         self._expect("body")
@@ -139,8 +136,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer with the reason for which the parser was stopped."""
-        refusal = self._refusal
-        self._refuse(refusal or Refused(HTTPStatus.BAD_REQUEST, "not a valid HTTP/1.1 request"))
+        invalid = Refused(HTTPStatus.BAD_REQUEST, "not a valid HTTP/1.1 request")
+        self._refuse(self._refusal or invalid)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Log nothing: a request to change the protocol is answered in HTTP/1.1."""
@@ -148,18 +145,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def _expect(self, phase: Literal["request", "head", "body"]) -> None:
         self._phase, self._since = phase, self.loop.time()
 
-    def _stop(self, refusal: Refused) -> Refused:
+    def _stop(self, status: HTTPStatus, why: str) -> Refused:
         """The error that stops the parser."""
-        self._refusal = refusal
-        return refusal
+        self._refusal = Refused(status, why)
+        return self._refusal
 
-    def _head_too_large(self) -> Refused:
-        limits = self.limits
-        return Refused(
-            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-            f"the head of a request may have at most {limits.headers} headers and "
-            f"{limits.head_bytes} bytes",
-        )
+    def _head_too_large(self) -> tuple[HTTPStatus, str]:
+        most = f"{self.limits.headers} headers and {self.limits.head_bytes} bytes"
+        why = f"the head of a request may have at most {most}"
+        return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why
 
     @property
     def _unanswered(self) -> deque[RequestResponseCycle]:

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from nas.errors import EinsumNasError, StoreUnavailable, counted
-from nas.planning.cost import RunPlan, plan_of_steps, references
 from nas.planning.recipe import Recipe
 from nas.planning.request import Confirm, SearchRequest
+from nas.planning.runs import RunPlan, plan_of_steps, references
 from nas.search import PastTrial, propose
 from nas.store import (
     Lease,

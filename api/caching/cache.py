@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cachetools import LRUCache
 from fastapi.concurrency import run_in_threadpool
@@ -19,28 +19,19 @@ from pydantic import BaseModel
 from api.caching.coalescing import Coalescer
 from nas.store import Standings
 
-_CAPACITY = 2048
 
-
-@dataclass(frozen=True, slots=True)
-class CachedAnswer:
+class CachedAnswer(NamedTuple):
     """An answer as JSON, plain and compressed."""
 
     body: bytes
     gzipped: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    revision: int
-    answer: CachedAnswer
-
-
 class AnswerCache:
     """Least-recently-used cache of answers, by question; belongs to one event loop."""
 
-    def __init__(self, standings: Standings, capacity: int = _CAPACITY) -> None:
-        self._entries: LRUCache[Hashable, _Entry] = LRUCache(capacity)
+    def __init__(self, standings: Standings, capacity: int = 2048) -> None:
+        self._entries: LRUCache[Hashable, tuple[int, CachedAnswer]] = LRUCache(capacity)
         self._making: dict[Hashable, asyncio.Lock] = {}
         self._revisions = Coalescer(standings.revisions)
 
@@ -59,25 +50,23 @@ class AnswerCache:
         revision = await self._revisions.get(scope)
         if revision is None:  # no run is complete: `make` raises, and errors are not cached
             return await run_in_threadpool(_encoded, make)
-        found = self._find(question, revision)
-        if found is not None:
+        if (found := self._find(question, revision)) is not None:
             return found
         lock = self._making.setdefault(question, asyncio.Lock())
         try:
             async with lock:
-                found = self._find(question, revision)
-                if found is None:
+                if (found := self._find(question, revision)) is None:
                     # `revision` was read before the runs, so it may be too low, never too high:
                     # an answer with later runs is then computed once more, but is not wrong
                     found = await run_in_threadpool(_encoded, make)
-                    self._entries[question] = _Entry(revision, found)
+                    self._entries[question] = revision, found
                 return found
         finally:
             self._making.pop(question, None)
 
     def _find(self, question: Hashable, revision: int) -> CachedAnswer | None:
-        entry = self._entries.get(question)
-        return None if entry is None or entry.revision < revision else entry.answer
+        of, found = self._entries.get(question, (-1, None))
+        return found if of >= revision else None
 
 
 def _encoded(make: Callable[[], BaseModel]) -> CachedAnswer:

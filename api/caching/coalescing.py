@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 
 Value = TypeVar("Value")
-
-
-@dataclass(slots=True)
-class _Batch(Generic[Value]):
-    """The names that one read asks for, and what it finds."""
-
-    names: set[str] = field(default_factory=set)
-    found: asyncio.Future[Mapping[str, Value]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
 
 
 class Coalescer(Generic[Value]):
@@ -36,25 +25,26 @@ class Coalescer(Generic[Value]):
 
     def __init__(self, read: Callable[[Set[str]], Mapping[str, Value]]) -> None:
         self._read = read
-        self._next: _Batch[Value] | None = None
+        #: the names that the next read asks for, and what it will find
+        self._next: tuple[set[str], asyncio.Future[Mapping[str, Value]]] | None = None
         self._reading: asyncio.Task[None] | None = None
 
     async def get(self, name: str) -> Value | None:
         """The current value of a name, None if it has none; raises what `read` raises."""
         if self._next is None:
-            self._next = _Batch()
-        batch = self._next
-        batch.names.add(name)
+            self._next = set(), asyncio.get_running_loop().create_future()
+        names, found = self._next
+        names.add(name)
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_batches())
         # shielded: the cancellation of one request must not cancel the read that others wait for
-        return (await asyncio.shield(batch.found)).get(name)
+        return (await asyncio.shield(found)).get(name)
 
     async def _read_batches(self) -> None:
         while self._next is not None:
-            batch, self._next = self._next, None
+            (names, found), self._next = self._next, None
             try:
-                batch.found.set_result(await run_in_threadpool(self._read, batch.names))
+                found.set_result(await run_in_threadpool(self._read, names))
             except Exception as error:
-                batch.found.set_exception(error)
-                batch.found.exception()  # mark as seen: every waiter may have been cancelled
+                found.set_exception(error)
+                found.exception()  # mark as seen: every waiter may have been cancelled

@@ -14,11 +14,10 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import attrgetter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from sse_starlette import ServerSentEvent
@@ -45,8 +44,7 @@ class TooManyStreams(EinsumNasError):
     """The service, or the tenant, has as many event streams open as it may have."""
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedEvent:
+class EncodedEvent(NamedTuple):
     """An event in the form in which a stream sends it."""
 
     id: int
@@ -73,19 +71,10 @@ class FollowedSearch:
         #: no more events will come: the search is deleted, or polling has failed
         self.gone = False
         #: every event after `_floor`, up to the head, in order
-        self._cached: list[EncodedEvent] = []
+        self.cached: list[EncodedEvent] = []
         self._floor = 0
-        self._news = asyncio.Event()
-
-    @property
-    def cached(self) -> int:
-        """Number of cached events."""
-        return len(self._cached)
-
-    @property
-    def news(self) -> asyncio.Event:
-        """Set once there are more events than there are now."""
-        return self._news
+        #: set once there are more events than there are now
+        self.news = asyncio.Event()
 
     def covers(self, after: int) -> bool:
         """Whether all events after the id `after` are cached."""
@@ -93,8 +82,8 @@ class FollowedSearch:
 
     def page(self, after: int) -> list[EncodedEvent]:
         """Cached events after the id `after`, oldest first."""
-        start = bisect_right(self._cached, after, key=attrgetter("id"))
-        return self._cached[start : start + _PAGE]
+        start = bisect_right(self.cached, after, key=attrgetter("id"))
+        return self.cached[start : start + _PAGE]
 
     def is_over(self, after: int, *, began: int, came: int) -> bool:
         """Whether the search has ended and a stream has sent all its events.
@@ -113,30 +102,29 @@ class FollowedSearch:
             return False
         return after == self.head.last or (after > self.head.last and self.poll > came)
 
-    def span(self, head: Head) -> tuple[int, int] | None:
-        """Ids (after, up to) of the events to read for a new head; None if there are none."""
-        if self.head is None or head.last <= self.head.last:
-            return None
-        return self.head.last, head.last
-
     def update(self, head: Head, poll: int, news: list[Event]) -> None:
-        """Take over the head that a poll found, and the events of its span."""
+        """Take over the head that a poll found, and the events up to it since the last one."""
         changed = head != self.head
         if self.head is None or head.last < self.head.last or len(news) > _CACHED:
             # not continuous with the cache: streams read from the store until they have caught up
-            self._cached, self._floor = [], head.last
+            self.cached, self._floor = [], head.last
         else:
-            self._cached += map(encoded, news)
-            if len(self._cached) > _CACHED:
-                self._floor = self._cached[-_CACHED - 1].id
-                del self._cached[:-_CACHED]
+            self.cached += map(encoded, news)
+            if len(self.cached) > _CACHED:
+                self._floor = self.cached[-_CACHED - 1].id
+                del self.cached[:-_CACHED]
         self.head, self.poll = head, poll
         if changed or head.ended:
             self.wake()
 
+    def end(self) -> None:
+        """End every stream of it."""
+        self.gone = True
+        self.wake()
+
     def wake(self) -> None:
         """Make every stream that waits ask again."""
-        waited, self._news = self._news, asyncio.Event()
+        waited, self.news = self.news, asyncio.Event()
         waited.set()
 
 
@@ -155,8 +143,8 @@ class Follower:
         self.store, self.streams = store, streams
         #: number of polls begun
         self.polls = 0
-        self._open = 0
-        self._open_of: Counter[str] = Counter()
+        #: tenant → number of its open streams
+        self._open_of: Counter[str | None] = Counter()
         self._followed: dict[str, FollowedSearch] = {}
         self._polling: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -167,12 +155,12 @@ class Follower:
     @property
     def open(self) -> int:
         """Number of open streams."""
-        return self._open
+        return self._open_of.total()
 
     @property
     def cached(self) -> int:
         """Number of cached events of all searches."""
-        return sum(followed.cached for followed in self._followed.values())
+        return sum(len(followed.cached) for followed in self._followed.values())
 
     @property
     def is_polling(self) -> bool:
@@ -193,7 +181,7 @@ class Follower:
         TooManyStreams
             No more streams may be opened.
         """
-        if self._open >= self.streams:
+        if self.open >= self.streams:
             raise TooManyStreams(f"{self.streams} event streams are open, the most allowed")
         most = max(1, self.streams // 2)
         if tenant is not None and self._open_of[tenant] >= most:
@@ -205,18 +193,14 @@ class Follower:
             followed = self._followed[search_id] = FollowedSearch(search_id)
         if followed.head is None or followed.head.ended:
             self._hurry.set()
-        self._open += 1
-        if tenant is not None:
-            self._open_of[tenant] += 1
+        self._open_of[tenant] += 1
         followed.streams += 1
         if not self.is_polling:
             self._polling = asyncio.create_task(self._keep_polling())
         try:
             yield followed
         finally:
-            self._open -= 1
-            if tenant is not None:
-                self._open_of -= Counter([tenant])
+            self._open_of -= Counter([tenant])
             followed.streams -= 1
             if not followed.streams and self._followed.get(search_id) is followed:
                 del self._followed[search_id]
@@ -270,11 +254,9 @@ class Follower:
                     await asyncio.sleep(AWAY_SECONDS)
                     continue
                 await asyncio.sleep(_HURRY_SECONDS)
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SECONDS - _HURRY_SECONDS):
                         await self._hurry.wait()
-                except TimeoutError:
-                    pass
         except Exception:
             _log.exception("polling for events failed; all event streams end")
             self._end_streams()
@@ -284,23 +266,20 @@ class Follower:
         poll = self.polls
         followed = dict(self._followed)
         heads = await self._thread(self._pollers, partial(read_heads, self.store, list(followed)))
+        #: search → ids (after, up to) of the events to read
         spans = {
-            search_id: span
+            search_id: (known.last, head.last)
             for search_id, head in heads.items()
-            if (span := followed[search_id].span(head)) is not None
+            if (known := followed[search_id].head) is not None and head.last > known.last
         }
-        news: dict[str, list[Event]] = {}
-        if spans:
-            read = partial(read_news, self.store, spans, limit=_CACHED + 1)
-            news = await self._thread(self._pollers, read)
+        read = partial(read_news, self.store, spans, limit=_CACHED + 1)
+        news = await self._thread(self._pollers, read) if spans else {}
         for search_id, one in followed.items():
             if search_id in heads:
                 one.update(heads[search_id], poll, news.get(search_id, []))
             else:
-                one.gone = True
-                one.wake()
+                one.end()
 
     def _end_streams(self) -> None:
         for followed in self._followed.values():
-            followed.gone = True
-            followed.wake()
+            followed.end()

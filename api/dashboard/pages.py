@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from functools import lru_cache
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,7 @@ def plotly_script() -> Response:
 
 
 def _plotly() -> Path:
-    spec = importlib.util.find_spec("plotly")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "package_data" / "plotly.min.js"
+    return Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js")))
 
 
 @lru_cache(maxsize=1)

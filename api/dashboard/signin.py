@@ -15,8 +15,7 @@ from api.declared import PUBLIC, SIGNED_IN, Caller
 from api.limits.rates import Rates
 from api.middleware.prefix import root_of
 from nas.settings import Settings
-from nas.store import Store
-from nas.store.keys import Key, Keys, digest_of
+from nas.store.keys import Keys, digest_of
 
 router = APIRouter(include_in_schema=False)
 #: Bytes of the form.
@@ -64,8 +63,7 @@ async def login(request: Request) -> Response:
     target = fields.get("next", ["/"])[0]
     digest = digest_of(fields.get("key", [""])[0].strip())
     settings: Settings = request.app.state.settings
-    store: Store = request.app.state.store
-    keys = Keys(store)
+    keys = Keys(request.app.state.store)
     found = None
     if digest is not None:
         found = (await run_in_threadpool(keys.find, [digest]))[digest]
@@ -80,7 +78,11 @@ async def login(request: Request) -> Response:
     seconds = _SECONDS_PER_HOUR * settings.session_hours
     session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
     response = RedirectResponse(inside(target, root_of(request.scope)), 303)
-    _set(request, response, session, secret)
+    response.set_cookie(
+        COOKIE, secret, path=_cookie_path(request), httponly=True, samesite="strict",
+        secure=request.url.scheme == "https",
+        max_age=round((session.expires_at or session.created_at) - session.created_at),
+    )  # fmt: skip
     request.state.signed_in = True  # the audit log has a record of that already
     return response
 
@@ -94,14 +96,6 @@ async def _form(request: Request) -> bytes:
     return body
 
 
-def _set(request: Request, response: Response, session: Key, secret: str) -> None:
-    response.set_cookie(
-        COOKIE, secret, path=_cookie_path(request), httponly=True, samesite="strict",
-        secure=request.url.scheme == "https",
-        max_age=round((session.expires_at or session.created_at) - session.created_at),
-    )  # fmt: skip
-
-
 def _cookie_path(request: Request) -> str:
     """Where browsers send the session's cookie: not to what else the host of a proxy serves."""
     return root_of(request.scope) or "/"
@@ -110,9 +104,9 @@ def _cookie_path(request: Request) -> str:
 @router.post("/logout", dependencies=[SIGNED_IN])
 async def logout(request: Request) -> Response:
     """Revoke the session and delete its cookie."""
-    caller: Caller | None = getattr(request.state, "caller", None)
+    caller: Caller = request.state.caller
     digest = digest_of(request.cookies.get(COOKIE, ""))
-    if caller is not None and caller.key_id is not None and digest is not None:
+    if caller.key_id is not None and digest is not None:
         keys = Keys(request.app.state.store)
         found = (await run_in_threadpool(keys.find, [digest]))[digest]
         if found.key is not None and found.key.parent is not None:

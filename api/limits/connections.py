@@ -85,7 +85,8 @@ class Gate:
     def __init__(self, limits: Limits, trusted: Callable[[str], bool]) -> None:
         self.limits, self._trusted = limits, trusted
         self._open = 0
-        self._open_of: Counter[str] = Counter()
+        #: by network; None for all proxies
+        self._open_of: Counter[str | None] = Counter()
         self._untold: Counter[str] = Counter()
         self._told_at = -_TELL_SECONDS
 
@@ -99,28 +100,23 @@ class Gate:
         """
         limits = self.limits
         if self._open >= limits.connections:
-            raise Refused(
-                HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are open; try again later"
-            )
+            why = "too many connections are open; try again later"
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, why)
         network = None if self._trusted(address) else network_of(address)
-        if network is not None:
-            if self._open_of[network] >= limits.connections_of_one:
-                raise Refused(
-                    HTTPStatus.TOO_MANY_REQUESTS,
-                    f"this address has {limits.connections_of_one} connections open, the most "
-                    "allowed",
-                )
-            self._open_of[network] += 1
+        most = limits.connections_of_one
+        if network is not None and self._open_of[network] >= most:
+            why = f"this address has {most} connections open, the most allowed"
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, why)
         self._open += 1
+        self._open_of[network] += 1
         return network
 
     def leave(self, network: str | None) -> None:
         """Take back what `enter` counted."""
         self._open -= 1
-        if network is not None:
-            self._open_of[network] -= 1
-            if not self._open_of[network]:
-                del self._open_of[network]
+        self._open_of[network] -= 1
+        if not self._open_of[network]:
+            del self._open_of[network]
 
     def tell(self, what: str) -> None:
         """Count a refused or closed connection; one log record tells of many, to bound the log."""

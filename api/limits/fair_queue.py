@@ -161,10 +161,8 @@ class FairQueue:
             self._queues = {name: one for name, one in self._queues.items() if not one.is_idle}
         queue = self._queues.setdefault(network, AddressQueue())
         if queue.length >= _WAITING:
-            refused = problem(
-                503, "too-many-waiting", "Too many requests wait",
-                f"{queue.length} requests of this address wait; try again later",
-            )  # fmt: skip
+            why = f"{queue.length} requests of this address wait; try again later"
+            refused = problem(503, "too-many-waiting", "Too many requests wait", why)
             await refused(scope, receive, send)
             return
         headers = Headers(scope=scope)

@@ -6,8 +6,8 @@ import logging
 import re
 import time
 
-from asgi_correlation_id import CorrelationIdMiddleware, correlation_id
-from fastapi import FastAPI, Request
+from asgi_correlation_id import correlation_id
+from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.declared import declared_of
@@ -25,14 +25,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 def usable_id(given: str) -> bool:
     """Whether a client's request id is accepted: at most 128 letters, digits and ``. _ : -``."""
     return _REQUEST_ID.fullmatch(given) is not None
-
-
-def install(app: FastAPI) -> None:
-    """Add both middlewares; call this after all others have been added, so that these are outer."""
-    app.add_middleware(AccessLog)
-    app.add_middleware(
-        CorrelationIdMiddleware, header_name="X-Request-ID", validator=usable_id
-    )  # fmt: skip
 
 
 class AccessLog:
@@ -80,6 +72,4 @@ def _write(scope: Scope, status: int | None, milliseconds: float) -> None:
         "status": status, "milliseconds": round(milliseconds, 3),
     }  # fmt: skip
     shown = "gone" if status is None else status
-    _log.log(
-        level, "%s %s %s in %.1f ms", told["method"], route, shown, milliseconds, extra=told
-    )  # fmt: skip
+    _log.log(level, "%s %s %s in %.1f ms", told["method"], route, shown, milliseconds, extra=told)

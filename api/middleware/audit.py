@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 
 from anyio import CapacityLimiter, to_thread
@@ -20,27 +19,6 @@ _log = logging.getLogger(__name__)
 _COUNTED = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """One request and its outcome."""
-
-    method: str
-    path: str
-    status: int
-    reason: str | None
-    address: str
-    #: the key or the address that its rate is counted by
-    who: str
-    tenant: str | None
-    key_id: str | None
-
-    @property
-    def outcome(self) -> str:
-        if self.status < 400:
-            return "done"
-        return "refused" if self.status in (401, 403, 404, 429) else "failed"
-
-
 class AuditTrail:
     """Writes the records of requests to the audit log.
 
@@ -54,28 +32,36 @@ class AuditTrail:
         #: caller → refusals that are counted, but in no record yet
         self._counted: Counter[str] = Counter()
 
-    async def note(self, record: RequestRecord) -> None:
-        """Append a record; to the service's own log where the database cannot be reached."""
-        reason = record.reason
-        if record.outcome != "done":
-            if self._is_too_much(record.who):
-                if record.who in self._counted or len(self._counted) < _COUNTED:
-                    self._counted[record.who] += 1
-                return
-            if counted := self._counted.pop(record.who, 0):
-                more = f"(and {counted} more refused since the last record)"
-                reason = more if reason is None else f"{reason} {more}"
-        values: dict[str, str | int | None] = {
-            "tenant": record.tenant, "key_id": record.key_id, "target": record.path,
-            "status": record.status, "reason": reason, "address": record.address,
-            "request_id": correlation_id.get(),
-        }  # fmt: skip
-        action = f"{record.method} {record.outcome}"
-        add = partial(self._audit.add, action, **values)
+    async def note(
+        self, method: str, status: int, reason: str | None, *, who: str, **about: str | None
+    ) -> None:
+        """Append a record; to the service's own log where the database cannot be reached.
+
+        Parameters
+        ----------
+        who
+            The key or the address that the request's rate is counted by.
+        about
+            `target`, `address`, `tenant` and `key_id` of the record.
+        """
+        outcome = "refused" if status in (401, 403, 404, 429) else "failed"
+        if status < 400:
+            outcome = "done"
+        elif self._is_too_much(who):
+            if who in self._counted or len(self._counted) < _COUNTED:
+                self._counted[who] += 1
+            return
+        elif counted := self._counted.pop(who, 0):
+            more = f"(and {counted} more refused since the last record)"
+            reason = more if reason is None else f"{reason} {more}"
+        values = {**about, "status": status, "reason": reason, "request_id": correlation_id.get()}
+        add = partial(self._audit.add, f"{method} {outcome}", **values)
         try:
             await to_thread.run_sync(add, limiter=self._limiter)
         except StoreUnavailable as error:
-            _log.error("the audit log cannot be written (%s): %s %s", error, action, values)
+            _log.error(
+                "the audit log cannot be written (%s): %s %s %s", error, method, outcome, values
+            )
 
     def _is_too_much(self, who: str) -> bool:
         if self._rates.spend("audit", who) is not None:

@@ -55,9 +55,7 @@ def checked_root(settings: Settings, own: frozenset[str]) -> str:
         It is no path, or begins as the service's own paths do.
     """
     given = settings.root_path
-    if given is None:
-        return ""
-    found = _usable(given, own)
+    found = "" if given is None else _usable(given, own)
     if found is None:
         others = ", ".join(sorted(own))
         accepted = f"a path such as /nas: letters, digits and . _ ~ -, not beginning with {others}"
@@ -97,10 +95,8 @@ class Prefix:
         self._app, self._root, self._trusted, self._own = app, root, trusted, own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            root = self._root_for(scope)
-            if root:
-                scope = _below(scope, root)
+        if scope["type"] == "http" and (root := self._root_for(scope)):
+            scope = _below(scope, root)
         await self._app(scope, receive, send)
 
     def _root_for(self, scope: Scope) -> str:

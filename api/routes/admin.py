@@ -25,10 +25,7 @@ def list_workers(request: Request) -> WorkerList:
 
 @router.get("/audit", responses=refusals(), summary="List the audit log, newest first")
 def list_audit(
-    request: Request,
-    limit: Limit = 50,
-    cursor: Cursor | Absent = None,
-    tenant: TenantFilter = None,
+    request: Request, limit: Limit = 50, cursor: Cursor | Absent = None, tenant: TenantFilter = None
 ) -> AuditPage:
     store: Store = request.app.state.store
     found = Audit(store).entries(before=cursor, limit=limit, tenant=tenant)

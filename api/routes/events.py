@@ -93,9 +93,8 @@ class EventStream(EventSourceResponse):
                 self._began = self._follower.polls
                 await super().__call__(scope, receive, send)
         except TooManyStreams as error:
-            refused = problem(
-                503, "too-many-streams", "Too many event streams", f"{error}; try again later"
-            )
+            why = f"{error}; try again later"
+            refused = problem(503, "too-many-streams", "Too many event streams", why)
             await refused(scope, receive, send)
 
     async def _chunks(self) -> AsyncIterator[bytes]:

@@ -53,9 +53,7 @@ async def export_search(
 ) -> StreamingResponse:
     if len(_open) >= _MOST_OPEN:
         raise HTTPException(503, f"{_MOST_OPEN} files are being sent; try again later")
-    file = await to_thread.run_sync(
-        _made, store, search_id, file_format, rows, limiter=_MAKERS
-    )  # fmt: skip
+    file = await to_thread.run_sync(_made, store, search_id, file_format, rows, limiter=_MAKERS)
     _open.add(file)
     name = f"{rows}-{search_id[:8]}.{file_format}"
     headers = {

@@ -30,7 +30,7 @@ async def readyz(request: Request) -> Response:
     readiness: Readiness = request.app.state.readiness
     report = await readiness.report()
     if report.failing is not None:
-        return not_ready(report, report.failing)
+        return not_ready(report)
     round_trip = report.round_trip_seconds or 0.0
     return JSONResponse(
         {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import get_args
+from typing import Any, get_args
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -37,31 +37,23 @@ def install(app: FastAPI) -> None:
     """Count the requests of one application, in a registry of its own."""
     registry = CollectorRegistry()
     app.state.metrics = registry
-    counted = (
-        of_requests.requests(
-            metric_doc="HTTP requests by method, route and status",
-            metric_namespace="einsum_nas", registry=registry,
-        ),
+    shared: dict[str, Any] = {"metric_namespace": "einsum_nas", "registry": registry}
+    instrumentator = Instrumentator(
+        should_group_status_codes=False, should_exclude_streaming_duration=True, registry=registry
+    )
+    for count in (
+        of_requests.requests(metric_doc="HTTP requests by method, route and status", **shared),
         of_requests.latency(
             metric_doc="Seconds until a response began, by method, route and status",
-            metric_namespace="einsum_nas", registry=registry, buckets=_BUCKETS,
-            should_exclude_streaming_duration=True,
+            buckets=_BUCKETS, should_exclude_streaming_duration=True, **shared,
         ),
-    )  # fmt: skip
-    instrumentator = Instrumentator(
-        should_group_status_codes=False,
-        should_exclude_streaming_duration=True,
-        registry=registry,
-    )
-    for count in counted:
+    ):  # fmt: skip
         assert count is not None
         instrumentator.add(_bounded(count))
     instrumentator.instrument(app)
 
 
-def _bounded(
-    count: Callable[[of_requests.Info], None],
-) -> Callable[[of_requests.Info], None]:
+def _bounded(count: Callable[[of_requests.Info], None]) -> Callable[[of_requests.Info], None]:
     """Count unknown HTTP methods as one, so that clients cannot create new time series."""
 
     def record(info: of_requests.Info) -> None:
@@ -108,32 +100,27 @@ class StoreCollector(Collector):
         self._found = found
 
     def collect(self) -> Iterator[Metric]:
-        build = GaugeMetricFamily(
-            "einsum_nas_build_info", "Version of einsum-nas and of Python",
-            labels=["version", "python"],
+        found, of_python = self._found, platform.python_version()
+        yield _labelled(
+            "build_info", "Version of einsum-nas and of Python", ("version", "python"),
+            {(version("einsum-nas"), of_python): 1},
         )  # fmt: skip
-        build.add_metric([version("einsum-nas"), platform.python_version()], 1)
-        yield build
-        found = self._found
-        yield GaugeMetricFamily(
-            "einsum_nas_database_up", "1 if the database answered this scrape, else 0",
-            value=0 if found is None else 1,
-        )  # fmt: skip
+        up = "1 if the database answered this scrape, else 0"
+        yield GaugeMetricFamily("einsum_nas_database_up", up, value=0 if found is None else 1)
         if found is None:
             return
-        schema = GaugeMetricFamily(
-            "einsum_nas_schema_info",
+        yield _labelled(
+            "schema_info",
             "Revision that the database's schema has, and the one that the program needs",
-            labels=["revision", "needed"],
+            ("revision", "needed"), {(found.schema.found or "none", found.schema.needed): 1},
         )  # fmt: skip
-        schema.add_metric([found.schema.found or "none", found.schema.needed], 1)
-        yield schema
         for name, text, states, counts in (
             ("searches", "Searches by state", get_args(SearchState), found.searches),
             ("trials", "Trials of all searches by state", get_args(TrialState), found.trials),
             ("workers", "Workers seen recently, by state", get_args(ProcessState), found.workers),
         ):
-            yield _by_state(f"einsum_nas_{name}", text, states, counts)
+            numbers = dict.fromkeys(states, 0) | dict(counts)
+            yield _labelled(name, text, ("state",), {(state,): n for state, n in numbers.items()})
         for name, text, value in (
             ("oldest_queued_search_age_seconds",
              "Seconds since the oldest queued search was submitted; 0 if none is queued",
@@ -152,12 +139,12 @@ class StoreCollector(Collector):
         )
 
 
-def _by_state(
-    name: str, text: str, states: tuple[str, ...], counts: Mapping[str, int]
+def _labelled(
+    name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]
 ) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=["state"])
-    for state in dict.fromkeys((*states, *counts)):
-        family.add_metric([state], counts.get(state, 0))
+    family = GaugeMetricFamily(f"einsum_nas_{name}", text, labels=labels)
+    for given, value in values.items():
+        family.add_metric(given, value)
     return family
 
 

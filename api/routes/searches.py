@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
+from api import reference
 from api.declared import READ, SUBMIT
 from api.deps import (
     PAGE,
@@ -33,18 +34,6 @@ from api.limits.fair_queue import release_slot
 from api.middleware.bodies import Absent, read_json, read_json_if_any
 from api.middleware.prefix import root_of
 from api.problems import OF_BODIES, refusals
-from api.reference import (
-    CLONE_BODY,
-    CLONE_RULES,
-    CONFIRM_BODY,
-    CONFIRM_RULES,
-    MADE,
-    PRIORITY_BODY,
-    SEARCH_BODY,
-    SEARCH_FOUND,
-    SEARCH_RULES,
-    SEARCHES_FOUND,
-)
 from api.schemas import Preview, PriorityIn, SearchOut, SearchPage
 from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
@@ -132,9 +121,7 @@ async def usable_data(
     _waiting[store.tenant] += 1
     try:
         # errors show the name that was sent, never the path on this host
-        check = partial(
-            check_data, wanted.settings, place.path, shown=wanted.data, root=place.root
-        )  # fmt: skip
+        check = partial(check_data, wanted.settings, place.path, shown=wanted.data, root=place.root)
         recipe = await to_thread.run_sync(check, limiter=_READER)
     finally:
         _waiting[store.tenant] -= 1
@@ -147,15 +134,12 @@ async def usable_data(
 @changing.post(
     "",
     status_code=201,
-    openapi_extra=SEARCH_BODY,
-    responses={**refusals(*OF_BODIES, rules=SEARCH_RULES), **MADE},
+    openapi_extra=reference.SEARCH_BODY,
+    responses={**refusals(*OF_BODIES, rules=reference.SEARCH_RULES), **reference.MADE},
     summary="Submit a search",
 )
 async def create_search(
-    body: RequestDep,
-    request: Request,
-    creation: CreationDep,
-    store: StoreDep,
+    body: RequestDep, request: Request, creation: CreationDep, store: StoreDep
 ) -> SearchOut:
     (data_path, data_root), _ = await usable_data(request, body, store)
     return await creation.run(store.create_search, body, data_path=data_path, data_root=data_root)
@@ -163,8 +147,8 @@ async def create_search(
 
 @router.post(
     "/preview",
-    openapi_extra=SEARCH_BODY,
-    responses=refusals(*OF_BODIES, rules=SEARCH_RULES),
+    openapi_extra=reference.SEARCH_BODY,
+    responses=refusals(*OF_BODIES, rules=reference.SEARCH_RULES),
     response_model=Preview,
     summary="Show what a search would run, without running it",
 )
@@ -175,7 +159,7 @@ async def preview_search(body: RequestDep, request: Request, store: StoreDep) ->
 
 @router.get(
     "",
-    responses={**refusals(), **SEARCHES_FOUND},
+    responses={**refusals(), **reference.SEARCHES_FOUND},
     response_model=SearchPage,
     summary="List searches, newest first",
 )
@@ -192,7 +176,9 @@ async def list_searches(
     return await paged(read, limit, attrgetter("sequence"))
 
 
-@router.get("/{search_id}", responses={**refusals(404), **SEARCH_FOUND}, summary="Get a search")
+@router.get(
+    "/{search_id}", responses={**refusals(404), **reference.SEARCH_FOUND}, summary="Get a search"
+)
 def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
     return describe(store.search(search_id))
 
@@ -200,8 +186,8 @@ def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 @changing.post(
     "/{search_id}/confirm",
     status_code=201,
-    openapi_extra=CONFIRM_BODY,
-    responses={**refusals(404, 409, *OF_BODIES, rules=CONFIRM_RULES), **MADE},
+    openapi_extra=reference.CONFIRM_BODY,
+    responses={**refusals(404, 409, *OF_BODIES, rules=reference.CONFIRM_RULES), **reference.MADE},
     summary="Run the best candidates and the best dense run of a search again with new seeds",
 )
 async def confirm_search(
@@ -243,7 +229,7 @@ def retry_search(search_id: SearchId, store: StoreDep) -> SearchOut:
 
 @changing.post(
     "/{search_id}/priority",
-    openapi_extra=PRIORITY_BODY,
+    openapi_extra=reference.PRIORITY_BODY,
     responses=refusals(404, 409, *OF_BODIES),
     summary="Change the priority of a search; those of higher priority run first",
 )
@@ -259,15 +245,12 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
 @changing.post(
     "/{search_id}/clone",
     status_code=201,
-    openapi_extra=CLONE_BODY,
-    responses={**refusals(404, *OF_BODIES, rules=CLONE_RULES), **MADE},
+    openapi_extra=reference.CLONE_BODY,
+    responses={**refusals(404, *OF_BODIES, rules=reference.CLONE_RULES), **reference.MADE},
     summary="Submit a copy of a search, with the fields of the body changed",
 )
 async def clone_search(
-    search_id: SearchId,
-    request: Request,
-    creation: CreationDep,
-    store: StoreDep,
+    search_id: SearchId, request: Request, creation: CreationDep, store: StoreDep
 ) -> SearchOut:
     changes = await read_json_if_any(request)
     if not isinstance(changes, dict):

@@ -29,8 +29,8 @@ from nas.analysis.scaling import (
     summarise_multiplier,
 )
 from nas.designs.design import Design, parse_design
-from nas.planning.cost import RunPlan, plan_at, plans
 from nas.planning.recipe import TEXT, Recipe
+from nas.planning.runs import RunPlan, plan_at, plans
 from nas.study.runs import StudyRun, run_all
 from nas.tasks import load_data
 from nas.training.run import Execution

@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.reporting import report
 from benchmarks.science.studies import options_of_runs, parsed
 from nas.designs.theta import DENSE, Theta
-from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import REGRESSION, with_overrides
+from nas.planning.runs import plan_of_steps
 from nas.study.runs import StudyRun, run_all
 from nas.tasks.regression import load_regression
 from nas.training.run import Execution

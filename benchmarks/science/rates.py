@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.reporting import report
 from benchmarks.science.studies import options_of_runs, parsed
 from nas.designs.taxonomy import parse_theta
-from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import REGRESSION
+from nas.planning.runs import plan_of_steps
 from nas.study.runs import StudyRun, run_all
 from nas.tasks import load_data
 from nas.training.run import Execution

@@ -31,8 +31,8 @@ from sqlalchemy import func, select
 from benchmarks.reporting import report
 from benchmarks.service.size import databases
 from nas.designs.taxonomy import parse_theta
-from nas.planning.cost import references
 from nas.planning.request import SearchRequest
+from nas.planning.runs import references
 from nas.service.answers import get_best, get_frontier
 from nas.store import AXES, Leases, MeasuredCost, Standings, Store, StoredPoint, TrialDraft
 from nas.store.backup import backup, restore

@@ -27,8 +27,8 @@ from typing import Any
 from sqlalchemy import text
 
 from benchmarks.reporting import report
-from nas.planning.cost import references
 from nas.planning.request import SearchRequest
+from nas.planning.runs import references
 from nas.processes import free_port
 from nas.store import Leases, Standings, Store, StoredPoint, TrialDraft
 from tests.support.planting import open_store, stand

@@ -27,8 +27,8 @@ from nas.analysis.laws import (
 )
 from nas.analysis.scaling import compute_optimal
 from nas.designs.design import parse_design
-from nas.planning.cost import RunPlan, admissible, plans
 from nas.planning.recipe import Recipe
+from nas.planning.runs import RunPlan, admissible, plans
 from nas.records.answers import Multiplier, Rival
 from nas.store import Run
 

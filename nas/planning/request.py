@@ -15,7 +15,6 @@ from nas.designs.mixture import Mixture
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 from nas.planning.accepted import validated
-from nas.planning.cost import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
 from nas.planning.recipe import (
     RECIPES,
     SETTINGS,
@@ -25,6 +24,7 @@ from nas.planning.recipe import (
     TextRecipe,
     recipe_of,
 )
+from nas.planning.runs import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
 FAMILIES = tuple(proposals())

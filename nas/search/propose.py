@@ -25,9 +25,9 @@ from optuna.samplers import (
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
-from nas.planning.cost import RunPlan
 from nas.planning.recipe import Recipe
 from nas.planning.request import SearchRequest
+from nas.planning.runs import RunPlan
 from nas.search import space
 
 #: Asks after which a proposal that equals an earlier one is accepted.

@@ -18,9 +18,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from nas.designs.aligned import aligned
 from nas.designs.design import Design, Proposals, family_of, proposals
-from nas.planning.cost import RunPlan, least_budget, plan_at
 from nas.planning.recipe import Recipe
 from nas.planning.request import SearchRequest, Space
+from nas.planning.runs import RunPlan, least_budget, plan_at
 
 #: Least share of the budget that a run of the `pareto` objective spends, where the smallest
 #: model admits it.

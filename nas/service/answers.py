@@ -27,14 +27,9 @@ from nas.analysis.scaling import compute_optimal
 from nas.designs.design import parse_design
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput, NotFound
-from nas.planning.cost import (
-    FLOPS_PER_MAC,
-    MAX_TRAIN_FLOPS,
-    TRAIN_OVER_FORWARD,
-    plans,
-    train_flops_per_step,
-)
+from nas.planning.cost import FLOPS_PER_MAC, TRAIN_OVER_FORWARD, train_flops_per_step
 from nas.planning.recipe import TASKS, Recipe
+from nas.planning.runs import MAX_TRAIN_FLOPS, plans
 from nas.records.answers import (
     Answer,
     Evidence,

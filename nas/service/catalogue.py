@@ -8,7 +8,9 @@ from typing import Any, get_args
 from nas.designs.design import Design, family_of, parse_design, proposals
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput
-from nas.planning.cost import (
+from nas.planning.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
+from nas.planning.request import SearchRequest, Space
+from nas.planning.runs import (
     MIN_REFERENCES,
     RunPlan,
     accepted_budget,
@@ -18,8 +20,6 @@ from nas.planning.cost import (
     plans,
     references,
 )
-from nas.planning.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
-from nas.planning.request import SearchRequest, Space
 from nas.records.search import SearchFailure, SearchState
 from nas.store import AXES, Search, Store
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput
 from nas.planning.accepted import validated
-from nas.planning.cost import MAX_TRAIN_FLOPS
 from nas.planning.request import (
     MAX_CONFIRM_SEEDS,
     MAX_TRIALS,
@@ -23,6 +22,7 @@ from nas.planning.request import (
     ConfirmedRun,
     SearchRequest,
 )
+from nas.planning.runs import MAX_TRAIN_FLOPS
 from nas.store import Search, Store, Trial
 
 MAX_LONGER = 100.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nas.planning.cost import RunPlan
+from nas.planning.runs import RunPlan
 from nas.records.search import SearchState
 from nas.records.trial import TrialKind, TrialState
 

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 
 from nas.designs.design import Design, family_of
 from nas.designs.theta import Theta
-from nas.planning.cost import RunPlan
 from nas.planning.request import SearchRequest
+from nas.planning.runs import RunPlan
 from nas.records.base import Record
 from nas.records.run import OF_TRIAL, CurvePoint, Run
 from nas.records.search import Search

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from nas.errors import RunFailed
-from nas.planning.cost import RunPlan
 from nas.planning.recipe import Recipe
+from nas.planning.runs import RunPlan
 from nas.processes import end_with
 from nas.tasks import TaskData
 from nas.training.checkpoint import Checkpoint

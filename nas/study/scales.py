@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from nas.designs.taxonomy import parse_theta
 from nas.errors import InvalidInput
-from nas.planning.cost import RunPlan, plan_at, plans
 from nas.planning.recipe import REGRESSION, TEXT, TEXT_PAPER, Recipe, with_overrides
+from nas.planning.runs import RunPlan, plan_at, plans
 from nas.study.runs import StudyRun
 from nas.tasks import TaskData
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from nas.errors import RunFailed
 from nas.layers import StructuredLinear, auxiliary_loss, router_statistics
 from nas.layers.building import plan_text
-from nas.planning.cost import RunPlan, structures_of
+from nas.planning.cost import structures_of
 from nas.planning.recipe import Recipe
+from nas.planning.runs import RunPlan
 from nas.tasks.batches import sample_losses, training_batches, validation_set
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint

@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import select, update
 
 from nas.designs.taxonomy import parse_theta
-from nas.planning.cost import RunPlan, plan_at, references
 from nas.planning.request import SearchRequest
+from nas.planning.runs import RunPlan, plan_at, references
 from nas.settings import Settings
 from nas.store import AXES, Leases, Store, StoredPoint, TrialDraft
 from nas.store.engine import writing

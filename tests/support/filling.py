@@ -9,8 +9,8 @@ from sqlalchemy import event
 
 from nas.designs.design import parse_design
 from nas.designs.theta import Theta
-from nas.planning.cost import RunPlan, references
 from nas.planning.request import SearchRequest
+from nas.planning.runs import RunPlan, references
 from nas.store import Lease, Leases, MeasuredCost, Store, StoredPoint, Trial, TrialDraft, upgrade
 
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 4})

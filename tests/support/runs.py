@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from nas.designs.taxonomy import parse_theta
-from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import RECIPES, with_overrides
+from nas.planning.runs import plan_of_steps
 from nas.tasks import load_data
 from nas.training.checkpoint import Checkpoint
 from nas.training.run import Point, train

@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from nas.planning.cost import references
 from nas.planning.request import SearchRequest
+from nas.planning.runs import references
 from nas.store import Lease, Leases, MeasuredCost, Store, StoredPoint, Trial, TrialDraft, standings
 from nas.store.engine import writing
 from nas.store.fronts import sweep_out

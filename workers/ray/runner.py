@@ -36,7 +36,7 @@ from ray.tune.stopper import Stopper
 
 from nas.errors import EinsumNasError, counted
 from nas.logs import bound
-from nas.planning.cost import RunPlan
+from nas.planning.runs import RunPlan
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData

@@ -20,8 +20,8 @@ import torch
 from ray import tune
 
 from nas.errors import RunFailed
-from nas.planning.cost import RunPlan
 from nas.planning.recipe import stored_recipe
+from nas.planning.runs import RunPlan
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.metering import CostMeter

@@ -19,9 +19,9 @@ from api.routes import searches
 from api.schemas import SearchPage, TrialPage
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
-from nas.planning.cost import RunPlan, plan_at, plan_of_steps, references
 from nas.planning.recipe import RECIPES
 from nas.planning.request import SearchRequest
+from nas.planning.runs import RunPlan, plan_at, plan_of_steps, references
 from nas.settings import Settings
 from nas.store import CurvePoint, Leases, Run, Store, StoredPoint, TrialDraft
 from nas.tasks import corpus

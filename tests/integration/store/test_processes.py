@@ -144,7 +144,7 @@ def test_gauges_agree_with_the_store(store: Store) -> None:
 
 def test_tallies_are_what_the_trials_are(store: Store) -> None:
     """The metrics never count trials: what they add up instead must say the same."""
-    from nas.planning.cost import plan_at
+    from nas.planning.runs import plan_at
     from nas.store import TrialDraft
 
     leases = Leases(store)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nas.planning.cost import references
 from nas.planning.request import SearchRequest
+from nas.planning.runs import references
 from nas.store import Search, Store, Trial, upgrade
 from tests.support.commands import execute
 from tests.support.paths import ROOT

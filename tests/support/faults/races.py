@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import Conflict, LeaseLost
-from nas.planning.cost import references
+from nas.planning.runs import references
 from nas.store import Lease, Leases, Store, StoredPoint, TrialDraft
 from tests.support.faults.checker import TERMINAL, Expected, audit
 from tests.support.faults.databases import Database

@@ -17,8 +17,9 @@ from nas.analysis.predict import PredictedAnswer, greatest_runnable, predicted_r
 from nas.designs.design import Design
 from nas.designs.taxonomy import parse_theta
 from nas.errors import NotFound
-from nas.planning.cost import RunPlan, plans, train_flops_per_step
+from nas.planning.cost import train_flops_per_step
 from nas.planning.recipe import TEXT, Recipe
+from nas.planning.runs import RunPlan, plans
 from nas.records.answers import Multiplier
 from nas.store import Run, StoredPoint
 

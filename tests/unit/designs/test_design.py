@@ -32,7 +32,7 @@ from nas.layers import (
     param_groups,
     replace_linears,
 )
-from nas.planning import cost
+from nas.planning import cost, runs
 from nas.planning.recipe import IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
 from nas.training.models import build_model, build_optimizer
 
@@ -119,8 +119,8 @@ def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe
     recipe = replace(recipe, batch=2)
     if text.endswith("@heads") and not recipe.attends:
         text = text.removesuffix("@heads")
-    design = cost.fit(recipe, parse_design(text), width)
-    plan = cost.plan_of_steps(recipe, design, width, 10)
+    design = runs.fit(recipe, parse_design(text), width)
+    plan = runs.plan_of_steps(recipe, design, width, 10)
     torch.manual_seed(0)
     model = build_model(recipe, design, width)
     # routing that computes exactly what is charged: one expert after another
@@ -150,13 +150,13 @@ def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe
 @pytest.mark.parametrize("budget", [2e9, 5e10])
 def test_every_width_that_a_budget_admits_fits_it_within_a_step(text: str, budget: float) -> None:
     design = parse_design(text)
-    least = cost.least_budget(TEXT, design)
-    plans = cost.plans(TEXT, design, max(budget, least))
+    least = runs.least_budget(TEXT, design)
+    plans = runs.plans(TEXT, design, max(budget, least))
     assert plans
     for plan in plans:
         assert plan.train_flops <= max(budget, least) < plan.train_flops + plan.train_flops_per_step
         assert plan.steps >= TEXT.min_steps
-        again = cost.RunPlan.from_dict(plan.as_dict())
+        again = runs.RunPlan.from_dict(plan.as_dict())
         assert again == plan
 
 
@@ -173,11 +173,11 @@ def test_fitted_mixtures_share_their_ranks_evenly(
     design: Design = Mixture(theta, experts, 1)
     if heads and not theta.is_dense:
         design = aligned(design)
-    fitted = cost.fit(TEXT, design, width)
+    fitted = runs.fit(TEXT, design, width)
     for s in cost.structures_of(TEXT, fitted, width):
         assert isinstance(s, MixtureStructure)
         assert s.expert.macs <= s.d_in * s.d_out
-    assert cost.fit(TEXT, fitted, width) == fitted
+    assert runs.fit(TEXT, fitted, width) == fitted
 
 
 @pytest.mark.parametrize("text", ["monarch@heads", "btt:rho=1/4@heads", "btt-moe:experts=4@heads"])
@@ -185,7 +185,7 @@ def test_fitted_mixtures_share_their_ranks_evenly(
 def test_a_block_of_weights_makes_one_head_alone(text: str, width: int) -> None:
     """Perturbing the weights of block φ = h of a query projection changes head h and no other,
     and the mirror: block γ = h of the output projection reads head h alone."""
-    design = cost.fit(TEXT, parse_design(text), width)
+    design = runs.fit(TEXT, parse_design(text), width)
     assert isinstance(design, Aligned)
     torch.manual_seed(0)
     model = build_model(TEXT, design, width)
@@ -255,7 +255,7 @@ def test_experts_that_are_feed_forward_blocks_leave_attention_dense() -> None:
 
 @designs
 def test_every_parameter_of_a_model_has_one_learning_rate(text: str) -> None:
-    design = cost.fit(TEXT, parse_design(text), 32)
+    design = runs.fit(TEXT, parse_design(text), 32)
     model = build_model(TEXT, design, 32)
     groups = build_optimizer(model, TEXT, 32).param_groups
     members = [p for group in groups for p in group["params"]]
@@ -331,7 +331,7 @@ def test_a_mixture_that_fits_is_left_as_it_is(width: int) -> None:
     """So that runs of one design at several widths are told to be of one structure."""
     for text in ("low-rank-moe:rho=3/4,experts=8,active=2", "btt-moe:rho=1/2,experts=4@heads"):
         design = parse_design(text)
-        assert cost.fit(TEXT, design, width) == design
+        assert runs.fit(TEXT, design, width) == design
 
 
 @pytest.mark.parametrize("text", ["btt-moe:experts=4@heads", "monarch@heads"])

@@ -14,12 +14,12 @@ from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Plan
-from nas.planning import cost
+from nas.planning import cost, runs
 from nas.planning.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
 from nas.training.models import build_model
 from tests.support.strategies import thetas
 
-budgets = st.floats(cost.minimum_train_flops(TEXT), 1e14)
+budgets = st.floats(runs.minimum_train_flops(TEXT), 1e14)
 MODELS = [
     ("dense", 32), ("dense", 80), ("monarch", 64), ("monarch", 112), ("btt:rho=1/4", 96),
     ("low-rank:rho=1/2", 64), ("kronecker", 64), ("tensor-train:rho=1/4", 48),
@@ -62,7 +62,7 @@ def test_flops_and_parameters_are_those_of_the_built_model(
 def test_a_run_fills_its_budget_to_within_one_step(
     theta: Theta, position: float, budget: float
 ) -> None:
-    plan = cost.plan_at(TEXT, theta, position, budget)
+    plan = runs.plan_at(TEXT, theta, position, budget)
     assert budget - plan.train_flops_per_step < plan.train_flops <= budget
     assert plan.steps >= TEXT.min_steps
     assert plan.train_flops_per_step == cost.train_flops_per_step(TEXT, plan.design, plan.width)
@@ -70,17 +70,17 @@ def test_a_run_fills_its_budget_to_within_one_step(
 
 @given(thetas(), st.sampled_from([16, 48, 64, 80, 144, 272]))
 def test_fitted_structures_never_cost_more_than_dense(theta: Theta, width: int) -> None:
-    fitted = cost.fit(TEXT, theta, width)
+    fitted = runs.fit(TEXT, theta, width)
     assert not any(s.is_degenerate for s in cost.structures_of(TEXT, fitted, width))
     if not any(s.is_degenerate for s in cost.structures_of(TEXT, theta, width)):
         assert fitted == theta.canonical()
 
 
 def test_positions_span_the_widths_that_the_budget_admits() -> None:
-    found = cost.plans(TEXT, DENSE, 2e11)
-    assert cost.plan_at(TEXT, DENSE, 0.0, 2e11) == found[0]
-    assert cost.plan_at(TEXT, DENSE, 1.0, 2e11) == found[-1]
-    chosen = [cost.plan_at(TEXT, DENSE, i / 50, 2e11).width for i in range(51)]
+    found = runs.plans(TEXT, DENSE, 2e11)
+    assert runs.plan_at(TEXT, DENSE, 0.0, 2e11) == found[0]
+    assert runs.plan_at(TEXT, DENSE, 1.0, 2e11) == found[-1]
+    chosen = [runs.plan_at(TEXT, DENSE, i / 50, 2e11).width for i in range(51)]
     assert chosen == sorted(chosen)
     assert all(TEXT.min_steps <= p.steps <= TEXT.max_steps for p in found)
 
@@ -89,23 +89,23 @@ def test_positions_span_the_widths_that_the_budget_admits() -> None:
 @settings(max_examples=30)
 @given(budget=budgets)
 def test_references_are_dense_at_distinct_widths(budget: float, count: int) -> None:
-    plans = cost.references(TEXT, budget, count)
-    available = len(cost.plans(TEXT, DENSE, budget))
+    plans = runs.references(TEXT, budget, count)
+    available = len(runs.plans(TEXT, DENSE, budget))
     assert len({p.width for p in plans}) == len(plans) == min(count, available) >= 3
     assert all(p.dense and p.design == DENSE for p in plans)
 
 
 def test_a_larger_budget_never_narrows_the_widest_model() -> None:
-    widest = [cost.plans(TEXT, DENSE, b)[-1].width for b in (5e10, 1e11, 1e12, 1e13, 1e15)]
+    widest = [runs.plans(TEXT, DENSE, b)[-1].width for b in (5e10, 1e11, 1e12, 1e13, 1e15)]
     assert widest == sorted(widest)
     assert len(set(widest)) == len(widest)
 
 
 def test_the_least_budget_is_exactly_enough() -> None:
-    least = cost.minimum_train_flops(TEXT)
-    assert len(cost.plans(TEXT, DENSE, least)) >= cost.MIN_REFERENCES
+    least = runs.minimum_train_flops(TEXT)
+    assert len(runs.plans(TEXT, DENSE, least)) >= runs.MIN_REFERENCES
     with pytest.raises(InvalidInput, match="train_flops"):
-        cost.plans(dataclasses.replace(TEXT, min_steps=10**9), DENSE, least)
+        runs.plans(dataclasses.replace(TEXT, min_steps=10**9), DENSE, least)
 
 
 def test_a_training_step_is_three_forward_passes() -> None:
@@ -119,7 +119,7 @@ def test_a_training_step_is_three_forward_passes() -> None:
 @settings(max_examples=50)
 @given(thetas(), st.sampled_from([16, 64, 144]))
 def test_the_rank_is_lowered_no_further_than_needed(theta: Theta, width: int) -> None:
-    fitted = cost.fit(TEXT, theta, width)
+    fitted = runs.fit(TEXT, theta, width)
     assert isinstance(fitted, Theta)
     canonical = theta.canonical()
     if fitted in (canonical, DENSE) or fitted.values[:6] != canonical.values[:6]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import qmc
 
 from nas.designs.einsum import theta_of
-from nas.planning.cost import RunPlan
 from nas.planning.request import OBJECTIVES, SAMPLERS, SearchRequest
+from nas.planning.runs import RunPlan
 from nas.search import PastTrial, Proposal, propose
 from nas.search.propose import MAX_ATTEMPTS
 from nas.search.space import distributions, plan_of

@@ -24,8 +24,8 @@ from nas.designs.design import parse_design, structure_of
 from nas.designs.einsum import Structure
 from nas.errors import InvalidInput, NotFound
 from nas.layers import EinsumLinear
-from nas.planning.cost import plan_of_steps, plans
 from nas.planning.recipe import RECIPES, TEXT
+from nas.planning.runs import plan_of_steps, plans
 from nas.service.answers import _completed, get_best, get_frontier
 from nas.store import Store
 from nas.store.engine import writing

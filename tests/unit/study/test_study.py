@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from nas.cli.main import app
 from nas.designs.taxonomy import parse_theta, taxonomy
 from nas.errors import InvalidInput
-from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import REGRESSION
+from nas.planning.runs import plan_of_steps
 from nas.study.runs import StudyRun, run_all
 from nas.study.scales import SCALES, STRUCTURES, Study, runs_of, studies_of
 from nas.tasks import TaskData, load_data
@@ -98,7 +98,7 @@ def test_reproduce_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 PROGRAM = """
 import dataclasses, signal, sys
 from pathlib import Path
-from nas.planning.cost import plan_of_steps
+from nas.planning.runs import plan_of_steps
 from nas.training.run import Execution, train
 from nas.planning.recipe import REGRESSION
 from nas.study import runs

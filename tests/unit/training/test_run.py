@@ -9,8 +9,9 @@ import torch
 
 from nas.designs.taxonomy import parse_theta
 from nas.errors import RunFailed
-from nas.planning.cost import RunPlan, plan_at, plan_of_steps, structures_of
+from nas.planning.cost import structures_of
 from nas.planning.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
+from nas.planning.runs import RunPlan, plan_at, plan_of_steps
 from nas.tasks import load_data
 from nas.tasks.batches import validation_set
 from nas.training.run import Execution, Point, evaluation_steps, execution_plans, train

@@ -166,7 +166,7 @@ def test_a_twin_waits_for_the_running_one_and_shares_its_result(store: Store) ->
 
 
 def _plan_of(trial: Trial, session: SearchSession) -> Any:
-    from nas.planning.cost import references
+    from nas.planning.runs import references
 
     plans = references(session.recipe, session.request.train_flops, 3)
     return next(p for p in plans if p.width == trial.width)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from nas.designs.design import parse_design
-from nas.planning.cost import plan_of_steps
 from nas.planning.recipe import REGRESSION, Recipe
+from nas.planning.runs import plan_of_steps
 from nas.tasks import load_data
 from nas.training.checkpoint import Checkpoint
 from nas.training.run import CPU

@@ -1,4 +1,4 @@
-"""The exact properties of a structure for one layer."""
+"""What searches can use: the tasks with their recipes and data, and the structures of a layer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from api.declared import READ
-from api.deps import STRICT, TEXT, Dimension
+from api.deps import STRICT, TEXT, Dimension, StoreDep
 from api.problems import refusals
-from api.schemas import StructureOut
+from api.schemas import StructureOut, TaskList
 from nas.designs.design import design_forms, inspect_design, parse_design
 from nas.designs.structure import Sizing
+from nas.service import catalogue
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
 _RULES = {
@@ -39,3 +40,13 @@ def read_structure(
     sizing: Sizing = "least-waste",
 ) -> dict[str, Any]:
     return inspect_design(parse_design(theta), d_in, d_out, sizing)
+
+
+@router.get(
+    "/tasks",
+    responses=refusals(),
+    response_model=TaskList,
+    summary="List tasks, their recipes and the data that searches have used",
+)
+def list_tasks(store: StoreDep) -> dict[str, Any]:
+    return {"items": catalogue.get_tasks(store)}

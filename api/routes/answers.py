@@ -1,4 +1,4 @@
-"""The best structure within one budget, compared with dense."""
+"""Answers computed from completed runs: the Pareto fronts, and the best structure for a budget."""
 
 from __future__ import annotations
 
@@ -7,23 +7,43 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from api.declared import READ
-from api.deps import STRICT, Budget, StoreDep, Text, answered
+from api.deps import STRICT, Axis, Budget, StoreDep, Text, answered
 from api.problems import refusals
-from api.routes import frontier
-from nas.records.answers import Answer
+from nas.records.answers import Answer, FrontierAnswer
 from nas.service import answers
 
 router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
 _RULES = {
-    **frontier.RULES,
+    "task, search": "exactly one of the two",
+    "task": "the name of a task, or name@fingerprint",
+}
+_BUDGET_RULES = {
+    **_RULES,
     "budget": "exactly one budget",
     "train_flops": "not so far beyond all measured budgets that no measured width would be run",
 }
 
 
 @router.get(
-    "/best",
+    "/frontier",
     responses=refusals(404, rules=_RULES),
+    response_model=FrontierAnswer,
+    summary="Get the Pareto fronts of loss against an axis, over a task or a search",
+)
+async def read_frontier(
+    request: Request,
+    store: StoreDep,
+    task: Text = None,
+    search: Text = None,
+    x: Axis = "train_flops",
+) -> Response:
+    answers.checked_axis(x)
+    return await answered(request, store, answers.get_frontier, task=task, search_id=search, x=x)
+
+
+@router.get(
+    "/best",
+    responses=refusals(404, rules=_BUDGET_RULES),
     response_model=Answer,
     summary="Get the best structure within one budget, compared with dense",
 )
