@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import ssl
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
+from operator import itemgetter
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 from urllib.parse import quote
 from urllib.request import proxy_bypass
@@ -34,6 +36,7 @@ _KEY = r"[A-Za-z0-9._~+/-]+=*"
 _IDEMPOTENCY_KEY = r"[!-~]{1,255}"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
+_Json = Mapping[str, Any] | None
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Http = TypeVar("_Http", httpx.Client, httpx.AsyncClient)
@@ -49,6 +52,12 @@ class NotAllowed(EinsumNasError):
 
 class RateLimited(EinsumNasError):
     """The key or address has sent too many requests, or the tenant's quota is used up."""
+
+
+#: What the status of an answer means, where its body does not say more.
+_ERRORS: Mapping[int, type[EinsumNasError]] = {
+    401: NotAllowed, 403: NotAllowed, 404: NotFound, 409: Conflict, 429: RateLimited
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,7 @@ def _get(path: str, read: Callable[[Any], _T], **query: Any) -> _Call[_T]:
 
 
 def _post(
-    path: str,
-    read: Callable[[Any], _T],
-    body: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
+    path: str, read: Callable[[Any], _T], body: _Json = None, headers: _Json = None
 ) -> _Call[_T]:
     options = {} if body is None else {"json": body, "headers": headers or {}}
     return _Call("POST", path, options, read)
@@ -88,17 +94,9 @@ def _once(key: str | None) -> dict[str, str]:
     return {"Idempotency-Key": key or uuid.uuid4().hex}
 
 
-def _frontier(answer: dict[str, Any]) -> FrontierAnswer:
-    return FrontierAnswer(**answer)
-
-
-def _best(answer: dict[str, Any]) -> Answer:
-    return Answer(**answer)
-
-
-def _items(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = answer["items"]
-    return items
+#: How answers are read.
+_frontier, _best = FrontierAnswer.model_validate, Answer.model_validate
+_items = cast("Callable[[dict[str, Any]], list[dict[str, Any]]]", itemgetter("items"))
 
 
 def _search(search_id: str) -> str:
@@ -157,12 +155,11 @@ def _trusted(url: httpx.URL) -> ssl.SSLContext:
 
 def _proxy_refused(error: Exception) -> InvalidInput:
     given = {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
-    more = "for one of SOCKS `pip install 'httpx2[socks]'`; NO_PROXY names hosts without a proxy"
-    shown = ", ".join(masked(value) for value in given.values())
-    said = masked(echo(str(error)))
-    return InvalidInput(
-        ", ".join(given), shown, f"a proxy such as http://HOST:PORT; {more} ({said})"
+    accepted = (
+        "a proxy such as http://HOST:PORT; for one of SOCKS `pip install 'httpx2[socks]'`; "
+        f"NO_PROXY names hosts without a proxy ({masked(echo(str(error)))})"
     )
+    return InvalidInput(", ".join(given), ", ".join(map(masked, given.values())), accepted)
 
 
 def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
@@ -179,10 +176,6 @@ def _headers(tenant: str | None, api_key: str | None) -> dict[str, str]:
             raise InvalidInput("api_key", "a text with characters that no key has", accepted)
         headers["Authorization"] = f"Bearer {key}"
     return headers
-
-
-def _page(path: str, cursor: str | None) -> _Call[dict[str, Any]]:
-    return _get(path, _plain, limit=_PAGE, cursor=cursor)
 
 
 @dataclass(frozen=True)
@@ -232,14 +225,14 @@ class RemoteSearch(_Stored):
         TimeoutError
             It has not ended within `timeout_seconds`.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             current = self.refresh()
             if progress is not None:
                 progress(current)
             if current.finished:
                 return current
-            if deadline is not None and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 raise TimeoutError(f"search {self.id} is still {current.state}")
             time.sleep(poll_seconds)
 
@@ -416,7 +409,7 @@ class Client(_Connection[httpx.Client]):
         """The items of a paginated list."""
         cursor: str | None = None
         while True:
-            page = self.send(_page(path, cursor))
+            page = self.get(path, limit=_PAGE, cursor=cursor)
             yield from page["items"]
             cursor = page["next"]
             if cursor is None:
@@ -429,12 +422,7 @@ class Client(_Connection[httpx.Client]):
     def _kept(self, search_id: str, data: dict[str, Any]) -> RemoteSearch:
         return RemoteSearch(search_id, data, self)
 
-    def _become(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> RemoteSearch:
+    def _become(self, path: str, body: _Json = None, headers: _Json = None) -> RemoteSearch:
         """The search that a POST answers with."""
         return self.send(_post(path, lambda data: self._kept(data["id"], data), body, headers))
 
@@ -540,7 +528,7 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
         """The items of a paginated list."""
         cursor: str | None = None
         while True:
-            page = await self.send(_page(path, cursor))
+            page = await self.get(path, limit=_PAGE, cursor=cursor)
             for item in page["items"]:
                 yield item
             cursor = page["next"]
@@ -579,14 +567,8 @@ def _as_error(response: httpx.Response) -> EinsumNasError:
         return ServiceError(f"{response.status_code} {response.reason_phrase}")
     if "field" in problem:
         return InvalidInput(problem["field"], problem["value"], problem["accepted"])
-    if response.status_code == 404:
-        return NotFound(detail)
     if problem.get("type", "").endswith("idempotency-conflict"):
         return IdempotencyConflict(detail)
-    if response.status_code == 409:
-        return Conflict(detail)
-    if response.status_code in (401, 403):
-        return NotAllowed(detail)
-    if response.status_code == 429:
-        return RateLimited(detail)
+    if kind := _ERRORS.get(response.status_code):
+        return kind(detail)
     return ServiceError(f"{response.status_code}: {detail}")

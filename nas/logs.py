@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from copy import copy
+from functools import partial
 from typing import Any, TextIO
 
 import structlog
@@ -77,12 +78,7 @@ def bound(**ids: Any) -> Iterator[None]:
 
 def carried(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with the ids bound here, for a thread of its own, which begins with none."""
-    context = copy_context()
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return context.run(function, *args, **kwargs)
-
-    return run
+    return partial(copy_context().run, function)
 
 
 def masked(text: str) -> str:
@@ -160,11 +156,8 @@ def _formatter(log_format: str) -> logging.Formatter:
         structlog.processors.format_exc_info,
         _bounded,
     ]
-    if log_format == "json":
-        last: Processor = structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False)
-        after: list[Processor] = [_named, last]
-    else:
-        after = [_line]
+    as_json = structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False)
+    after: list[Processor] = [_named, as_json] if log_format == "json" else [_line]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=before,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *after],

@@ -26,7 +26,6 @@ from nas.errors import InvalidInput
 SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
 #: Settings whose values no message repeats.
 _SECRETS = ("database_url", "api_key")
-_NOT_REPEATED = "a value that is not repeated here"
 #: Whose searches are that nobody was named for.
 DEFAULT_TENANT = "default"
 #: Names of tenants.
@@ -201,7 +200,7 @@ def settings() -> Settings:
         if isinstance(given, str) and not given.strip():
             given = "an empty value"
         elif name in _SECRETS:
-            given = _NOT_REPEATED
+            given = "a value that is not repeated here"
         accepted = str(first["msg"]).removeprefix("Value error, ")
         raise InvalidInput(f"EINSUM_NAS_{name.upper()}", given, accepted) from None
     except SettingsError as error:  # a value that is no JSON where JSON is wanted

@@ -132,7 +132,8 @@ class Worker:
             tenant_concurrency=settings.tenant_concurrency,
         )
         self._runner = runner or _ray_runner
-        self._connect = connect or (_join_cluster if runner is None else _nothing_to_join)
+        # a runner of another kind needs no cluster
+        self._connect = connect or (_join_cluster if runner is None else lambda _: None)
         self._wait = _FIRST_WAIT
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._presence = Presence(self._store, self.name, settings)
@@ -185,10 +186,9 @@ class Worker:
     def _claim(self, search_id: str | None) -> tuple[tuple[Lease, Search] | None, bool]:
         """(the claim if any, whether the requested search `search_id` has ended)."""
         ended = False
+        seconds = self._settings.lease_seconds
         try:
-            claimed = self._leases.claim(
-                self.name, self._settings.lease_seconds, search_id=search_id
-            )
+            claimed = self._leases.claim(self.name, seconds, search_id=search_id)
             if claimed is None and search_id is not None:
                 ended = self._store.search(search_id).finished_at is not None
         except StoreUnavailable as error:
@@ -237,9 +237,8 @@ class Worker:
                 _log.warning("search %s waits for its cluster: %s", search.id, error)
                 self._end(search, self._leases.hand_back, lease)
             except InvalidInput as error:
-                self._end(
-                    search, self._leases.release, lease, "failed", str(error), failure="input"
-                )
+                said = str(error)
+                self._end(search, self._leases.release, lease, "failed", said, failure="input")
             except Exception as error:
                 _log.exception("search %s: infrastructure error", search.id)
                 self._end(search, self._leases.requeue, lease, f"{type(error).__name__}: {error}")
@@ -251,11 +250,9 @@ class Worker:
             self._await_cluster(waits_for)
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
-        name = search.request.data
-        data = load_data(
-            search.request.settings, search.data_path, shown=name, root=search.data_root
-        )
-        search.request.check_budget(data.recipe)
+        wanted, name = search.request, search.request.data
+        data = load_data(wanted.settings, search.data_path, shown=name, root=search.data_root)
+        wanted.check_budget(data.recipe)
         _log.info("search %s: %s", search.id, data.summary)
         stored = self._leases.set_fingerprint(lease, data.fingerprint)
         if stored != data.fingerprint:
@@ -271,10 +268,7 @@ class Worker:
         self._wait = _FIRST_WAIT
         if signals.lost.is_set():
             raise LeaseLost(f"search {search.id}: claimed by another worker")
-        if signals.hand_back:
-            session.hand_back()
-            return
-        session.finish()
+        session.hand_back() if signals.hand_back else session.finish()
 
     def _end(
         self, search: Search, write: Callable[P, None], *args: P.args, **named: P.kwargs
@@ -284,10 +278,6 @@ class Worker:
             write(*args, **named)
         except (LeaseLost, StoreUnavailable) as error:
             _log.warning("search %s left to its lease: %s", search.id, error)
-
-
-def _nothing_to_join(_settings: Settings) -> None:
-    """The `connect` of a runner that needs no cluster."""
 
 
 def _join_cluster(settings: Settings) -> None:

@@ -22,66 +22,57 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 
-_BUILD = Gauge(
-    "einsum_nas_build_info", "Version of einsum-nas", ["version"], registry=REGISTRY
-)  # fmt: skip
+_BUILD = Gauge("einsum_nas_build_info", "Version of einsum-nas", ["version"], registry=REGISTRY)
 _BUILD.labels(version("einsum-nas")).set(1)
 
-#: outcome: claimed | nothing | unavailable
-CLAIMS = Counter(
-    "einsum_nas_worker_claims_total", "Attempts to claim a search, by outcome", ["outcome"],
-    registry=REGISTRY,
+
+def _counter(name: str, help_text: str, label: str | None = None, *values: str) -> Counter:
+    """A counter of events, by a label if one is given.
+
+    Every series is created at once: a rate over one that appears later would miss its first event.
+    """
+    labels = () if label is None else (label,)
+    counter = Counter(f"einsum_nas_worker_{name}", help_text, labels, registry=REGISTRY)
+    for value in values:
+        counter.labels(value)
+    return counter
+
+
+CLAIMS = _counter(
+    "claims_total", "Attempts to claim a search, by outcome",
+    "outcome", "claimed", "nothing", "unavailable",
 )  # fmt: skip
-#: state: complete | stopped | failed
-TRIALS = Counter(
-    "einsum_nas_worker_trials_total", "Trials that ended on this worker, by state", ["state"],
-    registry=REGISTRY,
+TRIALS = _counter(
+    "trials_total", "Trials that ended on this worker, by state",
+    "state", "complete", "stopped", "failed",
 )  # fmt: skip
 TRIAL_SECONDS = Histogram(
     "einsum_nas_worker_trial_seconds", "Wall-clock seconds from start to end of a trial",
     buckets=(1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400), registry=REGISTRY,
 )  # fmt: skip
-STALE_WRITES = Counter(
-    "einsum_nas_worker_stale_writes_total",
-    "Writes refused because another worker had claimed the search", registry=REGISTRY,
+STALE_WRITES = _counter(
+    "stale_writes_total", "Writes refused because another worker had claimed the search"
+)
+RENEWALS = _counter(
+    "lease_renewals_total", "Attempts to renew a lease, by outcome",
+    "outcome", "renewed", "lost", "unavailable",
 )  # fmt: skip
-#: outcome: renewed | lost | unavailable
-RENEWALS = Counter(
-    "einsum_nas_worker_lease_renewals_total", "Attempts to renew a lease, by outcome", ["outcome"],
-    registry=REGISTRY,
-)  # fmt: skip
-RAY_RECONNECTS = Counter(
-    "einsum_nas_worker_ray_reconnects_total", "Reconnections to the Ray cluster",
-    registry=REGISTRY,
-)  # fmt: skip
+RAY_RECONNECTS = _counter("ray_reconnects_total", "Reconnections to the Ray cluster")
 _SINCE_RENEWAL = Gauge(
     "einsum_nas_worker_seconds_since_lease_renewal",
     "Seconds since the lease was last renewed; 0 while none is held", registry=REGISTRY,
 )  # fmt: skip
-_renewed_at: float | None = None
-_SINCE_RENEWAL.set_function(
-    lambda: 0.0 if _renewed_at is None else time.monotonic() - _renewed_at
-)  # fmt: skip
-
-# create every series at once: a rate over one that appears later would miss its first event
-for _outcome in ("claimed", "nothing", "unavailable"):
-    CLAIMS.labels(_outcome)
-for _outcome in ("renewed", "lost", "unavailable"):
-    RENEWALS.labels(_outcome)
-for _state in ("complete", "stopped", "failed"):
-    TRIALS.labels(_state)
 
 
 def lease_renewed() -> None:
     """Record that a lease has just been taken or renewed."""
-    global _renewed_at
-    _renewed_at = time.monotonic()
+    renewed_at = time.monotonic()
+    _SINCE_RENEWAL.set_function(lambda: time.monotonic() - renewed_at)
 
 
 def lease_ended() -> None:
     """Record that no lease is held any more."""
-    global _renewed_at
-    _renewed_at = None
+    _SINCE_RENEWAL.set_function(lambda: 0.0)
 
 
 def serve(port: int, host: str) -> int:

@@ -67,9 +67,7 @@ class Presence:
     def _write(self) -> None:
         state, search_id, about = self._told
         try:
-            self._processes.seen(
-                self._name, "worker", state, search_id=search_id, about=about
-            )  # fmt: skip
+            self._processes.seen(self._name, "worker", state, search_id=search_id, about=about)
             if time.monotonic() - self._tidied > _TIDY_SECONDS:
                 self._tidied = time.monotonic()
                 self._tidy()

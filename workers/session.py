@@ -164,9 +164,11 @@ class SearchSession:
         self, number: int, plan: RunPlan, *, kind: Any, seed: int | None = None, **proposed: Any
     ) -> Trial:
         seed = self.request.seed if seed is None else seed
-        key = run_key(self.recipe, self.fingerprint, plan, seed)
-        draft = TrialDraft(number, kind, plan, seed, key, plan.name, **proposed)
+        draft = TrialDraft(number, kind, plan, seed, self._key(plan, seed), plan.name, **proposed)
         return self._sql(self._leases.add_trial, self._lease, draft)
+
+    def _key(self, plan: RunPlan, seed: int) -> str:
+        return run_key(self.recipe, self.fingerprint, plan, seed)
 
     def next_trial(self) -> Trial | None:
         """The next trial to run, stored as running; None if none can start now."""
@@ -214,23 +216,16 @@ class SearchSession:
         self._proposed_all = self._unproposed(candidates) <= 0
         if self._proposed_all or self._flops_reached(stored) is not None:
             return None
-        number = self._first_candidate + len(candidates)
+        number, seed = self._first_candidate + len(candidates), self.request.seed
         known = {t.key for t in stored}
-        proposal = propose(
-            self.request,
-            self.recipe,
-            number,
-            [_as_past(t, self.request) for t in candidates],
-            lambda plan: run_key(self.recipe, self.fingerprint, plan, self.request.seed) in known,
+        past = [_as_past(t, self.request) for t in candidates]
+        found = propose(
+            self.request, self.recipe, number, past, lambda plan: self._key(plan, seed) in known
         )
         unseen = tuple(t.number for t in candidates if t.state in UNFINISHED)
+        params, state = found.params, found.sampler_state
         return self._add(
-            number,
-            proposal.plan,
-            kind="candidate",
-            params=proposal.params,
-            sampler_state=proposal.sampler_state,
-            unseen=unseen,
+            number, found.plan, kind="candidate", params=params, sampler_state=state, unseen=unseen
         )
 
     def point(self, trial_id: int, point: StoredPoint) -> None:

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from nas.cli.common import (
-    Json,
-    Server,
-    amount,
-    count,
-    local_store,
-    opened,
-    print_json,
-)
+from nas.cli.common import Json, Overwrite, Server, amount, count, local_store, opened, show
+from nas.cli.terminal import show_best, show_frontier, show_structure
 
 if TYPE_CHECKING:
     from nas.designs.structure import Sizing
@@ -50,12 +43,7 @@ def inspect(
     from nas.designs.design import inspect_design, parse_design
 
     inspected = inspect_design(parse_design(theta), d_in, d_out, cast("Sizing", sizing))
-    if as_json:
-        print_json(inspected)
-    else:
-        from nas.cli.terminal import show_structure
-
-        show_structure(inspected)
+    show(inspected, as_json, show_structure)
 
 
 def frontier(
@@ -74,12 +62,7 @@ def frontier(
     """Show the Pareto front of loss against train FLOPs or another axis."""
     with opened(server) as place:
         found = place.get_search(search_id).frontier(x) if search_id else place.frontier(task, x)
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-    else:
-        from nas.cli.terminal import show_frontier
-
-        show_frontier(found)
+    show(found, as_json, show_frontier)
 
 
 def best(
@@ -93,8 +76,7 @@ def best(
     snippet: Annotated[
         bool,
         typer.Option(
-            "--snippet",
-            help="Print only a program that uses the structure, or keeps dense.",
+            "--snippet", help="Print only a program that uses the structure, or keeps dense."
         ),
     ] = False,
     server: Server = None,
@@ -103,28 +85,19 @@ def best(
     """Show the best structure within one budget, compared with dense, with intervals."""
     from nas.service.answers import checked_budget
 
-    axis, value = checked_budget(
-        {
-            "train_flops": train_flops,
-            "inference_flops": inference_flops,
-            "params": params,
-            "step_seconds": step_seconds,
-            "peak_memory": peak_memory,
-        }
-    )
+    axis, value = checked_budget({
+        "train_flops": train_flops, "inference_flops": inference_flops, "params": params,
+        "step_seconds": step_seconds, "peak_memory": peak_memory,
+    })  # fmt: skip
     with opened(server) as place:
         if search_id:
             answer = place.get_search(search_id).best(**{axis: value})
         else:
             answer = place.best(task=task, **{axis: value})
-    if as_json:
-        print_json(answer.model_dump(mode="json"))
-    elif snippet:
+    if snippet and not as_json:
         print(answer.snippet, end="")
     else:
-        from nas.cli.terminal import show_best
-
-        show_best(answer)
+        show(answer, as_json, show_best)
 
 
 def export(
@@ -145,9 +118,7 @@ def export(
     study: Annotated[
         str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that exists.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write every trial, or every evaluation, to a file or an Optuna study."""
     from nas.service.export import STANDARD_OUTPUT

@@ -6,13 +6,15 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic_core import to_jsonable_python
+from typer.core import TyperGroup
 
 from nas.errors import EinsumNasError, InvalidInput, echo
+from nas.settings import settings
 
 if TYPE_CHECKING:
     from nas.cli.local import Local
@@ -23,23 +25,26 @@ Server = Annotated[
     str | None,
     typer.Option(help="URL of a service to use; by default the database is used directly."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+T = TypeVar("T")
 
 
-def number(text: str) -> float:
-    """An option's value as a number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"got {echo(text)}; accepted: a number such as 2e11") from None
+def _parser(kind: Callable[[str], T], accepted: str) -> Callable[[str], T]:
+    """A parser of options by `kind`, which raises `ValueError` for what is not `accepted`."""
+
+    def parse(text: str) -> T:
+        try:
+            return kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"got {echo(text)}; accepted: {accepted}") from None
+
+    return parse
 
 
-def whole(text: str) -> int:
-    """An option's value as a whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"got {echo(text)}; accepted: a whole number") from None
+#: The text of an option as a whole number.
+whole = _parser(int, "a whole number")
+_number = _parser(float, "a number such as 2e11")
 
 
 def count(metavar: str, help_text: str) -> Any:
@@ -49,23 +54,42 @@ def count(metavar: str, help_text: str) -> Any:
 
 def amount(metavar: str, help_text: str) -> Any:
     """An option whose value is a number."""
-    return typer.Option(parser=number, metavar=metavar, help=help_text)
+    return typer.Option(parser=_number, metavar=metavar, help=help_text)
+
+
+def _checked_limit(limit: int) -> int:
+    if not 1 <= limit <= 500:
+        raise InvalidInput("limit", limit, "a whole number from 1 to 500")
+    return limit
+
+
+Limit = Annotated[
+    int,
+    typer.Option(
+        parser=whole, metavar="N", help="How many, from 1 to 500.", callback=_checked_limit
+    ),
+]
+
+
+def named_values(option: str, pairs: list[str] | None, example: str) -> dict[str, str]:
+    """The NAME=VALUE pairs of a repeatable option as a mapping."""
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise InvalidInput(option, pair, f"NAME=VALUE, such as {example}")
+    return dict(pair.split("=", 1) for pair in pairs or [])
 
 
 @contextmanager
 def local_store() -> Iterator[Store]:
     """Open the settings' database for the settings' tenant, and upgrade its schema."""
-    from nas.settings import settings
     from nas.store import Store, upgrade
     from nas.store.quotas import Quotas
 
     used = settings()
     upgrade(used.resolved_database_url)
-    store = Store(used.resolved_database_url, tenant=used.tenant, quotas=Quotas.of(used))
-    try:
+    quotas = Quotas.of(used)
+    with closing(Store(used.resolved_database_url, tenant=used.tenant, quotas=quotas)) as store:
         yield store
-    finally:
-        store.close()
 
 
 @contextmanager
@@ -81,7 +105,6 @@ def opened(server: str | None) -> Iterator[Local | Remote]:
             yield Local(store)
         return
     from nas.cli.remote import Remote
-    from nas.settings import settings
 
     used = settings()
     key = None if used.api_key is None else used.api_key.get_secret_value()
@@ -91,23 +114,20 @@ def opened(server: str | None) -> Iterator[Local | Remote]:
         yield client
 
 
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Report `EinsumNasError` as one line on stderr; exit with 2 for bad input, else with 1."""
+class Commands(TyperGroup):
+    """Reports `EinsumNasError` as one line on stderr; exits with 2 for bad input, else with 1."""
 
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def invoke(self, ctx: Any) -> Any:
         try:
-            command(*args, **kwargs)
+            return super().invoke(ctx)
+        except InvalidInput as error:  # which repeats no secret to begin with
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except EinsumNasError as error:
-            if isinstance(error, InvalidInput):  # which repeats no secret to begin with
-                print(f"error: {error}", file=sys.stderr)
-                raise typer.Exit(2) from None
             from nas.logs import masked
 
             print(f"error: {masked(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
-
-    return run
 
 
 def escape_unprintable() -> None:
@@ -118,5 +138,10 @@ def escape_unprintable() -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    """Print a value, which may hold models and dataclasses, as JSON on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False, default=to_jsonable_python))
+
+
+def show(found: T, as_json: bool, as_text: Callable[[T], None]) -> None:
+    """Print what a command has found: as JSON, or by `as_text` for people."""
+    (print_json if as_json else as_text)(found)

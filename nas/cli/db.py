@@ -10,60 +10,52 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from nas.cli.common import Json, amount, local_store, print_json, reported
+from nas.cli.common import Commands, Json, Overwrite, amount, local_store, print_json, show
+from nas.settings import settings
 
-app = typer.Typer(help="Upgrade, back up, restore or prune the database.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Upgrade, back up, restore or prune the database."
+)
 
 _COUNTED = ("searches", "trials", "points", "events")
 BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup file.")]
 
 
 @app.command()
-@reported
 def upgrade(as_json: Json = False) -> None:
     """Upgrade the database's schema to this version."""
     with local_store() as store:
         revision = store.schema_revision()
-    if as_json:
-        print_json({"revision": revision})
-    else:
-        print(f"schema at revision {revision}")
+    text = f"schema at revision {revision}"
+    show({"revision": revision}, as_json, lambda _: print(text))
 
 
 @app.command()
-@reported
 def backup(
     file: BackupFile,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that exists.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a consistent snapshot of the database to one SQLite file; services may keep running.
 
     This does not upgrade the database, so you can make a backup before you upgrade.
     """
-    from nas.settings import settings
     from nas.store.backup import backup as write
 
     made = write(settings().resolved_database_url, file, overwrite=overwrite)
-    if as_json:
-        print_json({"file": str(made.path), "bytes": made.bytes, **asdict(made.manifest)})
-        return
-    print(f"{made.path}: {decimal(made.bytes)}, schema {made.manifest.revision}")
-    print(_counts(made.manifest.rows))
+    text = f"{made.path}: {decimal(made.bytes)}, schema {made.manifest.revision}"
+    found = {"file": made.path, "bytes": made.bytes, **asdict(made.manifest)}
+    show(found, as_json, lambda _: print(text, _counts(made.manifest.rows), sep="\n"))
 
 
 @app.command()
-@reported
 def restore(file: BackupFile, as_json: Json = False) -> None:
     """Copy a backup, or another SQLite database of einsum-nas, into the empty database."""
-    from nas.settings import settings
     from nas.store.backup import restore as read
 
     done = read(file, settings().resolved_database_url)
     if as_json:
-        print_json(asdict(done))
+        print_json(done)
         return
     print(f"restored {file}: schema {done.file_revision}, now {done.revision}")
     print(_counts(done.rows))
@@ -72,7 +64,6 @@ def restore(file: BackupFile, as_json: Json = False) -> None:
 
 
 @app.command()
-@reported
 def prune(
     event_days: Annotated[
         float | None,
@@ -104,7 +95,6 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Delete old events, old audit records, and old searches without any result."""
-    from nas.settings import settings
     from nas.store.retention import prune as delete
 
     used = settings()
@@ -116,14 +106,12 @@ def prune(
             audit_days=used.audit_days if audit_days is None else audit_days,
             dry_run=dry_run,
         )
-    if as_json:
-        print_json({**asdict(done), "dry_run": dry_run})
-        return
     verb = "would delete" if dry_run else "deleted"
-    print(
+    text = (
         f"{verb} {done.searches:,} searches with {done.trials:,} trials, {done.events:,} "
         f"events of other searches, and {done.audit:,} records of the audit log"
     )
+    show({**asdict(done), "dry_run": dry_run}, as_json, lambda _: print(text))
 
 
 def _counts(rows: Mapping[str, int]) -> str:

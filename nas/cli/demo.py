@@ -5,44 +5,36 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nas.cli.common import Json, count, print_json
 from nas.cli.serve import Port
 from nas.cli.submit import show_outcome
+from nas.cli.terminal import console, study_progress
 from nas.errors import EinsumNasError
 from nas.processes import exit_on_signals, free_port, spawn, stop_child
+from nas.settings import settings
 
 if TYPE_CHECKING:
     from nas.client import Client
 
-#: The search of `einsum-nas demo`.
-_DEMO: dict[str, Any] = {
-    "task": "text",
-    "train_flops": 2e11,
-    "trials": 16,
-    "sampler": "tpe",
-    "seed": 0,
-}
-
 
 def demo(port: Port = None) -> None:
     """Serve, run a search over the default text, show the answer, and keep serving."""
-    from nas.cli.terminal import console
     from nas.client import Client
-    from nas.settings import settings
 
     exit_on_signals()
-    used_port = port if port is not None else free_port(settings().port)
+    used_port = free_port(settings().port) if port is None else port
     url = f"http://127.0.0.1:{used_port}"
     service = spawn("serve", "--port", str(used_port), quiet=True)
     try:
         with Client(url) as client:
             _await_ready(client, service)
-            remote = client.search(**_DEMO)
+            remote = client.search(train_flops=2e11, trials=16, sampler="tpe", seed=0)
             console.print(f"search {remote.id}\nlive at {url}/searches/{remote.id}")
             show_outcome(remote, "", wait=True, as_json=False)
         console.print(f"\ndashboard: {url}/searches/{remote.id}")
@@ -79,9 +71,6 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Run the papers' study and write report.html and report.json."""
-    from contextlib import nullcontext
-
-    from nas.cli.terminal import console, study_progress
     from nas.study.reproduce import reproduce as run_study
 
     exit_on_signals()

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, amount, count, local_store, print_json, reported
+from nas.cli.common import Commands, Json, Limit, amount, count, local_store, print_json, show
+from nas.cli.terminal import key_ends, show_audit, show_keys, show_tenants
 from nas.errors import InvalidInput
 from nas.settings import DEFAULT_TENANT, TENANT
 
 if TYPE_CHECKING:
     from nas.store.keys import Key
 
-app = typer.Typer(no_args_is_help=True, help="API keys: create, list, rotate, revoke.")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="API keys: create, list, rotate, revoke."
+)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 KeyId = Annotated[
     str, typer.Argument(metavar="ID", help="The key's id (not secret), as `keys list` shows it.")
@@ -34,8 +37,10 @@ def duration(text: str | float) -> float:
     return int(found[1]) * _UNITS[found[2]]
 
 
+_time = partial(typer.Option, parser=duration, metavar="TIME")
+
+
 @app.command()
-@reported
 def create(
     name: Annotated[str, typer.Option(help="Who uses the key, or for what.")],
     scopes: Annotated[
@@ -52,11 +57,7 @@ def create(
     ] = DEFAULT_TENANT,
     expires: Annotated[
         float | None,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            help="Time until the key expires, such as 90d or 12h; by default it never does.",
-        ),
+        _time(help="Time until the key expires, such as 90d or 12h; by default it never does."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -74,38 +75,27 @@ def _show_new(key: Key, secret: str, as_json: bool) -> None:
     if as_json:
         print_json({**_plain(key), "key": secret})
         return
-    about = f"key {key.id} of tenant {key.tenant}, {_ends(key)}"
+    about = f"key {key.id} of tenant {key.tenant}, {key_ends(key)}"
     print(f"{about}; store it now, it cannot be shown again:", file=sys.stderr)
     print(secret)
 
 
 @app.command(name="list")
-@reported
 def list_keys(tenant: Tenant = None, as_json: Json = False) -> None:
     """List keys, without their secrets, which are not stored."""
     from nas.store.keys import Keys
 
     with local_store() as store:
         found = Keys(store).list(tenant)
-    if as_json:
-        print_json([_plain(key) for key in found])
-        return
-    from nas.cli.terminal import show_keys
-
-    show_keys(found, _ends)
+    print_json([_plain(key) for key in found]) if as_json else show_keys(found)
 
 
 @app.command()
-@reported
 def rotate(
     key_id: KeyId,
     grace: Annotated[
         float,
-        typer.Option(
-            parser=duration,
-            metavar="TIME",
-            help="Time for which the old key stays valid, such as 1h or 7d; by default none.",
-        ),
+        _time(help="Time for which the old key stays valid, such as 1h or 7d; by default none."),
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
@@ -118,7 +108,6 @@ def rotate(
 
 
 @app.command()
-@reported
 def revoke(key_id: KeyId) -> None:
     """Revoke a key and the browser sessions that it opened, at once; this cannot be undone."""
     from nas.store.keys import Keys
@@ -154,34 +143,16 @@ def tenants(
                 raise InvalidInput("set", set_tenant, "with a quota, such as --searches 10")
             set_quotas(store, set_tenant, **given)
         found = all_use(store)
-    if as_json:
-        print_json([use.as_dict for use in found])
-        return
-    from nas.cli.terminal import show_tenants
-
-    show_tenants(found)
+    show(found, as_json, show_tenants)
 
 
-def audit(
-    tenant: Tenant = None,
-    limit: Annotated[int, count("N", "How many, from 1 to 500.")] = 50,
-    as_json: Json = False,
-) -> None:
+def audit(tenant: Tenant = None, limit: Limit = 50, as_json: Json = False) -> None:
     """Show the newest records of the audit log: who did what, and who was refused."""
-    from dataclasses import asdict
-
     from nas.store.audit import Audit
 
-    if not 1 <= limit <= 500:
-        raise InvalidInput("limit", limit, "a whole number from 1 to 500")
     with local_store() as store:
         found = Audit(store).entries(limit=limit, tenant=tenant)
-    if as_json:
-        print_json([asdict(entry) for entry in found])
-        return
-    from nas.cli.terminal import show_audit
-
-    show_audit(found)
+    show(found, as_json, show_audit)
 
 
 def _plain(key: Key) -> dict[str, Any]:
@@ -189,13 +160,3 @@ def _plain(key: Key) -> dict[str, Any]:
         "id", "tenant", "name", "created_at", "expires_at", "revoked_at", "used_at", "rotated_from"
     )  # fmt: skip
     return {**{name: getattr(key, name) for name in shown}, "scopes": list(key.scopes)}
-
-
-def _ends(key: Key) -> str:
-    """When the key expires, or why it is no longer valid."""
-    refusal = key.refusal(time.time())
-    if refusal is not None:
-        return refusal
-    if key.expires_at is None:
-        return "never expires"
-    return "expires " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))

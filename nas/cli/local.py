@@ -22,6 +22,11 @@ from nas.store import Search, Store
 from nas.store.processes import Processes
 
 
+def _changed_by(change: Callable[[Store, str], Search]) -> Callable[[LocalSearch], LocalSearch]:
+    """A method of `LocalSearch` that changes the stored search."""
+    return lambda self: self._as(change(self.store, self.id))
+
+
 @dataclass(frozen=True)
 class LocalSearch:
     """A search in the database, as it stood when it was last read; see `RemoteSearch`."""
@@ -75,21 +80,11 @@ class LocalSearch:
         """Submit a copy of this search with some fields changed."""
         return self._as(create_clone(self.store, self.id, changes, _no_other_data)[0])
 
-    def cancel(self) -> LocalSearch:
-        """Cancel the search."""
-        return self._as(self.store.cancel(self.id))
-
-    def pause(self) -> LocalSearch:
-        """Pause the search."""
-        return self._as(self.store.pause(self.id))
-
-    def resume(self) -> LocalSearch:
-        """Queue the paused search again."""
-        return self._as(self.store.resume(self.id))
-
-    def retry(self) -> LocalSearch:
-        """Queue the ended search again, to run the trials that are not complete."""
-        return self._as(self.store.retry(self.id))
+    # as `RemoteSearch` describes them
+    cancel = _changed_by(Store.cancel)
+    pause = _changed_by(Store.pause)
+    resume = _changed_by(Store.resume)
+    retry = _changed_by(Store.retry)
 
     def set_priority(self, priority: int) -> LocalSearch:
         """Set the priority of the search."""

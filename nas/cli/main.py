@@ -8,10 +8,11 @@ from __future__ import annotations
 import typer
 
 from nas.cli import answers, db, demo, keys, searches, serve, submit
-from nas.cli.common import escape_unprintable, reported
+from nas.cli.common import Commands, escape_unprintable
 
 app = typer.Typer(
     name="einsum-nas",
+    cls=Commands,
     help="Neural-architecture search over einsum-structured linear layers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -26,7 +27,7 @@ for _command in (
 ):  # fmt: skip
     # so that a negative number, of the one command that takes one, is not taken for an option
     negative = {"ignore_unknown_options": True} if _command is searches.priority else None
-    app.command(context_settings=negative)(reported(_command))
+    app.command(context_settings=negative)(_command)
 
 
 def main() -> None:

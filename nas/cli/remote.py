@@ -15,10 +15,8 @@ class Remote(Client):
 
     def newest(self, *, limit: int, **filters: str | None) -> list[dict[str, Any]]:
         """The newest searches; filters are state, failure and tenant."""
-        items: list[dict[str, Any]] = self.get("/v1/searches", limit=limit, **filters)["items"]
-        return items
+        return list(self.get("/v1/searches", limit=limit, **filters)["items"])
 
     def workers(self) -> list[dict[str, Any]]:
         """Workers and services that were seen recently."""
-        items: list[dict[str, Any]] = self.get("/v1/workers")["items"]
-        return items
+        return list(self.get("/v1/workers")["items"])

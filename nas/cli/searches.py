@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Server, count, opened, print_json, whole
+from nas.cli.common import Json, Limit, Server, named_values, opened, show, whole
+from nas.cli.terminal import show_searches, show_workers
 from nas.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ SearchId = Annotated[str, typer.Argument(metavar="ID", help="The id of the searc
 
 def searches(
     state: Annotated[
-        str | None,
-        typer.Option(help="queued | running | paused | succeeded | failed | cancelled"),
+        str | None, typer.Option(help="queued | running | paused | succeeded | failed | cancelled")
     ] = None,
     failure: Annotated[
         str | None,
@@ -33,21 +33,14 @@ def searches(
     tenant: Annotated[
         str | None, typer.Option(help="Only searches of this tenant; by default of all.")
     ] = None,
-    limit: Annotated[int, count("N", "How many, from 1 to 500.")] = 20,
+    limit: Limit = 20,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
     """List the newest searches, with the reason of each failure."""
-    if not 1 <= limit <= 500:
-        raise InvalidInput("limit", limit, "a whole number from 1 to 500")
     with opened(server) as place:
         found = place.newest(limit=limit, state=state, failure=failure, tenant=tenant)
-    if as_json:
-        print_json(found)
-    else:
-        from nas.cli.terminal import show_searches
-
-        show_searches(found)
+    show(found, as_json, show_searches)
 
 
 def pause(search_id: SearchId, server: Server = None, as_json: Json = False) -> None:
@@ -95,7 +88,7 @@ def _change(
     change: Callable[[LocalSearch | RemoteSearch], LocalSearch | RemoteSearch],
 ) -> None:
     with opened(server) as place:
-        _say(change(place.get_search(search_id)).data, as_json)
+        show(change(place.get_search(search_id)).data, as_json, _say)
 
 
 def clone(
@@ -110,28 +103,19 @@ def clone(
     as_json: Json = False,
 ) -> None:
     """Submit a copy of a search, with changes; equal runs are reused, not run again."""
-    changed = _changes(changes or [])
+    given = named_values("change", changes, "trials=32")
+    changed = {name: _json_or_text(value) for name, value in given.items()}
     _change(search_id, server, as_json, lambda s: s.clone(**changed))
 
 
-def _changes(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, each value parsed as JSON if it is valid JSON, else taken as text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InvalidInput("change", pair, "NAME=VALUE, such as trials=32")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
-def _say(found: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(found)
-        return
+def _say(found: dict[str, Any]) -> None:
     pending = ""
     if found["state"] == "running" and found["cancel_requested"]:
         pending = " (cancelling: waiting for the worker to stop its runs)"
@@ -144,9 +128,4 @@ def workers(server: Server = None, as_json: Json = False) -> None:
     """List workers and services that this database has seen recently."""
     with opened(server) as place:
         found = place.workers()
-    if as_json:
-        print_json(found)
-    else:
-        from nas.cli.terminal import show_workers
-
-        show_workers(found)
+    show(found, as_json, show_workers)

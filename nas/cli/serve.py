@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.common import Json, print_json, whole
+from nas.cli.common import Json, show, whole
 from nas.errors import InvalidInput
 from nas.processes import end_with, exit_on_signals, keep_worker
+from nas.settings import settings
 
 Parent = Annotated[int | None, typer.Option(hidden=True, parser=whole, metavar="PID")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
@@ -27,7 +28,6 @@ def worker(
 ) -> None:
     """Claim searches and run them."""
     from nas.logs import configure
-    from nas.settings import settings
     from workers.loop import main
 
     used = settings()
@@ -44,10 +44,7 @@ def doctor(as_json: Json = False) -> None:
     used, checks = examine_here()
     if used is not None:
         checks += examine_cluster(used)
-    if as_json:
-        print_json([check.as_dict for check in checks])
-    else:
-        show_checks(checks)
+    show(checks, as_json, show_checks)
     if worst(checks) == "problem":
         raise typer.Exit(1)
 
@@ -59,7 +56,6 @@ def api(host: Host = None, port: Port = None) -> None:
     from api.readiness import refuse_unusable
     from api.server import serve as serve_http
     from nas.logs import configure
-    from nas.settings import settings
 
     used = settings()
     configure(used)
@@ -72,11 +68,7 @@ def api(host: Host = None, port: Port = None) -> None:
     serve_http(create_app(used, address=address), used, address, used_port)
 
 
-def serve(
-    host: Host = None,
-    port: Port = None,
-    parent: Parent = None,
-) -> None:
+def serve(host: Host = None, port: Port = None, parent: Parent = None) -> None:
     """Run the REST service, the dashboard and a worker in one command."""
     # uvicorn raises the signal that ended it again; without a handler, `finally` would not run
     exit_on_signals()

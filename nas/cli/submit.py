@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Json, Server, amount, count, opened, print_json, whole
-from nas.errors import InvalidInput, NotFound
+from nas.cli.common import (
+    Json,
+    Server,
+    amount,
+    count,
+    named_values,
+    opened,
+    print_json,
+    show,
+    whole,
+)
+from nas.cli.terminal import search_progress, show_best, show_frontier
+from nas.errors import NotFound
 
 if TYPE_CHECKING:
     from nas.cli.local import Local, LocalSearch
@@ -79,8 +90,7 @@ def search(
     from nas.planning.request import SearchRequest
 
     fields: dict[str, Any] = {
-        "task": task, "data": data, "recipe": recipe, "overrides": _settings_set(overrides),
-        "train_flops": train_flops, "trials": trials,
+        "task": task, "data": data, "recipe": recipe, "train_flops": train_flops, "trials": trials,
         "sampler": sampler, "objective": objective, "seed": seed, "references": references,
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, heads=heads
@@ -88,19 +98,11 @@ def search(
         "limits": _given(
             trial_seconds=trial_seconds, seconds=seconds, total_train_flops=total_train_flops
         ),
-        "priority": priority,
+        "priority": priority, "overrides": named_values("set", overrides, "depth=6") or None,
     }  # fmt: skip
     SearchRequest.checked(fields)
     with opened(server) as place:
         show_outcome(place.search(**fields), place.then, wait, as_json)
-
-
-def _settings_set(pairs: list[str] | None) -> dict[str, str] | None:
-    """NAME=VALUE pairs as a mapping; None if there are none."""
-    for pair in pairs or []:
-        if "=" not in pair:
-            raise InvalidInput("set", pair, "NAME=VALUE, such as depth=6")
-    return dict(p.split("=", 1) for p in pairs) if pairs else None
 
 
 def _given(**values: float | None) -> dict[str, float] | None:
@@ -110,23 +112,19 @@ def _given(**values: float | None) -> dict[str, float] | None:
 
 def _space(**choices: str | None) -> dict[str, list[Any]] | None:
     """Comma-separated choices as fields of a request's `Space`; None if there are none."""
-    given = {name: text.split(",") for name, text in choices.items() if text is not None}
     numbers = ("factors", "experts", "active")
-    found: dict[str, list[Any]] = {
-        name: [whole(part) for part in parts] if name in numbers else parts
-        for name, parts in given.items()
-    }
-    return found or None
+    return {
+        name: [whole(part) for part in text.split(",")] if name in numbers else text.split(",")
+        for name, text in choices.items()
+        if text is not None
+    } or None
 
 
 def confirm(
     search_id: Annotated[
         str | None, typer.Option("--search", help="The search; by default the last that succeeded.")
     ] = None,
-    top: Annotated[
-        int,
-        count("K", "Candidates to run again, besides the best dense one."),
-    ] = 3,
+    top: Annotated[int, count("K", "Candidates to run again, besides the best dense one.")] = 3,
     seeds: Annotated[int, count("N", "New seeds for each candidate.")] = 3,
     longer: Annotated[float, amount("C", "Train C times as many steps as before.")] = 1.0,
     spread: Annotated[
@@ -140,9 +138,7 @@ def confirm(
     """Run the best candidates of a search again with new seeds, to correct for lucky runs."""
     from nas.service.confirm import ConfirmRequest
 
-    fields: dict[str, Any] = {
-        "top": top, "seeds": seeds, "longer": longer, "spread": spread
-    }  # fmt: skip
+    fields: dict[str, Any] = {"top": top, "seeds": seeds, "longer": longer, "spread": spread}
     ConfirmRequest.checked(fields)
     with opened(server) as place:
         source = place.get_search(search_id or _newest_ended(place))
@@ -163,26 +159,23 @@ def show_outcome(
     """Show that a search is queued, or wait for its end and show its answer."""
     if not wait:
         queued = f"search {submitted.id} is queued{then}"
-        print_json(submitted.data) if as_json else print(queued)
+        show(submitted.data, as_json, lambda _: print(queued))
         return
-    from nas.cli.terminal import search_progress, show_best, show_frontier
-
     if as_json:
         ended = submitted.wait()
     else:
-        with search_progress() as show:
-            ended = submitted.wait(poll_seconds=0.5, progress=lambda s: show(s.data))
+        with search_progress() as advance:
+            ended = submitted.wait(poll_seconds=0.5, progress=lambda s: advance(s.data))
     data = ended.data
     if data["state"] != "succeeded":
         error = f": {data['error']}" if data["error"] else ""
         print(f"search {data['state']}{error}", file=sys.stderr)
         raise typer.Exit(1)
-    if data["limit_reached"] is not None:
-        reached = data["limit_reached"]
+    if (reached := data["limit_reached"]) is not None:
         print(f"a limit ended the search before its last trial: {reached}", file=sys.stderr)
     best = ended.best()
     if as_json:
-        print_json({"search": data, "best": best.model_dump(mode="json")})
+        print_json({"search": data, "best": best})
         return
     show_frontier(ended.frontier())
     show_best(best)

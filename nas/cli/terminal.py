@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from nas.designs.design import parse_design
 from nas.errors import counted
-from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
 
 if TYPE_CHECKING:
+    from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
     from nas.store.audit import Entry
     from nas.store.keys import Key
     from nas.store.quotas import Use
@@ -25,20 +25,21 @@ console = Console()
 _FINISHED = ("complete", "failed", "stopped")
 
 
-_PROGRESS_COLUMNS = (
-    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-    TextColumn("runs"), TimeElapsedColumn(),
-)  # fmt: skip
+@contextmanager
+def _bar(first: str) -> Iterator[Callable[..., None]]:
+    """A progress bar over runs; call it with what of it changes."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield partial(progress.update, progress.add_task(first, total=None))
 
 
 @contextmanager
 def study_progress() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar over the runs of a study; call it with (finished, total, current step)."""
-    with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
-        bar = progress.add_task("", total=None)
+    with _bar("") as update:
 
         def show(done: int, total: int, what: str) -> None:
-            progress.update(bar, completed=done, total=total or None, description=what)
+            update(completed=done, total=total or None, description=what)
             if not console.is_terminal:
                 console.print(f"{done} of {total} runs: {what}", markup=False)
 
@@ -48,16 +49,14 @@ def study_progress() -> Iterator[Callable[[int, int, str], None]]:
 @contextmanager
 def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A progress bar over the runs of a search; call it with the search in REST's form."""
-    with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
-        bar = progress.add_task("waiting for a worker", total=None)
+    with _bar("waiting for a worker") as update:
         seen = -1
 
         def show(search: Mapping[str, Any]) -> None:
             nonlocal seen
-            counts = search["trial_counts"]
-            done = sum(counts.get(state, 0) for state in _FINISHED)
+            done = sum(search["trial_counts"].get(state, 0) for state in _FINISHED)
             total = search["runs_total"]
-            progress.update(bar, completed=done, total=total, description=search["state"])
+            update(completed=done, total=total, description=search["state"])
             if not console.is_terminal and total and done != seen:
                 console.print(f"{search['state']}: {done} of {counted(total, 'run')} finished")
             seen = done
@@ -65,17 +64,25 @@ def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield show
 
 
-def _filled(table: Table, rows: Sequence[Mapping[str, str]]) -> Table:
-    """`table` with rows, at least one, of which the first has every column's heading."""
+def _described(design: str) -> str:
+    from nas.designs.design import parse_design  # numpy, which it needs, takes time to import
+
+    return parse_design(design).described
+
+
+def _print_rows(
+    rows: Sequence[Mapping[str, str]], if_none: str, table: Table | None = None
+) -> None:
+    """Print rows, of which the first has every column's heading; a text if there are none."""
+    if not rows:
+        console.print(if_none)
+        return
+    table = table or Table(box=None, pad_edge=False)
     for heading in rows[0]:
         table.add_column(heading)
     for row in rows:
         table.add_row(*(row.get(heading, "") for heading in rows[0]))
-    return table
-
-
-def _without_rules(rows: Sequence[Mapping[str, str]]) -> Table:
-    return _filled(Table(box=None, pad_edge=False), rows)
+    console.print(table)
 
 
 def show_frontier(front: FrontierAnswer) -> None:
@@ -86,7 +93,7 @@ def show_frontier(front: FrontierAnswer) -> None:
     columns: dict[str, Callable[[Point], str]] = {
         "train FLOPs": lambda p: f"{p.train_flops:.3e}",
         "loss": lambda p: f"{p.loss:.4f}",
-        "structure": lambda p: parse_design(p.design).described,
+        "structure": lambda p: _described(p.design),
         "width": lambda p: str(p.width),
         "steps": lambda p: str(p.steps),
         "trial": lambda p: f"#{p.number}",
@@ -135,8 +142,7 @@ def show_best(best: Answer) -> None:
 
 def _best_lines(best: Answer) -> Iterator[str]:
     interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
-    name = parse_design(best.design).described
-    yield f"best: {name}, width {best.width}, {counted(best.steps, 'step')}"
+    yield f"best: {_described(best.design)}, width {best.width}, {counted(best.steps, 'step')}"
     yield f"verdict: {best.verdict} ({best.verdict_reason})"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
     unsure = ", unconfirmed" if best.verdict == "unconfirmed" else ""
@@ -202,7 +208,7 @@ def _rivals(best: Answer) -> Iterator[str]:
     )
     for r in best.indistinguishable[:_SHOWN_RIVALS]:
         yield (
-            f"  {parse_design(r.design).described}, width {r.width}: {r.difference:+.4f} "
+            f"  {_described(r.design)}, width {r.width}: {r.difference:+.4f} "
             f"({_range(r.difference_interval, '+.4f')})"
         )
     more = len(best.indistinguishable) - _SHOWN_RIVALS
@@ -274,55 +280,47 @@ def _measured(value: float | None, scale: float, unit: str) -> str:
 def show_structure(inspected: Mapping[str, Any]) -> None:
     """Print the exact properties of one structure of any family."""
     table = Table(show_header=False)
+    for label, text in _structure_rows(inspected):
+        table.add_row(label, text)
+    console.print(table)
+
+
+def _structure_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in _STRUCTURE_ROWS:
-        value = inspected.get(key)
-        if value is None:
-            continue
+        value = found.get(key)
         if isinstance(value, Mapping):
             value = "  ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-        table.add_row(key, str(value))
-    dense = inspected["dense_macs"]
-    share = f"{inspected['macs'] / dense:.4f} of dense"
-    table.add_row("MACs per token", f"{inspected['macs']:,}  ({share})")
-    if "macs_a_first" in inspected:
-        orders = f"{inspected['macs_a_first']:,} A first, {inspected['macs_b_first']:,} B first"
-        table.add_row("  by order", orders)
-    if "gate_macs" in inspected:
-        table.add_row("  in the gate", f"{inspected['gate_macs']:,}")
-    table.add_row("FLOPs per token", f"{inspected['flops']:,} forward")
-    table.add_row("parameters", f"{inspected['params']:,}")
-    if inspected.get("rank") is not None:
-        table.add_row("rank", f"{inspected['rank']:,} {inspected.get('rank_is', 'generic')}")
-    if "omega" in inspected:
-        table.add_row("ω  ψ  ν", "  ".join(f"{inspected[k]:.4g}" for k in ("omega", "psi", "nu")))
-        table.add_row(
-            "  of the integers",
-            "  ".join(f"{inspected[f'{k}_integer']:.4g}" for k in ("omega", "psi", "nu")),
-        )
-    if "padded_in" in inspected:
-        padded = f"{inspected['padded_in']:,} inputs, {inspected['padded_out']:,} outputs"
-        table.add_row("axes multiply to", padded)
-    if "waste" in inspected:
-        table.add_row(
-            "waste", f"{inspected['waste']:.2%} more MACs, for padded inputs and dropped outputs"
-        )
-    if inspected.get("dropped_inputs") or inspected.get("constant_outputs"):
-        table.add_row(
-            "lost to rounding",
-            f"{inspected['dropped_inputs']:,} inputs are dropped, "
-            f"{inspected['constant_outputs']:,} outputs are always zero",
-        )
-    for f in inspected.get("factors", ()):
-        table.add_row(
-            f"factor {f['name']}",
-            f"fan in {f['fan_in']}, fan out {f['fan_out']}, init std {f['init_std']:.6g}, "
-            f"Adam multiplier {f['adam_lr_multiplier']:.6g}",
-        )
-    if inspected.get("degenerate"):
-        table.add_row("note", "degenerate: it costs more than dense and expresses no more")
-    console.print(table)
+        if value is not None:
+            yield key, str(value)
+    share = f"{found['macs'] / found['dense_macs']:.4f} of dense"
+    yield "MACs per token", f"{found['macs']:,}  ({share})"
+    if "macs_a_first" in found:
+        orders = f"{found['macs_a_first']:,} A first, {found['macs_b_first']:,} B first"
+        yield "  by order", orders
+    if "gate_macs" in found:
+        yield "  in the gate", f"{found['gate_macs']:,}"
+    yield "FLOPs per token", f"{found['flops']:,} forward"
+    yield "parameters", f"{found['params']:,}"
+    if found.get("rank") is not None:
+        yield "rank", f"{found['rank']:,} {found.get('rank_is', 'generic')}"
+    if "omega" in found:
+        for label, end in (("ω  ψ  ν", ""), ("  of the integers", "_integer")):
+            yield label, "  ".join(f"{found[k + end]:.4g}" for k in ("omega", "psi", "nu"))
+    if "padded_in" in found:
+        yield "axes multiply to", f"{found['padded_in']:,} inputs, {found['padded_out']:,} outputs"
+    if "waste" in found:
+        yield "waste", f"{found['waste']:.2%} more MACs, for padded inputs and dropped outputs"
+    if found.get("dropped_inputs") or found.get("constant_outputs"):
+        lost = f"{found['dropped_inputs']:,} inputs are dropped, "
+        lost += f"{found['constant_outputs']:,} outputs are always zero"
+        yield "lost to rounding", lost
+    for f in found.get("factors", ()):
+        init = f"fan in {f['fan_in']}, fan out {f['fan_out']}, init std {f['init_std']:.6g}, "
+        yield f"factor {f['name']}", init + f"Adam multiplier {f['adam_lr_multiplier']:.6g}"
+    if found.get("degenerate"):
+        yield "note", "degenerate: it costs more than dense and expresses no more"
 
 
 _STRUCTURE_ROWS = (
@@ -336,29 +334,24 @@ def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
     rows: list[dict[str, str]] = []
     for s in found:
         total = f"/{s['runs_total']}" if s["runs_total"] else ""
-        rows.append(
-            {
-                "search": s["id"],
-                "state": s["state"],
-                "task": escape(
-                    s["task"] + ("" if s["tenant"] == "default" else f" of {s['tenant']}")
-                ),
-                "budget": f"{s['request']['train_flops']:.3g}",
-                "runs": f"{s['trial_counts'].get('complete', 0)}{total}",
-                "priority": str(s["priority"]),
-            }
-        )
+        whose = "" if s["tenant"] == "default" else f" of {s['tenant']}"
+        row = {
+            "search": s["id"],
+            "state": s["state"],
+            "task": escape(s["task"] + whose),
+            "budget": f"{s['request']['train_flops']:.3g}",
+            "runs": f"{s['trial_counts'].get('complete', 0)}{total}",
+            "priority": str(s["priority"]),
+        }
+        rows.append(row)
         failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
         if why := s["limit_reached"] or failed:
             rows.append({"search": f"  {escape(why)}"})
-    console.print(_without_rules(rows) if rows else "no search matches these filters")
+    _print_rows(rows, "no search matches these filters")
 
 
 def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of workers and services."""
-    if not found:
-        console.print("no worker or service was seen recently; `einsum-nas worker` starts one")
-        return
     rows = [
         {
             "process": p["name"],
@@ -370,33 +363,38 @@ def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
         }
         for p in found
     ]
-    console.print(_filled(Table(), rows))
+    none = "no worker or service was seen recently; `einsum-nas worker` starts one"
+    _print_rows(rows, none, Table())
 
 
-def show_keys(found: Sequence[Key], ends: Callable[[Key], str]) -> None:
-    """Print a table of keys; `ends` describes when a key expires."""
-    if not found:
-        console.print("there is no key; `einsum-nas keys create --name NAME` creates one")
-        return
+def show_keys(found: Sequence[Key]) -> None:
+    """Print a table of keys."""
     rows = [
         {
             "key": key.id,
             "tenant": key.tenant,
             "name": escape(key.name),
             "scopes": ", ".join(key.scopes),
-            "ends": ends(key),
+            "ends": key_ends(key),
             "last used": "never" if key.used_at is None else _day(key.used_at),
         }
         for key in found
     ]
-    console.print(_without_rules(rows))
+    _print_rows(rows, "there is no key; `einsum-nas keys create --name NAME` creates one")
+
+
+def key_ends(key: Key) -> str:
+    """When the key expires, or why it is no longer valid."""
+    refusal = key.refusal(time.time())
+    if refusal is not None:
+        return refusal
+    if key.expires_at is None:
+        return "never expires"
+    return "expires " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(key.expires_at))
 
 
 def show_tenants(found: Sequence[Use]) -> None:
     """Print a table of tenants' quotas and their use."""
-    if not found:
-        console.print("no tenant has a search or a quota")
-        return
     rows = [
         {
             "tenant": use.tenant,
@@ -407,7 +405,7 @@ def show_tenants(found: Sequence[Use]) -> None:
         }
         for use in found
     ]
-    console.print(_without_rules(rows))
+    _print_rows(rows, "no tenant has a search or a quota")
 
 
 def _or_any(limit: float | None) -> str:
@@ -421,10 +419,8 @@ def show_audit(found: Sequence[Entry]) -> None:
         who += f" (key {line.key_id})" if line.key_id else ""
         whence = f"from {line.address}" if line.address else ""
         answer = "" if line.status is None else str(line.status)
-        parts = (
-            _day(line.created_at), who, line.action, line.target, answer, line.reason, whence
-        )  # fmt: skip
-        told = "  ".join(part for part in parts if part)
+        what = (line.action, line.target, answer, line.reason)
+        told = "  ".join(part for part in (_day(line.created_at), who, *what, whence) if part)
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     if not found:
         console.print("the audit log is empty")

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
 from typing import Literal
@@ -55,13 +56,13 @@ class Check:
     #: what to do; empty where all is well
     advice: str = ""
 
-    @property
-    def as_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return {
-            "name": self.name, "status": self.status, "finding": self.finding,
-            "advice": self.advice,
-        }  # fmt: skip
+    @classmethod
+    def of(cls, name: str, finding: str, *troubles: tuple[bool, Status, str]) -> Check:
+        """A check with the first trouble that applies, as (applies, status, advice), else ok."""
+        for applies, status, advice in troubles:
+            if applies:
+                return cls(name, status, finding, advice)
+        return cls(name, "ok", finding)
 
 
 def examine_here() -> tuple[Settings | None, list[Check]]:
@@ -109,9 +110,11 @@ def _database(used: Settings) -> Iterator[Check]:
     try:
         found = read_database(store)
         yield _reached(found)
-        yield _schema(found)
+        state = found.schema
+        text = f"revision {state.found or 'none'}; this program needs {state.needed}"
+        yield Check("schema", "ok" if state.verdict == "current" else "problem", text, state.advice)
         yield _clock(found)
-        if found.schema.verdict == "current":
+        if state.verdict == "current":
             yield _writable(store)
             yield from _work(store)
     except DatabaseTrouble as error:
@@ -125,30 +128,19 @@ def _database(used: Settings) -> Iterator[Check]:
 def _reached(found: Database) -> Check:
     milliseconds = 1e3 * found.round_trip_seconds
     text = f"{found.product} answers within {milliseconds:.1f} ms"
-    if milliseconds > _SLOW_MS:
-        advice = "run the database near its workers, and check its load"
-        return Check("database", "warning", text, advice)
-    return Check("database", "ok", text)
-
-
-def _schema(found: Database) -> Check:
-    state = found.schema
-    text = f"revision {state.found or 'none'}; this program needs {state.needed}"
-    status: Status = "ok" if state.verdict == "current" else "problem"
-    return Check("schema", status, text, state.advice)
+    advice = "run the database near its workers, and check its load"
+    return Check.of("database", text, (milliseconds > _SLOW_MS, "warning", advice))
 
 
 def _clock(found: Database) -> Check:
     ahead = found.clock_ahead_seconds
     text = f"the database's clock is {abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'}"
     text += " this machine's"
-    if abs(ahead) > _CLOCK_SECONDS:
-        advice = (
-            "synchronise both by NTP: leases use only the database's clock and are safe, but times "
-            "in logs do not match those in the store"
-        )
-        return Check("clock", "warning", text, advice)
-    return Check("clock", "ok", text)
+    advice = (
+        "synchronise both by NTP: leases use only the database's clock and are safe, but times in "
+        "logs do not match those in the store"
+    )
+    return Check.of("clock", text, (abs(ahead) > _CLOCK_SECONDS, "warning", advice))
 
 
 def _writable(store: Store) -> Check:
@@ -174,37 +166,33 @@ def _work(store: Store) -> Iterator[Check]:
             "if a worker runs do nothing: it takes them over within seconds; otherwise start one",
         )  # fmt: skip
     dead = gauges.dead_lettered
-    yield Check(
-        "given up", "warning" if dead else "ok",
-        f"{dead} search(es) given up after too many attempts",
-        "read the error of each (`failure` is `attempts`), remove its cause, and POST "
-        "/v1/searches/ID/retry" if dead else "",
-    )  # fmt: skip
-    yield Check(
-        "stale writes", "ok",
-        f"{gauges.stale_writes} write(s) refused so far because another worker held the search",
-    )  # fmt: skip
+    advice = "read the error of each (`failure` is `attempts`), remove its cause, and POST "
+    advice += "/v1/searches/ID/retry"
+    text = f"{dead} search(es) given up after too many attempts"
+    yield Check.of("given up", text, (dead > 0, "warning", advice))
+    refused = gauges.stale_writes
+    text = f"{refused} write(s) refused so far because another worker held the search"
+    yield Check("stale writes", "ok", text)
 
 
 def _workers(workers: list[Process], queued: int, oldest_seconds: float) -> Check:
     states = [f"{w.name} {w.state}, version {w.version}" for w in workers]
     if not workers:
         text = f"none alive; {queued} search(es) queued"
-        if queued:
-            text += f", the oldest for {oldest_seconds:.0f} s"
-            advice = "start one: `einsum-nas worker`, or `einsum-nas serve`"
-            return Check("workers", "problem", text, advice)
-        return Check("workers", "ok", text)
+        text += f", the oldest for {oldest_seconds:.0f} s" if queued else ""
+        advice = "start one: `einsum-nas worker`, or `einsum-nas serve`"
+        return Check.of("workers", text, (queued > 0, "problem", advice))
     own = version("einsum-nas")
     text = f"{len(workers)} alive: {'; '.join(states[:8])}{'; …' if len(states) > 8 else ''}"
-    if any(w.version != own for w in workers):
-        advice = f"run the same version everywhere; this is {own}"
-        return Check("workers", "warning", text, advice)
-    waiting = [w.name for w in workers if w.state == "waiting"]
-    if waiting:
-        advice = "make sure that the Ray cluster at RAY_ADDRESS runs; see its checks below"
-        return Check("workers", "warning", text, advice)
-    return Check("workers", "ok", text)
+    other = any(w.version != own for w in workers)
+    waiting = any(w.state == "waiting" for w in workers)
+    cluster = "make sure that the Ray cluster at RAY_ADDRESS runs; see its checks below"
+    return Check.of(
+        "workers",
+        text,
+        (other, "warning", f"run the same version everywhere; this is {own}"),
+        (waiting, "warning", cluster),
+    )
 
 
 def _sqlite_file(used: Settings) -> Path | None:
@@ -230,10 +218,9 @@ def _space(name: str, folder: Path) -> Check:
     text = f"{folder}: {_size(free)} free"
     if not os.access(there, os.W_OK):
         return Check(name, "problem", f"{folder} cannot be written", "give this user the right to")
-    if free < _LITTLE_FREE:
-        status: Status = "problem" if free < _LEAST_FREE else "warning"
-        return Check(name, status, text, "free space, or choose a folder on another disk")
-    return Check(name, "ok", text)
+    status: Status = "problem" if free < _LEAST_FREE else "warning"
+    advice = "free space, or choose a folder on another disk"
+    return Check.of(name, text, (free < _LITTLE_FREE, status, advice))
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Check]:
@@ -242,14 +229,11 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Check]:
         return
     usage = shutil.disk_usage(folder)
     text = f"{folder}: {_size(usage.free)} free of {_size(usage.total)}"
-    if usage.free < _LEAST_SHARED:
-        yield Check(
-            "shared memory", "warning", text,
-            "Ray keeps its objects there, or on a slow disk if it is too small: start containers "
-            "with --shm-size=4g (shm_size in a compose file), or free space in it",
-        )  # fmt: skip
-    else:
-        yield Check("shared memory", "ok", text)
+    advice = (
+        "Ray keeps its objects there, or on a slow disk if it is too small: start containers with "
+        "--shm-size=4g (shm_size in a compose file), or free space in it"
+    )
+    yield Check.of("shared memory", text, (usage.free < _LEAST_SHARED, "warning", advice))
 
 
 def _data(used: Settings) -> Iterator[Check]:
@@ -285,11 +269,9 @@ def _versions() -> Iterator[Check]:
             shown.append(f"{wanted.name} {found}")
         if not wanted.specifier.contains(found, prereleases=True):
             wrong.append(f"{wanted.name} {found} ({wanted.specifier})")
-    if wrong:
-        text = f"{', '.join(shown)}; not as needed: {', '.join(wrong)}"
-        yield Check("versions", "problem", text, "pip install --upgrade einsum-nas")
-    else:
-        yield Check("versions", "ok", ", ".join(shown))
+    text = ", ".join(shown) + (f"; not as needed: {', '.join(wrong)}" if wrong else "")
+    advice = "pip install --upgrade einsum-nas"
+    yield Check.of("versions", text, (bool(wrong), "problem", advice))
 
 
 def _gpu() -> Iterator[Check]:
@@ -309,11 +291,9 @@ def _gpu() -> Iterator[Check]:
         yield Check("gpu", "warning", f"nvidia-smi failed: {cause}", advice)
         return
     cards = "; ".join(said.stdout.strip().splitlines()[:8])
-    if built == "CPUs only":
-        advice = "install a CUDA build of torch: this one leaves the GPUs idle"
-        yield Check("gpu", "warning", f"{cards}; torch is built for {built}", advice)
-    else:
-        yield Check("gpu", "ok", f"{cards}; torch is built for {built}")
+    text = f"{cards}; torch is built for {built}"
+    advice = "install a CUDA build of torch: this one leaves the GPUs idle"
+    yield Check.of("gpu", text, (built == "CPUs only", "warning", advice))
 
 
 def _torch_build() -> str:
@@ -347,17 +327,11 @@ def show_checks(checks: list[Check]) -> None:
     from rich.console import Console
 
     console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     styles = {"ok": "green", "warning": "yellow", "problem": "red"}
     width = max(len(c.name) for c in checks)
     for check in checks:
         console.print(f"{check.status:8}", style=styles[check.status], end="")
-        console.print(
-            f"{check.name:{width}}  {check.finding}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"{check.name:{width}}  {check.finding}")
         if check.advice:
-            console.print(
-                f"{'':8}{'':{width}}  → {check.advice}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(f"{'':8}{'':{width}}  → {check.advice}")

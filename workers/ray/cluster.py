@@ -61,7 +61,7 @@ def connect(settings: Settings) -> None:
         one of this process's own does not start.
     """
     if ray.is_initialized():
-        if _answers():
+        if listens(str(ray.get_runtime_context().gcs_address)):
             return
         disconnect()  # its head is gone; there may be a new one by now
         metrics.RAY_RECONNECTS.inc()
@@ -167,9 +167,8 @@ def _join(wanted: str) -> None:
         ray.shutdown()
         if isinstance(error, ClusterUnavailable):
             raise
-        raise _unavailable(
-            f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined", error
-        ) from error
+        what = f"the Ray cluster at RAY_ADDRESS={wanted} cannot be joined"
+        raise _unavailable(what, error) from error
 
 
 def _unavailable(what: str, error: Exception) -> ClusterUnavailable:
@@ -187,11 +186,6 @@ def listens(wanted: str) -> bool:
         raise InvalidInput("RAY_ADDRESS", wanted, "HOST:PORT of the head, or auto") from None
     except OSError:
         return False
-
-
-def _answers() -> bool:
-    """Whether the head of the cluster that this process belongs to can be reached."""
-    return listens(str(ray.get_runtime_context().gcs_address))
 
 
 def versions() -> dict[str, str]:

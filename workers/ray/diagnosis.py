@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from nas.errors import ClusterUnavailable, InvalidInput, one_line
@@ -79,9 +80,8 @@ def _in_child(settings: Settings, wanted: str, patience_seconds: float) -> list[
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
-        found = (
-            f"no Ray cluster could be joined at RAY_ADDRESS={wanted} in {patience_seconds:.0f} s"
-        )
+        within = f"in {patience_seconds:.0f} s"
+        found = f"no Ray cluster could be joined at RAY_ADDRESS={wanted} {within}"
         advice = (
             "see that its head runs, that this machine and its nodes reach each other on all of "
             "Ray's ports, and that each node's own address is one that the others reach"
@@ -204,12 +204,9 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Check]:
             yield _no_answer(name, has, error)
             continue
         other = [f"{n} {v} (here {own[n]})" for n, v in found.items() if v != own[n]]
-        if other:
-            advice = f"install the same there: {', '.join(f'{n} {own[n]}' for n in own)}"
-            yield Check(name, "problem", f"{has}; it has {', '.join(other)}", advice)
-        else:
-            same = ", ".join(f"{n} {v}" for n, v in found.items())
-            yield Check(name, "ok", f"{has}; {same}")
+        same = ", ".join(f"{n} {v}" for n, v in own.items())
+        text = f"{has}; it has {', '.join(other)}" if other else f"{has}; {same}"
+        yield Check.of(name, text, (bool(other), "problem", f"install the same there: {same}"))
 
 
 def _no_answer(name: str, has: str, error: Exception) -> Check:
@@ -224,14 +221,11 @@ def _no_answer(name: str, has: str, error: Exception) -> Check:
 
 def _amounts(resources: Mapping[str, float]) -> str:
     """The resources that people ask for, without those that Ray makes up for each node."""
-    named = {
-        name: amount / 2**30 if "memory" in name else amount
+    return ", ".join(
+        f"{amount / 2**30 if 'memory' in name else amount:.4g} "
+        + ("GiB memory" if name == "memory" else name)
         for name, amount in sorted(resources.items())
         if not name.startswith("node:") and name != "object_store_memory"
-    }
-    return ", ".join(
-        f"{amount:.4g} {'GiB memory' if name == 'memory' else name}"
-        for name, amount in named.items()
     )
 
 
@@ -240,7 +234,7 @@ def _main(settings_json: str) -> None:
         checks = list(_examined(Settings.model_validate_json(settings_json)))
     except InvalidInput as error:
         checks = [Check("cluster", "problem", str(error), f"set it to {error.accepted}")]
-    print(_MARK + json.dumps([c.as_dict for c in checks]), flush=True)
+    print(_MARK + json.dumps([asdict(c) for c in checks]), flush=True)
     os._exit(0)  # leaving the cluster in order can take as long as joining it
 
 

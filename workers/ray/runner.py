@@ -12,7 +12,8 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -33,7 +34,6 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from nas.designs.design import parse_design
 from nas.errors import EinsumNasError, counted
 from nas.logs import bound
 from nas.planning.runs import RunPlan
@@ -78,11 +78,6 @@ class _Experiment:
     #: our trial id → how often its process died
     deaths: Counter[int] = field(default_factory=Counter)
 
-    def out_of_time(self, trial_id: str) -> bool:
-        """Whether an attempt that died just now had used up its time."""
-        begun = self.begun.get(trial_id)
-        return begun is not None and time.monotonic() - begun >= _NEARLY * self.trial_seconds
-
     def count_death(self, trial_id: str, reason: str) -> tuple[str, TrialFailure] | None:
         """Count that a trial's process has died; None if the trial may run again.
 
@@ -90,7 +85,8 @@ class _Experiment:
         """
         ours = self.ids[trial_id]
         self.deaths[ours] += 1
-        if self.out_of_time(trial_id):
+        now = time.monotonic()
+        if now - self.begun.get(trial_id, now) >= _NEARLY * self.trial_seconds:
             return f"ended after {self.trial_seconds:.6g} s, its time limit", "timeout"
         if self.deaths[ours] <= _MAX_PROCESS_FAILURES:
             return None
@@ -149,10 +145,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     scratch = tempfile.mkdtemp(prefix="einsum-nas-tune-")
     _experiments[key] = experiment
     try:
-        watch = cluster.HeadWatch(
-            lambda why: _abandon(session, why), hurried=lambda: session.signals.stop
-        )
-        with watch:
+        with cluster.HeadWatch(partial(_abandon, session), lambda: session.signals.stop):
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
@@ -297,15 +290,12 @@ class _Attempts(_OfExperiment, Callback):
         if failed is None:
             _log.warning("trial started anew: %s", reason)
         else:
-            _refuse(trial, *failed)
+            # let the process that Tune starts for the next attempt report that there is none
+            reason, kind = failed
+            run = json.loads(trial.config["run"])
+            trial.config["run"] = json.dumps({**run, "failure": {"reason": reason, "kind": kind}})
+            _log.warning("trial ended: %s", reason)
         experiment.begun.pop(trial.trial_id, None)
-
-
-def _refuse(trial: Any, reason: str, kind: TrialFailure) -> None:
-    """Let the process that Tune starts for the next attempt report that there is none."""
-    run = json.loads(trial.config["run"])
-    trial.config["run"] = json.dumps({**run, "failure": {"reason": reason, "kind": kind}})
-    _log.warning("trial ended: %s", reason)
 
 
 def _reason(trial: Any) -> str:
@@ -336,19 +326,10 @@ class _SessionStopper(_OfExperiment, Stopper):
 
 def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
     """A stored trial as the Tune configuration of its actor."""
-    plan = RunPlan(
-        design=parse_design(trial.design),
-        width=trial.width,
-        depth=trial.depth,
-        steps=trial.steps,
-        train_flops_per_step=trial.train_flops_per_step,
-        forward_flops_per_token=trial.forward_flops_per_token,
-        params=trial.params,
-        structures=trial.structures,
-        dense=trial.dense,
-    )
+    # a stored trial has the fields of its plan
+    plan = {field.name: getattr(trial, field.name) for field in fields(RunPlan)}
     run = {
-        "plan": plan.as_dict(),
+        "plan": plan,
         "recipe": session.recipe.as_dict(),
         "seed": trial.seed,
         # what one tenant has computed is not another's to go on from

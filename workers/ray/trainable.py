@@ -82,7 +82,9 @@ class ProxyTrainable(tune.Trainable):
 
     def _begin(self, config: Mapping[str, Any]) -> None:
         run = json.loads(config["run"])
-        self._waiting = [_begun(), *([_failed(**run["failure"])] if "failure" in run else [])]
+        self._waiting = [_report("begun", f"{socket.gethostname()}:{os.getpid()}", done=False)]
+        if "failure" in run:
+            self._waiting.append(_failed(**run["failure"]))
         self._start_clock()
         limit_memory(self._memory)
         plan = RunPlan.from_dict(run["plan"])
@@ -179,10 +181,6 @@ def limit_memory(allowance: int | None) -> None:
         held = int(status.split("VmData:")[1].split()[0]) * 1024
         soft = held + allowance if most == resource.RLIM_INFINITY else min(held + allowance, most)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
-
-
-def _begun() -> dict[str, Any]:
-    return _report("begun", f"{socket.gethostname()}:{os.getpid()}", done=False)
 
 
 def _failed(reason: str, kind: str = "run") -> dict[str, Any]:
