@@ -5,14 +5,17 @@ Installed packages add families as entry points of the group ``einsum_nas.famili
 """
 
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 
-from nas.designs import aligned, chain_structure, convolution, einsum, mixture
 from nas.designs.design import register
 
-register(aligned.FAMILY)
-register(einsum.FAMILY)
-register(chain_structure.FAMILY)
-register(mixture.FAMILY)
-register(convolution.FAMILY)
+for _module in (
+    "aligned",
+    "einsum",
+    "chain_structure",
+    "mixture",
+    "convolution",
+):
+    register(resolve_name(f"nas.designs.{_module}:FAMILY"))
 for _entry in entry_points(group="einsum_nas.families"):
     register(_entry.load())
