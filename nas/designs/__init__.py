@@ -14,6 +14,7 @@ for _module in (
     "einsum",
     "chain_structure",
     "mixture",
+    "convolution",
 ):
     register(resolve_name(f"nas.designs.{_module}:FAMILY"))
 for _entry in entry_points(group="einsum_nas.families"):

@@ -3,6 +3,7 @@
 from nas.layers.base import StructuredLinear
 from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
+from nas.layers.convolution import ConvolutionLinear
 from nas.layers.einsum import EinsumLinear
 from nas.layers.kernels.measuring import remember_plans, remembered_plans
 from nas.layers.kernels.plan import Plan
@@ -18,6 +19,7 @@ from nas.layers.surgery import Surgery, replace_linears
 
 __all__ = [
     "ChainLinear",
+    "ConvolutionLinear",
     "EinsumLinear",
     "MixtureFFN",
     "MixtureLinear",

@@ -1,0 +1,112 @@
+"""`ConvolutionLinear`: a linear layer that is a circular convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nas.designs.convolution import Convolution, ConvolutionStructure, parse_convolution
+from nas.errors import InvalidInput
+from nas.layers.base import StructuredLinear
+from nas.layers.modes import autocast_dtype
+
+_PLAN = "conv1d"
+
+
+class ConvolutionLinear(StructuredLinear):
+    """y = x Wᵀ + bias with W (d_out, d_in) blocks of circulants; shape (..., d_in) → (..., d_out).
+
+    With z the input as channels (c_in, L), output channel o at position l is
+    Σ_{i,k} A[o,i,k] · z[i, (l + k) mod L]; see `nas.designs.convolution`.
+
+    Parameters
+    ----------
+    convolution
+        A `Convolution`, its text, or the `ConvolutionStructure` of a layer d_in → d_out.
+    d_in, d_out
+        Any dimensions; inputs are zero-padded, outputs cut, at their end.
+    bias, zero_init, normalize, gain, d_in_base
+        As in `nas.layers.EinsumLinear`; the kernel is the only factor.
+    plan
+        None or ``"conv1d"``, the only way it is run.
+
+    Raises
+    ------
+    InvalidInput
+        The convolution, a dimension or the plan is not one that can be built.
+
+    The kernel is the parameter ``A`` (c_out, c_in, taps).
+
+    >>> layer = ConvolutionLinear("convolution:kernel=1/2", 64, 256)
+    >>> layer(torch.zeros(5, 64)).shape
+    torch.Size([5, 256])
+    """
+
+    structure: ConvolutionStructure
+
+    def __init__(
+        self,
+        convolution: Convolution | str | ConvolutionStructure,
+        d_in: int,
+        d_out: int,
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        normalize: bool = False,
+        gain: bool = False,
+        d_in_base: int | None = None,
+        plan: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            _structure(convolution, d_in, d_out), d_in, d_out, bias,
+            zero_init, normalize, gain, d_in_base, plan, device, dtype,
+        )  # fmt: skip
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        s = self.structure
+        return {"A": (s.channels_out, s.channels_in, s.taps)}
+
+    def _product(self, x: Tensor) -> Tensor:
+        (kernel,) = self._effective_factors()
+        dtype = autocast_dtype(x.device, kernel.dtype)
+        return self._convolved(x.to(dtype), kernel.to(dtype)).contiguous()
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return self._convolved(x, *self._effective_factors())
+
+    def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """(n, d_in) → (n, d_out)."""
+        s = self.structure
+        if s.padded_in > s.d_in:
+            x = functional.pad(x, (0, s.padded_in - s.d_in))
+        z = x.reshape(-1, s.channels_in, s.length)
+        if s.taps > 1:
+            z = torch.cat((z, z[..., : s.taps - 1]), dim=-1)  # what follows the end is the start
+        y = functional.conv1d(z, kernel).flatten(1)
+        return y[:, : s.d_out] if s.padded_out > s.d_out else y
+
+    def _checked_plan(self, value: object) -> str:
+        if value != _PLAN:
+            raise InvalidInput("plan", value, f"None or {_PLAN}")
+        return _PLAN
+
+    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
+        return _PLAN
+
+    def _design_repr(self) -> str:
+        return self.structure.convolution.name
+
+
+def _structure(
+    convolution: Convolution | str | ConvolutionStructure, d_in: int, d_out: int
+) -> ConvolutionStructure:
+    if isinstance(convolution, ConvolutionStructure):
+        return convolution
+    found = parse_convolution(convolution) if isinstance(convolution, str) else convolution
+    if not isinstance(found, Convolution):
+        accepted = "a Convolution, its text, or a ConvolutionStructure"
+        raise InvalidInput("convolution", found, accepted)
+    return ConvolutionStructure.of(found, d_in, d_out)
