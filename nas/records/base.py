@@ -23,7 +23,10 @@ DESIGN = "structure of every layer, as text that `einsum-nas inspect` and `repla
 
 
 class Record(BaseModel):
-    """A frozen value whose fields can also be read as items."""
+    """A frozen value whose fields can also be read as items.
+
+    States and kinds are read unchecked: what a newer version has stored is shown, not refused.
+    """
 
     model_config = ConfigDict(frozen=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, SkipValidation
 
 from nas.planning.request import SearchRequest
 from nas.records.base import SECONDS, Record
@@ -22,7 +22,7 @@ class Search(Record):
     """
 
     id: str
-    state: SearchState = Field(description=" | ".join(get_args(SearchState)))
+    state: SkipValidation[SearchState] = Field(description=" | ".join(get_args(SearchState)))
     task: str
     task_fingerprint: str | None = Field(
         description="fingerprint of the data, null until a worker has loaded it"
@@ -43,7 +43,7 @@ class Search(Record):
     priority: int = Field(description="searches of higher priority run first")
     pause_requested: bool
     failures: int = Field(description="lost leases and infrastructure errors since it was queued")
-    failure: SearchFailure | None = Field(
+    failure: SkipValidation[SearchFailure | None] = Field(
         description="why it failed. attempts: too many lost leases and infrastructure errors, may "
         "be retried | input: its data cannot be used | trials: no candidate completed | limit: a "
         "limit was reached before a candidate completed"

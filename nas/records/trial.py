@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_serializer
+from pydantic import Field, SkipValidation, field_serializer
 
 from nas.records.base import BYTES, DESIGN, FLOPS, LOSS, SECONDS, STEPS, THETA, Record
 
@@ -27,8 +27,10 @@ class Trial(Record):
     id: int = Field(description="id of the trial on its store")
     search_id: str = Field(description="search that the trial belongs to")
     number: int = Field(description="number of the trial in its search")
-    kind: TrialKind = Field(description="candidate | reference (dense) | confirmation")
-    state: TrialState = Field(description=" | ".join(get_args(TrialState)))
+    kind: SkipValidation[TrialKind] = Field(
+        description="candidate | reference (dense) | confirmation"
+    )
+    state: SkipValidation[TrialState] = Field(description=" | ".join(get_args(TrialState)))
     sampler_params: dict[str, int | float | str] | None = Field(
         description="point of the sampler's box; null for references"
     )
@@ -91,7 +93,7 @@ class Trial(Record):
         description="measured: parameters, optimiser state and the peak of what a step allocates; "
         "null if unknown", json_schema_extra=BYTES,
     )  # fmt: skip
-    failure: TrialFailure | None = Field(
+    failure: SkipValidation[TrialFailure | None] = Field(
         description="why it has no result. run: an error of the run itself, such as a loss that is "
         "not finite | process: its process died | timeout | memory | search: stopped with its "
         "search"
