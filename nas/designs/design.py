@@ -119,12 +119,14 @@ def _as_it_is(design: Any, width: int, block: BlockOf) -> Design:
 class Family:
     """What the other rooms ask of the designs of one family."""
 
-    #: the class of its designs, and of their integers where it has a class of its own for these
+    #: the class of its designs
     design: type
+    #: (design, d_in, d_out): the integers of a layer
     structure: Callable[[Any, int, int], LinearStructure]
     #: module:class of its layer, which takes a structure, d_in, d_out and the options of
-    #: `nas.layers.EinsumLinear`; and the structures that it is the layer of
+    #: `nas.layers.EinsumLinear`; None of a family that has the layers of another
     layer: str | None
+    #: the class of the structures that it is the layer of
     structures: type | None
     #: what its texts look like, for messages
     forms: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
@@ -359,10 +359,7 @@ def inspect_structure(
         "canonical_theta": list(theta.canonical().values),
         "name": theta.name,
         "sizing": sizing,
-        "sizes": {
-            "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma,
-            "delta": s.delta, "epsilon": s.epsilon, "phi": s.phi, "rho": s.rho,
-        },
+        "sizes": asdict(s),
         "einsum": structure.einsum,
         "contraction": list(structure.contraction),
         "macs_a_first": structure.macs_a_first,
@@ -379,7 +376,7 @@ def inspect_structure(
         "dropped_inputs": structure.dropped_inputs,
         "constant_outputs": structure.constant_outputs,
         "waste": structure.waste,
-    }  # fmt: skip
+    }
 
 
 def with_heads(structure: Structure, heads: int, side: str) -> Structure:

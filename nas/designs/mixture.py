@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -400,10 +400,7 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
         "family": mixture.family,
         "experts": mixture.experts,
         "active": mixture.active,
-        "sizes": {
-            "alpha": s.alpha, "beta": s.beta, "gamma": s.gamma,
-            "delta": s.delta, "epsilon": s.epsilon, "phi": s.phi, "rho": s.rho,
-        },
+        "sizes": asdict(s),
         "rho": s.rho * mixture.experts,
         "expert_dense": expert.is_dense,
         "einsum": expert.einsum,
@@ -415,7 +412,7 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
         "padded_out": expert.padded_out,
         "waste": structure.waste,
         "factors": [structure.factor_row(f) for f in (*structure.factors, "gate")],
-    }  # fmt: skip
+    }
 
 
 def _inspect_feed_forward(mixture: Mixture, width: int, hidden: int) -> dict[str, object]:
