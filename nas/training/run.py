@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -235,6 +235,43 @@ def train(
             )
             started = time.perf_counter()
     return _routing(model)
+
+
+def train_replicates(
+    plan: RunPlan,
+    recipe: Recipe,
+    train_data: Arrays,
+    validation_data: Arrays,
+    seeds: Sequence[int],
+    execution: Execution = CPU,
+    layer_plans: Mapping[str, str] | None = None,
+    checkpoint: Checkpoint | None = None,
+    meter: CostMeter | None = None,
+) -> Generator[dict[int, Point | RunFailed], None, dict[int, dict[str, Any] | None]]:
+    """Train `plan` with several seeds together; at each evaluation yield what is new, by seed.
+
+    That is the next point of a run or, once, why it has failed; a failed run is in no later one.
+    Return the statistics of the routers of each run that reached its end, by seed.
+    """
+    runs = {
+        seed: train(plan, recipe, train_data, validation_data, seed, execution, layer_plans)
+        for seed in seeds
+    }
+    ended: dict[int, dict[str, Any] | None] = {}
+    while runs:
+        found: dict[int, Point | RunFailed] = {}
+        for seed, run in list(runs.items()):
+            try:
+                found[seed] = next(run)
+            except StopIteration as end:
+                ended[seed] = end.value
+                del runs[seed]
+            except RunFailed as error:
+                found[seed] = error
+                del runs[seed]
+        if found:
+            yield found
+    return ended
 
 
 def _routing(model: nn.Module) -> dict[str, Any] | None:
