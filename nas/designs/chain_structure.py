@@ -17,7 +17,6 @@ from itertools import islice, permutations, product
 from typing import Any
 
 import numpy as np
-from opt_einsum import DynamicProgramming
 
 from nas.designs.axes import cover_axes
 from nas.designs.chain import (
@@ -87,21 +86,20 @@ def _open(axes: Sequence[Axis], merged: int) -> tuple[Axis, ...]:
     return tuple(a for a in axes if a.owners & merged and a.owners & ~merged)
 
 
-#: Counts one operation for each combination of a product's indices, whether or not it sums one,
-#: where opt_einsum's other optimisers count half of one that sums none.
-_OPTIMIZER = DynamicProgramming(minimize="flops", search_outer=True)
-
-
 @lru_cache(maxsize=65536)
 def _best_path(values: tuple[int, ...], factors: int, tokens: int) -> Path:
     """The order of pairwise products with the least MACs for `tokens` tokens; operands are F1 … FN
     and x.  Of equal costs, x through F1, F2, … one after another."""
+    from opt_einsum import DynamicProgramming  # without which all but chains works
+
     axes = _axes(values, factors)
     operands = [frozenset(a.letter for a in axes if a.owners >> k & 1) for k in range(factors + 1)]
     operands[factors] |= {_TOKENS}
     output = frozenset(a.letter for a in axes if a.owners >> (factors + 1) & 1) | {_TOKENS}
     sizes = {a.letter: a.size for a in axes} | {_TOKENS: tokens}
-    found = _OPTIMIZER(operands, output, sizes)
+    # counts one operation for each combination of a product's indices, whether or not it sums one,
+    # where opt_einsum's other optimisers count half of one that sums none
+    found = DynamicProgramming(minimize="flops", search_outer=True)(operands, output, sizes)
     best: Path = tuple((min(pair), max(pair)) for pair in found)
     chain = _chain_path(factors)
     cheapest = _macs_along(axes, factors, best, tokens)

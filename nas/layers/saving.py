@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nas.errors import InvalidInput
@@ -45,6 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         It cannot be written.
     """
     if Path(path).suffix == ".safetensors":
+        import safetensors.torch  # where it is used, for layers run without
+
         layers = {
             name: str(module.record)
             for name, module in model.named_modules()
@@ -129,6 +129,8 @@ def _records(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, LayerRe
 
 def _read(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, or of those of a folder."""
+    import safetensors.torch
+
     files = [path]
     if path.is_dir():
         index = path / "model.safetensors.index.json"
@@ -145,7 +147,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             state |= safetensors.torch.load_file(file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, safetensors.SafetensorError) as error:
             why = f"{_ACCEPTED}; {file.name}: {error}"
             raise InvalidInput("source", str(path), why) from error
     return state

@@ -25,7 +25,6 @@ from nas.layers.building import build_layer, layer_of
 from nas.layers.einsum import EinsumLinear
 from nas.layers.record import LayerRecord
 from nas.layers.references import MOST_OBJECTS, held_elsewhere
-from nas.planning.cost import FLOPS_PER_MAC
 
 AnyDesign = Design | str | Sequence[float]
 Select = Callable[[str, nn.Module], bool] | str | Sequence[str]
@@ -652,6 +651,8 @@ def _build(
 
 
 def _row(linear: _Linear, layer: StructuredLinear) -> Replaced:
+    from nas.planning.cost import FLOPS_PER_MAC  # with pydantic, without which layers run
+
     structure = layer.structure
     assert linear.design is not None
     return Replaced(
