@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,22 @@ def _shown(path: Path) -> str:
     where = result.get("machine", {})
     lines = [f"== {result['part']}: {result['status']} after {result.get('seconds', '?')} s"]
     lines += [", ".join(f"{k} {v}" for k, v in where.items() if v is not None)]
-    try:
-        lines += importlib.import_module(f"benchmarks.gpu.{result['part']}").tables(result)
-    except Exception as error:  # the rows are in the file whatever becomes of the table
-        lines.append(f"no table: {type(error).__name__}: {error}")
+    lines += result.get("tables", []) or _late_tables(result)
     lines += [f"note: {text}" for text in result.get("notes", [])]
     lines += [f"skipped: {s['what']} ({s['why']})" for s in result.get("skipped", [])]
     lines += [f"error: {e['error']} ({_few(e['what'])})" for e in result.get("errors", [])]
     return "\n".join(lines)
+
+
+def _late_tables(result: Mapping[str, Any]) -> list[str]:
+    """The tables of a part that was killed before it made them."""
+    if not result["rows"]:
+        return ["no rows"]
+    try:
+        made: list[str] = importlib.import_module(f"benchmarks.gpu.{result['part']}").tables(result)
+    except Exception as error:  # whatever is in the file
+        return [f"no table of {len(result['rows'])} rows: {type(error).__name__}: {error}"]
+    return made
 
 
 def _few(names: list[str]) -> str:

@@ -24,7 +24,14 @@ from benchmarks.gpu.writing import table
 from benchmarks.kernels.papers import one_einsum
 from nas.designs.einsum import Structure
 from nas.errors import InvalidInput
-from nas.layers import ChainLinear, ConvolutionLinear, EinsumLinear, MixtureFFN, MixtureLinear
+from nas.layers import (
+    ChainLinear,
+    ConvolutionLinear,
+    EinsumLinear,
+    MixtureFFN,
+    MixtureLinear,
+    StructuredLinear,
+)
 from nas.layers.kernels.mixture_plan import Grouping, MixturePlan, choose_mixture_plan
 from nas.layers.kernels.plan import Gemm, Order, Plan, Product, candidates
 from nas.layers.routing import Routing
@@ -46,7 +53,7 @@ _THETAS = (
 _CHAINS = ("btt:cores=3,rho=1/8",)
 _CONVOLUTIONS = ("convolution:kernel=1/2",)
 _MIXTURES = ("btt-moe", "low-rank-moe", "dense-moe")
-_TOY = ("monarch", "low-rank:rho=1/2", "btt-moe:experts=4,active=2")
+_TOY = ("low-rank:rho=1/2", "btt-moe:experts=4,active=2")
 #: Tokens of a tile where there are several.
 _TILE = 96
 
@@ -155,11 +162,10 @@ def check(part: Part, case: Case, mode: str, tokens: int) -> dict[str, Any]:
 def _called(case: Case, layer: nn.Module, leaves: Leaves) -> Tensor:
     """The layer's output with the leaves in the place of its parameters."""
     own = dict(layer.named_parameters())
-    parameters = {name: leaf for name, leaf in leaves.items() if name in own}
+    parameters = {f"layer.{name}": leaf for name, leaf in leaves.items() if name in own}
     inputs = {name: leaf for name, leaf in leaves.items() if name not in own}
-    return torch.func.functional_call(_Calls(layer, case.call), {
-        f"layer.{name}": value for name, value in parameters.items()
-    }, (inputs,))  # fmt: skip
+    y: Tensor = torch.func.functional_call(_Calls(layer, case.call), parameters, (inputs,))
+    return y
 
 
 class _Calls(nn.Module):
@@ -183,7 +189,7 @@ def _outputs(function: Callable[[Leaves], Tensor], given: Leaves, dy: Tensor) ->
 
 def _error(got: Tensor, true: Tensor) -> float:
     """‖got − true‖ / ‖true‖; NaN where either is."""
-    return (torch.linalg.norm(got.double() - true) / torch.linalg.norm(true)).item()
+    return float(torch.linalg.norm(got.double() - true) / torch.linalg.norm(true))
 
 
 def _autocast(device: torch.device, on: bool) -> AbstractContextManager[object]:
@@ -223,7 +229,7 @@ def _poison(device: torch.device) -> None:
 
 def _fix_plan(layer: nn.Module, plan: str) -> None:
     for module in layer.modules():
-        if hasattr(type(module), "plan"):
+        if isinstance(module, StructuredLinear):
             module.plan = plan
 
 

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class Part:
             "status": "running",
             "toy": toy,
             "seconds_given": round(seconds, 1),
-            "machine": machine(self.device),
             "notes": [],
             "skipped": [],
             "errors": [],
@@ -61,6 +61,11 @@ class Part:
     def left(self) -> float:
         """Seconds that are left."""
         return self._seconds - (time.monotonic() - self._started)
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """All that was kept so far."""
+        return self._result
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -142,7 +147,13 @@ def run_part(name: str, folder: Path, device: str, seconds: float, toy: bool) ->
         part.skip(f"the part {name}", f"it needs {', '.join(missing)}")
         return part.end("skipped")
     try:
-        importlib.import_module(f"benchmarks.gpu.{name}").run(part)
+        part.set("machine", machine(part.device))
+        module = importlib.import_module(f"benchmarks.gpu.{name}")
+        try:
+            module.run(part)
+        finally:
+            if part.rows:
+                part.set("tables", module.tables(part.result))
     except Exception:
         part.error(f"the part {name}")
     return part.end()

@@ -30,7 +30,8 @@ class Block(nn.Module):
         )
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(functional.gelu(self.up(self.second_norm(x))))
+        out: Tensor = x + self.down(functional.gelu(self.up(self.second_norm(x))))
+        return out
 
 
 class GPT(nn.Module):

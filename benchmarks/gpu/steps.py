@@ -9,7 +9,6 @@ FLOPs of `nas.planning.cost`.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path

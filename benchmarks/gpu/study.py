@@ -45,9 +45,9 @@ def run(part: Part) -> None:
     part.set("gemm", gemm_peak(part.device, dtype, part.toy))
     recipe, data = text_data(part, warmup_steps=100, min_steps=150)
     execution = list(executions(part).values())[-1]
-    designs, widths, budget = _DESIGNS, _WIDTHS, _BUDGET
-    if part.toy:
-        designs, widths, budget = _TOY_DESIGNS, _TOY_WIDTHS, _TOY_BUDGET
+    designs: Sequence[str] = _TOY_DESIGNS if part.toy else _DESIGNS
+    widths = _TOY_WIDTHS if part.toy else _WIDTHS
+    budget = _TOY_BUDGET if part.toy else _BUDGET
     part.set("recipe", recipe.as_dict())
     part.set("budget", budget)
     part.set("execution", str(execution))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,13 +31,17 @@ def burst(call: Call, device: torch.device, count: int) -> list[float]:
             call()
             times.append(time.perf_counter())
         return [after - before for before, after in pairwise(times)]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks = [_mark() for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+
+def _mark() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def seconds(
@@ -76,7 +80,8 @@ def graphed(call: Call) -> Call:
     RuntimeError
         The call waits for the GPU, or does something else that no graph can hold.
     """
-    own, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    own = torch.cuda.current_stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(own)
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -124,7 +129,7 @@ def gemm_peak(device: torch.device, dtype: torch.dtype, toy: bool) -> dict[str, 
 
 
 def passes(
-    function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, leaves: list[Tensor]
+    function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, leaves: Sequence[Tensor]
 ) -> dict[str, Call]:
     """A layer's forward without gradients, and forward with the gradients of x and `leaves`."""
 
