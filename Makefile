@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge serve clean browser
+.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge bench-gpu serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -80,6 +80,9 @@ bench-faults: $(VENV)/.dev  ## kills, outages, races, lost nodes, backups under 
 bench-edge: $(VENV)/.dev  ## hostile clients beside others, and ten thousand fuzzed requests: half an hour
 	$(BIN)/python -m benchmarks.service.edge
 	$(BIN)/python -m benchmarks.service.fuzz
+
+bench-gpu:  ## one GPU: plans, layers, mixtures, steps, a study; eight minutes; PYTHON with torch is enough
+	$(PYTHON) -m benchmarks.gpu --out gpu-results $(ARGUMENTS)
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:
