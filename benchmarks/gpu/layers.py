@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.gpu.part import Part
-from benchmarks.gpu.timing import Call, gemm_peak, graphed, passes, peak_bytes, seconds
+from benchmarks.gpu.timing import LONG, Call, gemm_peak, graphed, passes, peak_bytes, seconds
 from benchmarks.gpu.writing import table
 from benchmarks.kernels.papers import one_einsum
 from benchmarks.kernels.papers import product as papers_product
 from nas.designs.einsum import Structure
 from nas.layers import EinsumLinear
 from nas.layers.kernels.contraction import contract
-from nas.layers.kernels.plan import candidates
+from nas.layers.kernels.plan import candidates, cost
 
 _THETAS = ("monarch", "btt:rho=1/4", "low-rank:rho=1/2", "tensor-train:rho=1/4")
 _WIDTHS, _TOKENS = (1024, 2048, 4096), (16_384, 65_536)
 #: Seconds that a row takes at most, compilation included, as a guess before the first.
 _ROW_SECONDS, _COMPILED_SECONDS = 3.0, 25.0
+#: Expected cost over the least from which on a plan is not measured.
+_HOPELESS = 4.0
 #: FLOPs of a pass over those of forward.
 _WORK = {"forward": 1, "forward+backward": 3}
 
@@ -72,7 +74,14 @@ def _plain_rows(
         "dense": (dense, [dense.weight]),
         "papers": (partial(_padded, s, papers_product, layer.A, layer.B), [layer.A, layer.B]),
     }
-    plans = [str(plan) for plan in candidates(s, tokens, part.device, dtype)]
+    every = candidates(s, tokens, part.device, dtype)
+    costs = {str(plan): cost(plan, s, tokens) for plan in every}
+    # as `EinsumLinear.measure_plan`, but never without the materialised one
+    hopeless = [
+        plan for plan, expected in costs.items()
+        if expected > _HOPELESS * min(costs.values()) and not plan.startswith("materialised")
+    ]  # fmt: skip
+    plans = [plan for plan in costs if plan not in hopeless]
     for plan in plans:
         planned = EinsumLinear(s, width, width, False, plan=plan, device="meta")
         fixed = partial(_planned, layer, planned.plan)
@@ -81,7 +90,7 @@ def _plain_rows(
     rows = _rows(part, theta, s, tokens, dtype, calls, x, dy)
     for row in rows:
         found = {plan: row["seconds"][plan]["seconds"] for plan in plans if plan in row["seconds"]}
-        row |= {"plan": chosen, "plans": plans}
+        row |= {"plan": chosen, "plans": plans, "hopeless_plans": hopeless}
         if found:
             best = min(found, key=lambda plan: found[plan])
             row |= {"best_plan": best}
@@ -150,15 +159,12 @@ def _rows(
         contenders, troubles, peaks = runnable(
             part, {name: found[label] for name, found in both.items()}
         )
-        ways = {"eager": contenders}
+        times = {"eager": seconds(contenders, part.device, part.toy)}
         if part.on_gpu:
-            ways["graph"] = {}
-            for name, call in contenders.items():
-                try:
-                    ways["graph"][name] = graphed(call)
-                except Exception:
-                    troubles[f"{name} as a graph"] = part.error(f"{theta} {label} {name}: graph")
-        for way, timed in ways.items():
+            graphs = captured(part, f"{theta} {label}", contenders, times["eager"], troubles)
+            times["graph"] = seconds(graphs, part.device, part.toy)
+            del graphs
+        for way, timed in times.items():
             row: dict[str, Any] = {
                 "theta": theta,
                 "width": s.d_in,
@@ -168,12 +174,32 @@ def _rows(
                 "way": way,
                 "flops": work * s.flops * tokens,
                 "dense_flops": work * 2 * s.d_in * s.d_out * tokens,
-                "seconds": seconds(timed, part.device, part.toy),
+                "seconds": timed,
                 "peak_bytes": peaks,
                 "troubles": troubles,
             }
             rows.append(row)
     return rows
+
+
+def captured(
+    part: Part,
+    what: str,
+    calls: Mapping[str, Call],
+    eager: Mapping[str, Mapping[str, float]],
+    troubles: dict[str, str],
+) -> dict[str, Call]:
+    """The calls as CUDA graphs; why there is none of others goes into `troubles`."""
+    graphs = {}
+    for name, call in calls.items():
+        if eager[name]["seconds"] > LONG:
+            troubles[f"{name} as a graph"] = f"a call takes over {LONG:g} s"
+            continue
+        try:
+            graphs[name] = graphed(call)
+        except Exception:
+            troubles[f"{name} as a graph"] = part.error(f"{what} {name}: graph")
+    return graphs
 
 
 def check_alike(
@@ -184,8 +210,8 @@ def check_alike(
     tokens: int = 64,
 ) -> None:
     """Whether contenders compute what the first of them computes, of some tokens."""
-    some = x.detach()[:tokens]
     with torch.no_grad():
+        some = x if tokens == len(x) else x[:tokens]
         found = {name: function(some).double() for name, function in functions.items()}
     first, *_ = found.values()
     for name, y in found.items():

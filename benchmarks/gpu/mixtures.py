@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.gpu.layers import check_alike, runnable
+from benchmarks.gpu.layers import captured, check_alike, runnable
 from benchmarks.gpu.part import Part
-from benchmarks.gpu.timing import gemm_peak, graphed, passes, seconds
+from benchmarks.gpu.timing import gemm_peak, passes, seconds
 from benchmarks.gpu.writing import table
 from nas.designs.einsum import Sizes
 from nas.layers import MixtureFFN, MixtureLinear, router_statistics
@@ -109,18 +109,15 @@ def _measured(
     rows = []
     for label, work in _WORK.items():
         able, troubles, peaks = runnable(part, {n: found[label] for n, found in both.items()})
-        ways = {"eager": able}
+        times = {"eager": seconds(able, part.device, part.toy)}
         if part.on_gpu:
-            ways["graph"] = {}
-            for name, call in able.items():
-                if name.startswith(_WAITING) or (name == "ours" and chosen.startswith(_WAITING)):
-                    troubles[f"{name} as a graph"] = "the host has to know the loads"
-                    continue
-                try:
-                    ways["graph"][name] = graphed(call)
-                except Exception:
-                    troubles[f"{name} as a graph"] = part.error(f"{text} {label} {name}: graph")
-        for way, timed in ways.items():
+            waiting = [n for n in able if (chosen if n == "ours" else n).startswith(_WAITING)]
+            troubles |= {f"{n} as a graph": "the host has to know the loads" for n in waiting}
+            calls = {n: call for n, call in able.items() if n not in waiting}
+            graphs = captured(part, f"{text} {label}", calls, times["eager"], troubles)
+            times["graph"] = seconds(graphs, part.device, part.toy)
+            del graphs
+        for way, timed in times.items():
             row = {
                 "mixture": text,
                 "width": width,
@@ -133,7 +130,7 @@ def _measured(
                 "max_load": max(s["max_load"] for s in router_statistics(ours).values()),
                 "flops": work * flops,
                 "dense_flops": work * dense_flops,
-                "seconds": seconds(timed, part.device, part.toy),
+                "seconds": timed,
                 "peak_bytes": peaks,
                 "troubles": troubles,
             }

@@ -34,6 +34,7 @@ _DESIGNS = (
 )  # fmt: skip
 _WIDTHS, _BUDGET, _SEEDS = (256, 512), 1e15, 3
 _TOY_DESIGNS, _TOY_WIDTHS, _TOY_BUDGET = ("dense", "monarch"), (16, 32), 1e8
+_AXES = ("train_flops", "seconds")
 #: Time of a run over that of the slowest so far of its width, as a guess.
 _CAUTION = 1.3
 #: Time of all seeds together, where that pays, over that of one, as a guess.
@@ -64,47 +65,35 @@ def run(part: Part) -> None:
         expected = _CAUTION * pace.get(plan.width, max(pace.values(), default=0.0))
         if not part.has_time(what, expected):
             continue
-        started = time.monotonic()
-        # the first run, of one seed, says how many the others can have
-        row = _trained(part, recipe, data, plan, [*range(max(seeds, 1))], execution)
-        spent = (time.monotonic() - started) / max(seeds, 1)
-        pace[plan.width] = max(spent, pace.get(plan.width, 0.0))
-        if not seeds:
-            kind = part.device.type
-            ahead = _CAUTION * spent * sum(_TOGETHER if pay(p, kind) else _SEEDS for p in plans)
-            seeds = _SEEDS if ahead < part.left else 1
-            if seeds == 1:
-                part.note(f"One seed a run: {_SEEDS} would take about {ahead:.0f} s.")
-            else:
-                more = _trained(part, recipe, data, plan, [*range(1, seeds)], execution)
-                row["curves"] |= more["curves"]
-                row["failed"] |= more["failed"]
-                row["seconds_of_all"] += more["seconds_of_all"]
+        row = _row(plan)
         part.add(row)
-    part.set("fronts", {axis: front(part.rows, axis) for axis in ("train_flops", "seconds")})
+        started = time.monotonic()
+        try:
+            # the first run, of one seed, says how many the others can have
+            ended = _train(part, row, recipe, data, plan, [*range(max(seeds, 1))], execution)
+            spent = (time.monotonic() - started) / max(seeds, 1)
+            pace[plan.width] = max(spent, pace.get(plan.width, 0.0))
+            if ended and not seeds:
+                seeds = _affordable_seeds(part, spent, plans)
+                if seeds > 1:
+                    _train(part, row, recipe, data, plan, [*range(1, seeds)], execution)
+        except Exception:
+            part.error(what)
+    part.set("fronts", {axis: front(part.rows, axis) for axis in _AXES})
 
 
-def _trained(
-    part: Part,
-    recipe: TextRecipe,
-    data: TaskData,
-    plan: RunPlan,
-    seeds: Sequence[int],
-    execution: Execution,
-) -> dict[str, Any]:
-    """A row: the curves of some seeds, together where that pays."""
-    together = len(seeds) > 1 and pay(plan, part.device.type)
-    curves: dict[str, list[dict[str, float]]] = {str(seed): [] for seed in seeds}
-    failed: dict[str, str] = {}
-    started = time.monotonic()
-    for group in [list(seeds)] if together else [[seed] for seed in seeds]:
-        runs = train_replicates(plan, recipe, data.train, data.validation, group, execution)
-        for found in runs:
-            for seed, outcome in found.items():
-                if isinstance(outcome, RunFailed):
-                    failed[str(seed)] = str(outcome)
-                else:
-                    curves[str(seed)].append(_kept(outcome))
+def _affordable_seeds(part: Part, spent: float, plans: Sequence[RunPlan]) -> int:
+    """All seeds if every plan is likely to have them in time; `spent` are the seconds of one."""
+    kind = part.device.type
+    ahead = _CAUTION * spent * sum(_TOGETHER if pay(p, kind) else _SEEDS for p in plans)
+    if ahead < part.left:
+        return _SEEDS
+    part.note(f"One seed a run: {_SEEDS} would take about {ahead:.0f} s.")
+    return 1
+
+
+def _row(plan: RunPlan) -> dict[str, Any]:
+    """The row of a plan before it has run."""
     return {
         "design": plan.design.text,
         "name": plan.name,
@@ -112,11 +101,47 @@ def _trained(
         "steps": plan.steps,
         "train_flops": plan.train_flops,
         "params": plan.params,
-        "together": together,
-        "seconds_of_all": time.monotonic() - started,
-        "failed": failed,
-        "curves": curves,
+        "together": False,
+        "failed": {},
+        "curves": {},
     }
+
+
+def _train(
+    part: Part,
+    row: dict[str, Any],
+    recipe: TextRecipe,
+    data: TaskData,
+    plan: RunPlan,
+    seeds: Sequence[int],
+    execution: Execution,
+) -> bool:
+    """Train some seeds, together where that pays, and put their curves into the row as they grow.
+
+    False if the time of the part was used up before their end.
+    """
+    row["together"] = len(seeds) > 1 and pay(plan, part.device.type)
+    for group in [list(seeds)] if row["together"] else [[seed] for seed in seeds]:
+        runs = train_replicates(plan, recipe, data.train, data.validation, group, execution)
+        for found in runs:
+            for seed, outcome in found.items():
+                if isinstance(outcome, RunFailed):
+                    row["failed"][str(seed)] = str(outcome)
+                else:
+                    row["curves"].setdefault(str(seed), []).append(_kept(outcome))
+            part.set("rows", part.rows)
+            unended = [s for s in group if str(s) not in row["failed"] and not _ended(row, s)]
+            if unended and part.left < 0:
+                runs.close()
+                part.has_time(f"the rest of {plan.name}, width {plan.width}, seeds {unended}")
+                return False
+    return True
+
+
+def _ended(row: Mapping[str, Any], seed: int) -> bool:
+    """Whether the run of a seed came to its last step."""
+    curve = row["curves"].get(str(seed))
+    return bool(curve) and curve[-1]["step"] == row["steps"]
 
 
 def _kept(point: Point) -> dict[str, float]:
@@ -133,7 +158,8 @@ def _kept(point: Point) -> dict[str, float]:
 def front(rows: Iterable[Mapping[str, Any]], axis: str) -> list[dict[str, Any]]:
     """The points that none equals or beats in both the axis and the loss, by the axis.
 
-    A point is the mean over the seeds that came to it; runs of which a seed failed have none.
+    A point is the mean over the seeds, where all of them came to it; runs of which one failed have
+    none.
     """
     points = sorted(
         (
@@ -146,7 +172,7 @@ def front(rows: Iterable[Mapping[str, Any]], axis: str) -> list[dict[str, Any]]:
             }
             for row in rows
             if not row["failed"]
-            for found in zip(*row["curves"].values(), strict=True)
+            for found in zip(*row["curves"].values(), strict=False)
         ),
         key=lambda point: (point[axis], point["loss"]),
     )
@@ -162,7 +188,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
     peak = result["gemm"]["flops_per_second"]
     lines = []
     for row in result["rows"]:
-        last = [curve[-1] for curve in row["curves"].values() if curve]
+        last = [c[-1] for c in row["curves"].values() if c[-1]["step"] == row["steps"]]
         losses = [point["loss"] for point in last]
         seconds = statistics.mean(p["seconds"] for p in last) if last else None
         lines.append(
@@ -177,11 +203,13 @@ def tables(result: Mapping[str, Any]) -> list[str]:
                 "most": f"{max(losses):.4f}" if losses else None,
                 "s a run": seconds,
                 "of peak": row["train_flops"] / peak / seconds if seconds else None,
+                "together": "yes" if row["together"] else "no",
             }
         )
     unit = "nats per character"
     shown = [table(f"Runs of {result['budget']:g} train FLOPs on text, {unit}", lines)]
-    for axis, points in result.get("fronts", {}).items():
+    for axis in _AXES:
+        points = front(result["rows"], axis)
         rows = [{**point, "loss": f"{point['loss']:.4f}"} for point in points]
         shown.append(table(f"Pareto front of {axis} and loss", rows))
     return shown

@@ -16,6 +16,8 @@ Call = Callable[[], object]
 _ROUNDS = 3
 #: Seconds of one contender in one round, about, and the fewest and most calls in it.
 _BURST_SECONDS, _LEAST, _MOST = 0.03, 3, 40
+#: Seconds of a call above which a few calls are enough, and a graph would change little.
+LONG = 0.1
 
 
 def burst(call: Call, device: torch.device, count: int) -> list[float]:
@@ -47,18 +49,20 @@ def _mark() -> torch.cuda.Event:
 def seconds(
     contenders: Mapping[str, Call], device: torch.device, toy: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Of each contender the median over all rounds, the quartiles, and the number of calls."""
-    counts = {}
-    for name, call in contenders.items():
-        call()  # compiles and fills caches
-        once = statistics.median(burst(call, device, 1 if toy else 3))
-        most = 2 if toy else _MOST
-        fitting = round(_BURST_SECONDS / max(once, 1e-7))
-        counts[name] = min(most, max(_LEAST, fitting))
+    """Of each contender the median over all rounds, the quartiles, and the number of calls.
+
+    A contender that takes long has a few calls only.
+    """
+    first = {name: burst(call, device, 2 if toy else 3) for name, call in contenders.items()}
+    typical = {name: max(statistics.median(found), 1e-7) for name, found in first.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 if toy else _ROUNDS):
         for name, call in contenders.items():
-            times[name] += burst(call, device, counts[name])
+            if typical[name] > LONG:
+                times[name] = first[name]
+                continue
+            fitting = round(_BURST_SECONDS / typical[name])
+            times[name] += burst(call, device, min(2 if toy else _MOST, max(_LEAST, fitting)))
     return {name: _summary(found) for name, found in times.items()}
 
 
