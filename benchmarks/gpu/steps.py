@@ -82,15 +82,19 @@ def text_data(part: Part, **overrides: Any) -> tuple[TextRecipe, TaskData]:
 
 
 def executions(part: Part) -> dict[str, Execution]:
-    """How runs execute: eager, and with CUDA graphs where this version has them."""
-    eager = replace(Execution.on(str(part.device)), compile=False)
-    if "graphs" not in {field.name for field in fields(Execution)}:
-        if part.on_gpu:
-            part.skip("runs of nas.training with CUDA graphs", "this version has none")
-        return {"eager": eager}
-    found = {"eager": replace(eager, graphs=False)}  # type: ignore[call-arg, unused-ignore]
-    if part.on_gpu:
-        found["graph"] = replace(eager, graphs=True)  # type: ignore[call-arg, unused-ignore]
+    """How runs execute: eager, and with CUDA graphs where this version has them; not compiled."""
+    known = {field.name for field in fields(Execution)}
+
+    def execution(**settings: bool) -> Execution:
+        own = {name: value for name, value in settings.items() if name in known}
+        changed: Execution = replace(Execution.on(str(part.device)), **own)  # type: ignore[arg-type]
+        return changed
+
+    found = {"eager": execution(compile=False, graphs=False)}
+    if "graphs" in known and part.on_gpu:
+        found["graph"] = execution(compile=False, graphs=True)
+    elif part.on_gpu:
+        part.skip("runs of nas.training as CUDA graphs", "this version of it has none")
     return found
 
 

@@ -120,7 +120,7 @@ def test_a_part_that_raises_harms_no_other(tmp_path: Path) -> None:
     rows = {(row["design"], row["mode"]): row for row in found["correctness"]["rows"]}
     assert {mode for _, mode in rows} == {"float32", "bfloat16", "autocast"}
     for row in rows.values():
-        assert row["worst_over_dense"] < 10
+        assert row["worst_over_dense"] < (50 if row["mode"] == "float32" else 4)
         assert all(plan["fine"] for plan in row["plans"])
     low_rank = {p["plan"] for p in rows["low-rank:rho=1/2", "float32"]["plans"]}
     assert any("second=tokens" in plan for plan in low_rank)
