@@ -35,10 +35,18 @@ sys.meta_path.insert(0, Blocker())
 def bench(
     out: Path, *arguments: str, path: Path | None = None
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, Any]]]:
-    """What a run on a CPU printed, and the JSON of its parts by name."""
+    """What a run printed, and the JSON of its parts by name; an hour is more than a hang takes."""
+    toy = ["benchmarks.gpu", "--out", str(out), "--toy", "--minutes", "60"]
+    return module(out, *toy, *arguments, path=path)
+
+
+def module(
+    out: Path, *arguments: str, path: Path | None = None
+) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, Any]]]:
+    """What ``python -m`` printed, and the JSON files in the folder."""
     folders = [str(ROOT)] if path is None else [str(path), str(ROOT)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--toy", *arguments],
+        [sys.executable, "-m", *arguments],
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -128,14 +136,13 @@ def test_a_part_that_raises_harms_no_other(tmp_path: Path) -> None:
 
 
 def test_without_time_nothing_is_measured_and_all_of_it_told(tmp_path: Path) -> None:
-    arguments = ("--device", "cpu", "--parts", "correctness", "--minutes", "0.2")
-    done, found = bench(tmp_path, *arguments)
+    arguments = ("correctness", str(tmp_path), "cpu", "0", "--toy")
+    done, found = module(tmp_path, "benchmarks.gpu.part", *arguments)
+    assert done.returncode == 0, done.stderr
     part = found["correctness"]
-    assert done.returncode == 0, done.stdout + done.stderr
     assert part["status"] == "out of time"
     assert part["rows"] == []
     assert len(part["skipped"]) == 2 * 3
-    assert done.stdout.count("skipped: ") == 2 * 3
 
 
 @FULL
