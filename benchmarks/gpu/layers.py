@@ -35,6 +35,8 @@ _WIDTHS, _TOKENS = (1024, 2048, 4096), (16_384, 65_536)
 _ROW_SECONDS, _COMPILED_SECONDS = 3.0, 25.0
 #: Expected cost over the least from which on a plan is not measured.
 _HOPELESS = 4.0
+#: Of the factors and x, in some order, y.
+Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: FLOPs of a pass over those of forward.
 _WORK = {"forward": 1, "forward+backward": 3}
 
@@ -72,7 +74,7 @@ def _plain_rows(
     calls: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
         "ours": (layer, [layer.A, layer.B]),
         "dense": (dense, [dense.weight]),
-        "papers": (partial(_padded, s, papers_product, layer.A, layer.B), [layer.A, layer.B]),
+        "papers": (partial(_padded(s, papers_product), layer.A, layer.B), [layer.A, layer.B]),
     }
     every = candidates(s, tokens, part.device, dtype)
     costs = {str(plan): cost(plan, s, tokens) for plan in every}
@@ -106,9 +108,8 @@ def _compiled_rows(
     layer, dense, x, dy = _tensors(part, theta, width, tokens, dtype)
     backend = "inductor" if part.on_gpu else "aot_eager"
     torch.compiler.reset()
-    compiled = torch.compile(
-        partial(_padded, layer.structure, one_einsum), backend=backend, dynamic=False
-    )
+    whole = _padded(layer.structure, one_einsum)
+    compiled = torch.compile(whole, backend=backend, dynamic=False, fullgraph=True)
     calls: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
         "compiled": (lambda x: compiled(layer.A, layer.B, x), [layer.A, layer.B]),
         "dense": (dense, [dense.weight]),
@@ -131,11 +132,14 @@ def _tensors(
     return layer, dense, x.requires_grad_(), dy
 
 
-def _padded(
-    s: Structure, path: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Tensor, x: Tensor
-) -> Tensor:
-    surplus = s.padded_in - s.d_in
-    return path(functional.pad(x, (0, surplus)) if surplus else x, a, b)[:, : s.d_out]
+def _padded(s: Structure, path: Path) -> Path:
+    """The product of (A, B, x) by a path that knows neither padding nor surplus outputs."""
+    padding, d_out = s.padded_in - s.d_in, s.d_out
+
+    def product(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        return path(functional.pad(x, (0, padding)) if padding else x, a, b)[:, :d_out]
+
+    return product
 
 
 def _planned(layer: EinsumLinear, plan: Any, x: Tensor) -> Tensor:
