@@ -15,7 +15,7 @@ from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import measuring
-from nas.layers.kernels.contraction import contract, plain
+from nas.layers.kernels.contraction import contract, matrices, plain
 from nas.layers.kernels.einsum import matrix, workspace_elements
 from nas.layers.kernels.plan import Plan, checked_plan
 
@@ -100,11 +100,14 @@ class EinsumLinear(StructuredLinear):
             "B": (s.phi, s.gamma, s.rho, s.beta, s.epsilon),
         }
 
-    def _product(self, x: Tensor) -> Tensor:
-        return contract(x, *pair(self._effective_factors()), self.out_features, self._plan)
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return contract(x, *pair(factors), self.out_features, self._plan)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return plain(x, *pair(self._effective_factors()), self.structure)
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return plain(x, *pair(factors), self.structure)
+
+    def matrices(self, factors: Sequence[Tensor]) -> Tensor:
+        return matrices(*pair(factors), self.structure)
 
     def _checked_plan(self, value: object) -> Plan:
         return checked_plan(Plan, value, self.structure)
@@ -134,7 +137,7 @@ class EinsumLinear(StructuredLinear):
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        return matrix(*pair(self._effective_factors()), self.out_features, self.in_features)
+        return matrix(*pair(self.effective_factors()), self.out_features, self.in_features)
 
     @classmethod
     @torch.no_grad()
