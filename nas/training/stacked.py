@@ -1,0 +1,454 @@
+"""R models of equal shape, which differ in their seeds, computed as one.
+
+Every tensor has a leading axis of R models.  Parameters of one learning rate lie in one tensor
+(R, P), so that an optimiser has a few of them; what the models need is a view of these.  Structured
+layers of equal structure, whatever their block and role, are normalised together, and where their
+plan is `STACKED` also multiplied out together: their products are then dense, three at once where
+they share an input.  So a step has about as many operations as that of a dense model, which is what
+decides its time while layers are small.  Nothing mixes models: one whose numbers overflow leaves
+the others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nas.layers import StructuredLinear
+from nas.layers.mixture import MixtureFFN, MixtureLinear
+from nas.layers.modes import without_autocast
+from nas.layers.normalization import cap_rms
+from nas.layers.routing import Routing, gate_loss, routing_statistics
+
+#: The plan under which a structure's layers are multiplied out together.
+STACKED = "stacked"
+#: Layers that share their input.
+_SHARED = ("query", "key", "value")
+
+
+@dataclass
+class _Slot:
+    """Parameters of equal shape and learning rate, one beside the other."""
+
+    names: list[str]
+    shape: torch.Size
+    #: (R, names, *shape) in the present step
+    value: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def numel(self) -> int:
+        return len(self.names) * self.shape.numel()
+
+
+@dataclass
+class _Stack:
+    """Layers of equal structure."""
+
+    layer: StructuredLinear
+    members: list[StructuredLinear]
+    #: sizes of the parts that are used together
+    parts: list[int]
+    plan: str
+    factors: list[_Slot]
+    #: for each factor the slot of its gains, and the members that have one
+    gains: list[tuple[_Slot, list[int]] | None]
+    bias: _Slot | None
+    gate: _Slot | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers of one stack that share an input, as they are in the present step."""
+
+    layer: StructuredLinear
+    #: W (R, layers, ..., d_out, d_in) where they are multiplied out
+    matrices: Tensor | None
+    #: factors (R, layers, ...) elsewhere
+    factors: list[Tensor]
+    #: (R, layers, d_out)
+    bias: Tensor | None
+    #: (R, layers, experts, d_in)
+    gate: Tensor | None
+
+
+class Stacked:
+    """R models as one; see `nas.training.models.ops.Ops`.
+
+    Parameters
+    ----------
+    models
+        Freshly built, of equal shape.  The first is used for its shapes and methods from then on.
+    groups
+        Parameter groups of the first one: which parameters have which learning rate.
+    plans
+        Execution plan of each structure by fingerprint: `STACKED`, or one of its layers' own.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        groups: Sequence[Mapping[str, Any]],
+        plans: Mapping[str, str],
+    ) -> None:
+        self.count = len(models)
+        self.model = models[0]
+        self._names = {p: name for name, p in self.model.named_parameters()}
+        self._slots: dict[str, _Slot] = {}
+        self._stacks = [self._stack(members, plans) for members in _equal(self.model)]
+        for module in self.model.modules():
+            for run in _runs_of_norms(module):
+                self._slot([norm.weight for norm in run])
+                self._slot([norm.bias for norm in run])
+        for parameter in self._names:
+            if self._names[parameter] not in self._slots:
+                self._slot([parameter])
+        #: slots of each group in the order in which they lie in its tensor
+        self._layout: list[list[_Slot]] = []
+        #: learned tensors (R, P), one a learning rate
+        self.parameters: list[nn.Parameter] = []
+        every = [dict(model.named_parameters()) for model in models]
+        for group in groups:
+            inside = {self._names[p] for p in group["params"]}
+            slots = list({id(s): s for n, s in self._slots.items() if n in inside}.values())
+            assert sum(len(s.names) for s in slots) == len(inside)
+            rows = [
+                torch.cat([named[n].detach().reshape(-1) for s in slots for n in s.names])
+                for named in every
+            ]
+            self._layout.append(slots)
+            self.parameters.append(nn.Parameter(torch.stack(rows)))
+        self._parts: dict[StructuredLinear, tuple[_Part, int]] = {}
+        #: number of layers, logits and chosen of each gate of the last run
+        self._routed: list[tuple[int, Tensor, Tensor]] = []
+
+    def _slot(self, parameters: Sequence[nn.Parameter]) -> _Slot:
+        slot = _Slot([self._names[p] for p in parameters], parameters[0].shape)
+        self._slots.update(dict.fromkeys(slot.names, slot))
+        return slot
+
+    def _stack(
+        self, members: list[tuple[str, StructuredLinear]], plans: Mapping[str, str]
+    ) -> _Stack:
+        layers = [layer for _, layer in members]
+        first = layers[0]
+
+        def slot(name: str) -> _Slot | None:
+            found = [layer._parameters.get(name) for layer in layers]
+            own = [p for p in found if p is not None]
+            return self._slot(own) if own else None
+
+        factors, gains = [], []
+        for name, parameter, _ in first._factors:
+            of_factor = slot(parameter)
+            assert of_factor is not None
+            factors.append(of_factor)
+            with_gain = slot(f"gain_{name}")
+            where = [i for i, m in enumerate(layers) if m._parameters[f"gain_{name}"] is not None]
+            gains.append(None if with_gain is None else (with_gain, where))
+        shared = [
+            (name.rpartition(".")[0], name.rpartition(".")[2] in _SHARED, name)
+            for name, _ in members
+        ]
+        # a part is one layer, or the consecutive ones of a block that share their input
+        keys = [
+            (block, True, "") if together else (block, False, name)
+            for block, together, name in shared
+        ]
+        parts = [len(list(run)) for _, run in groupby(keys)]
+        plan = plans[first.structure.fingerprint]
+        if plan != STACKED:
+            first.plan = plan
+        return _Stack(first, layers, parts, plan, factors, gains, slot("bias"), slot("gate"))
+
+    # --- the parameters of a step
+
+    def prepare(self) -> None:
+        """Take the parameters as they are now; every `run` uses these."""
+        for parameter, slots in zip(self.parameters, self._layout, strict=True):
+            pieces = parameter.split([s.numel for s in slots], dim=1)
+            for slot, piece in zip(slots, pieces, strict=True):
+                slot.value = piece.view(self.count, len(slot.names), *slot.shape)
+        self._parts.clear()
+        for stack in self._stacks:
+            self._prepare_stack(stack)
+
+    def _prepare_stack(self, stack: _Stack) -> None:
+        factors = [slot.value for slot in stack.factors]
+        if stack.layer.normalize:
+            factors = [
+                cap_rms(factor, std, self._gains(gained, stack, factor), stacked=2)
+                for factor, (_, _, std), gained in zip(
+                    factors, stack.layer._factors, stack.gains, strict=True
+                )
+            ]
+        sizes = stack.parts
+        every: list[Any] = [None] * len(sizes)
+        matrices, own = every, every
+        if stack.plan == STACKED and not isinstance(stack.layer, MixtureLinear):
+            flat = [f.reshape(-1, *f.shape[2:]) for f in factors]
+            w = stack.layer.matrices(flat)
+            if torch.is_autocast_enabled(w.device.type):
+                w = w.to(torch.get_autocast_dtype(w.device.type))
+            matrices = list(w.unflatten(0, (self.count, -1)).split(sizes, dim=1))
+        else:
+            own = list(zip(*(f.split(sizes, dim=1) for f in factors), strict=True))
+        bias = every if stack.bias is None else stack.bias.value.split(sizes, dim=1)
+        gate = every if stack.gate is None else stack.gate.value.split(sizes, dim=1)
+        begin = 0
+        for i, size in enumerate(sizes):
+            part = _Part(stack.layer, matrices[i], list(own[i] or ()), bias[i], gate[i])
+            for at, member in enumerate(stack.members[begin : begin + size]):
+                self._parts[member] = part, at
+            begin += size
+
+    def _gains(
+        self, gained: tuple[_Slot, list[int]] | None, stack: _Stack, factor: Tensor
+    ) -> Tensor | None:
+        """(R, layers): 1 where a layer has no gain."""
+        if gained is None:
+            return None
+        slot, where = gained
+        gains = slot.value.squeeze(-1)
+        if len(where) == len(stack.members):
+            return gains
+        at = torch.tensor(where, device=factor.device)
+        ones = factor.new_ones(self.count, len(stack.members))
+        return ones.index_copy(1, at, gains)
+
+    # --- operations
+
+    def run(self, x: Tensor) -> Tensor:
+        """The models' outputs (R, ...) for inputs (R, ...)."""
+        self._routed.clear()
+        y: Tensor = self.model.run(self, x)  # type: ignore[operator]
+        return y
+
+    def structured(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+        part, at = self._parts[layers[0]]  # type: ignore[index]
+        size = self._size(part)
+        if at or size != len(layers):
+            return torch.cat([self._one(layer, x) for layer in layers], dim=-2)
+        return self._together(part, x)
+
+    def _size(self, part: _Part) -> int:
+        tensor = part.matrices if part.matrices is not None else part.factors[0]
+        return tensor.shape[1]
+
+    def _one(self, layer: nn.Module, x: Tensor) -> Tensor:
+        part, at = self._parts[layer]  # type: ignore[index]
+
+        def mine(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:, at : at + 1]
+
+        factors = [f[:, at : at + 1] for f in part.factors]
+        own = _Part(part.layer, mine(part.matrices), factors, mine(part.bias), mine(part.gate))
+        return self._together(own, x)
+
+    def _together(self, part: _Part, x: Tensor) -> Tensor:
+        """All layers of a part on x (R, ..., d_in) → (R, ..., layers, d_out)."""
+        layer, count = part.layer, self._size(part)
+        rows = x.reshape(self.count, -1, layer.in_features)
+        if isinstance(layer, MixtureLinear):
+            y = self._mixed(part, layer, rows)
+        elif part.matrices is not None:
+            y = self._dense(rows, part.matrices.flatten(1, 2), part.bias)
+            return y.view(*x.shape[:-1], count, layer.out_features)
+        else:
+            y = self._apart(part, rows, lambda one, factors, _: layer.product(one, factors))
+        if part.bias is not None:
+            y = y + part.bias[:, None]
+        return y.view(*x.shape[:-1], count, layer.out_features)
+
+    def _dense(self, rows: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """rows (R, n, d_in), w (R, d_out, d_in), bias (R, ...) of d_out numbers → (R, n, d_out)."""
+        if self.count == 1:
+            one = None if bias is None else bias.reshape(-1)
+            y = functional.linear(rows.view(-1, rows.shape[2]), w.view(w.shape[1:]), one)
+            return y.unsqueeze(0)
+        if bias is None:
+            return torch.bmm(rows, w.transpose(1, 2))
+        return torch.baddbmm(bias.reshape(self.count, 1, -1), rows, w.transpose(1, 2))
+
+    def _apart(self, part: _Part, rows: Tensor, product: Any) -> Tensor:
+        """`product`(rows of one model, its factors, (model, layer)) → (R, n, layers, d_out)."""
+        found = []
+        for r, own in enumerate(rows.unbind(0)):
+            of_model = [f[r].unbind(0) for f in part.factors]
+            each = [
+                product(own, factors, (r, i))
+                for i, factors in enumerate(zip(*of_model, strict=True))
+            ]
+            found.append(each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, dim=1))
+        return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+
+    # --- mixtures
+
+    def _route(self, part: _Part, layer: MixtureLinear, rows: Tensor) -> Routing:
+        """Of rows (R, n, d_in): weights and chosen (R, layers, n, k), logits (R, layers, n, E)."""
+        assert part.gate is not None
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        with without_autocast(rows.device):
+            logits = self._dense(rows.to(dtype), part.gate.flatten(1, 2).to(dtype), None)
+            logits = logits.unflatten(2, part.gate.shape[1:3]).transpose(1, 2)
+            best, chosen = torch.topk(logits, layer.structure.active, dim=-1)
+            weights = torch.softmax(best, -1)
+        self._routed.append((part.gate.shape[1], logits, chosen))
+        return Routing(weights, chosen, logits)
+
+    def _mixed(self, part: _Part, layer: MixtureLinear, rows: Tensor) -> Tensor:
+        """(R, n, d_in) → (R, n, layers, d_out)."""
+        routing = self._route(part, layer, rows)
+        layers, n = routing.chosen.shape[1:3]
+        if layers > 1:
+            rows = rows.unsqueeze(1).expand(-1, layers, -1, -1)
+        y = layer.mixed(rows.reshape(-1, rows.shape[-1]), self._as_one(routing), _flat(part))
+        return y.view(self.count, layers, n, -1).transpose(1, 2)
+
+    def _as_one(self, routing: Routing) -> Routing:
+        """The gates of several layers (R, layers, n, ·) as one, whose experts are those of all."""
+        models, layers, _, experts = routing.logits.shape
+        chosen = routing.chosen
+        if models * layers > 1:
+            first = torch.arange(models * layers, device=chosen.device) * experts
+            chosen = chosen + first.view(models, layers, 1, 1)
+        return Routing(*(t.flatten(0, 2) for t in (routing.weights, chosen, routing.logits)))
+
+    def mixture_block(self, block: MixtureFFN, x: Tensor) -> Tensor:
+        (first, _), (second, _) = self._parts[block.mlp_in], self._parts[block.mlp_out]
+        one, other = block.mlp_in, block.mlp_out
+        rows = x.reshape(self.count, -1, one.in_features)
+        routing = self._as_one(self._route(first, one, rows))
+        hidden = one.mixed(rows.flatten(0, 1), routing, _flat(first), "gather")
+        if first.bias is not None:
+            # rows are sorted by expert, and so by model
+            each = routing.counts.view(self.count, -1).sum(1)
+            hidden = hidden + first.bias.squeeze(1).repeat_interleave(each, dim=0)
+        y = other.mixed(functional.gelu(hidden), routing, _flat(second), "combine")
+        y = y.view(*x.shape[:-1], other.out_features)
+        if second.bias is None:
+            return y
+        return y + second.bias.view(self.count, *(1 for _ in x.shape[1:-1]), -1)
+
+    def auxiliary_losses(self) -> Tensor | None:
+        """Mean over gates of the auxiliary loss of each model in the last run (R,), or None."""
+        if not self._routed:
+            return None
+        losses = [gate_loss(logits, chosen) for logits, chosen in self._grouped()]
+        return torch.cat(losses, dim=1).mean(1)
+
+    def _grouped(self) -> list[tuple[Tensor, Tensor]]:
+        """Routings of equal shape side by side: logits (R, gates, n, E), chosen (R, gates, n, k)."""
+        groups: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+        for _, logits, chosen in self._routed:
+            groups.setdefault((logits.shape[2:], chosen.shape[2:]), []).append((logits, chosen))
+        return [
+            (torch.cat([logits for logits, _ in g], 1), torch.cat([chosen for _, chosen in g], 1))
+            for g in groups.values()
+        ]
+
+    def routers(self) -> list[list[dict[str, Any]]]:
+        """What the gates of each model did in the last run; see `routing_statistics`."""
+        return [
+            [
+                routing_statistics(logits[r, i], chosen[r, i])
+                for layers, logits, chosen in self._routed
+                for i in range(layers)
+            ]
+            for r in range(self.count)
+        ]
+
+    # --- other operations
+
+    def _value(self, parameter: nn.Parameter) -> Tensor:
+        """(R, *shape) of one parameter."""
+        name = self._names[parameter]
+        slot = self._slots[name]
+        return (
+            slot.value.squeeze(1) if len(slot.names) == 1 else slot.value[:, slot.names.index(name)]
+        )
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        rows = x.reshape(self.count, -1, layer.in_features)
+        bias = None if layer.bias is None else self._value(layer.bias)
+        y = self._dense(rows, self._value(layer.weight), bias)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        weight, bias = self._value(layer.weight), self._value(layer.bias)
+        if self.count == 1:
+            return functional.layer_norm(
+                x, layer.normalized_shape, weight.view(-1), bias.view(-1), layer.eps
+            )
+        shape = (self.count, *(1 for _ in x.shape[1:-1]), x.shape[-1])
+        normed = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+        return torch.addcmul(bias.view(shape), normed, weight.view(shape))
+
+    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Tensor:
+        weight, bias = (
+            self._values([getattr(n, name) for n in layers]) for name in ("weight", "bias")
+        )
+        shape = (self.count, *(1 for _ in x.shape[1:-3]), len(layers), 1, x.shape[-1])
+        normed = functional.layer_norm(x, layers[0].normalized_shape, eps=layers[0].eps)
+        return torch.addcmul(bias.reshape(shape), normed, weight.reshape(shape))
+
+    def _values(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """(R, parameters, *shape)."""
+        names = [self._names[p] for p in parameters]
+        slot = self._slots[names[0]]
+        begin = slot.names.index(names[0])
+        assert slot.names[begin : begin + len(names)] == names
+        whole = len(slot.names) == len(names)
+        return slot.value if whole else slot.value[:, begin : begin + len(names)]
+
+    def embedded(self, table: nn.Embedding, tokens: Tensor) -> Tensor:
+        rows = self._value(table.weight)
+        if self.count > 1:  # each model its own rows of one table
+            first = torch.arange(self.count, device=tokens.device) * table.num_embeddings
+            tokens = tokens + first.view(-1, *(1 for _ in tokens.shape[1:]))
+        return functional.embedding(tokens, rows.reshape(-1, rows.shape[2]))
+
+    def positions(self, table: nn.Embedding, count: int) -> Tensor:
+        rows = self._value(table.weight)
+        return (rows if count == rows.shape[1] else rows[:, :count]).unsqueeze(1)
+
+
+def _flat(part: _Part) -> list[Tensor]:
+    """The factors of all experts of a part (R · layers · E, ...)."""
+    return [factor.flatten(0, 2) for factor in part.factors]
+
+
+def _equal(model: nn.Module) -> list[list[tuple[str, StructuredLinear]]]:
+    """The structured layers with their names, those that differ in their values only together."""
+    groups: dict[Any, list[tuple[str, StructuredLinear]]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, StructuredLinear):
+            gated = layer._parameters.get("gate") is not None
+            bias = layer.bias is not None
+            key = (
+                type(layer),
+                layer.structure.fingerprint,
+                layer.normalize,
+                layer.d_in_base,
+                bias,
+                gated,
+            )
+            groups.setdefault(key, []).append((name, layer))
+    return list(groups.values())
+
+
+def _runs_of_norms(module: nn.Module) -> list[list[nn.LayerNorm]]:
+    """Neighbours among a module's children that are norms of equal shape."""
+    shapes = [
+        (c.normalized_shape if isinstance(c, nn.LayerNorm) else None, c) for c in module.children()
+    ]
+    return [
+        [norm for _, norm in run]  # type: ignore[misc]
+        for shape, run in groupby(shapes, key=lambda pair: pair[0])
+        if shape is not None
+    ]
