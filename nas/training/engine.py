@@ -23,6 +23,8 @@ ROUTER_WEIGHT = 0.01
 _EVALUATION_TOKENS = 4096  # positions that are evaluated at once
 #: Steps that run before the step is captured, so that what is made once is there.
 _EAGER_STEPS = 3
+#: Train FLOPs of a run, about ten minutes on a fast GPU, from which on a minute of compiling pays.
+_COMPILED_FLOPS = 1e17
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,13 @@ class Execution:
     graphs: bool = False
 
     @classmethod
-    def on(cls, device: str) -> Execution:
-        """What suits the device: bfloat16 and captured steps on a GPU, plain float32 elsewhere."""
+    def on(cls, device: str, train_flops: float = 0.0) -> Execution:
+        """What suits the device: bfloat16 and captured steps on a GPU, plain float32 elsewhere.
+
+        Code is compiled for a run on a GPU that is so long that it pays.
+        """
         gpu = device.startswith("cuda")
-        return cls(device, bf16=gpu, graphs=gpu)
+        return cls(device, bf16=gpu, compile=gpu and train_flops >= _COMPILED_FLOPS, graphs=gpu)
 
     @property
     def dtype(self) -> torch.dtype:

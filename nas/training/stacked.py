@@ -23,7 +23,7 @@ from torch.nn import functional
 from nas.layers import StructuredLinear
 from nas.layers.mixture import MixtureFFN, MixtureLinear
 from nas.layers.modes import without_autocast
-from nas.layers.normalization import cap_rms
+from nas.layers.normalization import cap_rms_each
 from nas.layers.routing import Routing, gate_loss, routing_statistics
 
 #: The plan under which a structure's layers are multiplied out together.
@@ -38,7 +38,7 @@ class _Slot:
 
     names: list[str]
     shape: torch.Size
-    #: (R, names, *shape) in the present step
+    #: (R, names · numbers of each) in the present step
     value: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -56,8 +56,6 @@ class _Stack:
     parts: list[int]
     plan: str
     factors: list[_Slot]
-    #: for each factor the slot of its gains, and the members that have one
-    gains: list[tuple[_Slot, list[int]] | None]
     bias: _Slot | None
     gate: _Slot | None
 
@@ -67,13 +65,15 @@ class _Part:
     """Layers of one stack that share an input, as they are in the present step."""
 
     layer: StructuredLinear
-    #: W (R, layers, ..., d_out, d_in) where they are multiplied out
-    matrices: Tensor | None
+    #: how many
+    count: int
+    #: W (R, layers · d_out, d_in) where they are multiplied out; of one model (layers · d_out, d_in)
+    matrix: Tensor | None
     #: factors (R, layers, ...) elsewhere
-    factors: list[Tensor]
-    #: (R, layers, d_out)
+    factors: tuple[Tensor, ...]
+    #: (R, layers · d_out); of one model (layers · d_out)
     bias: Tensor | None
-    #: (R, layers, experts, d_in)
+    #: (R, layers · experts, d_in); of one model (layers · experts, d_in)
     gate: Tensor | None
 
 
@@ -100,6 +100,13 @@ class Stacked:
         self.model = models[0]
         self._names = {p: name for name, p in self.model.named_parameters()}
         self._slots: dict[str, _Slot] = {}
+        #: what is capped, in one order: slots of factors and of gains, largest norm of each weight,
+        #: and for each where its gain stands among all
+        self._capped: list[_Slot] = []
+        self._gains: list[_Slot] = []
+        self._limits: list[float] = []
+        self._gain_places: list[int] = []
+        self._gain_count = 0
         self._stacks = [self._stack(members, plans) for members in _equal(self.model)]
         for module in self.model.modules():
             for run in _runs_of_norms(module):
@@ -123,6 +130,11 @@ class Stacked:
             ]
             self._layout.append(slots)
             self.parameters.append(nn.Parameter(torch.stack(rows)))
+        like = self.parameters[0]
+        self._limits_held = torch.tensor(self._limits, dtype=like.dtype, device=like.device)
+        self._places_held = torch.tensor(self._gain_places, device=like.device)
+        #: of the present step: parameters by name, parts by layer
+        self._values: dict[str, Tensor] = {}
         self._parts: dict[StructuredLinear, tuple[_Part, int]] = {}
         #: number of layers, logits and chosen of each gate of the last run
         self._routed: list[tuple[int, Tensor, Tensor]] = []
@@ -143,14 +155,13 @@ class Stacked:
             own = [p for p in found if p is not None]
             return self._slot(own) if own else None
 
-        factors, gains = [], []
-        for name, parameter, _ in first._factors:
+        factors = []
+        for name, parameter, std in first._factors:
             of_factor = slot(parameter)
             assert of_factor is not None
             factors.append(of_factor)
-            with_gain = slot(f"gain_{name}")
-            where = [i for i, m in enumerate(layers) if m._parameters[f"gain_{name}"] is not None]
-            gains.append(None if with_gain is None else (with_gain, where))
+            if first.normalize:
+                self._cap(layers, of_factor, f"gain_{name}", std)
         shared = [
             (name.rpartition(".")[0], name.rpartition(".")[2] in _SHARED, name)
             for name, _ in members
@@ -164,7 +175,22 @@ class Stacked:
         plan = plans[first.structure.fingerprint]
         if plan != STACKED:
             first.plan = plan
-        return _Stack(first, layers, parts, plan, factors, gains, slot("bias"), slot("gate"))
+        return _Stack(first, layers, parts, plan, factors, slot("bias"), slot("gate"))
+
+    def _cap(
+        self, layers: Sequence[StructuredLinear], factor: _Slot, gain: str, std: float
+    ) -> None:
+        """Note that the RMS of each layer's factor is capped, and its gain."""
+        self._capped.append(factor)
+        self._limits += [std * factor.shape.numel() ** 0.5] * len(layers)
+        own = [p for layer in layers if (p := layer._parameters[gain]) is not None]
+        if own:
+            self._gains.append(self._slot(own))
+        for layer in layers:
+            if layer._parameters[gain] is not None:
+                self._gain_count += 1
+            # place 0 is that of a 1
+            self._gain_places.append(self._gain_count if layer._parameters[gain] is not None else 0)
 
     # --- the parameters of a step
 
@@ -173,53 +199,68 @@ class Stacked:
         for parameter, slots in zip(self.parameters, self._layout, strict=True):
             pieces = parameter.split([s.numel for s in slots], dim=1)
             for slot, piece in zip(slots, pieces, strict=True):
-                slot.value = piece.view(self.count, len(slot.names), *slot.shape)
+                slot.value = piece
+        self._values.clear()
         self._parts.clear()
+        capped = self._effective()
         for stack in self._stacks:
-            self._prepare_stack(stack)
+            self._prepare_stack(stack, [capped.get(id(f), f.value) for f in stack.factors])
 
-    def _prepare_stack(self, stack: _Stack) -> None:
-        factors = [slot.value for slot in stack.factors]
-        if stack.layer.normalize:
-            factors = [
-                cap_rms(factor, std, self._gains(gained, stack, factor), stacked=2)
-                for factor, (_, _, std), gained in zip(
-                    factors, stack.layer._factors, stack.gains, strict=True
-                )
-            ]
-        sizes = stack.parts
-        every: list[Any] = [None] * len(sizes)
-        matrices, own = every, every
-        if stack.plan == STACKED and not isinstance(stack.layer, MixtureLinear):
-            flat = [f.reshape(-1, *f.shape[2:]) for f in factors]
-            w = stack.layer.matrices(flat)
+    def _effective(self) -> dict[int, Tensor]:
+        """The factors that are capped, by the id of their slot."""
+        if not self._capped:
+            return {}
+        weights = [s.value.view(self.count, len(s.names), -1) for s in self._capped]
+        one = self._limits_held.new_ones(self.count, 1)
+        gains = one.expand(-1, len(self._limits))
+        if self._gains:
+            held = torch.cat([one, *(slot.value for slot in self._gains)], dim=1)
+            gains = held.index_select(1, self._places_held)
+        found = cap_rms_each(weights, self._limits_held, gains)
+        return {id(s): factor for s, factor in zip(self._capped, found, strict=True)}
+
+    def _prepare_stack(self, stack: _Stack, factors: Sequence[Tensor]) -> None:
+        """`factors`: of all layers together, in any shape of models first and numbers last."""
+        layer, total = stack.layer, len(stack.members)
+        each = [(f, slot.shape) for f, slot in zip(factors, stack.factors, strict=True)]
+        none = [None] * len(stack.parts)
+        matrix: Sequence[Tensor | None] = none
+        own: Sequence[tuple[Tensor, ...]] = [()] * len(stack.parts)
+        if stack.plan == STACKED and not isinstance(layer, MixtureLinear):
+            w = layer.matrices([f.reshape(-1, *shape) for f, shape in each])
             if torch.is_autocast_enabled(w.device.type):
                 w = w.to(torch.get_autocast_dtype(w.device.type))
-            matrices = list(w.unflatten(0, (self.count, -1)).split(sizes, dim=1))
+            matrix = self._split(w.reshape(*self._leading, -1, layer.in_features), stack)
         else:
-            own = list(zip(*(f.split(sizes, dim=1) for f in factors), strict=True))
-        bias = every if stack.bias is None else stack.bias.value.split(sizes, dim=1)
-        gate = every if stack.gate is None else stack.gate.value.split(sizes, dim=1)
+            split = [
+                f.view(self.count, total, *shape).split(stack.parts, dim=1) for f, shape in each
+            ]
+            own = list(zip(*split, strict=True))
+        bias = (
+            none
+            if stack.bias is None
+            else self._split(stack.bias.value.view(*self._leading, -1), stack)
+        )
+        gate = none
+        if stack.gate is not None:
+            gate = self._split(stack.gate.value.view(*self._leading, -1, layer.in_features), stack)
         begin = 0
-        for i, size in enumerate(sizes):
-            part = _Part(stack.layer, matrices[i], list(own[i] or ()), bias[i], gate[i])
+        for i, size in enumerate(stack.parts):
+            part = _Part(layer, size, matrix[i], own[i], bias[i], gate[i])
             for at, member in enumerate(stack.members[begin : begin + size]):
                 self._parts[member] = part, at
             begin += size
 
-    def _gains(
-        self, gained: tuple[_Slot, list[int]] | None, stack: _Stack, factor: Tensor
-    ) -> Tensor | None:
-        """(R, layers): 1 where a layer has no gain."""
-        if gained is None:
-            return None
-        slot, where = gained
-        gains = slot.value.squeeze(-1)
-        if len(where) == len(stack.members):
-            return gains
-        at = torch.tensor(where, device=factor.device)
-        ones = factor.new_ones(self.count, len(stack.members))
-        return ones.index_copy(1, at, gains)
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        """The axis of models, which products of one model do without."""
+        return () if self.count == 1 else (self.count,)
+
+    def _split(self, t: Tensor, stack: _Stack) -> list[Tensor]:
+        """A tensor (R, layers · rows, ...), or of one model (layers · rows, ...), by parts."""
+        axis = len(self._leading)
+        rows = t.shape[axis] // len(stack.members)
+        return list(t.split([size * rows for size in stack.parts], dim=axis))
 
     # --- operations
 
@@ -231,61 +272,60 @@ class Stacked:
 
     def structured(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
         part, at = self._parts[layers[0]]  # type: ignore[index]
-        size = self._size(part)
-        if at or size != len(layers):
+        if at or part.count != len(layers):
             return torch.cat([self._one(layer, x) for layer in layers], dim=-2)
         return self._together(part, x)
 
-    def _size(self, part: _Part) -> int:
-        tensor = part.matrices if part.matrices is not None else part.factors[0]
-        return tensor.shape[1]
-
     def _one(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """A layer of a part alone."""
         part, at = self._parts[layer]  # type: ignore[index]
+        axis = len(self._leading)
 
         def mine(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[:, at : at + 1]
+            return None if t is None else t.chunk(part.count, dim=axis)[at]
 
-        factors = [f[:, at : at + 1] for f in part.factors]
-        own = _Part(part.layer, mine(part.matrices), factors, mine(part.bias), mine(part.gate))
+        factors = tuple(f[:, at : at + 1] for f in part.factors)
+        own = _Part(part.layer, 1, mine(part.matrix), factors, mine(part.bias), mine(part.gate))
         return self._together(own, x)
 
     def _together(self, part: _Part, x: Tensor) -> Tensor:
         """All layers of a part on x (R, ..., d_in) → (R, ..., layers, d_out)."""
-        layer, count = part.layer, self._size(part)
+        layer = part.layer
+        shape = *x.shape[:-1], part.count, layer.out_features
+        if part.matrix is not None:
+            return self._dense(x, part.matrix, part.bias).view(shape)
         rows = x.reshape(self.count, -1, layer.in_features)
         if isinstance(layer, MixtureLinear):
             y = self._mixed(part, layer, rows)
-        elif part.matrices is not None:
-            y = self._dense(rows, part.matrices.flatten(1, 2), part.bias)
-            return y.view(*x.shape[:-1], count, layer.out_features)
         else:
-            y = self._apart(part, rows, lambda one, factors, _: layer.product(one, factors))
+            y = self._apart(part, rows)
+        y = y.reshape(self.count, -1, part.count * layer.out_features)
         if part.bias is not None:
-            y = y + part.bias[:, None]
-        return y.view(*x.shape[:-1], count, layer.out_features)
+            y = y + part.bias.view(self.count, 1, -1)
+        return y.view(shape)
 
-    def _dense(self, rows: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        """rows (R, n, d_in), w (R, d_out, d_in), bias (R, ...) of d_out numbers → (R, n, d_out)."""
+    def _dense(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """x (R, ..., d_in), w (R, d_out, d_in), bias (R, d_out) → (R · n, d_out) or (R, n, d_out).
+
+        Of one model w and bias have no first axis.
+        """
         if self.count == 1:
-            one = None if bias is None else bias.reshape(-1)
-            y = functional.linear(rows.view(-1, rows.shape[2]), w.view(w.shape[1:]), one)
-            return y.unsqueeze(0)
+            return functional.linear(x.reshape(-1, x.shape[-1]), w, bias)
+        rows = x.reshape(self.count, -1, x.shape[-1])
         if bias is None:
             return torch.bmm(rows, w.transpose(1, 2))
-        return torch.baddbmm(bias.reshape(self.count, 1, -1), rows, w.transpose(1, 2))
+        return torch.baddbmm(bias.unsqueeze(1), rows, w.transpose(1, 2))
 
-    def _apart(self, part: _Part, rows: Tensor, product: Any) -> Tensor:
-        """`product`(rows of one model, its factors, (model, layer)) → (R, n, layers, d_out)."""
-        found = []
-        for r, own in enumerate(rows.unbind(0)):
-            of_model = [f[r].unbind(0) for f in part.factors]
-            each = [
-                product(own, factors, (r, i))
-                for i, factors in enumerate(zip(*of_model, strict=True))
-            ]
-            found.append(each[0].unsqueeze(1) if len(each) == 1 else torch.stack(each, dim=1))
-        return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+    def _apart(self, part: _Part, rows: Tensor) -> Tensor:
+        """Each layer of each model by a kernel of its own: (R, n, d_in) → (R, n, layers, d_out)."""
+        found = [
+            part.layer.product(rows[r], [f[r, i] for f in part.factors])
+            for r in range(self.count)
+            for i in range(part.count)
+        ]
+        if len(found) == 1:
+            return found[0]
+        return torch.stack(found).unflatten(0, (self.count, -1)).transpose(1, 2)
 
     # --- mixtures
 
@@ -294,11 +334,11 @@ class Stacked:
         assert part.gate is not None
         dtype = torch.promote_types(rows.dtype, torch.float32)
         with without_autocast(rows.device):
-            logits = self._dense(rows.to(dtype), part.gate.flatten(1, 2).to(dtype), None)
-            logits = logits.unflatten(2, part.gate.shape[1:3]).transpose(1, 2)
+            logits = self._dense(rows.to(dtype), part.gate.to(dtype), None)
+            logits = logits.view(self.count, rows.shape[1], part.count, -1).transpose(1, 2)
             best, chosen = torch.topk(logits, layer.structure.active, dim=-1)
             weights = torch.softmax(best, -1)
-        self._routed.append((part.gate.shape[1], logits, chosen))
+        self._routed.append((part.count, logits, chosen))
         return Routing(weights, chosen, logits)
 
     def _mixed(self, part: _Part, layer: MixtureLinear, rows: Tensor) -> Tensor:
@@ -328,12 +368,12 @@ class Stacked:
         if first.bias is not None:
             # rows are sorted by expert, and so by model
             each = routing.counts.view(self.count, -1).sum(1)
-            hidden = hidden + first.bias.squeeze(1).repeat_interleave(each, dim=0)
+            hidden = hidden + first.bias.view(self.count, -1).repeat_interleave(each, dim=0)
         y = other.mixed(functional.gelu(hidden), routing, _flat(second), "combine")
         y = y.view(*x.shape[:-1], other.out_features)
         if second.bias is None:
             return y
-        return y + second.bias.view(self.count, *(1 for _ in x.shape[1:-1]), -1)
+        return y + self._broadcast(second.bias, y)
 
     def auxiliary_losses(self) -> Tensor | None:
         """Mean over gates of the auxiliary loss of each model in the last run (R,), or None."""
@@ -366,56 +406,60 @@ class Stacked:
     # --- other operations
 
     def _value(self, parameter: nn.Parameter) -> Tensor:
-        """(R, *shape) of one parameter."""
+        """(R, *shape) of one parameter; of one model (*shape)."""
         name = self._names[parameter]
-        slot = self._slots[name]
-        return (
-            slot.value.squeeze(1) if len(slot.names) == 1 else slot.value[:, slot.names.index(name)]
-        )
+        found = self._values.get(name)
+        if found is None:
+            slot = self._slots[name]
+            value = slot.value
+            if len(slot.names) > 1:
+                value = value.chunk(len(slot.names), dim=1)[slot.names.index(name)]
+            found = self._values[name] = value.view(*self._leading, *slot.shape)
+        return found
+
+    def _broadcast(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values (R, n), of one model (n), beside x (R, ..., n)."""
+        return values if self.count == 1 else values.view(self.count, *(1,) * (x.dim() - 2), -1)
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        rows = x.reshape(self.count, -1, layer.in_features)
         bias = None if layer.bias is None else self._value(layer.bias)
-        y = self._dense(rows, self._value(layer.weight), bias)
+        y = self._dense(x, self._value(layer.weight), bias)
         return y.view(*x.shape[:-1], layer.out_features)
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         weight, bias = self._value(layer.weight), self._value(layer.bias)
         if self.count == 1:
-            return functional.layer_norm(
-                x, layer.normalized_shape, weight.view(-1), bias.view(-1), layer.eps
-            )
-        shape = (self.count, *(1 for _ in x.shape[1:-1]), x.shape[-1])
+            return functional.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
         normed = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-        return torch.addcmul(bias.view(shape), normed, weight.view(shape))
+        return torch.addcmul(self._broadcast(bias, x), normed, self._broadcast(weight, x))
 
     def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Tensor:
+        shape = (self.count, *(1,) * (x.dim() - 4), len(layers), 1, x.shape[-1])
         weight, bias = (
-            self._values([getattr(n, name) for n in layers]) for name in ("weight", "bias")
+            self._beside([getattr(n, name) for n in layers]).view(shape)
+            for name in ("weight", "bias")
         )
-        shape = (self.count, *(1 for _ in x.shape[1:-3]), len(layers), 1, x.shape[-1])
         normed = functional.layer_norm(x, layers[0].normalized_shape, eps=layers[0].eps)
-        return torch.addcmul(bias.reshape(shape), normed, weight.reshape(shape))
+        return torch.addcmul(bias, normed, weight)
 
-    def _values(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """(R, parameters, *shape)."""
+    def _beside(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """(R, parameters · numbers) of neighbours in a slot."""
         names = [self._names[p] for p in parameters]
         slot = self._slots[names[0]]
-        begin = slot.names.index(names[0])
-        assert slot.names[begin : begin + len(names)] == names
-        whole = len(slot.names) == len(names)
-        return slot.value if whole else slot.value[:, begin : begin + len(names)]
+        if slot.names == names:
+            return slot.value
+        return torch.cat([self._value(p).view(self.count, -1) for p in parameters], dim=1)
 
     def embedded(self, table: nn.Embedding, tokens: Tensor) -> Tensor:
         rows = self._value(table.weight)
         if self.count > 1:  # each model its own rows of one table
             first = torch.arange(self.count, device=tokens.device) * table.num_embeddings
-            tokens = tokens + first.view(-1, *(1 for _ in tokens.shape[1:]))
-        return functional.embedding(tokens, rows.reshape(-1, rows.shape[2]))
+            tokens = tokens + first.view(-1, *(1,) * (tokens.dim() - 1))
+        return functional.embedding(tokens, rows.reshape(-1, rows.shape[-1]))
 
     def positions(self, table: nn.Embedding, count: int) -> Tensor:
-        rows = self._value(table.weight)
-        return (rows if count == rows.shape[1] else rows[:, :count]).unsqueeze(1)
+        rows = self._value(table.weight).unsqueeze(-3)
+        return rows if count == rows.shape[-2] else rows[..., :count, :]
 
 
 def _flat(part: _Part) -> list[Tensor]:
