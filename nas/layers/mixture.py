@@ -132,7 +132,8 @@ class MixtureLinear(Gated, StructuredLinear):
     def matrices(self, factors: Sequence[Tensor]) -> Tensor:
         """W (n, E, d_out, d_in) of all experts of n layers like this one."""
         each = [f.flatten(0, 1) for f in factors]
-        return matrices(*pair(each), self.structure.expert).unflatten(0, factors[0].shape[:2])
+        w = matrices(*pair(each), self.structure.expert)
+        return w.view(*factors[0].shape[:2], *w.shape[1:])
 
     def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """Every expert on every token: as many times the work as there are experts."""

@@ -97,4 +97,4 @@ class _CapRmsEach(torch.autograd.Function):
 
 def _beside(values: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Values (R, ΣL) as (R, L, 1) for each of the weights (R, L, n)."""
-    return values.unsqueeze(2).split([w.shape[1] for w in weights], dim=1)
+    return torch.split(values.unsqueeze(2), [w.shape[1] for w in weights], dim=1)

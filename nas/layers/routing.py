@@ -61,7 +61,12 @@ def route(x: Tensor, gate: Tensor, active: int) -> Routing:
             # auxiliary loss is added to it
             at = chosen[..., None] == torch.arange(logits.shape[1], device=logits.device)
             best = torch.where(at, logits[:, None], 0.0).sum(-1)
-        return Routing(torch.softmax(best, -1), chosen, logits)
+        return Routing(softmax(best), chosen, logits)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax along the last axis, which is short: torch is ten times faster along another."""
+    return torch.softmax(x.mT, -2).mT
 
 
 def shares(chosen: Tensor, experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -106,7 +111,7 @@ class _GateLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, share: Tensor) -> Tensor:
         n, experts = logits.shape[-2:]
-        log_p = torch.log_softmax(logits, -1)
+        log_p = torch.log_softmax(logits.mT, -2).mT  # along the short axis torch is slow
         lse = logits[..., :1] - log_p[..., :1]
         p = log_p.exp_()
         ctx.save_for_backward(logits, share, p, lse)

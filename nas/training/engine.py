@@ -143,7 +143,7 @@ class Engine:
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         losses, trained = self._forward(inputs, targets)
         parameters = self.stacked.parameters
-        gradients = torch.autograd.grad(trained, parameters)
+        gradients: Sequence[Tensor] = torch.autograd.grad(trained, parameters)
         if self._recipe.clip:
             gradients = _clipped(gradients, self._recipe.clip)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -231,7 +231,7 @@ class _Captured:
         if self._taken <= _EAGER_STEPS:
             # on a stream of its own, as the capture is, or its memory is not what the graph finds
             here = torch.cuda.current_stream()
-            aside = torch.cuda.Stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 losses = self._step(inputs, targets)

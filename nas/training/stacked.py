@@ -24,7 +24,7 @@ from nas.layers import StructuredLinear
 from nas.layers.mixture import MixtureFFN, MixtureLinear
 from nas.layers.modes import without_autocast
 from nas.layers.normalization import cap_rms_each
-from nas.layers.routing import Routing, gate_loss, routing_statistics
+from nas.layers.routing import Routing, gate_loss, routing_statistics, softmax
 
 #: The plan under which a structure's layers are multiplied out together.
 STACKED = "stacked"
@@ -67,13 +67,13 @@ class _Part:
     layer: StructuredLinear
     #: how many
     count: int
-    #: W (R, layers · d_out, d_in) where they are multiplied out; of one model (layers · d_out, d_in)
+    #: W (R, layers · d_out, d_in) where they are multiplied out; of one model without R
     matrix: Tensor | None
     #: factors (R, layers, ...) elsewhere
     factors: tuple[Tensor, ...]
-    #: (R, layers · d_out); of one model (layers · d_out)
+    #: (R, layers · d_out); of one model without R
     bias: Tensor | None
-    #: (R, layers · experts, d_in); of one model (layers · experts, d_in)
+    #: (R, layers · experts, d_in); of one model without R
     gate: Tensor | None
 
 
@@ -98,7 +98,7 @@ class Stacked:
     ) -> None:
         self.count = len(models)
         self.model = models[0]
-        self._names = {p: name for name, p in self.model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         self._slots: dict[str, _Slot] = {}
         #: what is capped, in one order: slots of factors and of gains, largest norm of each weight,
         #: and for each where its gain stands among all
@@ -139,7 +139,7 @@ class Stacked:
         #: number of layers, logits and chosen of each gate of the last run
         self._routed: list[tuple[int, Tensor, Tensor]] = []
 
-    def _slot(self, parameters: Sequence[nn.Parameter]) -> _Slot:
+    def _slot(self, parameters: Sequence[Tensor]) -> _Slot:
         slot = _Slot([self._names[p] for p in parameters], parameters[0].shape)
         self._slots.update(dict.fromkeys(slot.names, slot))
         return slot
@@ -197,7 +197,7 @@ class Stacked:
     def prepare(self) -> None:
         """Take the parameters as they are now; every `run` uses these."""
         for parameter, slots in zip(self.parameters, self._layout, strict=True):
-            pieces = parameter.split([s.numel for s in slots], dim=1)
+            pieces = torch.split(parameter, [s.numel for s in slots], dim=1)
             for slot, piece in zip(slots, pieces, strict=True):
                 slot.value = piece
         self._values.clear()
@@ -223,8 +223,8 @@ class Stacked:
         """`factors`: of all layers together, in any shape of models first and numbers last."""
         layer, total = stack.layer, len(stack.members)
         each = [(f, slot.shape) for f, slot in zip(factors, stack.factors, strict=True)]
-        none = [None] * len(stack.parts)
-        matrix: Sequence[Tensor | None] = none
+        none: Sequence[Tensor | None] = [None] * len(stack.parts)
+        matrix = none
         own: Sequence[tuple[Tensor, ...]] = [()] * len(stack.parts)
         if stack.plan == STACKED and not isinstance(layer, MixtureLinear):
             w = layer.matrices([f.reshape(-1, *shape) for f, shape in each])
@@ -233,7 +233,8 @@ class Stacked:
             matrix = self._split(w.reshape(*self._leading, -1, layer.in_features), stack)
         else:
             split = [
-                f.view(self.count, total, *shape).split(stack.parts, dim=1) for f, shape in each
+                torch.split(f.view(self.count, total, *shape), stack.parts, dim=1)
+                for f, shape in each
             ]
             own = list(zip(*split, strict=True))
         bias = (
@@ -260,7 +261,7 @@ class Stacked:
         """A tensor (R, layers · rows, ...), or of one model (layers · rows, ...), by parts."""
         axis = len(self._leading)
         rows = t.shape[axis] // len(stack.members)
-        return list(t.split([size * rows for size in stack.parts], dim=axis))
+        return list(torch.split(t, [size * rows for size in stack.parts], dim=axis))
 
     # --- operations
 
@@ -325,7 +326,8 @@ class Stacked:
         ]
         if len(found) == 1:
             return found[0]
-        return torch.stack(found).unflatten(0, (self.count, -1)).transpose(1, 2)
+        n, d_out = found[0].shape
+        return torch.stack(found).view(self.count, part.count, n, d_out).transpose(1, 2)
 
     # --- mixtures
 
@@ -337,7 +339,7 @@ class Stacked:
             logits = self._dense(rows.to(dtype), part.gate.to(dtype), None)
             logits = logits.view(self.count, rows.shape[1], part.count, -1).transpose(1, 2)
             best, chosen = torch.topk(logits, layer.structure.active, dim=-1)
-            weights = torch.softmax(best, -1)
+            weights = softmax(best)
         self._routed.append((part.count, logits, chosen))
         return Routing(weights, chosen, logits)
 
@@ -383,7 +385,7 @@ class Stacked:
         return torch.cat(losses, dim=1).mean(1)
 
     def _grouped(self) -> list[tuple[Tensor, Tensor]]:
-        """Routings of equal shape side by side: logits (R, gates, n, E), chosen (R, gates, n, k)."""
+        """Logits (R, gates, n, E) and chosen (R, gates, n, k) of gates of equal shape together."""
         groups: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
         for _, logits, chosen in self._routed:
             groups.setdefault((logits.shape[2:], chosen.shape[2:]), []).append((logits, chosen))
@@ -405,7 +407,7 @@ class Stacked:
 
     # --- other operations
 
-    def _value(self, parameter: nn.Parameter) -> Tensor:
+    def _value(self, parameter: Tensor) -> Tensor:
         """(R, *shape) of one parameter; of one model (*shape)."""
         name = self._names[parameter]
         found = self._values.get(name)
@@ -442,7 +444,7 @@ class Stacked:
         normed = functional.layer_norm(x, layers[0].normalized_shape, eps=layers[0].eps)
         return torch.addcmul(bias, normed, weight)
 
-    def _beside(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+    def _beside(self, parameters: Sequence[Tensor]) -> Tensor:
         """(R, parameters · numbers) of neighbours in a slot."""
         names = [self._names[p] for p in parameters]
         slot = self._slots[names[0]]

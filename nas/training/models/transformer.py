@@ -41,8 +41,9 @@ class Block(nn.Module):
     def _attention(self, ops: Ops, x: Tensor) -> Tensor:
         *leading, tokens, width = x.shape
         projections = [self.linears[name] for name in ("query", "key", "value")]
-        split = ops.structured(projections, x).unflatten(-1, (self.heads, self.head_dim))
-        both, value = split.split((2, 1), dim=-3)
+        split = ops.structured(projections, x)
+        split = split.view(*split.shape[:-1], self.heads, self.head_dim)
+        both, value = torch.split(split, [2, 1], dim=-3)
         query, key = ops.norms((self.query_norm, self.key_norm), both).unbind(-3)
 
         def by_head(part: Tensor) -> Tensor:  # (sequences, heads, tokens, head_dim)
