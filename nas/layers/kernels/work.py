@@ -103,7 +103,8 @@ def _materialised(done: Work, plan: Plan, operator: Operator, tokens: int) -> No
         done.move(2 * factor, 2)  # W is built twice
         done.batch(blocks, rows, s.rho, right, 2)
         done.move(2 * part, 2)
-        w_rows = part // wide_in
+        start = (f.start * s.epsilon + e.start) * s.delta
+        w_rows = max(0, min(part // wide_in, d_out - start))
         done.product(plan.gemm, w_rows, tokens, d_in, 1)
         if plan.gemm == "onednn":
             done.move(w_rows * tokens, 1, turned=True)
