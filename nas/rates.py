@@ -33,10 +33,10 @@ _VERSION = 1
 class MachineRates:
     """Seconds that a unit of each kind of work takes, float32 on a CPU.
 
-    A matrix product (m × k) · (k × n) is counted as one product with m·k·n multiply-accumulates,
-    m·k numbers of the left and k·n of the right operand, m·n of the result, and m·k for every
-    set bit of n mod 16, where libraries leave their vector code.  It is run by BLAS, by oneDNN,
-    or within a batch (`torch.bmm`).
+    A matrix product (m × k) · (k × n) counts as one product with m·k·n multiply-accumulates (mac),
+    mk + kn + mn numbers of its operands and result (operand), and m·k for each pass over the left
+    operand that columns need which fill no vector block (rest).  It is run by BLAS, by oneDNN, or
+    within a batch (`torch.bmm`).
 
     The defaults are a server processor's of 2023 (AMD EPYC 9004, one core, AVX-512).
 
@@ -46,32 +46,26 @@ class MachineRates:
         A rate that is no finite number of seconds, or all multiply-accumulates free.
     """
 
-    blas_product: float = 8e-6
-    blas_mac: float = 2.4e-11
-    blas_left: float = 3.7e-10
-    blas_right: float = 1.4e-10
-    blas_result: float = 4.9e-10
-    blas_rest: float = 6.9e-10
+    blas_product: float = 5.4e-6
+    blas_mac: float = 2.1e-11
+    blas_operand: float = 4.4e-10
+    blas_rest: float = 3.0e-10
     onednn_product: float = 3.9e-5
-    onednn_mac: float = 2.0e-11
-    onednn_left: float = 1.0e-9
-    onednn_right: float = 2.8e-10
-    onednn_result: float = 0.0
-    onednn_rest: float = 3.8e-10
-    batched_product: float = 6.7e-8
-    batched_mac: float = 2.9e-11
-    batched_left: float = 0.0
-    batched_right: float = 4.0e-11
-    batched_result: float = 6.4e-10
-    batched_rest: float = 1.0e-9
+    onednn_mac: float = 1.9e-11
+    onednn_operand: float = 3.7e-10
+    onednn_rest: float = 1.0e-11
+    batched_product: float = 7.5e-8
+    batched_mac: float = 2.1e-11
+    batched_operand: float = 4.0e-10
+    batched_rest: float = 2.7e-10
     #: a tensor operation, with the views that it needs
-    operation: float = 7e-6
+    operation: float = 8e-6
     #: a number copied, in the order in which it lies
-    moved: float = 5.0e-10
+    moved: float = 3.1e-10
     #: a number copied to where its matrix is transposed
-    turned: float = 7.0e-10
+    turned: float = 1.05e-9
     #: a number of an intermediate that is too large for the cache
-    spilled: float = 1.0e-9
+    spilled: float = 9.0e-10
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -39,7 +39,7 @@ _LAYERS: tuple[tuple[int, tuple[int, ...], tuple[str, ...]], ...] = (
 #: Dense layers: (tokens, d_in, d_out).
 _DENSE = ((512, 32, 32), (512, 128, 512), (512, 512, 512), (64, 256, 256))
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 40
-_SECONDS = 4.0
+_SECONDS = 3.5
 #: A rate twice its default, in proportion to all others, weighs as much as a layer that is off by
 #: this share: it decides where the layers do not.
 _PRIOR = 0.1
@@ -92,7 +92,8 @@ def fitted_rates(units: NDArray[np.float64], seconds: NDArray[np.float64]) -> li
         error = (shares @ found - 1) / _TOLERANCE
         weights = (1 + error**2) ** -0.25
     # nothing is free: a rate of zero would make plans equal that are not
-    return list(np.maximum(found, 0.01) * default * scale)
+    rates = np.maximum(found, 0.01) * default * scale
+    return [float(f"{rate:.3g}") for rate in rates]
 
 
 def _cases() -> Iterator[tuple[Plan, Sized, int, Callable[[], object]]]:

@@ -34,9 +34,7 @@ class Work(defaultdict[str, float]):
         self[f"{kind}_product"] += count
         self[f"{kind}_mac"] += count * rows * inner * columns
         self[f"{kind}_rest"] += count * rows * inner * _rest(int(columns))
-        self[f"{kind}_left"] += count * rows * inner
-        self[f"{kind}_right"] += count * inner * columns
-        self[f"{kind}_result"] += count * rows * columns
+        self[f"{kind}_operand"] += count * (rows * inner + inner * columns + rows * columns)
 
     def batch(self, size: int, rows: float, inner: float, columns: float, count: float) -> None:
         """`count` operations on batches of `size` products."""
@@ -63,7 +61,7 @@ def _rest(columns: int) -> float:
     block, which is counted as multiply-accumulates; and more where there are few at all.
     """
     rest = columns % _VECTOR
-    return rest.bit_count() - rest / _VECTOR + 1.5 * (columns < _FEW)
+    return rest.bit_count() - rest / _VECTOR + 5 * (columns < _FEW)
 
 
 def work(plan: Plan, operator: Operator, tokens: int) -> Work:
