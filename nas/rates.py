@@ -46,7 +46,7 @@ class MachineRates:
         A rate that is no finite number of seconds, or all multiply-accumulates free.
     """
 
-    blas_product: float = 5.4e-6
+    blas_product: float = 4.2e-6
     blas_mac: float = 2.1e-11
     blas_operand: float = 4.4e-10
     blas_rest: float = 3.0e-10
@@ -54,18 +54,18 @@ class MachineRates:
     onednn_mac: float = 1.9e-11
     onednn_operand: float = 3.7e-10
     onednn_rest: float = 1.0e-11
-    batched_product: float = 7.5e-8
+    batched_product: float = 8.0e-8
     batched_mac: float = 2.1e-11
     batched_operand: float = 4.0e-10
     batched_rest: float = 2.7e-10
     #: a tensor operation, with the views that it needs
     operation: float = 8e-6
     #: a number copied, in the order in which it lies
-    moved: float = 3.1e-10
+    moved: float = 3.4e-10
     #: a number copied to where its matrix is transposed
-    turned: float = 1.05e-9
+    turned: float = 1.1e-9
     #: a number of an intermediate that is too large for the cache
-    spilled: float = 9.0e-10
+    spilled: float = 9.8e-10
 
     def __post_init__(self) -> None:
         for field in fields(self):
