@@ -168,11 +168,19 @@ class MixtureLinear(Gated, StructuredLinear):
         return routing
 
     def mixed(
-        self, x: Tensor, routing: Routing, factors: Sequence[Tensor], form: Form = "both"
+        self,
+        x: Tensor,
+        routing: Routing,
+        factors: Sequence[Tensor],
+        form: Form = "both",
+        plan: MixturePlan | None = None,
     ) -> Tensor:
-        """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`."""
+        """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`.
+
+        `plan` in place of the layer's own.
+        """
         inputs = Inputs(x, routing.weights, routing.chosen, *pair(factors))
-        return mix(inputs, self.out_features, self._plan, form)
+        return mix(inputs, self.out_features, plan or self._plan, form)
 
     def _checked_plan(self, value: object) -> MixturePlan:
         return checked_plan(MixturePlan, value, self.structure)

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.layers import StructuredLinear
+from nas.layers.kernels.mixture_kernels import Form
+from nas.layers.kernels.mixture_plan import MixturePlan, choose_for_sizes
+from nas.layers.kernels.plan import bucket
 from nas.layers.mixture import MixtureFFN, MixtureLinear
-from nas.layers.modes import without_autocast
+from nas.layers.modes import autocast_dtype, without_autocast
 from nas.layers.normalization import cap_rms_each
 from nas.layers.routing import Routing, gate_loss, routing_statistics, softmax
 
@@ -343,17 +346,36 @@ class Stacked:
         self._routed.append((part.count, logits, chosen))
         return Routing(weights, chosen, logits)
 
+    def _plan_of(
+        self, layer: MixtureLinear, layers: int, routing: Routing, form: Form
+    ) -> MixturePlan | None:
+        """The plan for the experts of so many layers of each model; None for a layer's own."""
+        stacked = self.count * layers
+        if stacked == 1:
+            return None
+        n, k = routing.chosen.shape
+        device = routing.chosen.device
+        return choose_for_sizes(
+            layer.structure.expert, stacked * layer.structure.experts, k, bucket(n), device.type,
+            autocast_dtype(device, self.parameters[0].dtype), form != "both", self.count > 1,
+        )  # fmt: skip
+
     def _mixed(self, part: _Part, layer: MixtureLinear, rows: Tensor) -> Tensor:
         """(R, n, d_in) → (R, n, layers, d_out)."""
         routing = self._route(part, layer, rows)
         layers, n = routing.chosen.shape[1:3]
         if layers > 1:
             rows = rows.unsqueeze(1).expand(-1, layers, -1, -1)
-        y = layer.mixed(rows.reshape(-1, rows.shape[-1]), self._as_one(routing), _flat(part))
+        routing = self._as_one(routing)
+        plan = self._plan_of(layer, layers, routing, "both")
+        y = layer.mixed(rows.reshape(-1, rows.shape[-1]), routing, _flat(part), "both", plan)
         return y.view(self.count, layers, n, -1).transpose(1, 2)
 
     def _as_one(self, routing: Routing) -> Routing:
-        """The gates of several layers (R, layers, n, ·) as one, whose experts are those of all."""
+        """The gates of several layers (R, layers, n, ·) as one, whose experts are those of all.
+
+        Its logits are one layer's, for the number of experts alone is of use.
+        """
         models, layers, _, experts = routing.logits.shape
         chosen = routing.chosen
         if models * layers > 1:
@@ -366,12 +388,16 @@ class Stacked:
         one, other = block.mlp_in, block.mlp_out
         rows = x.reshape(self.count, -1, one.in_features)
         routing = self._as_one(self._route(first, one, rows))
-        hidden = one.mixed(rows.flatten(0, 1), routing, _flat(first), "gather")
+        plan = self._plan_of(one, 1, routing, "gather")
+        hidden = one.mixed(rows.flatten(0, 1), routing, _flat(first), "gather", plan)
         if first.bias is not None:
             # rows are sorted by expert, and so by model
-            each = routing.counts.view(self.count, -1).sum(1)
+            total = self.count * one.structure.experts
+            loads = torch.bincount(routing.chosen.flatten(), minlength=total)
+            each = loads.view(self.count, -1).sum(1)
             hidden = hidden + first.bias.view(self.count, -1).repeat_interleave(each, dim=0)
-        y = other.mixed(functional.gelu(hidden), routing, _flat(second), "combine")
+        plan = self._plan_of(other, 1, routing, "combine")
+        y = other.mixed(functional.gelu(hidden), routing, _flat(second), "combine", plan)
         y = y.view(*x.shape[:-1], other.out_features)
         if second.bias is None:
             return y
