@@ -107,10 +107,10 @@ def _timed(step: Callable[[], Any]) -> Callable[[], tuple[float]]:
 def measure(width: int, replicates: list[int], peak: float) -> list[dict[str, Any]]:
     """Rows of one width: the plain model, then each design and number of runs at once."""
     recipe = TEXT
-    calls = {}
+    calls: dict[str, Callable[[], tuple[float, ...]]] = {}
     x = torch.randint(recipe.vocabulary, (max(replicates), recipe.batch, recipe.context))
     y = torch.randint(recipe.vocabulary, x.shape)
-    calls["plain", 1] = _timed(plain_step(recipe, width, x[0], y[0]))
+    calls["plain 1"] = _timed(plain_step(recipe, width, x[0], y[0]))
     flops = {}
     for name in DESIGNS:
         plan = plan_of_steps(recipe, as_design(name), width, 1)
@@ -122,11 +122,12 @@ def measure(width: int, replicates: list[int], peak: float) -> list[dict[str, An
             def step(engine: Engine = engine, count: int = count) -> None:
                 engine.step(x[:count], y[:count]).tolist()
 
-            calls[name, count] = _timed(step)
+            calls[f"{name} {count}"] = _timed(step)
     timed = rounds(calls, _SECONDS * len(calls) / 4, least=5)
-    base = median_interval(timed["plain", 1][:, 0])[0]
+    base = median_interval(timed["plain 1"][:, 0])[0]
     rows = []
-    for (name, count), times in timed.items():
+    for key, times in timed.items():
+        name, count = key.split()[0], int(key.split()[1])
         seconds = median_interval(times[:, 0])[0] / count
         rate = flops.get(name, flops["dense"]) / seconds
         rows.append(

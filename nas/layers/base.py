@@ -19,10 +19,15 @@ from nas.layers.modes import (
 )
 from nas.layers.normalization import cap_rms
 from nas.layers.record import LayerRecord
+from nas.rates import current_rates
 
 _Structure = TypeVar("_Structure", bound=LinearStructure)
 
 
+#: Tensor operations of a layer that runs by itself, forward and backward.
+APART_OPERATIONS = 30
+#: Time of a structure's multiply-accumulates over that of a dense layer's.
+_SLOWER = 3.0
 #: Ends the name under which a state_dict holds what a layer is.
 RECORD = "_extra_state"
 
@@ -325,6 +330,16 @@ class StructuredLinear(nn.Module):
     def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
         """The plan for `tokens` tokens where none is fixed."""
         raise NotImplementedError
+
+    def expected_seconds(self, tokens: int) -> float:
+        """Seconds of forward and backward on a CPU, roughly; see `nas.rates`.
+
+        A family with a cost model of its own knows better than this.
+        """
+        macs = 3 * tokens * self.structure.macs
+        return (
+            APART_OPERATIONS * current_rates().operation + macs * _SLOWER * current_rates().blas_mac
+        )
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""

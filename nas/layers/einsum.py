@@ -12,12 +12,13 @@ from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
+from nas.layers.base import APART_OPERATIONS, StructuredLinear
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import measuring
 from nas.layers.kernels.contraction import contract, matrices, plain
 from nas.layers.kernels.einsum import matrix, workspace_elements
-from nas.layers.kernels.plan import Plan, checked_plan
+from nas.layers.kernels.plan import Plan, checked_plan, cost
+from nas.rates import current_rates
 
 
 class EinsumLinear(StructuredLinear):
@@ -125,6 +126,11 @@ class EinsumLinear(StructuredLinear):
         return measuring.measure(
             self.structure, tokens, factor.device, factor.dtype if dtype is None else dtype
         )
+
+    def expected_seconds(self, tokens: int) -> float:
+        device, dtype = torch.device("cpu"), torch.float32
+        chosen = cost(self.plan_for(tokens, device, dtype), self.structure, tokens)
+        return APART_OPERATIONS * current_rates().operation + chosen
 
     def workspace_bytes(self, tokens: int) -> int:
         """Memory that forward and backward of `tokens` tokens hold at once, at most.

@@ -38,6 +38,10 @@ def cap_rms_each(weights: Sequence[Tensor], limits: Tensor, gains: Tensor) -> li
     gains
         (R, ΣL).
     """
+    if torch.compiler.is_compiling():  # which makes few operations of many by itself
+        norms = torch.cat([torch.linalg.vector_norm(w, dim=2) for w in weights], dim=1)
+        whole = limits / torch.maximum(norms, limits) * gains
+        return [w * f for w, f in zip(weights, _beside(whole, weights), strict=True)]
     return list(_CapRmsEach.apply(limits, gains, *weights))  # type: ignore[no-untyped-call]
 
 

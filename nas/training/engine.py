@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nas.layers.building import plan_text
+from nas.designs.structure import LinearStructure
+from nas.layers.building import matrix_pays, plan_text
 from nas.planning.cost import structures_of
 from nas.planning.recipe import Recipe
 from nas.planning.runs import RunPlan
@@ -63,12 +64,21 @@ CPU = Execution()
 
 
 def execution_plans(
-    plan: RunPlan, recipe: Recipe, execution: Execution = CPU, replicates: int = 1
+    plan: RunPlan, recipe: Recipe, execution: Execution = CPU, runs: int = 1
 ) -> dict[str, str]:
-    """The execution plan of each structure of a run, by fingerprint, from the cost models."""
-    structures = structures_of(recipe, plan.design, plan.width)
-    where = torch.device(execution.device)
-    return {s.fingerprint: STACKED for s in structures}
+    """The execution plan of each structure of a run, by fingerprint, from the cost models.
+
+    `STACKED`, or that of single layers; mixtures are always stacked, and choose their plans by the
+    cost model where they are more than one.
+    """
+    where, tokens = torch.device(execution.device), recipe.tokens_per_step
+
+    def text(structure: LinearStructure) -> str:
+        if matrix_pays(structure, tokens, where):
+            return STACKED
+        return plan_text(structure, tokens, where, execution.dtype)
+
+    return {s.fingerprint: text(s) for s in structures_of(recipe, plan.design, plan.width)}
 
 
 class Engine:
