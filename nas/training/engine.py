@@ -21,7 +21,8 @@ from nas.training.stacked import STACKED, Stacked
 
 #: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
 ROUTER_WEIGHT = 0.01
-_EVALUATION_TOKENS = 4096  # positions that are evaluated at once
+#: Positions that are evaluated at once, by the kind of device.
+_EVALUATION_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
 #: Steps that run before the step is captured, so that what is made once is there.
 _EAGER_STEPS = 3
 #: Train FLOPs of a run, about ten minutes on a fast GPU, from which on a minute of compiling pays.
@@ -179,7 +180,8 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each validation sample for each run (R, samples), float64 on the CPU."""
-        piece = max(1, _EVALUATION_TOKENS // (self._recipe.tokens * self.count))
+        positions = _EVALUATION_TOKENS[torch.device(self._execution.device).type]
+        piece = max(1, positions // (self._recipe.tokens * self.count))
         losses = []
         with self._execution.autocast():
             self.stacked.prepare()
@@ -219,8 +221,7 @@ class Engine:
         ):
             parameter.copy_(value[at])
             self.optimizer.state[parameter] = {
-                name: (t[at] if t.dim() else t).to(parameter.device) if name != "step" else t
-                for name, t in state.items()
+                name: (t[at] if t.dim() else t).to(parameter.device) for name, t in state.items()
             }
 
 

@@ -27,7 +27,7 @@ from nas.layers.kernels.plan import bucket
 from nas.layers.mixture import MixtureFFN, MixtureLinear
 from nas.layers.modes import autocast_dtype, without_autocast
 from nas.layers.normalization import cap_rms_each
-from nas.layers.routing import Routing, gate_loss, routing_statistics, softmax
+from nas.layers.routing import Routing, gate_loss, loads, routing_statistics, softmax
 
 #: The plan under which a structure's layers are multiplied out together.
 STACKED = "stacked"
@@ -393,9 +393,10 @@ class Stacked:
         if first.bias is not None:
             # rows are sorted by expert, and so by model
             total = self.count * one.structure.experts
-            loads = torch.bincount(routing.chosen.flatten(), minlength=total)
-            each = loads.view(self.count, -1).sum(1)
-            hidden = hidden + first.bias.view(self.count, -1).repeat_interleave(each, dim=0)
+            each = loads(routing.chosen.flatten(), total).view(self.count, -1).sum(1)
+            hidden = hidden + first.bias.view(self.count, -1).repeat_interleave(
+                each, dim=0, output_size=len(hidden)
+            )
         plan = self._plan_of(other, 1, routing, "combine")
         y = other.mixed(functional.gelu(hidden), routing, _flat(second), "combine", plan)
         y = y.view(*x.shape[:-1], other.out_features)
