@@ -462,14 +462,16 @@ class Stacked:
         normed = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
         return torch.addcmul(self._broadcast(bias, x), normed, self._broadcast(weight, x))
 
-    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Tensor:
+    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Sequence[Tensor]:
+        if self.count == 1:
+            return [self.norm(n, part) for n, part in zip(layers, x.unbind(-3), strict=True)]
         shape = (self.count, *(1,) * (x.dim() - 4), len(layers), 1, x.shape[-1])
         weight, bias = (
             self._beside([getattr(n, name) for n in layers]).view(shape)
             for name in ("weight", "bias")
         )
         normed = functional.layer_norm(x, layers[0].normalized_shape, eps=layers[0].eps)
-        return torch.addcmul(bias, normed, weight)
+        return torch.addcmul(bias, normed, weight).unbind(-3)
 
     def _beside(self, parameters: Sequence[Tensor]) -> Tensor:
         """(R, parameters · numbers) of neighbours in a slot."""

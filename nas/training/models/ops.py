@@ -31,8 +31,8 @@ class Ops(Protocol):
         """(..., d_in) → (..., d_out)."""
         ...
 
-    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Tensor:
-        """Each norm on its part: (..., layers, heads, n) → the same."""
+    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Sequence[Tensor]:
+        """Each norm on its part of (..., layers, heads, n) → (..., heads, n) each."""
         ...
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -65,9 +65,8 @@ class Own:
         y: Tensor = layer(x)
         return y
 
-    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Tensor:
-        parts = zip(layers, x.unbind(-3), strict=True)
-        return torch.stack([layer(part) for layer, part in parts], dim=-3)
+    def norms(self, layers: Sequence[nn.LayerNorm], x: Tensor) -> Sequence[Tensor]:
+        return [layer(part) for layer, part in zip(layers, x.unbind(-3), strict=True)]
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         y: Tensor = layer(x)

@@ -44,7 +44,7 @@ class Block(nn.Module):
         split = ops.structured(projections, x)
         split = split.view(*split.shape[:-1], self.heads, self.head_dim)
         both, value = torch.split(split, [2, 1], dim=-3)
-        query, key = ops.norms((self.query_norm, self.key_norm), both).unbind(-3)
+        query, key = ops.norms((self.query_norm, self.key_norm), both)
 
         def by_head(part: Tensor) -> Tensor:  # (sequences, heads, tokens, head_dim)
             return part.reshape(-1, tokens, self.heads, self.head_dim).transpose(1, 2)
