@@ -67,7 +67,7 @@ AXES: Mapping[str, Axis] = {
         "training compute", "train FLOPs: 1 MAC = 2 FLOPs, training = 3 × forward, all matrix "
         "products", True, False, "train_flops",
     ),
-    "train_seconds": Axis("training time", "seconds", True, True, "seconds"),
+    "train_seconds": Axis("training time", "seconds of training", True, True, "seconds"),
     "inference_flops": Axis(
         "inference compute", "forward FLOPs per token of the whole model", False, False,
         "forward_flops_per_token",
