@@ -380,12 +380,14 @@ def test_a_budget_of_seconds_reads_curves_in_seconds() -> None:
     best = within_seconds.best_structured
     assert best is not None
     assert best.loss == pytest.approx(4.0 * 2**-0.25 * 4.0**-0.25)  # 4 FLOPs in 16 seconds
-    assert (best.train_flops, best.train_seconds) == (pytest.approx(4.0), pytest.approx(16.0))
+    assert best.train_flops == pytest.approx(4.0)
+    assert best.train_seconds == pytest.approx(16.0)
     assert best.steps == 400
     found = ask(runs, 16.0)
     assert found.multiplier is not None
     assert found.realised is not None
-    assert (found.multiplier.value, found.realised.value) == pytest.approx((2.0, 0.5))
+    assert found.multiplier.value == pytest.approx(2.0)
+    assert found.realised.value == pytest.approx(0.5)
 
 
 def test_a_fast_seed_counts_within_a_budget_that_only_slow_ones_reach() -> None:
@@ -447,7 +449,8 @@ def test_bounds_stay_bounds_in_seconds() -> None:
     dense = timed(power_law(1, 4.0, structure=DENSE), 1.0)
     low = ask([dense, timed(run(2, [(8.0, 1.0)]), 3.0)], 16.0).realised
     assert low is not None
-    assert (low.kind, low.value, low.interval) == ("at_least", pytest.approx(16 / 24), None)
+    assert (low.kind, low.interval) == ("at_least", None)
+    assert low.value == pytest.approx(16 / 24)
     never = ask([timed(power_law(1, 2.0, structure=DENSE), 1.0), timed(power_law(2, 4.0), 3.0)], 16)
     assert never.structured_realised is not None
     assert never.structured_realised.kind == "less_than"

@@ -262,21 +262,28 @@ def test_the_verdict_rests_on_seeds(
 GPU = {"device": "cuda", "device_name": "H200", "threads": 1, "bf16": True}
 #: Of a structure that learns in a third of the FLOPs what dense does, and needs three times as long
 #: for a step.
-SLOW = {"step_seconds": 0.03}
+SLOW: dict[str, Any] = {"step_seconds": 0.03}
 
 
 def test_a_budget_of_seconds_is_of_one_device(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [planted("dense", seed, 3.5, 3.2, 3.0, 2.9 + seed / 100) for seed in range(3)]
-    runs += [planted("monarch", seed, 3.0, 2.8, 2.7, 2.6 + seed / 100, **SLOW) for seed in range(3)]
-    fast = {"step_seconds": 0.0001, "environment": GPU}
-    runs += [planted(name, 0, 1.9, 1.8, **fast) for name in ("kronecker", "dense")]
+    noise = {seed: seed / 100 for seed in range(3)}
+    runs = [
+        planted("dense", seed, *(y + e for y in (3.6, 3.5, 3.4, 3.3, 3.2, 3.0, 2.9)))
+        for seed, e in noise.items()
+    ]
+    runs += [
+        planted("monarch", seed, *(y + e for y in (3.2, 3.0, 2.8)), **SLOW)
+        for seed, e in noise.items()
+    ]
+    fast: dict[str, Any] = {"step_seconds": 0.0001, "environment": GPU}
+    runs += [planted("kronecker", 0, 1.9, 1.8, **fast), planted("dense", 0, 1.9, 1.85, **fast)]
     runs += [planted("kronecker", 1, 1.9, 1.7, environment=None),
              planted("kronecker", 2, 1.9, 1.7, step_seconds=0.0)]  # fmt: skip
     plant(store, runs, fingerprint="planted", budget=2e11)
     stand(store)
-    best = get_best(store, task=TASK, train_seconds=30)
+    best = get_best(store, task=TASK, train_seconds=60)
     assert (best.budget_axis, best.kind) == ("train_seconds", "measured")
     assert best.budget_unit == "seconds of training"
     assert best.device == "cpu, 1 thread, float32"
@@ -284,17 +291,18 @@ def test_a_budget_of_seconds_is_of_one_device(
     assert (other_device.name, other_device.runs) == ("cuda H200, 1 thread, bfloat16", 2)
     assert best.not_timed == 2
     assert best.best_structured is not None
-    assert (best.best_structured.steps, best.best_structured.train_seconds) == (1000, 30.0)
+    assert (best.best_structured.steps, best.best_structured.train_seconds) == (2000, 60.0)
     assert best.interval is not None
-    # at dense's 30 s and 3e9 FLOPs, Monarch has come down to the same loss in 30 s and 1e9 FLOPs
+    # the loss of dense at 60 s and 6e9 FLOPs is that of Monarch at 60 s and 2e9 FLOPs
     multiplier, realised = best.structured_multiplier, best.structured_realised_multiplier
     assert multiplier is not None
     assert realised is not None
-    assert (multiplier.value, realised.value) == (pytest.approx(3.0), pytest.approx(1.0))
+    assert multiplier.value == pytest.approx(3.0)
+    assert realised.value == pytest.approx(1.0)
     assert (realised.seeds, realised.device) == (3, best.device)
     show_best(best)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Best within 30 seconds of training: measured" in shown
+    assert "Best within 60 seconds of training: measured" in shown
     assert "compute multiplier over dense: 3.00 (95%: 3.00 to 3.00, 3 seeds)" in shown
     assert ("realised multiplier over dense: 1.00 (95%: 1.00 to 1.00, 3 seeds), in seconds on cpu, "
             "1 thread, float32") in shown  # fmt: skip
@@ -302,18 +310,19 @@ def test_a_budget_of_seconds_is_of_one_device(
     assert "(--device): cuda H200, 1 thread, bfloat16: 2 runs" in shown
     assert "left out: 2 completed runs whose seconds, or whose device, are not recorded" in shown
     # the same runs within FLOPs
-    best = get_best(store, task=TASK, train_flops=3e9)
+    best = get_best(store, task=TASK, train_flops=6e9)
     assert (best.device, best.other_devices, best.not_timed) == (None, [], 0)
 
-    other = get_best(store, task=TASK, train_seconds=30, device="cuda")
-    assert (other.name, other.device) == ("kronecker", "cuda H200, 1 thread, bfloat16")
+    other = get_best(store, task=TASK, train_seconds=60, device="cuda")
+    assert other.name.startswith("kronecker")
+    assert other.device == "cuda H200, 1 thread, bfloat16"
     assert other.best_structured is not None
     assert other.best_structured.train_seconds == pytest.approx(0.2)
     for device in ("tpu", "float", ""):
         with pytest.raises(InvalidInput, match=r"device: .* cpu, 1 thread, float32 \| cuda H200"):
-            get_best(store, task=TASK, train_seconds=30, device=device)
+            get_best(store, task=TASK, train_seconds=60, device=device)
     with pytest.raises(InvalidInput, match=r"device: .* on a measured axis: train_seconds"):
-        get_best(store, task=TASK, train_flops=3e9, device="cpu")
+        get_best(store, task=TASK, train_flops=6e9, device="cpu")
     with pytest.raises(NotFound, match="on cpu, 1 thread, float32: the least measured is 10"):
         get_best(store, task=TASK, train_seconds=5)
 
