@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -36,6 +40,17 @@ def device_of(environment: Mapping[str, Any] | None) -> str | None:
     threads = environment.get("threads")
     run_with = [counted(threads, "thread")] if isinstance(threads, int) else []
     return ", ".join([named, *run_with, "bfloat16" if environment.get("bf16") else "float32"])
+
+
+@cache
+def processor_name() -> str:
+    """Model of this machine's processor, or its architecture where the system names no model."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""
+    model = re.search(r"^model name\s*:(.+)$", told, re.MULTILINE)
+    return " ".join(model[1].split()) if model else platform.machine()
 
 
 def trained_together(environment: Mapping[str, Any] | None) -> int:
