@@ -147,9 +147,11 @@ def show_best(best: Answer) -> None:
     table.caption = f"validation loss in {best.loss_unit}"
     for heading in ("", "structured", "dense"):
         table.add_column(heading)
+    runs = (best.best_structured, best.best_dense)
     for label, read in _BEST_ROWS.items():
-        runs = (best.best_structured, best.best_dense)
         table.add_row(label, *("–" if r is None else read(r) for r in runs))
+    if len({r.device for r in runs if r is not None}) > 1:
+        table.add_row("measured on", *((r and r.device) or "–" for r in runs))
     console.print(table)
     for line in _best_lines(best):
         console.print(line, markup=False, highlight=False)

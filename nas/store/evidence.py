@@ -47,6 +47,7 @@ class Standings:
 
     def devices(self, scope: str) -> list[DeviceState]:
         """The devices that runs of a scope were measured on, that with the most runs first."""
+        within = within_scope(scope)
         one_of = (
             select(func.min(StandingRow.trial_id))
             .where(StandingRow.scope == ScopeRow.scope)
@@ -56,7 +57,7 @@ class Standings:
         query = (
             select(ScopeRow.scope, ScopeRow.trials, TrialRow.environment)
             .join(TrialRow, TrialRow.id == one_of)
-            .where(ScopeRow.scope.startswith(within_scope(scope), autoescape=True))
+            .where(func.substr(ScopeRow.scope, 1, len(within)) == within)  # LIKE ignores case
         )
         with reading(self._engine) as session:
             rows_found = session.execute(query).all()

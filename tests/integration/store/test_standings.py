@@ -223,6 +223,18 @@ def test_each_device_has_its_own_standings_on_measured_axes(
     assert [d.trials for d in reading.devices(lease.search_id)] == [4, 3]
 
 
+def test_devices_are_those_of_one_tenant(store: Store) -> None:
+    for tenant, threads in (("team", 1), ("Team", 2), ("te_m", 3)):
+        ran = {"device": "cpu", "threads": threads}
+        own = store.view(tenant)
+        run(own, begun(own, seed=threads), 0, [2.0], key=tenant, environment=ran)
+    found = Standings(store).devices(task_scope("text", "f1", "te_m"))
+    assert [d.name for d in found] == ["cpu, 3 threads, float32"]
+    found = Standings(store).devices(task_scope("text", "f1", "team"))
+    assert [d.name for d in found] == ["cpu, 1 thread, float32"]
+    assert Standings(store).devices(task_scope("text", "f1")) == []
+
+
 def test_runs_without_measured_seconds_do_not_stand_on_them(store: Store) -> None:
     lease, leases = begun(store), Leases(store)
     for number, seconds in enumerate(([0.0, 1.0], [1.0, 1.0], [2.0, 1.0], [1.0, 2.0])):
