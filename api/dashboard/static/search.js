@@ -57,7 +57,7 @@ function showBest(best) {
   if (r) {
     const shared = r.together.length > 1 ? `; of runs trained ${r.together.join(" and ")} at a time, each with its share` : "";
     text("realised", r.value === null ? `In seconds unknown: ${r.reason}.`
-      : `In measured seconds ${bound(r)}: ${range(r.interval, ratio)}; ${counted(r.seeds, "seed")}${r.device ? `, on ${r.device}` : ""}${shared}.`);
+      : `In measured seconds ${bound(r)}: ${r.kind === "exact" ? range(r.interval, ratio) : "a bound too"}; ${counted(r.seeds, "seed")}${r.device ? `, on ${r.device}` : ""}${shared}.`);
   }
   const tau = best.confirmation;
   const held = tau && tau.tau !== null
