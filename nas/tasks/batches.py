@@ -34,10 +34,10 @@ _VALIDATION_SEED = 20241002  # the same validation samples for every run of a ta
 def training_batches(recipe: Recipe, train: Arrays, device: torch.device | None = None) -> Draw:
     """What draws the batches of a run: `recipe.batch` samples, with replacement.
 
-    The data lie on `device` (by default the CPU) and so do the batches; which samples they have,
-    and what augments them, is drawn on the CPU, and so the same everywhere.
+    The data are moved to `device`, where the batches then lie; without one they stay where they
+    are, which may be a file.  Which samples a batch has, and what augments them, is drawn on the
+    CPU, and so the same everywhere.
     """
-    device = torch.device("cpu") if device is None else device
     if isinstance(recipe, RegressionRecipe) and "inputs" not in train:
         return _fresh(recipe, train, device)
     count, samples = _samples(recipe, train, train, device)
@@ -55,7 +55,7 @@ def validation_set(recipe: Recipe, train: Arrays, validation: Arrays) -> Pair:
     Windows of a text are distinct and do not overlap, so that each counts once.
     """
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
-    count, samples = _samples(recipe, validation, train, torch.device("cpu"))
+    count, samples = _samples(recipe, validation, train)
     step = recipe.context + 1 if isinstance(recipe, TextRecipe) else 1
     places = torch.randperm(math.ceil(count / step), generator=generator)
     return samples(places[: recipe.validation_samples] * step, None)
@@ -76,16 +76,16 @@ def sample_losses(recipe: Recipe, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _samples(
-    recipe: Recipe, split: Arrays, train: Arrays, device: torch.device
+    recipe: Recipe, split: Arrays, train: Arrays, device: torch.device | None = None
 ) -> tuple[int, Samples]:
     """The number of samples of a split, and what makes inputs and targets of some of them."""
 
     def held(name: str) -> Tensor:
-        return torch.from_numpy(split[name]).to(device)
+        return torch.from_numpy(split[name]).to(device)  # without a device as it is
 
     if isinstance(recipe, TextRecipe):
         context, tokens = recipe.context, split["tokens"]
-        if device.type == "cpu":  # as numbers of a byte or two, which may be a file's own pages
+        if device is None:
             return len(tokens) - context, lambda starts, _: _windows(tokens, starts, context)
         on_device, ahead = held("tokens").long(), torch.arange(context + 1, device=device)
 
@@ -178,7 +178,7 @@ def _as_features(images: Tensor, recipe: ClassesRecipe) -> Tensor:
     return tiles.reshape(n, side * side, recipe.features)
 
 
-def _fresh(recipe: RegressionRecipe, train: Arrays, device: torch.device) -> Draw:
+def _fresh(recipe: RegressionRecipe, train: Arrays, device: torch.device | None) -> Draw:
     """Samples never seen before, at the cost of the target network for each."""
     weights = [
         torch.from_numpy(train[name]).to(device)

@@ -149,7 +149,7 @@ def train_replicates(
             engine = Engine(plan, recipe, seeds, execution, layer_plans)
             state = _State.begin(seeds)
     device = torch.device(execution.device)
-    draw = training_batches(recipe, train_data, device)
+    draw = training_batches(recipe, train_data, None if device.type == "cpu" else device)
     x, y = (t.to(device) for t in validation_set(recipe, train_data, validation_data))
     evaluations = set(evaluation_steps(plan, recipe))
     yield from state.past()
