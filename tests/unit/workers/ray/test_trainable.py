@@ -16,6 +16,7 @@ import torch
 from nas.designs.design import parse_design
 from nas.planning.recipe import REGRESSION, Recipe
 from nas.planning.runs import plan_of_steps
+from nas.records.device import device_of, processor_name
 from nas.tasks import load_data
 from nas.training.checkpoint import Checkpoint
 from nas.training.run import CPU
@@ -87,7 +88,10 @@ def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
     ended: dict[str, Any] = {"point": None}
     while "point" in ended:
         ended = report(made)
-    assert ended["ended"]["environment"]["device"] == "cpu"
+    environment = ended["ended"]["environment"]
+    assert environment["device"] == "cpu"
+    threads = f"{environment['threads']} thread"
+    assert str(device_of(environment)).startswith(f"cpu {processor_name()}, {threads}")
     cost = ended["ended"]["cost"]
     assert cost["seconds_per_step"] > 0
     assert cost["peak_memory_bytes"] > 0
