@@ -28,7 +28,7 @@ from nas.planning.runs import plan_of_steps
 from nas.tasks import TaskData, load_data
 from nas.tasks.corpus import default_folder
 from nas.training.metering import CostMeter
-from nas.training.run import Execution, Point, train_replicates
+from nas.training.run import Execution, Point, execution_plans, train_replicates
 
 _WIDTHS, _DESIGNS = (256, 512, 768, 1024), ("dense", "monarch", "btt:rho=1/4", "btt-moe")
 #: Steps of a run; the meter counts from the 6th to the 25th on a GPU.
@@ -151,6 +151,7 @@ def _trained(
         "seconds_per_step": cost.seconds_per_step,
         "peak_bytes": cost.peak_memory_bytes,
         "loss": points[-1].loss,
+        "plans": execution_plans(plan, recipe, execution),
     }
     if len(points) > 1:
         first, last = points[-2:]

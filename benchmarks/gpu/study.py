@@ -24,7 +24,7 @@ from nas.planning.recipe import TextRecipe
 from nas.planning.runs import RunPlan, admissible
 from nas.tasks import TaskData
 from nas.training.replicates import pay
-from nas.training.run import Execution, Point, train_replicates
+from nas.training.run import Execution, Point, execution_plans, train_replicates
 
 #: In the order of their interest, for the last ones are the first to be left out.
 _DESIGNS = (
@@ -65,7 +65,7 @@ def run(part: Part) -> None:
         expected = _CAUTION * pace.get(plan.width, max(pace.values(), default=0.0))
         if not part.has_time(what, expected):
             continue
-        row = _row(plan)
+        row = _row(plan) | {"plans": execution_plans(plan, recipe, execution)}
         part.add(row)
         started = time.monotonic()
         try:
