@@ -65,10 +65,11 @@ def run(part: Part) -> None:
         expected = _CAUTION * pace.get(plan.width, max(pace.values(), default=0.0))
         if not part.has_time(what, expected):
             continue
-        row = _row(plan) | {"plans": execution_plans(plan, recipe, execution)}
+        row = _row(plan)
         part.add(row)
         started = time.monotonic()
         try:
+            row["plans"] = execution_plans(plan, recipe, execution)
             # the first run, of one seed, says how many the others can have
             ended = _train(part, row, recipe, data, plan, [*range(max(seeds, 1))], execution)
             spent = (time.monotonic() - started) / max(seeds, 1)
