@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,22 @@ SMALL = replace(
 
 
 def actor(
-    folder: Path, recipe: Recipe = SMALL, key: str = "k", design: str = "monarch"
+    folder: Path,
+    recipe: Recipe = SMALL,
+    key: str = "k",
+    design: str = "monarch",
+    seeds: Sequence[int] = (0,),
 ) -> ProxyTrainable:
     """An actor that has been given its run."""
     made = ProxyTrainable.__new__(ProxyTrainable)  # Tune's own set-up wants a cluster
     data = load_data(recipe)
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
-    made._seconds, made._memory = 3600.0, None
+    made._memory = None
     plan = plan_of_steps(recipe, parse_design(design), 16, 24)
     run = {
         "plan": plan.as_dict(),
-        "recipe": recipe.as_dict(), "seed": 0, "key": key,
+        "recipe": recipe.as_dict(), "seeds": list(seeds), "seconds": 3600.0, "key": key,
     }  # fmt: skip
     made.reset_config({"run": json.dumps(run)})
     assert report(made).keys() == {"begun"}
@@ -52,8 +56,9 @@ def report(made: ProxyTrainable) -> dict[str, Any]:
 def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
     """Every report to the end; the seconds left out."""
     found = [report(made)]
-    while "point" in found[-1]:
-        found[-1]["point"].pop("seconds")
+    while "runs" in found[-1]:
+        for each in found[-1]["runs"].values():
+            each.get("point", {}).pop("seconds", None)
         found.append(report(made))
     found[-1].get("ended", {}).pop("cost", None)  # measured: never twice the same
     return found
@@ -72,7 +77,7 @@ def _no_time_limit_is_left_behind() -> Iterator[None]:
 
 def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
     whole = reports(actor(tmp_path / "one"))
-    assert [list(r) for r in whole] == [["point"]] * 4 + [["ended"]]
+    assert [list(r) for r in whole] == [["runs"]] * 4 + [["ended"]]
     first = actor(tmp_path / "two")
     for _ in range(3):
         report(first)
@@ -84,10 +89,11 @@ def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
 
 def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
     made = actor(tmp_path)
-    ended: dict[str, Any] = {"point": None}
-    while "point" in ended:
+    ended: dict[str, Any] = {"runs": None}
+    while "runs" in ended:
         ended = report(made)
-    assert ended["ended"]["environment"]["device"] == "cpu"
+    environment = ended["ended"]["environments"]["0"]
+    assert (environment["device"], environment["replicates"]) == ("cpu", 1)
     cost = ended["ended"]["cost"]
     assert cost["seconds_per_step"] > 0
     assert cost["peak_memory_bytes"] > 0
@@ -107,9 +113,9 @@ def test_another_run_has_another_checkpoint(tmp_path: Path) -> None:
 
 def test_a_failed_run_reports_why_and_leaves_no_state(tmp_path: Path) -> None:
     made = actor(tmp_path, replace(SMALL, lr=1e30))
-    ended = reports(made)[-1]
-    assert "loss is" in ended["failure"]["reason"]
-    assert ended["failure"]["kind"] == "run"
+    *_, failed, ended = reports(made)
+    assert "loss is" in failed["runs"]["0"]["failure"]
+    assert ended["ended"]["environments"] == {}
     assert not tmp_path.exists() or not list(tmp_path.iterdir())
 
 
@@ -119,15 +125,24 @@ def test_a_state_that_does_not_fit_is_not_used(tmp_path: Path) -> None:
         report(first)
     (state,) = tmp_path.iterdir()
     content = torch.load(state, weights_only=True)
-    content["model"].pop("head.weight")
+    weights = tensors_of(content)
+    weights.pop(next(iter(weights)))
     torch.save(content, state)
     assert reports(actor(tmp_path)) == reports(actor(tmp_path / "fresh"))
+
+
+def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The first mapping of names to tensors in a saved state, at whatever depth."""
+    if any(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    inner = (tensors_of(value) for value in content.values() if isinstance(value, dict))
+    return next((found for found in inner if found), {})
 
 
 @pytest.mark.parametrize("design", ["btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=1"])
 def test_a_mixture_ends_with_the_statistics_of_its_routers(tmp_path: Path, design: str) -> None:
     *_, last = reports(actor(tmp_path, design=design))
-    router = last["ended"]["environment"]["router"]
+    router = last["ended"]["environments"]["0"]["router"]
     assert (router["dropped"], router["gates"]) == (0, 6 if "btt" in design else 3)
     assert router["assignments"] > 0
     assert 1 <= router["mean_max_load"] <= router["max_load"] <= 4
