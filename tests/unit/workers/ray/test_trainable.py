@@ -133,7 +133,7 @@ def test_a_state_that_does_not_fit_is_not_used(tmp_path: Path) -> None:
 
 def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
     """The first mapping of names to tensors in a saved state, at whatever depth."""
-    if any(isinstance(value, torch.Tensor) for value in content.values()):
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
         return content
     inner = (tensors_of(value) for value in content.values() if isinstance(value, dict))
     return next((found for found in inner if found), {})
