@@ -94,8 +94,9 @@ class _Experiment:
         self.deaths.update(t.id for t in left)
         now, limit = time.monotonic(), self.seconds(pack)
         if now - self.begun.get(trial_id, now) >= _NEARLY * limit:
-            whose = f"the limit of {len(pack.trials)} runs" if len(pack.trials) > 1 else "its"
-            return f"ended after {limit:.6g} s, {whose} time limit", "timeout"
+            runs = len(pack.trials)
+            whose = f"the time limit of {runs} runs" if runs > 1 else "its time limit"
+            return f"ended after {limit:.6g} s, {whose}", "timeout"
         deaths = max((self.deaths[t.id] for t in left), default=0)
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
         if not left or (kind == "memory" and len(left) > 1):

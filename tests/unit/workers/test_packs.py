@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 from zlib import crc32
@@ -18,6 +17,7 @@ import workers.session
 from nas.errors import QuotaExceeded
 from nas.planning.request import SearchRequest
 from nas.search import PastTrial
+from nas.search import propose as propose_one
 from nas.service.catalogue import get_preview
 from nas.service.clone import create_clone
 from nas.service.confirm import ConfirmRequest, create_confirmation
@@ -156,7 +156,7 @@ def test_the_proposals_of_a_candidate_do_not_depend_on_how_often_it_is_run(store
 def test_after_a_crash_within_a_pack_the_proposals_are_those_of_an_uninterrupted_run(
     store: Store, sampler: str
 ) -> None:
-    changes = {"sampler": sampler, "trials": 14, "replicates": 2}
+    changes: dict[str, Any] = {"sampler": sampler, "trials": 14, "replicates": 2}
     whole = begin(store, **changes)
     drain(whole)
     broken = begin(store, "e" * 16, **changes)  # other data: nothing is reused
@@ -189,13 +189,12 @@ def seen_by_the_sampler(
 ) -> list[list[PastTrial]]:
     """What each ask from now on is told of earlier candidates."""
     told: list[list[PastTrial]] = []
-    real = workers.session.propose
 
-    def propose(request: Any, recipe: Any, place: int, past: Any, is_known: Any) -> Any:
+    def listening(request: Any, recipe: Any, place: int, past: Any, is_known: Any) -> Any:
         told.append(list(past))
-        return real(request, recipe, place, past, is_known)
+        return propose_one(request, recipe, place, past, is_known)
 
-    monkeypatch.setattr(workers.session, "propose", propose)
+    monkeypatch.setattr("workers.session.propose", listening)
     return told
 
 

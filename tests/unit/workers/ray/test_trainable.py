@@ -39,6 +39,12 @@ def actor(
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
     made._memory = None
+    give(made, recipe, key, design, seeds)
+    return made
+
+
+def give(made: ProxyTrainable, recipe: Recipe, key: str, design: str, seeds: Sequence[int]) -> None:
+    """Give an actor its next runs."""
     plan = plan_of_steps(recipe, parse_design(design), 16, 24)
     run = {
         "plan": plan.as_dict(),
@@ -46,7 +52,6 @@ def actor(
     }  # fmt: skip
     made.reset_config({"run": json.dumps(run)})
     assert report(made).keys() == {"begun"}
-    return made
 
 
 def report(made: ProxyTrainable) -> dict[str, Any]:
@@ -97,6 +102,44 @@ def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
     cost = ended["ended"]["cost"]
     assert cost["seconds_per_step"] > 0
     assert cost["peak_memory_bytes"] > 0
+
+
+def test_runs_that_train_together_are_told_by_their_seeds(tmp_path: Path) -> None:
+    *evaluations, ended = reports(actor(tmp_path, seeds=(3, 5, 4)))
+    assert [set(e["runs"]) for e in evaluations] == [{"3", "4", "5"}] * 4
+    for seed in (3, 5):
+        *alone, _ = reports(actor(tmp_path, seeds=(seed,)))
+        for one, found in zip(alone, evaluations, strict=True):
+            expected, point = (e["runs"][str(seed)]["point"] for e in (one, found))
+            assert point["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+            assert point["step"] == expected["step"]
+    environments = ended["ended"]["environments"]
+    assert {s: e["replicates"] for s, e in environments.items()} == {"3": 3, "5": 3, "4": 3}
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_left_of_a_pack_goes_on_where_the_last_actor_stood(tmp_path: Path) -> None:
+    whole = reports(actor(tmp_path / "one", seeds=(0, 1, 2)))
+    first = actor(tmp_path / "two", seeds=(0, 1, 2))
+    for _ in range(3):
+        report(first)
+    rest = reports(actor(tmp_path / "two", seeds=(0, 2)))
+    for expected, found in zip(whole[:-1], rest[:-1], strict=True):
+        assert set(found["runs"]) == {"0", "2"}
+        for seed, each in found["runs"].items():
+            loss = expected["runs"][seed]["point"]["loss"]
+            assert each["point"]["loss"] == pytest.approx(loss, rel=1e-3)
+    environments = rest[-1]["ended"]["environments"]
+    assert {s: e["replicates"] for s, e in environments.items()} == {"0": 2, "2": 2}
+    assert not list((tmp_path / "two").iterdir())
+
+
+def test_an_error_that_is_none_of_a_single_run_ends_the_pack(tmp_path: Path) -> None:
+    made = actor(tmp_path, seeds=(0, 1))
+    made._data = (made._data[0], {})
+    give(made, SMALL, "k", "monarch", (0, 1))
+    failure = report(made)["failure"]
+    assert (failure["kind"], failure["reason"].partition(":")[0]) == ("run", "KeyError")
 
 
 def test_another_run_has_another_checkpoint(tmp_path: Path) -> None:
