@@ -18,8 +18,8 @@ from tests.support.services import PATIENCE, service_environment, wait_for
 from tests.support.small import TINY
 from tests.support.tiers import FULL
 
-#: Runs of seconds, two of which train together: how long they train changes neither what is lost nor
-#: what is proposed.
+#: Runs of seconds, two of them together: how long they train changes neither what is lost nor what
+#: is proposed.
 REQUEST = SearchRequest.checked(
     {
         "train_flops": 1e10, "trials": 2, "references": 3, "replicates": 2, "seed": 2,
