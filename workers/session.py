@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import groupby
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -102,7 +101,8 @@ class Pack:
 class SearchSession:
     """Hands out the trials of one search in order and stores what comes back.
 
-    A candidate or reference has `request.replicates` trials, numbered one after another.
+    A candidate or reference has `request.replicates` trials, numbered one after another.  What is
+    confirmed has as many as there are seeds.
 
     Parameters
     ----------
@@ -161,8 +161,8 @@ class SearchSession:
         else:
             self._prepare_references(numbers)
         stored = self._sql(self._store.trials, self.search.id)
-        for group in self._groups(stored):
-            self._waiting.extend(self._packs(group))
+        packs = (pack for group in self._groups(stored) for pack in self._packs(group))
+        self._waiting.extend(sorted(packs, key=lambda pack: pack.trials[0].number))
         left = sum(t.state in UNFINISHED for t in stored)
         return left + self._unproposed(stored) * self.request.replicates
 
@@ -175,7 +175,8 @@ class SearchSession:
 
     def _prepare_confirmation(self, confirm: Confirm, planned: set[int]) -> None:
         """Plan every run with the first seed, then every run with the second, and so on, so that a
-        search that ends early has confirmed all runs with about as many seeds."""
+        search that ends early has confirmed all runs with about as many seeds, unless the seeds of
+        a run train together."""
         pairs = [(seed, run) for seed in confirm.seeds for run in confirm.runs]
         for number, (seed, run) in enumerate(pairs):
             if number not in planned:
@@ -183,17 +184,20 @@ class SearchSession:
                 self._add(number, plan, kind="confirmation", seed=seed, confirms=run.trial_id)
 
     def _groups(self, trials: Iterable[Trial]) -> list[list[Trial]]:
-        """The trials of each candidate, reference or confirmation, of some in their order."""
-        groups = groupby(trials, lambda t: t.number // self.request.replicates)
-        return [list(group) for _, group in groups]
+        """The trials of each candidate, reference or confirmed run, which differ in their seed."""
+        groups: dict[int, list[Trial]] = {}
+        for t in trials:
+            of = t.number // self.request.replicates if t.confirms is None else t.confirms
+            groups.setdefault(of, []).append(t)
+        return list(groups.values())
 
     def _packs(self, group: Sequence[Trial]) -> list[Pack]:
         """How those of a group that are unfinished are to run; `group` is all that is planned."""
         left = tuple(t for t in group if t.state in UNFINISHED)
-        if len(group) == 1 or not pay(plan_of_trial(group[0]), self._device):
+        if not left or len(group) == 1 or not pay(plan_of_trial(group[0]), self._device):
             return _apart(left)
         keys = "/".join(t.key for t in group)
-        return [Pack(left, hashlib.sha256(keys.encode()).hexdigest())] if left else []
+        return [Pack(left, hashlib.sha256(keys.encode()).hexdigest())]
 
     def _unproposed(self, stored: Sequence[Trial]) -> int:
         """Candidates that the sampler has still to propose; none for a confirmation."""

@@ -306,7 +306,11 @@ def test_a_confirmation_has_seeds_that_no_replicate_had_and_ranks_by_means(store
     means = {fmean(map(loss_of, trials)): trials[0].id for trials in candidates}
     assert [r.trial_id for r in confirm.runs[:2]] == [means[m] for m in sorted(means)[:2]]
     confirming = claim(store, made)
-    assert {len(p.trials) for p in drain(confirming)} == {1}
+    confirmed = drain(confirming)
+    assert [[t.seed for t in p.trials] for p in confirmed] == [[3, 4]] * 3
+    assert [{t.confirms for t in p.trials} for p in confirmed] == [
+        {r.trial_id} for r in confirm.runs
+    ]
     confirming.finish()
     pairs = {pair.trial_id: pair for pair in Standings(store).confirmed(session.search.id)}
     for trial_id, mean in ((i, m) for m, i in means.items() if i in pairs):
