@@ -58,7 +58,7 @@ bench: bench-layers  ## ratios measured in one run, as JSON and as tables
 	$(BIN)/python -m benchmarks.science.coordinates
 	$(BIN)/python -m benchmarks.science.proposals
 
-bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum and the papers' path; FULL=1: all
+bench-layers: $(VENV)/.dev  ## every structure against dense, torch.einsum, the papers and all plans; FULL=1: all
 	$(BIN)/python -m benchmarks.kernels.layers
 
 bench-training: $(VENV)/.dev  ## published regression, learning rates across widths, experts on text: an hour

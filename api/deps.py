@@ -34,6 +34,13 @@ SearchId = Annotated[str, Path(pattern=TEXT, min_length=1, max_length=64)]
 Text = Annotated[
     Annotated[str, Field(pattern=TEXT, min_length=1, max_length=200)] | Absent, Query()
 ]
+Device = Annotated[
+    Annotated[str, Field(pattern=TEXT, min_length=1, max_length=200)] | Absent,
+    Query(
+        description="on a measured axis: the device whose runs are read, or a part of its name; "
+        "by default the one with the most runs"
+    ),
+]
 IdempotencyKey = Annotated[
     Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | Absent,
     Header(

@@ -240,14 +240,22 @@ class RemoteSearch(_Stored):
         """Every trial, in the order of their numbers."""
         return list(self.client.iterate(f"{_search(self.id)}/trials"))
 
-    def frontier(self, x: str = "train_flops") -> FrontierAnswer:
-        """Pareto fronts of this search against an axis."""
-        return self.client.send(_get("/v1/frontier", _frontier, search=self.id, x=x))
+    def frontier(self, x: str = "train_flops", device: str | None = None) -> FrontierAnswer:
+        """Pareto fronts of this search against an axis; `device` as of `Client.best`."""
+        return self.client.send(_get("/v1/frontier", _frontier, search=self.id, x=x, device=device))
 
-    def best(self, /, train_flops: float | None = None, **budgets: float | None) -> Answer:
-        """The best structure of this search within a budget, by default the search's own."""
+    def best(
+        self,
+        /,
+        train_flops: float | None = None,
+        *,
+        device: str | None = None,
+        **budgets: float | None,
+    ) -> Answer:
+        """The best structure of this search within a budget, by default the search's own; the
+        parameters are those of `Client.best`."""
         query = self._budgets({"train_flops": train_flops, **budgets})
-        return self.client.send(_get("/v1/best", _best, search=self.id, **query))
+        return self.client.send(_get("/v1/best", _best, search=self.id, device=device, **query))
 
     def confirm(self, /, *, idempotency_key: str | None = None, **fields: Any) -> RemoteSearch:
         """Run the best of this search again with fresh seeds.
@@ -372,28 +380,40 @@ class Client(_Connection[httpx.Client]):
         """A trial with its curve."""
         return self.get(f"/v1/trials/{trial_id}")
 
-    def frontier(self, task: str = "text", x: str = "train_flops") -> FrontierAnswer:
-        """Pareto fronts of a task over all its searches, against an axis."""
-        return self.send(_get("/v1/frontier", _frontier, task=task, x=x))
+    def frontier(
+        self, task: str = "text", x: str = "train_flops", device: str | None = None
+    ) -> FrontierAnswer:
+        """Pareto fronts of a task over all its searches, against an axis; `device` as of `best`."""
+        return self.send(_get("/v1/frontier", _frontier, task=task, x=x, device=device))
 
     def best(
-        self, /, *, task: str = "text", train_flops: float | None = None, **budgets: float | None
+        self,
+        /,
+        *,
+        task: str = "text",
+        train_flops: float | None = None,
+        train_seconds: float | None = None,
+        device: str | None = None,
+        **budgets: float | None,
     ) -> Answer:
         """The best structure of a task within one budget.
 
         Parameters
         ----------
-        train_flops, budgets
-            Exactly one of train_flops, inference_flops (per token), params, step_seconds,
-            peak_memory (bytes).
+        train_flops, train_seconds, budgets
+            Exactly one of train_flops, train_seconds (of training, evaluation left out),
+            inference_flops (per token), params, step_seconds, peak_memory (bytes).
+        device
+            Of a measured budget (seconds or memory), the device whose runs are read, or a part of
+            its name; by default the one with the most runs.
 
         Raises
         ------
         NotFound
             Nothing is measured within the budget.
         """
-        query = {"train_flops": train_flops, **budgets}
-        return self.send(_get("/v1/best", _best, task=task, **query))
+        query = {"train_flops": train_flops, "train_seconds": train_seconds, **budgets}
+        return self.send(_get("/v1/best", _best, task=task, device=device, **query))
 
     def structure(
         self, theta: str, d_in: int, d_out: int, sizing: str = "least-waste"

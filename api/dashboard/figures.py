@@ -133,12 +133,20 @@ def _layout(title: str, x_title: str, unit: str) -> dict[str, Any]:
     )
 
 
-def draw_scatter(data: Mapping[str, Series], axis: str, budget: float, unit: str) -> dict[str, Any]:
-    """Loss against an axis, both fronts as lines; on train FLOPs the budget as a dotted line."""
+def draw_scatter(
+    data: Mapping[str, Series], axis: str, budget: float, unit: str, device: str | None = None
+) -> dict[str, Any]:
+    """Loss against an axis, both fronts as lines; on train FLOPs the budget as a dotted line.
+
+    Parameters
+    ----------
+    device
+        That of the runs, on a measured axis.
+    """
     import plotly.graph_objects as go
 
     shown = AXES[axis]
-    measured = ", measured where it ran" if shown.measured else ""
+    measured = f", measured on {plain_text(device)}" if device else ""
     x_title = f"{shown.unit.partition(':')[0]}{measured}"
     figure = go.Figure(layout=_layout(f"Loss against {shown.meaning}", x_title, unit))
     if len(data) > _SERIES_OF_ONE_KIND:  # the legend grows upwards, into the title

@@ -19,8 +19,9 @@ from api.declared import PUBLIC, READ, WITHOUT_STORE, Declared
 from api.deps import Axis, SearchId, StoreDep, describe
 from api.middleware.prefix import root_of
 from nas.errors import InvalidInput, NotFound
+from nas.records.device import OnDevice
 from nas.service import answers
-from nas.store import AXES
+from nas.store import AXES, Standings
 from nas.store.processes import LIVE_SECONDS, Processes
 
 router = APIRouter(include_in_schema=False)
@@ -56,8 +57,12 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
     """Everything that the page of a search shows, as one JSON document."""
     answers.checked_axis(x)
     search = store.search(search_id)
-    points = store.curve_points(search_id=search_id)
+    points, standings = store.curve_points(search_id=search_id), Standings(store)
     budget, unit = search.request.train_flops, search.request.settings.loss_unit
+    place, shown = answers.measured_on(standings, search.id, x), points
+    if AXES[x].measured:
+        on_device = standings.trials_on(search.id, place.device) if place.device else set()
+        shown = [p for p in points if p.run.trial_id in on_device]
     try:
         found = answers.get_best(store, search_id=search_id, train_flops=budget)
         best: dict[str, Any] | None = found.model_dump(mode="json")
@@ -70,7 +75,10 @@ def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -
         "can_retry": store.can_retry(search_id),
         "best": best,
         "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
-        "scatter": figures.draw_scatter(figures.scatter_data(points, x), x, budget, unit),
+        "measured": OnDevice(**place.shown).model_dump(),
+        "scatter": figures.draw_scatter(
+            figures.scatter_data(shown, x), x, budget, unit, place.device
+        ),
         "curves": figures.draw_curves(figures.curves_data(points), unit),
         "trials_total": sum(search.trial_counts.values()),
         "trials": [t.model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from api.declared import READ
-from api.deps import STRICT, Axis, Budget, StoreDep, Text, answered
+from api.deps import STRICT, Axis, Budget, Device, StoreDep, Text, answered
 from api.problems import refusals
 from nas.records.answers import Answer, FrontierAnswer
 from nas.service import answers
@@ -16,6 +16,7 @@ router = APIRouter(prefix="/v1", dependencies=[READ, STRICT])
 _RULES = {
     "task, search": "exactly one of the two",
     "task": "the name of a task, or name@fingerprint",
+    "device": "on a measured axis: one of its devices, or a part of the name of one",
 }
 _BUDGET_RULES = {
     **_RULES,
@@ -36,9 +37,12 @@ async def read_frontier(
     task: Text = None,
     search: Text = None,
     x: Axis = "train_flops",
+    device: Device = None,
 ) -> Response:
     answers.checked_axis(x)
-    return await answered(request, store, answers.get_frontier, task=task, search_id=search, x=x)
+    return await answered(
+        request, store, answers.get_frontier, task=task, search_id=search, x=x, device=device
+    )
 
 
 @router.get(
@@ -51,16 +55,21 @@ async def read_best(
     request: Request,
     store: StoreDep,
     train_flops: Annotated[Budget, Query()] = None,
+    train_seconds: Annotated[
+        Budget, Query(description="measured seconds of training, evaluation left out")
+    ] = None,
     inference_flops: Annotated[Budget, Query(description="per token")] = None,
     params: Annotated[Budget, Query()] = None,
     step_seconds: Annotated[Budget, Query()] = None,
     peak_memory: Annotated[Budget, Query(description="bytes")] = None,
     task: Text = None,
     search: Text = None,
+    device: Device = None,
 ) -> Response:
     axis, budget = answers.checked_budget(
         {
             "train_flops": train_flops,
+            "train_seconds": train_seconds,
             "inference_flops": inference_flops,
             "params": params,
             "step_seconds": step_seconds,
@@ -68,5 +77,6 @@ async def read_best(
         }
     )
     return await answered(
-        request, store, answers.get_best, task=task, search_id=search, **{axis: budget}
-    )
+        request, store, answers.get_best, task=task, search_id=search, device=device,
+        **{axis: budget},
+    )  # fmt: skip

@@ -4,6 +4,8 @@ The contenders take turns on the same tensors: `EinsumLinear` with the plan that
 chooses (`ours`), the same restricted to the matrix products that `torch.nn.Linear` uses
 (`ours_blas`), the papers' path and one `torch.einsum`, all of the same structure; and
 `torch.nn.Linear` (`dense`) and the dense `EinsumLinear` (`dense_ours`) of the same dimensions.
+The cost model has the rates of this machine, measured first; `chosen/best` is the time of the plan
+it chooses over that of the best found by measuring all (`benchmarks.kernels.plans`).
 `off_dense_rate` is time per FLOP over that of the faster dense one.  By default the 23 θ of the
 papers on four shapes with 1024 tokens and one thread; with FULL=1 also 4096 tokens and two threads.
 With a GPU the same in bfloat16 there.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,12 +36,15 @@ from benchmarks.kernels.interleaved import (
 )
 from benchmarks.kernels.papers import STRUCTURES, one_einsum
 from benchmarks.kernels.papers import product as papers_product
+from benchmarks.kernels.plans import chosen_and_best, thread_seconds
 from benchmarks.reporting import report
 from nas.layers import EinsumLinear
+from nas.layers.kernels.machine import measure_rates
 from nas.layers.kernels.plan import choose
+from nas.rates import MachineRates, use_rates
 
 SHAPES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))
-_SECONDS_PER_ROW = 2.0
+_SECONDS_PER_ROW, _SECONDS_PER_PLANS = 1.5, 1.5
 _PASSES = ("forward", "forward+backward")
 _PAIRS = (
     ("papers", "ours"), ("einsum", "ours"), ("papers", "ours_blas"), ("ours", "dense"),
@@ -50,11 +56,12 @@ def pass_seconds(
     call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, leaves: list[Tensor]
 ) -> Callable[[], tuple[float, float]]:
     """A contender: seconds of (forward, forward + backward)."""
+    clock = thread_seconds(torch.get_num_threads(), x.device)
 
     def now() -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock()
 
     def run() -> tuple[float, float]:
         for leaf in leaves:
@@ -102,14 +109,14 @@ def measure(
         least=3,
     )
     flops_over_dense = structure.macs / (d_in * d_out)
+    found = chosen_and_best(structure, tokens, threads, x.device, dtype, _SECONDS_PER_PLANS)
     rows = []
     for part, label in enumerate(_PASSES):
         seconds = {contender: times[:, part] for contender, times in timed.items()}
         row: dict[str, Any] = {
             "theta": name, "d_in": d_in, "d_out": d_out, "tokens": tokens, "threads": threads,
             "device": device, "dtype": str(dtype).removeprefix("torch."), "pass": label,
-            "plan": str(ours.plan_for(tokens)), "rounds": len(seconds["ours"]),
-            "flops_over_dense": flops_over_dense,
+            **found, "rounds": len(seconds["ours"]), "flops_over_dense": flops_over_dense,
         }  # fmt: skip
         for contender, times in seconds.items():
             row[f"{contender}_seconds"] = median_interval(times)[0]
@@ -135,8 +142,48 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         "einsum/ours": with_interval(row, "einsum_over_ours"),
         "ours/dense": with_interval(row, "ours_over_dense"),
         "off_dense_rate": row["off_dense_rate"],
-        "plan": row["plan"].split()[0],
+        "plan": short(row["plan"]),
+        "best": "=" if row["plan"] == row["best_plan"] else short(row["best_plan"]),
+        "chosen/best": f"{row['chosen_over_best']:.2f}",
     }
+
+
+def short(plan: str) -> str:
+    """The text of a plan for a narrow column: a/batched/blocks tile blas."""
+    order, *options = plan.split()
+    said = dict(option.split("=") for option in options)
+    if order == "materialised":
+        return f"W {said['gemm']}"
+    text = f"{order[0]} {said['first']}/{said['second']}"
+    text += f" {said['tile']}" if said["tile"] != "0" else ""
+    return text + (f" {said['gemm']}" if "blocks" in text else "")
+
+
+def plans_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How well plans are chosen, over the rows of a device and number of threads."""
+    worst = max(rows, key=lambda r: r["chosen_over_best"])
+    cheap = [r for r in rows if r["flops_over_dense"] <= 1]
+    slowest = max(cheap, key=lambda r: r["ours_over_dense"])
+    over = [r for r in cheap if r["ours_over_dense_low"] > 1.1]
+
+    def named(row: dict[str, Any]) -> str:
+        return f"{row['theta']} {row['d_in']}→{row['d_out']}"
+
+    return {
+        "device": rows[0]["device"],
+        "threads": rows[0]["threads"],
+        "rows": len(rows),
+        "chosen/best_median": statistics.median(r["chosen_over_best"] for r in rows),
+        "chosen/best_worst": f"{worst['chosen_over_best']:.3f} {named(worst)}",
+        "rows_above_1.03": sum(r["chosen_over_best"] > 1.03 for r in rows),
+        "rows_above_1.15": sum(r["chosen_over_best"] > 1.15 for r in rows),
+        "ours/dense_most,_FLOPs_≤_dense": f"{with_interval(slowest, 'ours_over_dense')} "
+        f"{named(slowest)}",
+        "above_1.1,_FLOPs_≤_dense": ", ".join(
+            f"{named(r)} {r['ours_over_dense']:.2f} (FLOPs {r['flops_over_dense']:.2f})"
+            for r in sorted(over, key=lambda r: -r["ours_over_dense"])
+        ) or "none",
+    }  # fmt: skip
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,6 +215,15 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def transposed(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table with a column for each of these."""
+    return [
+        {"": name} | {f"with_{c['threads']}": c[name] for c in columns}
+        for name in columns[0]
+        if name != "threads"
+    ]
+
+
 def main() -> None:
     keep_freed_memory()
     full = os.environ.get("FULL") == "1"
@@ -175,9 +231,13 @@ def main() -> None:
     devices += [("cuda", 1)] if torch.cuda.is_available() else []
     grid = list(product(devices, SHAPES, (1024, 4096) if full else (1024,), STRUCTURES))
     rows: list[dict[str, Any]] = []
+    rates: dict[int, MachineRates] = {}
     started = time.perf_counter()
     for done, ((device, threads), (d_in, d_out), tokens, name) in enumerate(grid):
         torch.set_num_threads(threads)
+        if threads not in rates:
+            rates[threads] = measure_rates(threads)
+        use_rates(rates[threads])
         rows += measure(name, d_in, d_out, tokens, threads, device)
         if sys.stderr.isatty() or done % 23 == 22:
             spent = time.perf_counter() - started
@@ -188,6 +248,11 @@ def main() -> None:
         [table_row(r) for r in both],
         rows,
     )
+    by_threads = [{"threads": threads} | r.as_dict() for threads, r in rates.items()]
+    report("Rates of this machine, in seconds a unit", transposed(by_threads), by_threads)
+    for place in devices:
+        chosen = plans_summary([r for r in both if (r["device"], r["threads"]) == place])
+        report("Plans chosen", [{"": k, "value": v} for k, v in chosen.items()], [chosen])
     summaries = [
         summary([r for r in rows if (r["device"], r["threads"], r["pass"]) == (*where, label)])
         for where in devices

@@ -33,7 +33,7 @@ from benchmarks.service.size import databases
 from nas.designs.taxonomy import parse_theta
 from nas.planning.request import SearchRequest
 from nas.planning.runs import references
-from nas.service.answers import get_best, get_frontier
+from nas.service.answers import get_best, get_frontier, measured_on
 from nas.store import AXES, Leases, MeasuredCost, Standings, Store, StoredPoint, TrialDraft
 from nas.store.backup import backup, restore
 from nas.store.engine import reading, writing
@@ -97,9 +97,11 @@ def write(url: str, index: int, ended: Any, found: Any) -> None:
         for i in range(POINTS):
             step = trial.steps - POINTS + 1 + i
             loss = 1.5 + quality * (i + 1) ** -0.3
-            point = StoredPoint(step, float(step * 10**6), loss, 0.01, float(i), (loss,) * SAMPLES)
+            flops, samples = float(step * 10**6), (loss,) * SAMPLES
+            point = StoredPoint(step, flops, loss, 0.01, i + 1.0, samples)
             leases.add_point(lease, trial.id, point)
-        leases.complete_trial(lease, trial.id, {}, MeasuredCost(0.01 * quality, 10**6 + number))
+        ran = {"device": "cpu", "threads": 1}  # as planted runs
+        leases.complete_trial(lease, trial.id, ran, MeasuredCost(0.01 * quality, 10**6 + number))
         times.append((begin, time.monotonic()))
     found.put(times)
     store.close()
@@ -180,11 +182,12 @@ def _front(rows: NDArray[np.float64], column: int) -> list[tuple[int, int]]:
 def fronts_of_store(
     store: Store, scopes: list[str]
 ) -> dict[tuple[str, str, bool], list[tuple[int, int]]]:
-    """The same as the store answers."""
+    """The same as the store answers; all runs are of one device."""
     standings = Standings(store)
     return {
         (scope, axis, dense): [
-            (p.run.trial_id, p.step) for p in standings.front(scope, axis, dense=dense)
+            (p.run.trial_id, p.step)
+            for p in standings.front(measured_on(standings, scope, axis).scope, axis, dense=dense)
         ]
         for scope in scopes
         for axis in AXES

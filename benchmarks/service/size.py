@@ -38,6 +38,8 @@ SEEDS, SAMPLES = 4, 32
 FINGERPRINT = "planted"
 TASK = f"text@{FINGERPRINT}"
 REQUEST = SearchRequest.checked({"task": "text", "train_flops": 2e11, "trials": 4})
+#: Where the runs ran.
+RAN = {"device": "cpu", "threads": 1}
 #: Budgets that `best` is asked for, spread over the data.
 _BUDGETS = [10 ** (11 + 4.7 * i / 49) for i in range(50)]
 
@@ -99,13 +101,14 @@ def load(store: Store, trials: int) -> None:
         + "INSERT INTO trials (search_id, number, kind, state, sampler_state, unseen, theta, name, "
         "structures, dense, width, depth, steps, train_flops_per_step, train_flops, "
         "forward_flops_per_token, model_params, seed, key, attempts, epoch, created_at, model, "
-        "seconds_per_step, peak_memory_bytes, loss) "
+        "seconds_per_step, peak_memory_bytes, environment, loss) "
         f"SELECT {digest(index)}, (i - 1) % {SEARCH_TRIALS}, 'candidate', 'complete', "
         f"{as_json(repr_sql('{}'))}, {as_json(repr_sql('[]'))}, {as_json(theta)}, "
         f"CASE WHEN {model} % 20 = 0 THEN 'dense' ELSE 'einsum' END, {as_json(repr_sql('[]'))}, "
         f"{model} % 20 = 0, 64, 2, 100000, 6144 * {size}, {number(614400000)} * {size}, "
         f"{number(2)} * {size}, {size}, {seed}, {digest('i')}, 1, 1, 0, {digest(model)}, "
-        f"{number(0.001)} * (1 + {share('i', 104729)}), 1000 + i % 100003, 1.0 FROM n",
+        f"{number(0.001)} * (1 + {share('i', 104729)}), 1000 + i % 100003, "
+        f"{as_json(repr_sql(json.dumps(RAN)))}, 1.0 FROM n",
         counted.format(POINTS)
         + "INSERT INTO points (trial_id, step, train_flops, loss, loss_stderr, seconds, "
         f"window_losses) SELECT t.id, {step}, {step} * {number(1)} * t.train_flops_per_step, "
@@ -261,7 +264,7 @@ def add(store: Store, repetitions: int, seed: int) -> list[float]:
             loss = 1 + quality * (8 * size**-0.2 + 60 * done**-0.3)
             point = StoredPoint(step, 6144 * size * done, loss, 0.01, float(i), (loss, loss))
             leases.add_point(lease, trial.id, point)
-        leases.complete_trial(lease, trial.id, {})
+        leases.complete_trial(lease, trial.id, RAN)
         seconds.append(time.perf_counter() - started)
     leases.release(lease, "succeeded")
     return seconds

@@ -16,18 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.analysis.intervals import Interval, around, half_width, t_quantile
-from nas.analysis.scaling import Curve, multiplier_over_dense, summarise_multiplier
+from nas.analysis.scaling import Bound, Curve, Match, match_dense, summarise_multiplier
 from nas.errors import NotFound
-from nas.records.answers import Candidate, Multiplier, Rival
+from nas.records.answers import Candidate, Multiplier, RealisedMultiplier, Rival
 from nas.records.run import OfRun
-from nas.store import Run
+from nas.store import AXES, Run, StoredPoint
 
 #: (trial, step) of points → the loss of each validation sample at each.
 Windows = Callable[[Sequence[tuple[int, int]]], list[tuple[float, ...]]]
@@ -54,6 +54,16 @@ class Reading:
     #: steps of the evaluations on either side, and how far between them
     steps: tuple[int, int]
     share: float
+    #: done up to there; between evaluations no whole number
+    step: float
+    train_flops: float
+    train_seconds: float
+
+    @classmethod
+    def of(cls, run: Run, point: StoredPoint) -> Reading:
+        """An evaluation of a run."""
+        done = (float(point.step), point.train_flops, point.train_seconds)
+        return cls(run, point.loss, (point.step, point.step), 0.0, *done)
 
 
 class Shown:
@@ -82,7 +92,9 @@ class Contender(Shown):
     """A model at a budget: one reading a seed."""
 
     readings: tuple[Reading, ...]
-    #: where it was read; below the budget where its runs end before
+    #: of the axis, where it was read; below the budget where its runs end before
+    at: float
+    #: up to there; of a budget in seconds the mean over its runs
     train_flops: float
     steps: int
 
@@ -109,6 +121,19 @@ class Contender(Shown):
     def confirmed(self) -> bool:
         """Whether it is judged by confirmations."""
         return self.run.kind == "confirmation"
+
+    @property
+    def device(self) -> str | None:
+        """The one device that all of its runs ran on."""
+        devices = {r.run.device for r in self.readings}
+        return self.run.device if len(devices) == 1 else None
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Mean over its runs; None where these were not all timed, and on one device."""
+        if self.device is None or not all(r.run.timed for r in self.readings):
+            return None
+        return _mean(r.train_seconds for r in self.readings)
 
     def shown(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in _OF_CANDIDATE}
@@ -146,6 +171,9 @@ class Answer:
     dense_difference: Rival | None
     multiplier: Multiplier | None
     structured_multiplier: Multiplier | None
+    #: the same in measured seconds
+    realised: RealisedMultiplier | None
+    structured_realised: RealisedMultiplier | None
     #: structures whose difference from the best may be 0, among the `compared` others
     indistinguishable: tuple[Rival, ...]
     compared: int
@@ -168,25 +196,26 @@ def best_for_budget(
     Parameters
     ----------
     runs
-        Completed runs of one task: those near the front and every run of their models.
+        Completed runs of one task: those near the front and every run of their models.  On an axis
+        that is measured, they are runs of one device, and timed.
     budget
         In the unit of `axis`.
     windows
         Loss of each validation sample at given points.
     axis
-        `train_flops`, or a field of a run that is one of `nas.store.AXES`.  Of such a field a run
-        has one value, or None where it is not known; runs are then judged at their ends.
+        One of `nas.store.AXES`.  Runs are read along their curves, or, where a run has one value
+        of it, or None where that is not known, at their ends.
 
     Raises
     ------
     NotFound
         No completed run lies within the budget.
     """
-    along_curve = axis == "train_flops"
-    found = contenders(runs, budget) if along_curve else _at_ends(runs, budget, axis)
+    along_curve = AXES[axis].along_curve
+    found = contenders(runs, budget, axis) if along_curve else _at_ends(runs, budget, axis)
     if not found:
         raise NotFound(f"no completed run within {budget:.4g}")
-    near = [c for c in found if not along_curve or c.train_flops * _NOISE_RANGE >= budget]
+    near = [c for c in found if not along_curve or c.at * _NOISE_RANGE >= budget]
     noise = pooled_noise(near)
     leaders = _one_a_structure(found, noise)
     best = _choose(leaders, noise)
@@ -201,11 +230,13 @@ def best_for_budget(
         # the structured one was chosen among many too
         (difference,) = compare(best_structured, [best_dense], noise, windows, len(others))
 
-    def multiplier(of: Contender | None) -> Multiplier | None:
+    def multipliers(of: Contender | None) -> _Multipliers:
         if of is None or best_dense is None or not along_curve:
-            return None
-        return _multiplier(of, best_dense, runs, budget)
+            return None, None
+        return _multipliers(of, best_dense, runs, budget, axis)
 
+    multiplier, realised = multipliers(best)
+    structured_multiplier, structured_realised = multipliers(best_structured)
     return Answer(
         best=best,
         best_structured=best_structured,
@@ -213,8 +244,10 @@ def best_for_budget(
         interval=_interval(best, noise),
         validation_interval=_validation_interval(best, windows),
         dense_difference=difference,
-        multiplier=multiplier(best),
-        structured_multiplier=multiplier(best_structured),
+        multiplier=multiplier,
+        structured_multiplier=structured_multiplier,
+        realised=realised,
+        structured_realised=structured_realised,
         indistinguishable=tuple(
             r for r in rivals if r.difference_interval is None or r.difference_interval[0] <= 0.0
         ),
@@ -230,25 +263,46 @@ def _order(c: Contender) -> tuple[float, float, int]:
 # --- readings
 
 
-def contenders(runs: Iterable[Run], budget: float) -> list[Contender]:
-    """Every model that has a run within the budget, read at the budget or at its runs' ends."""
+def contenders(runs: Iterable[Run], budget: float, axis: str = "train_flops") -> list[Contender]:
+    """Every model that has a run within the budget, read at the budget or at its runs' ends.
+
+    Parameters
+    ----------
+    axis
+        One of `nas.store.AXES` along curves.
+    """
     models: dict[str, list[Run]] = {}
     for run in runs:
-        if run.points and run.points[0].train_flops <= budget:
+        if run.points and getattr(run.points[0], axis) <= budget:
             models.setdefault(run.model, []).append(run)
-    return [_read_model(of_model, budget) for of_model in models.values()]
+    return [_read_model(of_model, budget, axis) for of_model in models.values()]
 
 
-def _read_model(runs: Sequence[Run], budget: float) -> Contender:
-    at = min(budget, max(r.points[-1].train_flops for r in runs))
-    step = runs[0].train_flops_per_step
-    reach = [r for r in runs if r.points[0].train_flops <= at <= r.points[-1].train_flops + step]
-    readings = tuple(_read(r, at) for r in one_a_seed(reach))
+def _read_model(runs: Sequence[Run], budget: float, axis: str) -> Contender:
+    at = min(budget, max(_end(r, axis) for r in runs))
+    # runs of one length stand together, for the fast ones end before a budget of seconds; and a
+    # run may end a step before its budget
+    long = {r.steps for r in runs if (end := _end(r, axis)) + end / r.points[-1].step >= at}
+    reach = [r for r in runs if r.steps in long and getattr(r.points[0], axis) <= at]
+    readings = tuple(_read(r, at, axis) for r in one_a_seed(reach))
+    first = readings[0]
+    if axis != "train_flops":
+        steps = int(_mean(r.step for r in readings) + 1e-6)
+        return Contender(readings, at, _mean(r.train_flops for r in readings), steps)
     # where no run lies at the budget itself, the lowest evaluation before it is meant
-    ends = all(r.share == 0.0 for r in readings)
-    steps = readings[0].steps[0] if ends else int(at / step + 1e-6)  # division may fall just short
-    flops = next(p.train_flops for p in readings[0].run.points if p.step == steps) if ends else at
-    return Contender(readings, flops, steps)
+    if all(r.share == 0.0 for r in readings):
+        return Contender(readings, at, first.train_flops, first.steps[0])
+    step = first.run.train_flops_per_step
+    return Contender(readings, at, at, int(at / step + 1e-6))  # division may fall just short
+
+
+def _end(run: Run, axis: str) -> float:
+    return float(getattr(run.points[-1], axis))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)
 
 
 def one_a_seed(runs: Iterable[Run]) -> list[Run]:
@@ -264,24 +318,29 @@ def one_a_seed(runs: Iterable[Run]) -> list[Run]:
     return [seeds[s] for s in sorted(seeds)]
 
 
-def _read(run: Run, at: float) -> Reading:
-    """The lowest loss that the run has come down to by `at`, which lies on its curve."""
-    flops = np.array([p.train_flops for p in run.points])
-    losses = np.array([p.loss for p in run.points])
+def _read(run: Run, at: float, axis: str) -> Reading:
+    """The lowest loss that the run has come down to by `at` on its curve, or by its end."""
+    x, losses = curve_of(run, axis)
     lowest = np.minimum.accumulate(losses)
-    below = int(np.searchsorted(flops, at, side="right")) - 1
-    first = _step_of_lowest(run, below)
-    if below == len(flops) - 1 or lowest[below + 1] == lowest[below]:
-        return Reading(run, float(lowest[below]), (first, first), 0.0)
-    share = math.log(at / flops[below]) / math.log(flops[below + 1] / flops[below])
+    below = int(np.searchsorted(x, at, side="right")) - 1
+    best = min(run.points[: below + 1], key=lambda p: (p.loss, p.step))
+    if below == len(x) - 1 or lowest[below + 1] == lowest[below]:
+        return Reading.of(run, best)
+    share = math.log(at / x[below]) / math.log(x[below + 1] / x[below])
     if share <= 0.0 or lowest[below + 1] <= 0.0:
-        return Reading(run, float(lowest[below]), (first, first), 0.0)
-    log_loss = (1 - share) * math.log(lowest[below]) + share * math.log(lowest[below + 1])
-    return Reading(run, math.exp(log_loss), (first, run.points[below + 1].step), share)
+        return Reading.of(run, best)
+
+    def between(a: float, b: float) -> float:
+        return math.exp((1 - share) * math.log(a) + share * math.log(b)) if a > 0 else b
+
+    here, there = run.points[below], run.points[below + 1]
+    return Reading(
+        run, between(lowest[below], lowest[below + 1]), (best.step, there.step), share,
+        *(between(*(getattr(p, name) for p in (here, there))) for name in _DONE),
+    )  # fmt: skip
 
 
-def _step_of_lowest(run: Run, last: int) -> int:
-    return min(run.points[: last + 1], key=lambda p: (p.loss, p.step)).step
+_DONE = ("step", "train_flops", "train_seconds")
 
 
 def _at_ends(runs: Iterable[Run], budget: float, axis: str) -> list[Contender]:
@@ -293,9 +352,9 @@ def _at_ends(runs: Iterable[Run], budget: float, axis: str) -> list[Contender]:
             groups.setdefault((run.model, run.steps), []).append(run)
     found = []
     for group in groups.values():
-        last = [(r, r.points[-1]) for r in one_a_seed(group)]
-        readings = tuple(Reading(r, p.loss, (p.step, p.step), 0.0) for r, p in last)
-        found.append(Contender(readings, last[0][1].train_flops, last[0][1].step))
+        readings = tuple(Reading.of(r, r.points[-1]) for r in one_a_seed(group))
+        run, last = readings[0].run, readings[0].run.points[-1]
+        found.append(Contender(readings, getattr(run, axis), last.train_flops, last.step))
     return found
 
 
@@ -423,43 +482,122 @@ def judge(found: Answer) -> tuple[Verdict, str]:
     return "no clear difference", "the 95% interval of the difference over seeds contains 0"
 
 
-# --- multiplier
+# --- multipliers
+
+_Multipliers = tuple[Multiplier | None, RealisedMultiplier | None]
+_NOT_TIMED = "the compared runs have no measured seconds, or where they ran is not recorded"
+_APART = "the compared runs ran on different devices"
 
 
-def _multiplier(
-    of: Contender, dense: Contender, runs: Sequence[Run], budget: float
-) -> Multiplier | None:
-    """At every seed that the readings have in common, or else that any of the runs have; None
-    where dense and the structure share no seed: then nothing is paired."""
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """The runs of a structure and of dense that are compared at one seed."""
+
+    match: Match
+    own: Sequence[Run]
+    dense: Sequence[Run]
+
+    def bound(self, axis: str) -> Bound:
+        """The ratio of what the two runs have of an axis along curves."""
+        own, dense = ([curve_of(r, axis) for r in runs] for runs in (self.own, self.dense))
+        return self.match.bound(own, dense)
+
+    @property
+    def compared(self) -> list[Run]:
+        """The dense run first; where no run of the structure comes down so far, all of them."""
+        at = self.match.structure
+        return [self.dense[self.match.dense], *(self.own if at is None else [self.own[at]])]
+
+    @property
+    def why_not_timed(self) -> str | None:
+        """Why the compared runs say nothing in seconds; None where they do."""
+        if not all(r.timed for r in self.compared):
+            return _NOT_TIMED
+        devices = sorted({str(r.device) for r in self.compared})
+        return None if len(devices) == 1 else f"{_APART}: {' | '.join(devices)}"
+
+
+def _multipliers(
+    of: Contender, dense: Contender, runs: Sequence[Run], budget: float, axis: str
+) -> _Multipliers:
+    """In FLOPs and in seconds, of the runs that the budget's own axis has found.
+
+    At every seed that the readings have in common, or else that any of the runs have; None where
+    dense and the structure share no seed: then nothing is paired.
+    """
     if of.run.dense:
-        return Multiplier(value=1.0, kind="exact", interval=(1.0, 1.0), seeds=of.seeds)
-    own = _curves(r for r in runs if r.structure == of.run.structure)
-    references = _curves(r for r in runs if r.dense)
+        same: dict[str, Any] = {
+            "value": 1.0,
+            "kind": "exact",
+            "interval": (1.0, 1.0),
+            "seeds": of.seeds,
+        }
+        together = sorted({r.run.together for r in of.readings})
+        timed = of.train_seconds is not None
+        in_seconds = {**same, "device": of.device, "together": together if timed else []}
+        return Multiplier(**same), RealisedMultiplier(**in_seconds)
+    own = _by_seed(r for r in runs if r.structure == of.run.structure)
+    references = _by_seed(r for r in runs if r.dense)
     read = {r.run.seed for r in of.readings} & {r.run.seed for r in dense.readings}
-    bounds = {
-        seed: bound
-        for seed in sorted(read or own.keys() & references.keys())
-        if (bound := multiplier_over_dense(own[seed], references[seed], budget))
-    }
-    if not bounds:
-        return None
+    found: dict[int, _Matched] = {}
+    for seed in sorted(read or own.keys() & references.keys()):
+        curves, dense_curves = (
+            [curve_of(r, axis) for r in of_seed[seed]] for of_seed in (own, references)
+        )
+        if match := match_dense(curves, dense_curves, budget):
+            found[seed] = _Matched(match, own[seed], references[seed])
+    if not found:
+        return None, None
+    in_flops = {seed: matched.bound("train_flops") for seed, matched in found.items()}
+    return Multiplier(**_summary(in_flops)), _realised(found)
+
+
+def _realised(found: Mapping[int, _Matched]) -> RealisedMultiplier:
+    """In seconds, over the seeds whose runs were timed, on the device that most of them ran on."""
+    devices: dict[str, dict[int, _Matched]] = {}
+    for seed, matched in found.items():
+        if matched.why_not_timed is None:
+            devices.setdefault(str(matched.compared[0].device), {})[seed] = matched
+    if not devices:
+        reasons = [matched.why_not_timed for matched in found.values()]
+        reason = next((r for r in reasons if r != _NOT_TIMED), _NOT_TIMED)
+        return RealisedMultiplier(
+            value=None, kind="undetermined", interval=None, seeds=0, reason=reason
+        )
+    device, timed = min(devices.items(), key=lambda item: (-len(item[1]), item[0]))
+    return RealisedMultiplier(
+        **_summary({seed: matched.bound("train_seconds") for seed, matched in timed.items()}),
+        device=device,
+        together=sorted({r.together for matched in timed.values() for r in matched.compared}),
+    )
+
+
+def _summary(bounds: Mapping[int, Bound]) -> dict[str, Any]:
+    """The fields of a `Multiplier` over seeds."""
     summary = summarise_multiplier(bounds)
     kinds = {b.kind for b in bounds.values()}
-    made = partial(Multiplier, seeds=len(bounds))
-    if summary.value is not None:
-        return made(value=summary.value, kind="exact", interval=summary.interval)
-    if "less_than" not in kinds:
-        return made(value=summary.least, kind="at_least", interval=None)
-    if "at_least" not in kinds:
-        return made(value=summary.most, kind="less_than", interval=None)
-    reason = "with some seeds only a lower bound is known, with others only an upper one"
-    return made(value=None, kind="undetermined", interval=None, reason=reason)
+    value, kind, reason = summary.value, "exact", None
+    if value is None and "less_than" not in kinds:
+        value, kind = summary.least, "at_least"
+    elif value is None and "at_least" not in kinds:
+        value, kind = summary.most, "less_than"
+    elif value is None:
+        kind = "undetermined"
+        reason = "with some seeds only a lower bound is known, with others only an upper one"
+    return {
+        "value": value, "kind": kind, "interval": summary.interval, "seeds": len(bounds),
+        "reason": reason,
+    }  # fmt: skip
 
 
-def _curves(runs: Iterable[Run]) -> Mapping[int, list[Curve]]:
-    """The curves of every seed."""
-    found: dict[int, list[Curve]] = {}
+def _by_seed(runs: Iterable[Run]) -> dict[int, list[Run]]:
+    found: dict[int, list[Run]] = {}
     for run in runs:
-        flops = np.array([p.train_flops for p in run.points])
-        found.setdefault(run.seed, []).append((flops, np.array([p.loss for p in run.points])))
+        found.setdefault(run.seed, []).append(run)
     return found
+
+
+def curve_of(run: Run, axis: str) -> Curve:
+    """A run's losses (n,) against an axis along its curve."""
+    points = run.points
+    return np.array([getattr(p, axis) for p in points]), np.array([p.loss for p in points])

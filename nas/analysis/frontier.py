@@ -79,34 +79,34 @@ def hypervolume(
     return area
 
 
-def flops_to_reach(
-    train_flops: NDArray[np.float64], losses: NDArray[np.float64], target: float
+def least_to_reach(
+    x: NDArray[np.float64], losses: NDArray[np.float64], target: float
 ) -> tuple[float, str]:
-    """Least FLOPs at which a curve comes down to `target`, and how sure that is.
+    """Least of an axis at which a curve comes down to `target`, and how sure that is.
 
     Between points the curve is taken as straight in log-log.
 
     Parameters
     ----------
-    train_flops, losses
-        Points (n,) in the order of their FLOPs, at least one.
+    x, losses
+        Points (n,) in the order of the axis, such as train FLOPs or seconds; at least one.
 
     Returns
     -------
-    (flops, kind)
+    (least, kind)
         kind is ``exact``; ``at_most`` where the curve begins below the target, so that the true
         value lies left of its first point; ``more_than`` where it never comes down to it.
     """
     lowest = np.minimum.accumulate(losses)
     reached = np.flatnonzero(lowest <= target)
     if len(reached) == 0:
-        return float(train_flops[-1]), "more_than"
+        return float(x[-1]), "more_than"
     first = int(reached[0])
     if first == 0:
-        return float(train_flops[0]), "at_most" if lowest[0] < target else "exact"
+        return float(x[0]), "at_most" if lowest[0] < target else "exact"
     if target <= 0.0:  # a loss of exactly 0 has no logarithm
-        return float(train_flops[first]), "exact"
-    x0, x1 = np.log(train_flops[first - 1 : first + 1])
+        return float(x[first]), "exact"
+    x0, x1 = np.log(x[first - 1 : first + 1])
     y0, y1 = np.log(np.maximum(lowest[first - 1 : first + 1], np.finfo(float).tiny))
     share = (y0 - np.log(target)) / (y0 - y1)
     return float(np.exp(x0 + share * (x1 - x0))), "exact"

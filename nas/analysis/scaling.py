@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.analysis.frontier import flops_to_reach
+from nas.analysis.frontier import least_to_reach
 from nas.analysis.intervals import Interval, t_interval
 from nas.analysis.laws import Curve as Curve
 from nas.analysis.laws import Floats, theil_sen
@@ -172,31 +172,67 @@ def loss_at(flops: Floats, losses: Floats, budget: float) -> float | None:
     return float(np.exp(np.interp(math.log(budget), np.log(flops), lowest)))
 
 
-def multiplier_over_dense(
-    structure: Sequence[Curve], dense: Sequence[Curve], budget: float
-) -> Bound | None:
-    """Compute multiplier of one seed: what dense spends on its least loss within `budget`, over
-    what the structure needs for that loss; None where there is nothing to compare.
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The runs of one seed that first come down to the least loss of dense within a budget."""
+
+    #: that loss
+    target: float
+    #: position of the dense run, and of the structure's; None where none of its runs does
+    dense: int
+    structure: int | None
+    #: as of a `Bound`
+    kind: str
+
+    def bound(self, structure: Sequence[Curve], dense: Sequence[Curve]) -> Bound:
+        """What the dense run spends for the loss over what the structure's run needs for it.
+
+        Parameters
+        ----------
+        structure, dense
+            The curves that were matched, or the same losses against another axis.
+        """
+        spent, _ = least_to_reach(*dense[self.dense], self.target)
+        if self.structure is None:
+            return Bound(spent / min(float(x[-1]) for x, _ in structure), self.kind)
+        needed, _ = least_to_reach(*structure[self.structure], self.target)
+        return Bound(spent / needed, self.kind)
+
+
+def match_dense(structure: Sequence[Curve], dense: Sequence[Curve], budget: float) -> Match | None:
+    """Find where a structure does what dense does within `budget`, of one seed; None where there
+    is nothing to compare.
 
     Source: arXiv:2410.02117, section 5, turned round so that no dense run past the budget is
     needed.
     """
-    reached = [v for f, y in dense if (v := loss_at(f, y, budget)) is not None]
+    reached = [v for x, y in dense if (v := loss_at(x, y, budget)) is not None]
     if not reached or not structure:
         return None
     target = min(reached) * (1 + 1e-12)  # interpolation must find again what it gave
-    spent = min(f for f, kind in _to_reach(dense, target) if kind != "more_than")
-    needed = _to_reach(structure, target)
-    found = [f for f, kind in needed if kind != "more_than"]
-    if not found:
-        return Bound(spent / min(f for f, _ in needed), "less_than")
+    first, _ = _first_to_reach(dense, target)
+    assert first is not None
+    own, sure = _first_to_reach(structure, target)
+    kind = "less_than" if own is None else "exact" if sure else "at_least"
+    return Match(target, first, own, kind)
+
+
+def multiplier_over_dense(
+    structure: Sequence[Curve], dense: Sequence[Curve], budget: float
+) -> Bound | None:
+    """Compute multiplier of one seed: what dense spends on its least loss within `budget`, over
+    what the structure needs for that loss; None where there is nothing to compare."""
+    match = match_dense(structure, dense, budget)
+    return None if match is None else match.bound(structure, dense)
+
+
+def _first_to_reach(curves: Sequence[Curve], target: float) -> tuple[int | None, bool]:
+    """(the curve that comes down to a loss first, whether that is sure); None if none does."""
+    found = [least_to_reach(x, y, target) for x, y in curves]
+    there = [i for i, (_, kind) in enumerate(found) if kind != "more_than"]
     # one curve that begins below the loss is enough: it may have been there before the others
-    sure = all(kind != "at_most" for _, kind in needed)
-    return Bound(spent / min(found), "exact" if sure else "at_least")
-
-
-def _to_reach(curves: Sequence[Curve], target: float) -> list[tuple[float, str]]:
-    return [flops_to_reach(f, y, target) for f, y in curves]
+    sure = all(kind != "at_most" for _, kind in found)
+    return min(there, key=lambda i: found[i][0], default=None), sure
 
 
 def summarise_multiplier(by_seed: Mapping[int, Bound]) -> Multiplier:

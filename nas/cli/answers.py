@@ -20,6 +20,13 @@ Task = Annotated[
 OneSearch = Annotated[
     str | None, typer.Option("--search", help="Only runs of this search, not the whole task.")
 ]
+OnDevice = Annotated[
+    str | None,
+    typer.Option(
+        help="On a measured axis: the device whose runs are read, or a part of its name; by "
+        "default the one with the most runs."
+    ),
+]
 _budget = partial(amount, "NUMBER")
 
 
@@ -56,23 +63,31 @@ def frontier(
             "peak_memory"
         ),
     ] = "train_flops",
+    device: OnDevice = None,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Show the Pareto front of loss against train FLOPs or another axis."""
     with opened(server) as place:
-        found = place.get_search(search_id).frontier(x) if search_id else place.frontier(task, x)
+        if search_id:
+            found = place.get_search(search_id).frontier(x, device)
+        else:
+            found = place.frontier(task, x, device)
     show(found, as_json, show_frontier)
 
 
 def best(
     train_flops: Annotated[float | None, _budget("Budget in train FLOPs.")] = None,
+    train_seconds: Annotated[
+        float | None, _budget("Budget in measured seconds of training.")
+    ] = None,
     inference_flops: Annotated[float | None, _budget("Budget in forward FLOPs per token.")] = None,
     params: Annotated[float | None, _budget("Budget in parameters of the model.")] = None,
     step_seconds: Annotated[float | None, _budget("Budget in measured seconds per step.")] = None,
     peak_memory: Annotated[float | None, _budget("Budget in measured peak memory, bytes.")] = None,
     task: Task = "text",
     search_id: OneSearch = None,
+    device: OnDevice = None,
     snippet: Annotated[
         bool,
         typer.Option(
@@ -86,14 +101,15 @@ def best(
     from nas.service.answers import checked_budget
 
     axis, value = checked_budget({
-        "train_flops": train_flops, "inference_flops": inference_flops, "params": params,
-        "step_seconds": step_seconds, "peak_memory": peak_memory,
+        "train_flops": train_flops, "train_seconds": train_seconds,
+        "inference_flops": inference_flops, "params": params, "step_seconds": step_seconds,
+        "peak_memory": peak_memory,
     })  # fmt: skip
     with opened(server) as place:
         if search_id:
-            answer = place.get_search(search_id).best(**{axis: value})
+            answer = place.get_search(search_id).best(device=device, **{axis: value})
         else:
-            answer = place.best(task=task, **{axis: value})
+            answer = place.best(task=task, device=device, **{axis: value})
     if snippet and not as_json:
         print(answer.snippet, end="")
     else:

@@ -62,14 +62,14 @@ class LocalSearch:
         finally:
             stop_child(child)
 
-    def frontier(self, x: str = "train_flops") -> FrontierAnswer:
+    def frontier(self, x: str = "train_flops", device: str | None = None) -> FrontierAnswer:
         """Pareto fronts of this search against an axis."""
-        return get_frontier(self.store, search_id=self.id, x=x)
+        return get_frontier(self.store, search_id=self.id, x=x, device=device)
 
-    def best(self, **budgets: float | None) -> Answer:
+    def best(self, *, device: str | None = None, **budgets: float | None) -> Answer:
         """The best structure of this search within a budget, by default the search's own."""
         own = {"train_flops": self.store.search(self.id).request.train_flops}
-        return get_best(self.store, task=None, search_id=self.id, **(budgets or own))
+        return get_best(self.store, task=None, search_id=self.id, device=device, **(budgets or own))
 
     def confirm(self, **fields: Any) -> LocalSearch:
         """Run the best of this search again with fresh seeds."""
@@ -118,13 +118,13 @@ class Local:
         known = checked_filters(**filters)
         return [search_dict(found) for found in self._store.searches(limit=limit, **known)]
 
-    def frontier(self, task: str, x: str) -> FrontierAnswer:
+    def frontier(self, task: str, x: str, device: str | None = None) -> FrontierAnswer:
         """Pareto fronts of a task over all its searches, against an axis."""
-        return get_frontier(self._store, task=task, x=x)
+        return get_frontier(self._store, task=task, x=x, device=device)
 
-    def best(self, *, task: str, **budgets: float | None) -> Answer:
+    def best(self, *, task: str, device: str | None = None, **budgets: float | None) -> Answer:
         """The best structure of a task within one budget."""
-        return get_best(self._store, task=task, search_id=None, **budgets)
+        return get_best(self._store, task=task, search_id=None, device=device, **budgets)
 
     def workers(self) -> list[dict[str, Any]]:
         """Workers and services that were seen recently."""

@@ -16,7 +16,14 @@ from rich.table import Table
 from nas.errors import counted
 
 if TYPE_CHECKING:
-    from nas.records.answers import Answer, Candidate, FrontierAnswer, Multiplier, Point
+    from nas.records.answers import (
+        Answer,
+        Candidate,
+        FrontierAnswer,
+        Multiplier,
+        Point,
+        RealisedMultiplier,
+    )
     from nas.store.audit import Entry
     from nas.store.keys import Key
     from nas.store.quotas import Use
@@ -88,7 +95,7 @@ def _print_rows(
 def show_frontier(front: FrontierAnswer) -> None:
     """Print the Pareto front over all structures, dense ones included."""
     unit = front.x_unit.partition(":")[0]
-    measured = ", measured" if front.x_measured else ""
+    measured = f", measured on {front.device}" if front.x_measured and front.device else ""
     table = Table(title=f"Pareto front: loss against {unit}{measured}", title_justify="left")
     columns: dict[str, Callable[[Point], str]] = {
         "train FLOPs": lambda p: f"{p.train_flops:.3e}",
@@ -106,7 +113,7 @@ def show_frontier(front: FrontierAnswer) -> None:
         table.add_row(*(read(point) for read in columns.values()))
     console.print(table)
     line = f"{counted(front.points, 'point')} of {counted(front.trials, 'completed run')}. "
-    line += f"loss: {front.y_unit}"
+    line += f"loss: {front.y_unit}" + "".join(f"\n{told}" for told in _left_out(front))
     if front.hypervolume is not None:
         hv = front.hypervolume
         line += (
@@ -123,6 +130,16 @@ def show_frontier(front: FrontierAnswer) -> None:
     console.print(line, style="dim")
 
 
+def _left_out(answer: Answer | FrontierAnswer) -> Iterator[str]:
+    """The runs that an answer on a measured axis does not read."""
+    if answer.other_devices:
+        others = " | ".join(f"{d.name}: {counted(d.runs, 'run')}" for d in answer.other_devices)
+        yield f"left out, for times of other devices do not compare (--device): {others}"
+    if answer.not_timed:
+        runs = counted(answer.not_timed, "completed run")
+        yield f"left out: {runs} whose seconds, or whose device, are not recorded"
+
+
 def show_best(best: Answer) -> None:
     """Print the best structured and the best dense model side by side, with intervals."""
     unit = "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
@@ -130,9 +147,11 @@ def show_best(best: Answer) -> None:
     table.caption = f"validation loss in {best.loss_unit}"
     for heading in ("", "structured", "dense"):
         table.add_column(heading)
+    runs = (best.best_structured, best.best_dense)
     for label, read in _BEST_ROWS.items():
-        runs = (best.best_structured, best.best_dense)
         table.add_row(label, *("–" if r is None else read(r) for r in runs))
+    if len({r.device for r in runs if r is not None}) > 1:
+        table.add_row("measured on", *((r and r.device) or "–" for r in runs))
     console.print(table)
     for line in _best_lines(best):
         console.print(line, markup=False, highlight=False)
@@ -155,6 +174,11 @@ def _best_lines(best: Answer) -> Iterator[str]:
     if best.structured_multiplier is not None:
         ratio = _multiplier(best.structured_multiplier, unsure)
         yield f"compute multiplier over dense: {ratio}"
+    realised = best.structured_realised_multiplier
+    if realised is not None:
+        told = _multiplier(realised, unsure)
+        where = f", in seconds on {realised.device}" if realised.value is not None else ""
+        yield f"realised multiplier over dense: {told}{where}{_shares(realised)}"
     yield from _rivals(best)
     if best.extrapolation is not None:
         out = best.extrapolation
@@ -181,6 +205,14 @@ def _multiplier(found: Multiplier, unsure: str) -> str:
         seeds = f"95%: {_ratio(found.interval[0])} to {_ratio(found.interval[1])}, {seeds}"
     predicted = ", predicted" if found.kind == "predicted" else ""
     return f"{sign}{_ratio(found.value)}{unsure} ({seeds}{predicted})"
+
+
+def _shares(found: RealisedMultiplier) -> str:
+    """How many runs were trained as one, where the compared ones differ in that."""
+    if len(found.together) < 2:
+        return ""
+    numbers = " and ".join(str(n) for n in found.together)
+    return f"; of runs trained {numbers} at a time, each with its share of the time"
 
 
 def _ratio(value: float) -> str:
@@ -247,6 +279,9 @@ def _small_print(best: Answer) -> Iterator[str]:
     yield f"intervals: {best.interval_means}"
     if best.comparisons_mean != best.interval_means:
         yield f"comparisons: {best.comparisons_mean}"
+    if best.device is not None:
+        yield f"measured on {best.device}"
+    yield from _left_out(best)
     if best.validation_interval is not None:
         low, high = best.validation_interval
         yield (
@@ -265,6 +300,7 @@ _BEST_ROWS: Mapping[str, Callable[[Candidate], str]] = {
     "width": lambda r: str(r.width),
     "steps": lambda r: str(r.steps),
     "train FLOPs": lambda r: f"{r.train_flops:.6e}",
+    "training time": lambda r: _measured(r.train_seconds, 1, "s"),
     "inference FLOPs/token": lambda r: f"{r.inference_flops:.4e}",
     "parameters": lambda r: f"{r.params:,}",
     "time per step": lambda r: _measured(r.step_seconds, 1e3, "ms"),

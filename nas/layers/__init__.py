@@ -5,6 +5,7 @@ from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
 from nas.layers.convolution import ConvolutionLinear
 from nas.layers.einsum import EinsumLinear
+from nas.layers.kernels.machine import use_measured_rates
 from nas.layers.kernels.measuring import remember_plans, remembered_plans
 from nas.layers.kernels.plan import Plan
 from nas.layers.mixture import (
@@ -36,4 +37,5 @@ __all__ = [
     "replace_linears",
     "router_statistics",
     "save",
+    "use_measured_rates",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,10 +19,15 @@ from nas.layers.modes import (
 )
 from nas.layers.normalization import cap_rms
 from nas.layers.record import LayerRecord
+from nas.rates import current_rates
 
 _Structure = TypeVar("_Structure", bound=LinearStructure)
 
 
+#: Tensor operations of a layer that runs by itself, forward and backward.
+APART_OPERATIONS = 30
+#: Time of a structure's multiply-accumulates over that of a dense layer's.
+_SLOWER = 3.0
 #: Ends the name under which a state_dict holds what a layer is.
 RECORD = "_extra_state"
 
@@ -30,7 +35,7 @@ RECORD = "_extra_state"
 class StructuredLinear(nn.Module):
     """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers.
 
-    A family's class gives `_shapes`, `_product`, `_plain`,
+    A family's class gives `_shapes`, `product`, `plain`,
     `_checked_plan` and `_chosen_plan`.  Parameters lie in the order factors, gains, others of
     `_shapes`, bias.
 
@@ -120,13 +125,14 @@ class StructuredLinear(nn.Module):
             A dtype that is not the layer's, unless autocast is on; integers and complex numbers.
         """
         if is_recorded(x):
-            y = self._plain(x.reshape(-1, self.in_features))
+            y = self.plain(x.reshape(-1, self.in_features), self.effective_factors())
             y = y if self.bias is None else y + self.bias.to(y.dtype)
             return reshaped_like(y, x, self.out_features)
         if x.is_nested:
             return over_nested(self, x)
         self._check(x)
-        return self._finished(self._product(x.reshape(-1, self.in_features)), x)
+        y = self.product(x.reshape(-1, self.in_features), self.effective_factors())
+        return self._finished(y, x)
 
     def _finished(self, y: Tensor, x: Tensor) -> Tensor:
         """A product (n, d_out), not saved by autograd, with the bias and the input's dimensions."""
@@ -134,16 +140,25 @@ class StructuredLinear(nn.Module):
             y = plus_bias(y, self.bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
-    def _product(self, x: Tensor) -> Tensor:
-        """(n, d_in) → (n, d_out), contiguous, without the bias; as fast as can be."""
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """(n, d_in) → (n, d_out), contiguous, without the bias; as fast as can be.
+
+        `factors` are what `effective_factors` gives, of this layer or of one like it.
+        """
         raise NotImplementedError
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """The same by operators of torch alone, which a program without this package can run.
 
         Nothing depends on the values or the number of rows of `x`, which may be a proxy.
         """
         raise NotImplementedError
+
+    def matrices(self, factors: Sequence[Tensor]) -> Tensor:
+        """W (n, d_out, d_in) of n layers like this one, whose factors are stacked: (n, *shape)."""
+        eye = torch.eye(self.in_features, dtype=factors[0].dtype, device=factors[0].device)
+        rows = torch.func.vmap(lambda *own: self.plain(eye, own))(*factors)
+        return rows.transpose(1, 2)
 
     @property
     def record(self) -> LayerRecord:
@@ -239,7 +254,7 @@ class StructuredLinear(nn.Module):
         `structure.adam_lr_multiplier` knows: factors, and a gate."""
         return {name: getattr(self, parameter) for name, parameter, _ in self._factors}
 
-    def _effective_factors(self) -> list[Tensor]:
+    def effective_factors(self) -> list[Tensor]:
         """The factors as they enter the product: capped at their initial RMS and scaled."""
         if not self.normalize:
             return [getattr(self, parameter) for _, parameter, _ in self._factors]
@@ -316,11 +331,22 @@ class StructuredLinear(nn.Module):
         """The plan for `tokens` tokens where none is fixed."""
         raise NotImplementedError
 
+    def expected_seconds(self, tokens: int) -> float:
+        """Seconds of forward and backward on a CPU, roughly; see `nas.rates`.
+
+        A family with a cost model of its own knows better than this.
+        """
+        macs = 3 * tokens * self.structure.macs
+        return (
+            APART_OPERATIONS * current_rates().operation + macs * _SLOWER * current_rates().blas_mac
+        )
+
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
         factor = self._any_factor()
         eye = torch.eye(self.in_features, dtype=factor.dtype, device=factor.device)
-        return self._product(eye).t().contiguous()  # one token for each input
+        # one token for each input
+        return self.product(eye, self.effective_factors()).t().contiguous()
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -15,9 +15,12 @@ from nas.designs.design import (
     layer_family,
     structure_in,
 )
+from nas.designs.einsum import Sizes
 from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
+from nas.layers.kernels.plan import Plan, Sized, cost
+from nas.rates import current_rates
 
 
 def build_layer(structure: LinearStructure, **options: Any) -> StructuredLinear:
@@ -67,3 +70,30 @@ def plan_text(
     """The execution plan that the cost models choose for inputs of `tokens` tokens."""
     meta = build_layer(structure, device="meta")
     return str(meta.plan_for(tokens, device, dtype))
+
+
+#: Numbers of a matrix on a GPU up to which a dense product is faster than several structured ones.
+_SMALL_MATRIX = 1 << 19
+
+
+def matrix_pays(structure: LinearStructure, tokens: int, device: torch.device) -> bool:
+    """Whether many layers of a structure train faster as the matrices that they are.
+
+    Layers of equal structure are multiplied out together, in a few operations, which saves each
+    its own; but their products are then as dear as dense ones.
+    """
+    entries = structure.d_in * structure.d_out
+    if structure.is_dense or device.type != "cpu":
+        return structure.is_dense or entries <= _SMALL_MATRIX
+    dense = Sized(
+        structure.d_in, structure.d_out, Sizes(1, 1, structure.d_in, 1, 1, structure.d_out, 1), True
+    )
+    rates = current_rates()
+    products = cost(Plan("materialised"), dense, tokens)
+    # W, its gradient, and those of its factors: made and read a few times each
+    making = entries * _MATRIX_MOVES * rates.moved
+    apart = build_layer(structure, device="meta").expected_seconds(tokens)
+    return bool(products + making <= apart)
+
+
+_MATRIX_MOVES = 6

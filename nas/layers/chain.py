@@ -88,8 +88,7 @@ class ChainLinear(StructuredLinear):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(zip(self.structure.factors, self.structure.shapes, strict=True))
 
-    def _product(self, x: Tensor) -> Tensor:
-        factors = self._effective_factors()
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         dtype = autocast_dtype(x.device, factors[0].dtype)
         if dtype != x.dtype or dtype != factors[0].dtype:
             x, factors = x.to(dtype), [f.to(dtype) for f in factors]
@@ -97,10 +96,19 @@ class ChainLinear(StructuredLinear):
         program = self._compiled if compiling else self._program_for(x.shape[0])
         return self._contracted(program, factors, x).contiguous()
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return self._contracted(self._compiled, self._effective_factors(), x)
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return self._contracted(self._compiled, factors, x)
 
-    def _contracted(self, program: _Program, factors: list[Tensor], x: Tensor) -> Tensor:
+    def matrices(self, factors: Sequence[Tensor]) -> Tensor:
+        s = self.structure
+        every = "Z"  # letters of axes are lower-case
+        terms = ["".join((every, *(a.letter for a in axes))) for axes in s.factor_axes]
+        outer = [a.letter for a in (*s.output_axes, *s.input_axes)]
+        w = torch.einsum(",".join(terms) + "->" + "".join((every, *outer)), *factors)
+        w = w.reshape(len(w), s.padded_out, s.padded_in)
+        return w[:, : s.d_out, : s.d_in]
+
+    def _contracted(self, program: _Program, factors: Sequence[Tensor], x: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
         padding, surplus = self._beyond
         if padding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -69,13 +71,13 @@ class ConvolutionLinear(StructuredLinear):
         s = self.structure
         return {"A": (s.channels_out, s.channels_in, s.taps)}
 
-    def _product(self, x: Tensor) -> Tensor:
-        (kernel,) = self._effective_factors()
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        (kernel,) = factors
         dtype = autocast_dtype(x.device, kernel.dtype)
         return self._convolved(x.to(dtype), kernel.to(dtype)).contiguous()
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return self._convolved(x, *self._effective_factors())
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return self._convolved(x, *factors)
 
     def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""

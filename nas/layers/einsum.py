@@ -12,12 +12,13 @@ from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
+from nas.layers.base import APART_OPERATIONS, StructuredLinear
 from nas.layers.fitting import check_finite, fit_factors
 from nas.layers.kernels import measuring
-from nas.layers.kernels.contraction import contract, plain
+from nas.layers.kernels.contraction import contract, matrices, plain
 from nas.layers.kernels.einsum import matrix, workspace_elements
-from nas.layers.kernels.plan import Plan, checked_plan
+from nas.layers.kernels.plan import Plan, checked_plan, cost
+from nas.rates import current_rates
 
 
 class EinsumLinear(StructuredLinear):
@@ -100,11 +101,14 @@ class EinsumLinear(StructuredLinear):
             "B": (s.phi, s.gamma, s.rho, s.beta, s.epsilon),
         }
 
-    def _product(self, x: Tensor) -> Tensor:
-        return contract(x, *pair(self._effective_factors()), self.out_features, self._plan)
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return contract(x, *pair(factors), self.out_features, self._plan)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return plain(x, *pair(self._effective_factors()), self.structure)
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return plain(x, *pair(factors), self.structure)
+
+    def matrices(self, factors: Sequence[Tensor]) -> Tensor:
+        return matrices(*pair(factors), self.structure)
 
     def _checked_plan(self, value: object) -> Plan:
         return checked_plan(Plan, value, self.structure)
@@ -123,6 +127,11 @@ class EinsumLinear(StructuredLinear):
             self.structure, tokens, factor.device, factor.dtype if dtype is None else dtype
         )
 
+    def expected_seconds(self, tokens: int) -> float:
+        device, dtype = torch.device("cpu"), torch.float32
+        chosen = cost(self.plan_for(tokens, device, dtype), self.structure, tokens)
+        return APART_OPERATIONS * current_rates().operation + chosen
+
     def workspace_bytes(self, tokens: int) -> int:
         """Memory that forward and backward of `tokens` tokens hold at once, at most.
 
@@ -134,7 +143,7 @@ class EinsumLinear(StructuredLinear):
 
     def to_matrix(self) -> Tensor:
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
-        return matrix(*pair(self._effective_factors()), self.out_features, self.in_features)
+        return matrix(*pair(self.effective_factors()), self.out_features, self.in_features)
 
     @classmethod
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -10,6 +12,7 @@ from nas.designs.mixture import Mixture, MixtureStructure, ffn_structures, parse
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
 from nas.layers.einsum import EinsumLinear, pair
+from nas.layers.kernels.contraction import matrices
 from nas.layers.kernels.mixing import mix
 from nas.layers.kernels.mixture_kernels import Form, Inputs
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan
@@ -120,15 +123,21 @@ class MixtureLinear(Gated, StructuredLinear):
         if not isinstance(routing, Routing):
             raise TypeError(f"routing must be a Routing or None, got {type(routing).__name__}")
         self._check(x)
-        y = self.product(x.reshape(-1, self.in_features), routing)
+        y = self.mixed(x.reshape(-1, self.in_features), routing, self.effective_factors())
         return self._finished(y, x)
 
-    def _product(self, x: Tensor) -> Tensor:
-        return self.product(x, self.route(x))
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return self.mixed(x, self.route(x), factors)
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def matrices(self, factors: Sequence[Tensor]) -> Tensor:
+        """W (n, E, d_out, d_in) of all experts of n layers like this one."""
+        each = [f.flatten(0, 1) for f in factors]
+        w = matrices(*pair(each), self.structure.expert)
+        return w.view(*factors[0].shape[:2], *w.shape[1:])
+
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """Every expert on every token: as many times the work as there are experts."""
-        (a, b), e = pair(self._effective_factors()), self.structure.expert
+        (a, b), e = pair(factors), self.structure.expert
         gates = self._gates(x)
         if b is None:  # one product at a time, for the order of three depends on the sizes
             return torch.einsum("neo,ne->no", torch.einsum("ni,eoi->neo", x, a), gates)
@@ -139,7 +148,7 @@ class MixtureLinear(Gated, StructuredLinear):
         return torch.einsum("nefsd,ne->nfsd", y, gates).flatten(1)[:, : e.d_out]
 
     def _gates(self, x: Tensor) -> Tensor:
-        """The weight of each expert (n, E), 0 for those that are not chosen; as `_plain`."""
+        """The weight of each expert (n, E), 0 for those that are not chosen; as `plain`."""
         gate = self._parameters["gate"]
         if gate is None:
             raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate")
@@ -158,11 +167,20 @@ class MixtureLinear(Gated, StructuredLinear):
         self._remember(routing, self.training)
         return routing
 
-    def product(self, x: Tensor, routing: Routing, form: Form = "both") -> Tensor:
-        """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`."""
-        factors = pair(self._effective_factors())
-        inputs = Inputs(x, routing.weights, routing.chosen, *factors)
-        return mix(inputs, self.out_features, self._plan, form)
+    def mixed(
+        self,
+        x: Tensor,
+        routing: Routing,
+        factors: Sequence[Tensor],
+        form: Form = "both",
+        plan: MixturePlan | None = None,
+    ) -> Tensor:
+        """The product without the bias; `form` as in `nas.layers.kernels.mixture_kernels`.
+
+        `plan` in place of the layer's own.
+        """
+        inputs = Inputs(x, routing.weights, routing.chosen, *pair(factors))
+        return mix(inputs, self.out_features, plan or self._plan, form)
 
     def _checked_plan(self, value: object) -> MixturePlan:
         return checked_plan(MixturePlan, value, self.structure)
@@ -199,7 +217,7 @@ class MixtureLinear(Gated, StructuredLinear):
             accepted = "an EinsumLinear of two factors in the sizing least-waste"
             raise InvalidInput("layer", f"EinsumLinear({layer.extra_repr()})", accepted)
         structure = MixtureStructure.split(whole, experts, active)
-        a, b = layer._effective_factors()
+        a, b = layer.effective_factors()
         made = cls(
             structure, layer.in_features, layer.out_features, layer.bias is not None,
             d_in_base=layer.d_in_base, device=a.device, dtype=a.dtype,
@@ -284,22 +302,23 @@ class MixtureFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) → (..., width)."""
         if is_recorded(x):
-            y = self._plain(x.reshape(-1, self.mlp_in.in_features))
+            y = self.plain(x.reshape(-1, self.mlp_in.in_features))
             return reshaped_like(y, x, self.mlp_out.out_features)
         if x.is_nested:
             return over_nested(self, x)
         self.mlp_in._check(x)
         flat = x.reshape(-1, x.shape[-1])
         routing = self.mlp_in.route(flat)
-        hidden = self.mlp_in.product(flat, routing, "gather")
+        hidden = self.mlp_in.mixed(flat, routing, self.mlp_in.effective_factors(), "gather")
         if self.mlp_in.bias is not None:
             hidden = plus_bias(hidden, self.mlp_in.bias)
-        y = self.mlp_out.product(functional.gelu(hidden), routing, "combine")
+        hidden = functional.gelu(hidden)
+        y = self.mlp_out.mixed(hidden, routing, self.mlp_out.effective_factors(), "combine")
         return self.mlp_out._finished(y, x)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        """(n, width) → (n, width); see `StructuredLinear._plain`."""
-        (first,), (second,) = (layer._effective_factors() for layer in (self.mlp_in, self.mlp_out))
+    def plain(self, x: Tensor) -> Tensor:
+        """(n, width) → (n, width); see `StructuredLinear.plain`."""
+        (first,), (second,) = (layer.effective_factors() for layer in (self.mlp_in, self.mlp_out))
         hidden = torch.einsum("ni,eoi->neo", x, first)
         if self.mlp_in.bias is not None:
             hidden = hidden + self.mlp_in.bias.to(hidden.dtype)

@@ -44,7 +44,7 @@ class Routing:
     @property
     def counts(self) -> Tensor:
         """Assignments of each expert, (E,)."""
-        return torch.bincount(self.chosen.reshape(-1), minlength=self.experts)
+        return loads(self.chosen.reshape(-1), self.experts)
 
 
 def route(x: Tensor, gate: Tensor, active: int) -> Routing:
@@ -61,37 +61,53 @@ def route(x: Tensor, gate: Tensor, active: int) -> Routing:
             # auxiliary loss is added to it
             at = chosen[..., None] == torch.arange(logits.shape[1], device=logits.device)
             best = torch.where(at, logits[:, None], 0.0).sum(-1)
-        return Routing(torch.softmax(best, -1), chosen, logits)
+        return Routing(softmax(best), chosen, logits)
+
+
+def loads(chosen: Tensor, experts: int) -> Tensor:
+    """How often each expert occurs in chosen (m,), (E,); unlike bincount without waiting for it."""
+    return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax along the last axis, which is short: torch is ten times faster along another."""
+    return torch.softmax(x.mT, -2).mT
 
 
 def shares(chosen: Tensor, experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """f̂: each expert's share of the assignments (E,), which sum to 1; zeros without tokens."""
-    flat = chosen.reshape(-1)
+    """f̂: each expert's share of the assignments (..., E), which sum to 1; zeros without tokens.
+
+    Of chosen (..., n, k).
+    """
+    flat = chosen.flatten(-2)
     ones = torch.ones(flat.shape, dtype=dtype, device=flat.device)
-    counts = torch.zeros(experts, dtype=dtype, device=flat.device).scatter_add(0, flat, ones)
-    return counts / max(flat.shape[0], 1)
+    counts = ones.new_zeros(*flat.shape[:-1], experts).scatter_add(-1, flat, ones)
+    return counts / max(flat.shape[-1], 1)
 
 
 def balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
-    """E·Σ_e p̂_e f̂_e for logits (n, E), chosen (n, k): 1 if either is uniform; 0 without tokens."""
-    experts = logits.shape[1]
-    mean = torch.softmax(logits, -1).sum(0) / max(len(logits), 1)
-    return experts * (mean @ shares(chosen, experts, logits.dtype))
+    """E·Σ_e p̂_e f̂_e for logits (..., n, E), chosen (..., n, k), for each of the leading axes.
+
+    1 if either is uniform; 0 without tokens.
+    """
+    n, experts = logits.shape[-2:]
+    mean = torch.softmax(logits, -1).sum(-2) / max(n, 1)
+    return experts * (mean * shares(chosen, experts, logits.dtype)).sum(-1)
 
 
 def z_loss(logits: Tensor) -> Tensor:
     """mean(logsumexp(logits)²) over tokens; 0 without tokens."""
-    return torch.logsumexp(logits, -1).square().sum() / max(len(logits), 1)
+    return torch.logsumexp(logits, -1).square().sum(-1) / max(logits.shape[-2], 1)
 
 
 def gate_loss(logits: Tensor, chosen: Tensor) -> Tensor:
-    """balance_loss + 0.1·z_loss.
+    """balance_loss + 0.1·z_loss of logits (..., n, E), chosen (..., n, k) → (...).
 
     In eager code one function with a written-out gradient, which a narrow layer notices.
     """
     if torch.compiler.is_compiling() or transforms_active():
         return balance_loss(logits, chosen) + Z_WEIGHT * z_loss(logits)
-    share = shares(chosen, logits.shape[1], logits.dtype)
+    share = shares(chosen, logits.shape[-1], logits.dtype)
     loss: Tensor = _GateLoss.apply(logits, share)  # type: ignore[no-untyped-call]
     return loss
 
@@ -99,21 +115,23 @@ def gate_loss(logits: Tensor, chosen: Tensor) -> Tensor:
 class _GateLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, share: Tensor) -> Tensor:
-        n, experts = logits.shape
-        log_p = torch.log_softmax(logits, -1)
-        lse = logits[:, :1] - log_p[:, :1]
+        n, experts = logits.shape[-2:]
+        log_p = torch.log_softmax(logits.mT, -2).mT  # along the short axis torch is slow
+        lse = logits[..., :1] - log_p[..., :1]
         p = log_p.exp_()
         ctx.save_for_backward(logits, share, p, lse)
-        return (experts * (p.sum(0) @ share) + Z_WEIGHT * lse.square().sum()) / max(n, 1)
+        balance = experts * (p.sum(-2) * share).sum(-1)
+        return (balance + Z_WEIGHT * lse.square().sum((-2, -1))) / max(n, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, share, p, lse = ctx.saved_tensors
-        n, experts = logits.shape
+        n, experts = logits.shape[-2:]
         if torch.is_grad_enabled():  # someone differentiates the gradient
             p, lse = torch.softmax(logits, -1), torch.logsumexp(logits, -1, keepdim=True)
-        slope = experts * (share - (p @ share)[:, None]) + 2 * Z_WEIGHT * lse
-        return p * slope * (grad / max(n, 1)), None
+        share = share.unsqueeze(-2)
+        slope = experts * (share - (p * share).sum(-1, keepdim=True)) + 2 * Z_WEIGHT * lse
+        return p * slope * (grad / max(n, 1))[..., None, None], None
 
 
 class Gated:
@@ -140,28 +158,33 @@ class Gated:
         return state
 
     def router_statistics(self) -> dict[str, Any]:
-        """What the gate did in the last forward; asking waits for the device.
-
-        ``load``: share of the assignments per expert; ``load_entropy`` and ``gate_entropy``, in
-        nats: of the load, and of the mean over tokens of the softmax of all logits;
-        ``max_load``: largest load over a balanced one; ``dropped``: assignments that no expert
-        took; ``assignments``: tokens times active experts.  Empty before the first forward.
-        """
+        """`routing_statistics` of the last forward; empty before the first."""
         logits, chosen = self._last_logits, self._last_chosen
         if logits is None or chosen is None:
             return {}
-        experts = logits.shape[1]
-        counts = torch.bincount(chosen.reshape(-1), minlength=experts)
-        load = counts.double() / max(chosen.numel(), 1)
-        mean = torch.softmax(logits.double(), -1).sum(0) / max(len(logits), 1)
-        return {
-            "load": load.tolist(),
-            "load_entropy": torch.special.entr(load).sum().item(),
-            "gate_entropy": torch.special.entr(mean).sum().item(),
-            "max_load": load.max().item() * experts,
-            "dropped": chosen.numel() - int(counts.sum()),
-            "assignments": chosen.numel(),
-        }
+        return routing_statistics(logits, chosen)
+
+
+def routing_statistics(logits: Tensor, chosen: Tensor) -> dict[str, Any]:
+    """What a gate did, from its logits (n, E) and choices (n, k); asking waits for the device.
+
+    ``load``: share of the assignments per expert; ``load_entropy`` and ``gate_entropy``, in nats:
+    of the load, and of the mean over tokens of the softmax of all logits; ``max_load``: largest
+    load over a balanced one; ``dropped``: assignments that no expert took; ``assignments``: tokens
+    times active experts.
+    """
+    experts = logits.shape[1]
+    counts = torch.bincount(chosen.reshape(-1), minlength=experts)
+    load = counts.double() / max(chosen.numel(), 1)
+    mean = torch.softmax(logits.double(), -1).sum(0) / max(len(logits), 1)
+    return {
+        "load": load.tolist(),
+        "load_entropy": torch.special.entr(load).sum().item(),
+        "gate_entropy": torch.special.entr(mean).sum().item(),
+        "max_load": load.max().item() * experts,
+        "dropped": chosen.numel() - int(counts.sum()),
+        "assignments": chosen.numel(),
+    }
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:

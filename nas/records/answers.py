@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from nas.designs.design import AT_HEADS, family_of, parse_design
-from nas.records.base import DESIGN, THETA, Record
+from nas.records.base import DESIGN, SECONDS, THETA, Record
+from nas.records.device import DEVICE, OnDevice
 from nas.records.run import CurvePoint, OfRun
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ class Point(OfRun):
         )  # fmt: skip
 
 
-class FrontierAnswer(Record):
-    """Pareto fronts of loss against one axis, both minimised, over completed runs."""
+class FrontierAnswer(OnDevice):
+    """Pareto fronts of loss against one axis, both minimised, over completed runs.
+
+    On an axis that was measured, they are of the runs of one device.
+    """
 
     x: str = Field(description="axis: the field of a point that the front is drawn against")
     x_unit: str
@@ -103,6 +107,13 @@ class Candidate(OfRun):
     train_flops: float
     loss: float
     confirmed: bool = Field(description="whether the loss comes from confirmations only")
+    train_seconds: float | None = Field(
+        None, description="measured seconds of training up to there, mean over its runs; null "
+        "unless all of them were timed on one device", json_schema_extra=SECONDS,
+    )  # fmt: skip
+    device: str | None = Field(
+        None, description=f"{DEVICE} of its runs; null if not recorded, or if they differ"
+    )
 
 
 class Rival(Candidate):
@@ -130,6 +141,25 @@ class Multiplier(Record):
     )
     seeds: int
     reason: str | None = Field(None, description="why there is no value; null where there is one")
+
+
+class RealisedMultiplier(Multiplier):
+    """Realised multiplier over dense: measured seconds of training that the best dense run within
+    the budget takes to its loss, divided by those that the structure takes to the same loss.
+
+    The compared runs are those of the compute multiplier, seed by seed; only the axis differs.  So
+    it says what is left of the saved FLOPs on one device: 0.5 if the structure takes twice as long.
+    Of a budget in seconds the runs are found in seconds, and both multipliers compare them.
+
+    There is none, with the reason, where a compared run was not timed or the two ran on different
+    devices.
+    """
+
+    device: str | None = Field(None, description=f"where the compared runs ran: {DEVICE}")
+    together: list[int] = Field(
+        [], description="numbers of runs that were trained as one when the compared ones were; a "
+        "run's seconds are its share"
+    )  # fmt: skip
 
 
 class Evidence(Record):
@@ -176,11 +206,11 @@ class Extrapolation(Record):
     )  # fmt: skip
 
 
-class Answer(Record):
+class Answer(OnDevice):
     """The best structure within a budget.
 
-    A predicted one is a run that a search with this budget could make: its width and steps are
-    within the recipe's.
+    Where the budget is measured, it is of the runs of one device.  A predicted one is a run that a
+    search with this budget could make: its width and steps are within the recipe's.
     """
 
     kind: Literal["measured", "predicted"]
@@ -213,6 +243,12 @@ class Answer(Record):
     multiplier_over_dense: Multiplier | None
     structured_multiplier: Multiplier | None = Field(
         description="multiplier of the best structured model, if the best model is dense"
+    )
+    realised_multiplier_over_dense: RealisedMultiplier | None = Field(
+        None, description="the same comparison in measured seconds; null where the other is"
+    )
+    structured_realised_multiplier: RealisedMultiplier | None = Field(
+        None, description="that of the best structured model"
     )
     indistinguishable: list[Rival] = Field(
         description="structures whose loss does not clearly differ from that of the best"

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from nas.designs.design import family_of, parse_design
 from nas.records.base import DESIGN, THETA, Record
+from nas.records.device import device_of, is_timed, trained_together
 from nas.records.trial import StoredPoint, Trial
 
 #: Field of a run → field of its trial, where their names differ.
@@ -18,6 +19,9 @@ OF_TRIAL: Mapping[str, str] = {
     "trial_id": "id", "inference_flops": "forward_flops_per_token",
     "step_seconds": "seconds_per_step", "peak_memory": "peak_memory_bytes",
 }  # fmt: skip
+
+#: Fields of a run that are no columns of its trial.
+NOT_STORED = frozenset({"complete", "points", "device", "together"})
 
 
 class OfRun(Record):
@@ -56,14 +60,25 @@ class Run(OfRun):
     #: in the order of their steps, without the losses of single samples; empty where a reader left
     #: them out
     points: tuple[StoredPoint, ...] = ()
+    #: see `nas.records.device`; None where it was not recorded, or a reader left it out
+    device: str | None = None
+    together: int = 1
 
     @classmethod
     def of(cls, trial: Trial) -> Self:
         """The run of a stored trial, without its points."""
-        names = cls.model_fields.keys() - {"model", "complete", "points"}
+        names = cls.model_fields.keys() - NOT_STORED - {"model"}
         values = {name: getattr(trial, OF_TRIAL.get(name, name)) for name in names}
-        model = trial.model or str(trial.id)
-        return cls(**values, model=model, complete=trial.state == "complete")
+        model, ran = trial.model or str(trial.id), trial.environment
+        return cls(
+            **values, model=model, complete=trial.state == "complete", device=device_of(ran),
+            together=trained_together(ran),
+        )  # fmt: skip
+
+    @property
+    def timed(self) -> bool:
+        """Whether it has measured seconds, and it is known of which device."""
+        return self.device is not None and is_timed([p.train_seconds for p in self.points])
 
     @property
     def structure(self) -> str:

@@ -38,10 +38,13 @@ from nas.records.answers import (
     Hypervolume,
     Law,
     Point,
+    RealisedMultiplier,
 )
+from nas.records.device import DeviceRuns
 from nas.store import (
     AXES,
     CurvePoint,
+    DeviceState,
     Run,
     ScopeState,
     Standings,
@@ -53,6 +56,10 @@ from nas.store import (
 FLOPS_UNIT = AXES["train_flops"].unit
 UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
 PREDICTED = "the losses are extrapolated; no run was made at this budget"
+NOT_REALISED = RealisedMultiplier(
+    value=None, kind="undetermined", interval=None, seeds=0,
+    reason="no run was made at this budget, so no seconds were measured",
+)  # fmt: skip
 OF_LAW = (
     "95% over runs with other seeds, by the jackknife, spanned over laws with and without an "
     "offset and of the last factor of 64 and of 8 in compute; that one of them goes on to hold "
@@ -161,10 +168,72 @@ def checked_axis(axis: str) -> str:
     return axis
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Whose runs an answer reads: those of one device where the axis is measured, else all."""
+
+    #: of the standings; see `nas.store.scopes`
+    scope: str
+    device: str | None = None
+    others: Sequence[DeviceState] = ()
+    not_timed: int = 0
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The fields of a `nas.records.device.OnDevice`."""
+        others = [DeviceRuns(name=d.name, runs=d.trials) for d in self.others]
+        return {"device": self.device, "other_devices": others, "not_timed": self.not_timed}
+
+
+def measured_on(standings: Standings, scope: str, axis: str, device: str | None = None) -> Measured:
+    """Whose runs an answer about an axis reads.
+
+    Parameters
+    ----------
+    device
+        Its name, or a part of it that no other device's has; by default that with the most runs.
+
+    Raises
+    ------
+    InvalidInput
+        A device is named that no run ran on, or several, or the axis is not measured.
+    """
+    if not AXES[axis].measured:
+        if device is not None:
+            measured = ", ".join(name for name, a in AXES.items() if a.measured)
+            raise InvalidInput("device", device, f"no device but on a measured axis: {measured}")
+        return Measured(scope)
+    found = standings.devices(scope)
+    chosen = found[:1]
+    if device is not None:
+        part = device.casefold()
+        chosen = [d for d in found if d.name == device]
+        chosen = chosen or [d for d in found if part in d.name.casefold()]
+        if len(chosen) != 1:
+            names = " | ".join(d.name for d in found) or "none, for nothing was measured here"
+            raise InvalidInput("device", device, f"one device, or a part of its name: {names}")
+    state = standings.state(scope)
+    not_timed = (state.trials if state else 0) - sum(d.trials for d in found)
+    if not chosen:
+        return Measured(scope, not_timed=not_timed)
+    (one,) = chosen
+    return Measured(one.scope, one.name, [d for d in found if d is not one], not_timed)
+
+
 def get_frontier(
-    store: Store, *, task: str | None = None, search_id: str | None = None, x: str = "train_flops"
+    store: Store,
+    *,
+    task: str | None = None,
+    search_id: str | None = None,
+    x: str = "train_flops",
+    device: str | None = None,
 ) -> FrontierAnswer:
     """Pareto fronts of one task or one search over completed runs, against one axis.
+
+    Parameters
+    ----------
+    device
+        On a measured axis, the device whose runs are read; see `measured_on`.
 
     Raises
     ------
@@ -179,8 +248,9 @@ def get_frontier(
     state = standings.state(scope.name)
     if search_id is None:
         state = _state_of(standings, scope, f"task {scope.label}")
-    structured = standings.front(scope.name, x, dense=False)
-    dense = standings.front(scope.name, x, dense=True)
+    place = measured_on(standings, scope.name, x, device)
+    structured = standings.front(place.scope, x, dense=False)
+    dense = standings.front(place.scope, x, dense=True)
     overall = non_dominated([*structured, *dense], x)
     return FrontierAnswer(
         x=x,
@@ -196,6 +266,7 @@ def get_frontier(
         hypervolume=_hypervolume(x, overall, structured, dense, scope.loss_unit),
         points=state.points if state else 0,
         trials=state.trials if state else 0,
+        **place.shown,
     )
 
 
@@ -240,8 +311,6 @@ def _hypervolume(
     )  # fmt: skip
 
 
-#: Axes that a budget of `get_best` can be in, besides train FLOPs.
-BUDGETS = tuple(name for name, axis in AXES.items() if not axis.along_curve)
 #: A budget up to this factor above the greatest measured train FLOPs counts as measured, or one
 #: step of the shortest run, because a run may end one step short of its budget.
 _SAME_BUDGET = 1.02
@@ -258,9 +327,9 @@ def checked_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
         None or several are given, or one that is no positive finite number.
     """
     given = {axis: value for axis, value in budgets.items() if value is not None}
-    accepted = ", ".join(("train_flops", *BUDGETS))
+    accepted = ", ".join(AXES)
     for axis in given:
-        if axis != "train_flops" and axis not in BUDGETS:
+        if axis not in AXES:
             raise InvalidInput("budget", axis, f"one of {accepted}")
     if len(given) != 1:
         shown = ", ".join(f"{axis}={value}" for axis, value in given.items()) or "none"
@@ -274,6 +343,7 @@ def get_best(
     *,
     task: str | None = None,
     search_id: str | None = None,
+    device: str | None = None,
     **budgets: float | None,
 ) -> Answer:
     """The best structure within a budget, against dense.
@@ -282,9 +352,11 @@ def get_best(
     ----------
     task, search_id
         Exactly one of the two: over all searches on a task's data and recipe, or one search.
+    device
+        Of a budget that is measured, the device whose runs are read; see `measured_on`.
     budgets
-        Exactly one: train_flops, inference_flops (per token), params, step_seconds or peak_memory
-        (bytes).
+        Exactly one: train_flops, train_seconds (of training, evaluation left out), inference_flops
+        (per token), params, step_seconds or peak_memory (bytes).
 
     Raises
     ------
@@ -301,33 +373,38 @@ def get_best(
     where = f"search {search_id}" if search_id else f"task {scope.label}"
     state = _state_of(standings, scope, where)
     greatest = state.greatest_flops or 0.0
+    place = measured_on(standings, scope.name, axis, device)
     same = max(_SAME_BUDGET, 1 + 1 / scope.recipe.min_steps)
     if axis == "train_flops" and budget > greatest * same:
         return _predicted(standings, scope, state, budget)
-    runs, left_out = _evidence(standings, scope, axis, budget)
+    runs, left_out = _evidence(standings, scope, place, axis, budget)
     try:
         found = best_for_budget(runs, budget, store.window_losses, axis)
     except NotFound:
-        least = standings.least(scope.name, axis)
+        least = standings.least(place.scope, axis)
+        there = f" on {place.device}" if place.device else ""
         raise NotFound(
-            f"no completed run on {where} within {axis}={budget:.4g}: "
+            f"no completed run on {where} within {axis}={budget:.4g}{there}: "
             + (f"the least measured is {least:.6g}" if least else "none was measured")
         ) from None
-    return _measured(found, standings, scope, state, axis, budget, left_out)
+    return _measured(found, standings, scope, state, place, axis, budget, left_out)
 
 
 def _evidence(
-    standings: Standings, scope: Scope, axis: str, budget: float
+    standings: Standings, scope: Scope, place: Measured, axis: str, budget: float
 ) -> tuple[list[Run], int]:
     """(runs near the front at a budget with every run of their models, runs that are unusable)."""
-    limits = [budget, budget * _NEXT_EVALUATION] if axis == "train_flops" else [budget]
+    limits = [budget, budget * _NEXT_EVALUATION] if AXES[axis].along_curve else [budget]
     near = {
         trial
         for dense in (False, True)
         for limit in limits
-        for trial in standings.lowest(scope.name, axis, limit, dense=dense)
+        for trial in standings.lowest(place.scope, axis, limit, dense=dense)
     }
     runs = standings.runs(scope.name, trials=near, models=standings.models(near))
+    if AXES[axis].measured:
+        of_device = [r for r in runs if r.device == place.device]
+        runs = [r for r in of_device if r.timed or not AXES[axis].along_curve]
     usable = [r for r in runs if r.points and all(_is_usable(p) for p in r.points)]
     return usable, len(runs) - len(usable)
 
@@ -341,6 +418,7 @@ def _measured(
     standings: Standings,
     scope: Scope,
     state: ScopeState,
+    place: Measured,
     axis: str,
     budget: float,
     left_out: int,
@@ -350,6 +428,9 @@ def _measured(
     return Answer(
         kind="measured",
         **_common(found, standings, scope, axis, budget),
+        **place.shown,
+        realised_multiplier_over_dense=found.realised,
+        structured_realised_multiplier=found.structured_realised,
         interval=found.interval,
         interval_means=OVER_SEEDS if found.noise else UNKNOWN,
         validation_interval=found.validation_interval,
@@ -411,7 +492,7 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
             f"at most {most:.4g} on {scope.label}: {MOST_BEYOND:g} times the greatest measured "
             f"there, {greatest:.4g}, and no more than the {MAX_TRAIN_FLOPS:g} of a search",
         )  # fmt: skip
-    runs, left_out = _evidence(standings, scope, "train_flops", greatest)
+    runs, left_out = _evidence(standings, scope, Measured(scope.name), "train_flops", greatest)
     recipe = _completed(scope.recipe, runs)
     found = predict_for_budget(runs, budget, greatest, recipe)
     if found is None:
@@ -419,6 +500,8 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
     best, structured, dense = found.best, found.best_structured, found.best_dense
     return Answer(
         kind="predicted",
+        realised_multiplier_over_dense=found.multiplier and NOT_REALISED,
+        structured_realised_multiplier=found.structured_multiplier and NOT_REALISED,
         **_common(found, standings, scope, "train_flops", budget),
         interval=best.interval,
         interval_means=OF_LAW,

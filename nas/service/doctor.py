@@ -14,16 +14,17 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
 from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
 from nas.logs import masked
+from nas.rates import KeptRates, MachineRates, kept_rates, processor
 from nas.settings import Settings, settings
 from nas.store import Store
 from nas.store.engine import parse, shown_url, sqlite_file
@@ -55,6 +56,8 @@ class Check:
     finding: str
     #: what to do; empty where all is well
     advice: str = ""
+    #: what programs read of it, if it has numbers
+    values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, finding: str, *troubles: tuple[bool, Status, str]) -> Check:
@@ -78,7 +81,7 @@ def examine_here() -> tuple[Settings | None, list[Check]]:
 def examine(used: Settings) -> list[Check]:
     """Every check but those of the Ray cluster, none of which takes long."""
     checks = [_settings(used)]
-    for look in (_database, _folders, _data, lambda _: _versions(), lambda _: _gpu()):
+    for look in (_database, _folders, _data, lambda _: _versions(), _rates, lambda _: _gpu()):
         try:
             checks.extend(look(used))
         except EinsumNasError as error:
@@ -272,6 +275,44 @@ def _versions() -> Iterator[Check]:
     text = ", ".join(shown) + (f"; not as needed: {', '.join(wrong)}" if wrong else "")
     advice = "pip install --upgrade einsum-nas"
     yield Check.of("versions", text, (bool(wrong), "problem", advice))
+
+
+def _rates(used: Settings) -> Iterator[Check]:
+    """How fast this machine is taken to be where the plans of layers are chosen."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:  # which the check of versions tells
+        return
+    here = (processor(), torch, used.cpus_per_trial)
+    kept: KeptRates | None = next(
+        (
+            k for k in kept_rates(used.resolved_home)
+            if (k.machine.processor, k.machine.torch, k.machine.threads) == here
+        ),
+        None,
+    )  # fmt: skip
+    rates = MachineRates() if kept is None else kept.rates
+    text = f"defaults; the first run on this machine measures it ({here[0]})"
+    values = {"source": "default", "seconds": rates.as_dict()}
+    if kept is not None:
+        text = f"measured {kept.measured_at} on {here[0]} with {here[2]} thread(s)"
+        values |= {"source": "measured", "measured_at": kept.measured_at}
+        values |= {"machine": asdict(kept.machine)}
+    yield Check("rates", "ok", f"{text}: {_shown_rates(rates)}", values=values)
+
+
+def _shown_rates(rates: MachineRates) -> str:
+    macs = {"BLAS": rates.blas_mac, "oneDNN": rates.onednn_mac, "batched": rates.batched_mac}
+    calls = {"BLAS": rates.blas_product, "oneDNN": rates.onednn_product}
+    numbers = {"copied": rates.moved, "transposed": rates.turned, "out of cache": rates.spilled}
+    return (
+        ", ".join(f"{name} {1e-9 / seconds:.3g}" for name, seconds in macs.items())
+        + " GMAC/s; a product by "
+        + ", ".join(f"{name} {1e6 * seconds:.3g}" for name, seconds in calls.items())
+        + f" µs, an operation {1e6 * rates.operation:.3g} µs; a number "
+        + ", ".join(f"{name} {1e9 * seconds:.3g}" for name, seconds in numbers.items())
+        + " ns"
+    )
 
 
 def _gpu() -> Iterator[Check]:

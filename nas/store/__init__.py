@@ -7,12 +7,20 @@ from nas.store.evidence import Standings
 from nas.store.fronts import AXES
 from nas.store.leases import Leases
 from nas.store.migrate import upgrade
-from nas.store.records import ConfirmedPair, Event, Lease, Renewal, ScopeState, TrialDraft
+from nas.store.records import (
+    ConfirmedPair,
+    DeviceState,
+    Event,
+    Lease,
+    Renewal,
+    ScopeState,
+    TrialDraft,
+)
 from nas.store.scopes import of_tenant, task_scope
 from nas.store.searches import Store
 
 __all__ = [
-    "AXES", "ConfirmedPair", "CurvePoint", "Event", "Lease", "Leases", "MeasuredCost", "Renewal",
-    "Run", "ScopeState", "Search", "Standings", "Store", "StoredPoint", "Trial", "TrialDraft",
-    "TrialFailure", "of_tenant", "task_scope", "upgrade",
+    "AXES", "ConfirmedPair", "CurvePoint", "DeviceState", "Event", "Lease", "Leases",
+    "MeasuredCost", "Renewal", "Run", "ScopeState", "Search", "Standings", "Store", "StoredPoint",
+    "Trial", "TrialDraft", "TrialFailure", "of_tenant", "task_scope", "upgrade",
 ]  # fmt: skip

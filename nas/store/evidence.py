@@ -8,13 +8,14 @@ from typing import Any
 
 from sqlalchemy import func, or_, select, tuple_
 
+from nas.records.device import device_of
 from nas.records.run import CurvePoint, Run
 from nas.store import rows
 from nas.store.engine import pieces, reading, translated
 from nas.store.fronts import KEPT_MODELS, standing_at
-from nas.store.records import ConfirmedPair, ScopeState
+from nas.store.records import ConfirmedPair, DeviceState, ScopeState
 from nas.store.schema import PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
-from nas.store.scopes import evidence_in
+from nas.store.scopes import evidence_in, within_scope
 from nas.store.searches import Store
 from nas.store.selecting import columns_of, curves_of
 
@@ -43,6 +44,34 @@ class Standings:
         query = select(ScopeRow.scope, ScopeRow.revision).where(ScopeRow.scope.in_(list(scopes)))
         with translated(), self._plain.connect() as connection:
             return {scope: int(revision) for scope, revision in connection.execute(query)}
+
+    def devices(self, scope: str) -> list[DeviceState]:
+        """The devices that runs of a scope were measured on, that with the most runs first."""
+        within = within_scope(scope)
+        one_of = (
+            select(func.min(StandingRow.trial_id))
+            .where(StandingRow.scope == ScopeRow.scope)
+            .correlate(ScopeRow)
+            .scalar_subquery()
+        )
+        query = (
+            select(ScopeRow.scope, ScopeRow.trials, TrialRow.environment)
+            .join(TrialRow, TrialRow.id == one_of)
+            .where(func.substr(ScopeRow.scope, 1, len(within)) == within)  # LIKE ignores case
+        )
+        with reading(self._engine) as session:
+            rows_found = session.execute(query).all()
+        named = [(device_of(ran), name, trials) for name, trials, ran in rows_found]
+        found = [DeviceState(device, name, trials) for device, name, trials in named if device]
+        return sorted(found, key=lambda d: (-d.trials, d.name))
+
+    def trials_on(self, search_id: str, device: str) -> set[int]:
+        """The trials of a search that ran on a device."""
+        query = select(TrialRow.id, TrialRow.environment).where(
+            TrialRow.search_id == search_id, TrialRow.environment.is_not(None)
+        )
+        with reading(self._engine) as session:
+            return {t for t, ran in session.execute(query) if device_of(ran) == device}
 
     def front(self, scope: str, axis: str, *, dense: bool) -> list[CurvePoint]:
         """The Pareto front of a scope, in the order of the axis."""
@@ -107,7 +136,7 @@ class Standings:
         Of runs that share one result, only the one that was executed is included.
         """
         query = (
-            select(*rows.RUN)
+            select(*rows.RUN, TrialRow.environment)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .where(TrialRow.state == "complete", *evidence_in(scope))
         )
@@ -121,7 +150,10 @@ class Standings:
                     of_part = session.execute(query.where(column.in_(part)))
                     found.update((row.trial_id, row) for row in of_part)
             curves = curves_of(session, found)
-        return [rows.to_run(row, curves.get(trial, ())) for trial, row in sorted(found.items())]
+        return [
+            rows.to_run(row, curves.get(trial, ()), environment=row.environment)
+            for trial, row in sorted(found.items())
+        ]
 
     def models(self, trials: Iterable[int]) -> set[str]:
         """The models of the given trials."""

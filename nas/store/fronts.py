@@ -3,9 +3,9 @@
 For each scope and *axis* (train FLOPs, parameters, …) the table of standings holds every point (a
 value of the axis and a loss) that fewer than `KEPT_MODELS` other models beat.  To beat a point is
 to equal or undercut it in both the axis and the loss.  A model is a structure at a width; its runs
-with different seeds count as one.  Structured and dense models have separate standings.  The points
-that no other model beats are the Pareto front; the others belong to the models that the best one
-has to be compared with.
+with different seeds count as one.  Structured and dense models have separate standings, and so has
+each device on measured axes (see `nas.store.scopes`).  The points that no other model beats are the
+Pareto front; the others belong to the models that the best one has to be compared with.
 
 A point that `KEPT_MODELS` models beat is deleted.  It never has to come back, because completed
 runs do not change.
@@ -67,7 +67,7 @@ AXES: Mapping[str, Axis] = {
         "training compute", "train FLOPs: 1 MAC = 2 FLOPs, training = 3 × forward, all matrix "
         "products", True, False, "train_flops",
     ),
-    "train_seconds": Axis("training time", "seconds", True, True, "seconds"),
+    "train_seconds": Axis("training time", "seconds of training", True, True, "seconds"),
     "inference_flops": Axis(
         "inference compute", "forward FLOPs per token of the whole model", False, False,
         "forward_flops_per_token",

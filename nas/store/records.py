@@ -83,6 +83,18 @@ class ScopeState:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceState:
+    """How much is measured on one device."""
+
+    #: see `nas.records.device.device_of`
+    name: str
+    #: the scope of its runs, within the one that was asked for; see `nas.store.scopes`
+    scope: str
+    #: completed runs that were timed
+    trials: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConfirmedPair:
     """A run of a search and the results of its confirmations with new seeds."""
 

@@ -17,7 +17,8 @@ from nas.designs.theta import Theta
 from nas.planning.request import SearchRequest
 from nas.planning.runs import RunPlan
 from nas.records.base import Record
-from nas.records.run import OF_TRIAL, CurvePoint, Run
+from nas.records.device import device_of, trained_together
+from nas.records.run import NOT_STORED, OF_TRIAL, CurvePoint, Run
 from nas.records.search import Search
 from nas.records.trial import StoredPoint, Trial
 from nas.store.records import Event
@@ -81,7 +82,7 @@ def column_of(field: str) -> str:
 RUN: Sequence[ColumnElement[Any]] = [
     getattr(TrialRow, column_of(field)).label(field)
     for field in Run.model_fields
-    if field not in ("complete", "points")
+    if field not in NOT_STORED
 ]
 POINT: Sequence[Any] = [
     PointRow.step, PointRow.train_flops, PointRow.loss, PointRow.loss_stderr, PointRow.seconds
@@ -89,10 +90,18 @@ POINT: Sequence[Any] = [
 COMPLETE: ColumnElement[bool] = (TrialRow.state == "complete").label("complete")
 
 
-def to_run(row: Row[Any], points: Sequence[StoredPoint] = (), *, complete: bool = True) -> Run:
+def to_run(
+    row: Row[Any],
+    points: Sequence[StoredPoint] = (),
+    *,
+    complete: bool = True,
+    environment: Mapping[str, Any] | None = None,
+) -> Run:
     """A run from a row of the columns `RUN`."""
-    model = row.model or str(row.trial_id)
-    return _read(Run, row, design=_design(row), model=model, points=points, complete=complete)
+    return _read(
+        Run, row, design=_design(row), model=row.model or str(row.trial_id), points=points,
+        complete=complete, device=device_of(environment), together=trained_together(environment),
+    )  # fmt: skip
 
 
 def to_curve_points(found: Iterable[Row[Any]]) -> Iterator[CurvePoint]:

@@ -292,7 +292,7 @@ class AuditRow(Base):
 class ScopeRow(Base):
     """Counts and revision of a scope: a search (its id), a task (`name@fingerprint`), or a bare
     task name, which has a revision only; scopes of other tenants than `default` begin with
-    `tenant/`."""
+    `tenant/`.  Those of devices within a scope count the timed runs and their points."""
 
     __tablename__ = "scopes"
 

@@ -3,9 +3,14 @@
 A *scope* is a search (its id) or a task of one tenant: `tenant/name@fingerprint`, or only
 `name@fingerprint` for the tenant `default`.  A bare task name has a revision too, because it may
 mean other data from one search to the next.
+
+What was measured is of one device: each scope has one within it for every device that its runs ran
+on, named `scope|digest`, with the standings on measured axes.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
@@ -25,6 +30,16 @@ def of_tenant(name: str, tenant: str) -> str:
     """The scope for a search's id, a task's name or name@fingerprint, as one tenant uses them."""
     is_search = name not in TASKS and "@" not in name
     return name if is_search or tenant == DEFAULT_TENANT else f"{tenant}/{name}"
+
+
+def device_scope(scope: str, device: str) -> str:
+    """The scope of those runs of a scope that were measured on one device."""
+    return within_scope(scope) + hashlib.sha256(device.encode()).hexdigest()[:12]
+
+
+def within_scope(scope: str) -> str:
+    """What the names of the scopes of a scope's devices begin with."""
+    return f"{scope}|"
 
 
 def scopes_of(search: SearchRow) -> list[str]:

@@ -6,18 +6,19 @@ they are counted in, and `nas.store.fronts` for which of their points are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, select
+from sqlalchemy import ColumnElement, Connection, delete, select, update
 from sqlalchemy.orm import Session
 
+from nas.records.device import device_of, is_timed
 from nas.store.fronts import AXES, Points, as_points, merge, model_number
 from nas.store.schema import BarRow, PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
-from nas.store.scopes import evidence_in, locked_scope, scopes_of, touch
+from nas.store.scopes import device_scope, evidence_in, locked_scope, scopes_of, touch
 
 #: Version of the table's contents, stored as the revision of the scope `*`; raise it to rebuild.
-LAYOUT = 1
+LAYOUT = 2
 _LAYOUT_SCOPE = "*"
 
 
@@ -40,7 +41,7 @@ def _add(session: Session, search: SearchRow, *which: ColumnElement[bool]) -> No
     columns = [getattr(TrialRow, a.column) for a in AXES.values() if not a.along_curve]
     trials = (
         select(TrialRow.id, TrialRow.model, TrialRow.dense, TrialRow.reused_from, TrialRow.steps,
-               TrialRow.loss, *columns)
+               TrialRow.loss, TrialRow.environment, *columns)
         .join(SearchRow, TrialRow.search_id == SearchRow.id)
     )  # fmt: skip
     curves = (
@@ -48,6 +49,7 @@ def _add(session: Session, search: SearchRow, *which: ColumnElement[bool]) -> No
                PointRow.loss)
         .join(TrialRow, PointRow.trial_id == TrialRow.id)
         .join(SearchRow, TrialRow.search_id == SearchRow.id)
+        .order_by(PointRow.trial_id, PointRow.step)
     )  # fmt: skip
     every, every_point = (session.execute(q.where(*where)).all() for q in (trials, curves))
     for scope in scopes_of(search):
@@ -63,7 +65,33 @@ def _add(session: Session, search: SearchRow, *which: ColumnElement[bool]) -> No
         flops = [p.train_flops for p in points]
         flops += [f for f in (state.least_flops, state.greatest_flops) if f is not None]
         state.least_flops, state.greatest_flops = min(flops), max(flops)
-        merge(session, scope, _by_axis(runs, points))
+        merge(session, scope, _by_axis(runs, points, measured=False))
+        _add_measured(session, scope, runs, points)
+
+
+def _add_measured(
+    session: Session, scope: str, runs: Mapping[int, Any], points: Sequence[Any]
+) -> None:
+    """Add runs to the scopes of the devices that they ran on, within a locked scope.
+
+    These count the runs that were timed.
+    """
+    curves: dict[int, list[Any]] = {}
+    for p in points:
+        curves.setdefault(p.trial_id, []).append(p)
+    devices: dict[str, dict[int, Any]] = {}
+    for trial, run in runs.items():
+        device = device_of(run.environment)
+        if device is not None:
+            devices.setdefault(device, {})[trial] = run
+    for device, own in sorted(devices.items()):
+        timed = [t for t in own if is_timed([p.seconds for p in curves.get(t, ())])]
+        of_timed = [p for t in timed for p in curves[t]]
+        state = locked_scope(session, device_scope(scope, device))
+        state.revision += 1
+        state.trials += len(timed)
+        state.points += len(of_timed)
+        merge(session, state.scope, _by_axis(own, of_timed, measured=True))
 
 
 def _has_others(session: Session, search: SearchRow, scope: str, runs: int) -> bool:
@@ -76,11 +104,16 @@ def _has_others(session: Session, search: SearchRow, scope: str, runs: int) -> b
     return len(session.scalars(completed.limit(runs + 1)).all()) > runs
 
 
-def _by_axis(runs: Mapping[int, Any], points: Iterable[Any]) -> dict[tuple[str, bool], Points]:
-    """(axis, dense) → the points of the runs that have a value on it."""
+def _by_axis(
+    runs: Mapping[int, Any], points: Iterable[Any], *, measured: bool
+) -> dict[tuple[str, bool], Points]:
+    """(axis, dense) → the points of the runs that have a value on it, of the measured axes or of
+    the others."""
     models = {trial: model_number(run.model, trial) for trial, run in runs.items()}
     found: dict[tuple[str, bool], list[tuple[Any, ...]]] = {}
     for name, axis in AXES.items():
+        if axis.measured is not measured:
+            continue
         if axis.along_curve:
             of_axis = [(p.trial_id, p.step, getattr(p, axis.column), p.loss) for p in points]
         else:
@@ -103,6 +136,10 @@ def ensure(connection: Connection) -> None:
     """Rebuild the standings if they are not this version's."""
     if not are_current(connection):
         with Session(connection) as session:
+            if session.get(ScopeRow, _LAYOUT_SCOPE) is not None:
+                # a worker of the version before would enter its runs as that one keeps them
+                running = update(SearchRow).where(SearchRow.state == "running")
+                session.execute(running.values(epoch=SearchRow.epoch + 1))
             rebuild(session)
             session.flush()
 

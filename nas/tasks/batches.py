@@ -31,11 +31,16 @@ _IMAGES_AT_ONCE = 1024
 _VALIDATION_SEED = 20241002  # the same validation samples for every run of a task
 
 
-def training_batches(recipe: Recipe, train: Arrays) -> Draw:
-    """What draws the batches of a run: `recipe.batch` samples, with replacement, on the CPU."""
+def training_batches(recipe: Recipe, train: Arrays, device: torch.device | None = None) -> Draw:
+    """What draws the batches of a run: `recipe.batch` samples, with replacement.
+
+    The data are moved to `device`, where the batches then lie; without one they stay where they
+    are, which may be a file.  Which samples a batch has, and what augments them, is drawn on the
+    CPU, and so the same everywhere.
+    """
     if isinstance(recipe, RegressionRecipe) and "inputs" not in train:
-        return _fresh(recipe, train)
-    count, samples = _samples(recipe, train, train)
+        return _fresh(recipe, train, device)
+    count, samples = _samples(recipe, train, train, device)
 
     def draw(generator: torch.Generator) -> Pair:
         chosen = torch.randint(count, (recipe.batch,), generator=generator)
@@ -57,31 +62,55 @@ def validation_set(recipe: Recipe, train: Arrays, validation: Arrays) -> Pair:
 
 
 def sample_losses(recipe: Recipe, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each sample (batch,) in the unit of the recipe; sequences: mean over tokens."""
-    outputs = outputs.float()
+    """Loss of each sample (batch,) in the unit of the recipe; sequences: mean over tokens.
+
+    In at least single precision.
+    """
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if recipe.task == "regression":
         return (outputs.squeeze(1) - targets) ** 2
     if recipe.is_token_model:
-        each = functional.cross_entropy(outputs.transpose(1, 2), targets, reduction="none")
-        return each.mean(dim=1)
+        each = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+        return each.view(targets.shape).mean(dim=1)
     return functional.cross_entropy(outputs, targets, reduction="none")
 
 
-def _samples(recipe: Recipe, split: Arrays, train: Arrays) -> tuple[int, Samples]:
+def _samples(
+    recipe: Recipe, split: Arrays, train: Arrays, device: torch.device | None = None
+) -> tuple[int, Samples]:
     """The number of samples of a split, and what makes inputs and targets of some of them."""
+
+    def held(name: str) -> Tensor:
+        return torch.from_numpy(split[name]).to(device)  # without a device as it is
+
     if isinstance(recipe, TextRecipe):
-        tokens, context = split["tokens"], recipe.context
-        return len(tokens) - context, lambda starts, _: _windows(tokens, starts, context)
+        context, tokens = recipe.context, split["tokens"]
+        if device is None:
+            return len(tokens) - context, lambda starts, _: _windows(tokens, starts, context)
+        on_device, ahead = held("tokens").long(), torch.arange(context + 1, device=device)
+
+        def windows(starts: Tensor, _: torch.Generator | None) -> Pair:
+            found = on_device[starts.to(device)[:, None] + ahead]
+            return found[:, :-1], found[:, 1:]
+
+        return len(tokens) - context, windows
     if isinstance(recipe, RegressionRecipe):
-        inputs, targets = torch.from_numpy(split["inputs"]), torch.from_numpy(split["targets"])
-        return len(inputs), lambda chosen, _: (inputs[chosen], targets[chosen])
-    images = torch.from_numpy(split["images"])
+        inputs, targets = held("inputs"), held("targets")
+
+        def rows(chosen: Tensor, _: torch.Generator | None) -> Pair:
+            chosen = chosen.to(device)
+            return inputs[chosen], targets[chosen]
+
+        return len(inputs), rows
+    images = held("images")
     if isinstance(recipe, PixelsRecipe):
-        return len(images), lambda chosen, _: _shifted(images[chosen], recipe)
+        return len(images), lambda chosen, _: _shifted(images[chosen.to(device)], recipe)
     assert isinstance(recipe, ClassesRecipe)
-    labels, (mean, std) = torch.from_numpy(split["labels"]), _moments(train["images"])
+    mean, std = (t.to(device) for t in _moments(train["images"]))
+    labels = held("labels")
 
     def classified(chosen: Tensor, generator: torch.Generator | None) -> Pair:
+        chosen = chosen.to(device)
         batch = (images[chosen].float() - mean) / std
         if generator is not None:
             batch = _augmented(batch, recipe, generator)
@@ -136,6 +165,7 @@ def _augmented(images: Tensor, recipe: ClassesRecipe, generator: torch.Generator
         flip = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(flip, columns.flip(1), columns)
     which = torch.arange(count)[:, None, None]
+    which, rows, columns = (t.to(images.device) for t in (which, rows, columns))
     return padded[which, rows[:, :, None], columns[:, None, :]]
 
 
@@ -148,15 +178,16 @@ def _as_features(images: Tensor, recipe: ClassesRecipe) -> Tensor:
     return tiles.reshape(n, side * side, recipe.features)
 
 
-def _fresh(recipe: RegressionRecipe, train: Arrays) -> Draw:
+def _fresh(recipe: RegressionRecipe, train: Arrays, device: torch.device | None) -> Draw:
     """Samples never seen before, at the cost of the target network for each."""
     weights = [
-        torch.from_numpy(train[name]) for name in sorted(k for k in train if k.startswith("w"))
+        torch.from_numpy(train[name]).to(device)
+        for name in sorted(k for k in train if k.startswith("w"))
     ]
     mean, std = (float(v) for v in train["moments"])
 
     def draw(generator: torch.Generator) -> Pair:
-        x = torch.randn(recipe.batch, recipe.features, generator=generator)
+        x = torch.randn(recipe.batch, recipe.features, generator=generator).to(device)
         hidden = x
         with torch.no_grad():
             for weight in weights[:-1]:

@@ -32,11 +32,13 @@ class CostMeter:
         self._seconds: list[float] = []
         self._peak: int | None = None
         self._started = 0.0
+        self._runs = 1
 
     @contextmanager
-    def step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Around one training step, from its forward pass to its update."""
+    def step(self, optimizer: torch.optim.Optimizer, runs: int = 1) -> Iterator[None]:
+        """Around one training step of several runs, from its forward pass to its update."""
         self._done += 1
+        self._runs = runs
         if self._gpu:
             yield from self._gpu_step(optimizer)
         elif self._done == _RECORDED:
@@ -82,11 +84,10 @@ class CostMeter:
         self._peak = held + most
 
     def result(self) -> MeasuredCost:
-        """What was measured so far."""
-        if self._gpu:
-            return MeasuredCost(self._seconds[0] if self._seconds else None, self._peak)
-        timed = len(self._seconds) >= _MIN_TIMED
-        return MeasuredCost(statistics.median(self._seconds) if timed else None, self._peak)
+        """What was measured so far: of runs that train together, the share of one."""
+        timed = len(self._seconds) >= (1 if self._gpu else _MIN_TIMED)
+        seconds = statistics.median(self._seconds) / self._runs if timed else None
+        return MeasuredCost(seconds, None if self._peak is None else self._peak // self._runs)
 
 
 def _bytes_held(optimizer: torch.optim.Optimizer) -> int:

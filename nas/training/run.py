@@ -1,35 +1,39 @@
-"""One seeded training run as a stream of points."""
+"""Seeded training runs of a plan as streams of points."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nas.errors import RunFailed
-from nas.layers import StructuredLinear, auxiliary_loss, router_statistics
-from nas.layers.building import plan_text
-from nas.planning.cost import structures_of
 from nas.planning.recipe import Recipe
 from nas.planning.runs import RunPlan
-from nas.tasks.batches import sample_losses, training_batches, validation_set
+from nas.tasks.batches import training_batches, validation_set
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
+from nas.training.engine import CPU, Engine, Execution, execution_plans
 from nas.training.metering import CostMeter
-from nas.training.models import build_model, build_optimizer
+
+__all__ = [
+    "CPU",
+    "Execution",
+    "Point",
+    "evaluation_steps",
+    "execution_plans",
+    "train",
+    "train_replicates",
+]
 
 _log = logging.getLogger(__name__)
-_EVALUATION_TOKENS = 4096  # positions that are evaluated at once
-#: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
-ROUTER_WEIGHT = 0.01
 _LOOK_EVERY = 100  # steps between looks at the training loss on a GPU, each of which waits for it
 
 
@@ -45,40 +49,10 @@ class Point:
     loss: float
     #: standard error of `loss` over the samples: the error of sampling the data, not of the run
     loss_stderr: float
-    #: seconds of training, evaluation left out
+    #: seconds of training, evaluation left out; of runs that train together, the share of one
     seconds: float
     #: loss of each validation sample, in the fixed order of the samples
     window_losses: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """Where and in what precision a run computes."""
-
-    device: str = "cpu"
-    #: products in bfloat16 under autocast, weights and optimiser in float32
-    bf16: bool = False
-    #: forward and backward through torch.compile
-    compile: bool = False
-
-    @classmethod
-    def on(cls, device: str) -> Execution:
-        """What suits the device: bfloat16 and compiled steps on a GPU, plain float32 elsewhere."""
-        gpu = device.startswith("cuda")
-        return cls(device, bf16=gpu, compile=gpu)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the products."""
-        return torch.bfloat16 if self.bf16 else torch.float32
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward pass."""
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
-
-
-CPU = Execution()
 
 
 def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
@@ -93,43 +67,6 @@ def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
     return sorted(s for s in steps if s >= min(max(1, recipe.warmup_steps), plan.steps))
 
 
-def execution_plans(plan: RunPlan, recipe: Recipe, execution: Execution = CPU) -> dict[str, str]:
-    """The execution plan of each structure of a run, by fingerprint, from the cost model."""
-    structures = structures_of(recipe, plan.design, plan.width)
-    where = torch.device(execution.device)
-    return {
-        s.fingerprint: plan_text(s, recipe.tokens_per_step, where, execution.dtype)
-        for s in structures
-    }
-
-
-@torch.no_grad()
-def _evaluate(
-    forward: Callable[[Tensor], Tensor], recipe: Recipe, execution: Execution, x: Tensor, y: Tensor
-) -> Tensor:
-    """Loss of each validation sample (samples,), float64."""
-    piece = max(1, _EVALUATION_TOKENS // recipe.tokens)
-    losses = []
-    for inputs, targets in zip(torch.split(x, piece), torch.split(y, piece), strict=True):
-        with execution.autocast():
-            outputs = forward(inputs)
-        losses.append(sample_losses(recipe, outputs, targets))
-    return torch.cat(losses).double().cpu()
-
-
-def _begin(
-    plan: RunPlan, recipe: Recipe, seed: int, device: str, layer_plans: Mapping[str, str]
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The freshly initialised model with its execution plans, and its optimiser."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(recipe, plan.design, plan.width).to(device)
-    for layer in model.modules():
-        if isinstance(layer, StructuredLinear):
-            layer.plan = layer_plans[layer.structure.fingerprint]
-    return model, build_optimizer(model, recipe, plan.width)
-
-
 def train(
     plan: RunPlan,
     recipe: Recipe,
@@ -141,100 +78,28 @@ def train(
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
 ) -> Generator[Point, None, dict[str, Any] | None]:
-    """Train `plan` and yield a point at each evaluation; return the statistics of its routers.
+    """Train `plan` with one seed and yield a point at each evaluation.
 
-    Those are over the last validation samples, see `_routing`; None without mixtures.  The training
-    loss of a mixture has its auxiliary loss added; no point has.
-
-    The random streams of initialisation, training batches and validation samples are separate;
-    the same plan, seed, execution, thread count and execution plans (`layer_plans`, by default
-    those of `execution_plans`) give the same points.
-
-    Parameters
-    ----------
-    train_data, validation_data
-        Arrays of the two splits; see `nas.tasks.data.TaskData`.
-    checkpoint
-        Where the state of the run is kept while it goes on.  A run that finds its own yields the
-        points it had again, and goes on to the same curve as one that was never interrupted.
-    meter
-        Measures what the steps cost.
+    As `train_replicates`; returns the statistics of the run's routers.
 
     Raises
     ------
     RunFailed
         The loss is no longer finite.
     """
-    device = execution.device
-    layer_plans = execution_plans(plan, recipe, execution) if layer_plans is None else layer_plans
-    model, optimizer = _begin(plan, recipe, seed, device, layer_plans)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    saved = checkpoint.load() if checkpoint else None
-    if saved is not None:
+    several = train_replicates(
+        plan, recipe, train_data, validation_data, (seed,), execution, layer_plans, checkpoint,
+        meter,
+    )  # fmt: skip
+    while True:
         try:
-            if any("gain_" in name and not t.dim() for name, t in saved["model"].items()):
-                raise ValueError("its gains are scalars, as an earlier version had them")
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            _log.warning("a checkpoint does not fit, the run begins anew: %s", error)
-            saved = None
-            model, optimizer = _begin(plan, recipe, seed, device, layer_plans)
-    forward = torch.compile(model) if execution.compile else model
-    draw = training_batches(recipe, train_data)
-    batches = torch.Generator().manual_seed(seed + (1 << 32))
-    x, y = (t.to(device) for t in validation_set(recipe, train_data, validation_data))
-    evaluations = set(evaluation_steps(plan, recipe))
-    points: list[Point] = []
-    done, seconds = 0, 0.0
-    if saved is not None:
-        batches.set_state(saved["batches"])
-        done, seconds = saved["step"], saved["seconds"]
-        points = [Point(**p) for p in saved["points"]]
-    yield from points
-    started = time.perf_counter()
-    for step in range(done + 1, plan.steps + 1):
-        factor = recipe.learning_rate_factor(step, plan.steps)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        inputs, targets = (t.to(device) for t in draw(batches))
-        with meter.step(optimizer) if meter else nullcontext():
-            with execution.autocast():
-                outputs = forward(inputs)
-            loss = sample_losses(recipe, outputs, targets).mean()
-            routing = auxiliary_loss(model)
-            trained = loss if routing is None else loss + ROUTER_WEIGHT * routing
-            optimizer.zero_grad(set_to_none=True)
-            trained.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-        looks = device == "cpu" or step % _LOOK_EVERY == 0
-        if looks and not math.isfinite(loss.item()):
-            raise RunFailed(f"training loss is {loss.item()} at step {step} of {plan.steps}")
-        if step in evaluations:
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - started
-            points.append(
-                _measured(plan, step, seconds, _evaluate(forward, recipe, execution, x, y))
-            )
-            yield points[-1]
-            started = time.perf_counter()
-        if checkpoint and step < plan.steps and checkpoint.is_due:
-            seconds += time.perf_counter() - started
-            checkpoint.save(
-                {
-                    "step": step,
-                    "seconds": seconds,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "batches": batches.get_state(),
-                    "points": [asdict(p) for p in points],
-                }
-            )
-            started = time.perf_counter()
-    return _routing(model)
+            found = next(several)[seed]
+        except StopIteration as end:
+            routers: dict[str, Any] | None = end.value[seed]
+            return routers
+        if isinstance(found, RunFailed):
+            raise found
+        yield found
 
 
 def train_replicates(
@@ -250,33 +115,158 @@ def train_replicates(
 ) -> Generator[dict[int, Point | RunFailed], None, dict[int, dict[str, Any] | None]]:
     """Train `plan` with several seeds together; at each evaluation yield what is new, by seed.
 
-    That is the next point of a run or, once, why it has failed; a failed run is in no later one.
-    Return the statistics of the routers of each run that reached its end, by seed.
+    That is the next point of a run or, once, why it has failed; a failed run is in no later one,
+    and changes no other.  Return the statistics of the routers of each run that reached its end,
+    over the last validation samples, see `_routing`; None without mixtures.  The training loss of a
+    mixture has its auxiliary loss added; no point has.
+
+    The random streams of initialisation, training batches and validation samples are separate; the
+    same plan, seeds, execution, thread count and execution plans (`layer_plans`, by default those
+    of `execution_plans`) give the same points, and those of a seed alone to rounding.
+
+    Parameters
+    ----------
+    train_data, validation_data
+        Arrays of the two splits; see `nas.tasks.data.TaskData`.
+    checkpoint
+        Where the state of the runs is kept while they go on.  Runs that find their own yield the
+        points they had again, and go on to the same curves as ones that were never interrupted;
+        so do some of the runs of a checkpoint.
+    meter
+        Measures what the steps cost.
     """
-    runs = {
-        seed: train(plan, recipe, train_data, validation_data, seed, execution, layer_plans)
-        for seed in seeds
-    }
-    ended: dict[int, dict[str, Any] | None] = {}
-    while runs:
+    if layer_plans is None:
+        layer_plans = execution_plans(plan, recipe, execution, len(seeds))
+    engine = Engine(plan, recipe, seeds, execution, layer_plans)
+    state = _State.begin(seeds)
+    saved = checkpoint.load() if checkpoint else None
+    if saved is not None:
+        try:
+            state = _State.resumed(saved, seeds)
+            engine.load_state_dict(saved, [saved["seeds"].index(s) for s in seeds])
+        except (KeyError, TypeError, ValueError) as error:
+            _log.warning("a checkpoint does not fit, the runs begin anew: %r", error)
+            engine = Engine(plan, recipe, seeds, execution, layer_plans)
+            state = _State.begin(seeds)
+    device = torch.device(execution.device)
+    draw = training_batches(recipe, train_data, None if device.type == "cpu" else device)
+    x, y = (t.to(device) for t in validation_set(recipe, train_data, validation_data))
+    evaluations = set(evaluation_steps(plan, recipe))
+    yield from state.past()
+    started = time.perf_counter()
+    for step in range(state.step + 1, plan.steps + 1):
+        if not state.alive:
+            return {}
+        engine.set_rate(recipe.learning_rate_factor(step, plan.steps))
+        batches = [draw(generator) for generator in state.batches]
+        inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))
+        with meter.step(engine.optimizer, len(seeds)) if meter else nullcontext():
+            losses = engine.step(inputs, targets)
+        news: dict[int, Point | RunFailed] = {}
+        if device.type == "cpu" or step % _LOOK_EVERY == 0:
+            told = f"at step {step} of {plan.steps}"
+            news |= state.fail(losses.tolist(), f"training loss is %s {told}")
+        if step in evaluations:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            state.seconds += (time.perf_counter() - started) / len(seeds)
+            news |= state.add(plan, step, engine.evaluate(x, y))
+            started = time.perf_counter()
+        if news:
+            yield news
+        state.step = step
+        if checkpoint and step < plan.steps and checkpoint.is_due:
+            state.seconds += (time.perf_counter() - started) / len(seeds)
+            checkpoint.save({**state.as_dict(), **engine.state_dict()})
+            started = time.perf_counter()
+    gates = engine.routers()
+    return {seed: _routing(gates[i]) for i, seed in enumerate(seeds) if seed in state.alive}
+
+
+@dataclass
+class _State:
+    """Where runs stand, besides their parameters."""
+
+    seeds: list[int]
+    #: seeds of runs that have not failed
+    alive: set[int]
+    batches: list[torch.Generator]
+    points: dict[int, list[Point]]
+    failures: dict[int, str]
+    step: int = 0
+    #: seconds of training so far, the share of one run
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, seeds: Sequence[int]) -> _State:
+        batches = [torch.Generator().manual_seed(seed + (1 << 32)) for seed in seeds]
+        return cls(list(seeds), set(seeds), batches, {seed: [] for seed in seeds}, {})
+
+    @classmethod
+    def resumed(cls, saved: Mapping[str, Any], seeds: Sequence[int]) -> _State:
+        """The given runs of a saved state; ValueError if it lacks one."""
+        state = cls.begin(seeds)
+        for seed, generator in zip(seeds, state.batches, strict=True):
+            i = saved["seeds"].index(seed)
+            generator.set_state(saved["batches"][i])
+            state.points[seed] = [Point(**p) for p in saved["points"][i]]
+            if saved["failures"][i] is not None:
+                state.failures[seed] = saved["failures"][i]
+        state.alive -= state.failures.keys()
+        state.step, state.seconds = saved["step"], saved["seconds"]
+        return state
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "seeds": self.seeds,
+            "step": self.step,
+            "seconds": self.seconds,
+            "batches": [generator.get_state() for generator in self.batches],
+            "points": [[asdict(p) for p in self.points[seed]] for seed in self.seeds],
+            "failures": [self.failures.get(seed) for seed in self.seeds],
+        }
+
+    def past(self) -> Generator[dict[int, Point | RunFailed], None, None]:
+        """What the runs had yielded when they were saved."""
+        steps = sorted({p.step for points in self.points.values() for p in points})
+        for step in steps:
+            yield {s: p for s in self.seeds for p in self.points[s] if p.step == step}
+        if self.failures:
+            yield {seed: RunFailed(why) for seed, why in self.failures.items()}
+
+    def fail(self, losses: Sequence[float], why: str) -> dict[int, Point | RunFailed]:
+        """End the runs whose loss is not finite."""
         found: dict[int, Point | RunFailed] = {}
-        for seed, run in list(runs.items()):
-            try:
-                found[seed] = next(run)
-            except StopIteration as end:
-                ended[seed] = end.value
-                del runs[seed]
-            except RunFailed as error:
-                found[seed] = error
-                del runs[seed]
-        if found:
-            yield found
-    return ended
+        for seed, loss in zip(self.seeds, losses, strict=True):
+            if seed in self.alive and not math.isfinite(loss):
+                self.failures[seed] = why % loss
+                self.alive.remove(seed)
+                found[seed] = RunFailed(self.failures[seed])
+        return found
+
+    def add(self, plan: RunPlan, step: int, each: Tensor) -> dict[int, Point | RunFailed]:
+        """The points of an evaluation, from the loss of each sample (R, samples)."""
+        found = self.fail(
+            each.mean(1).tolist(), f"validation loss is %s at step {step} of {plan.steps}"
+        )
+        for seed, own in zip(self.seeds, each, strict=True):
+            if seed not in self.alive:
+                continue
+            point = Point(
+                step=step,
+                train_flops=step * plan.train_flops_per_step,
+                loss=own.mean().item(),
+                loss_stderr=own.std().item() / math.sqrt(len(own)),
+                seconds=self.seconds,
+                window_losses=tuple(own.tolist()),
+            )
+            self.points[seed].append(point)
+            found[seed] = point
+        return found
 
 
-def _routing(model: nn.Module) -> dict[str, Any] | None:
+def _routing(gates: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What the routers did with the last batch, over all gates; None without gates."""
-    gates = router_statistics(model).values()
     if not gates:
         return None
     return {
@@ -290,17 +280,3 @@ def _routing(model: nn.Module) -> dict[str, Any] | None:
         "load_entropy": fmean(g["load_entropy"] for g in gates),
         "gate_entropy": fmean(g["gate_entropy"] for g in gates),
     }
-
-
-def _measured(plan: RunPlan, step: int, seconds: float, each: Tensor) -> Point:
-    value = each.mean().item()
-    if not math.isfinite(value):
-        raise RunFailed(f"validation loss is {value} at step {step} of {plan.steps}")
-    return Point(
-        step=step,
-        train_flops=step * plan.train_flops_per_step,
-        loss=value,
-        loss_stderr=each.std().item() / math.sqrt(len(each)),
-        seconds=seconds,
-        window_losses=tuple(each.tolist()),
-    )

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nas.cli.main import app
-from nas.client import RemoteSearch
+from nas.client import Client, RemoteSearch
 from nas.store import Store, upgrade
 from tests.support.commands import execute, invoke
 from tests.support.services import Service
@@ -138,6 +138,12 @@ def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSe
         "theta", "canonical_theta", "width", "train_flops", "expected_loss", "interval",
         "multiplier_over_dense", "indistinguishable", "evidence", "kind",
     } <= set(best)  # fmt: skip
+    in_seconds = ["best", "--task", task, "--train-seconds", "1e9", "--device", "cpu", "--json"]
+    remote = invoke(service.home, *in_seconds, "--server", service.url)
+    with Client(service.url) as client:
+        same = client.best(task=task, train_seconds=1e9, device="cpu")
+    assert json.loads(remote.stdout) == same.model_dump(mode="json")
+    assert str(same.device).startswith("cpu ")
     # other searches of the service may have found better within the budget, never worse
     command = ["frontier", "--search", finished_search.id, "--json", "--server", service.url]
     front = json.loads(invoke(service.home, *command).stdout)["frontier"]

@@ -45,6 +45,7 @@ EXPECTED: dict[str, list[list[str]]] = {
         ["btt-moe", "gate", "Pareto front"],
         ["'dropped': 0"],
         ["gemm=", "1024x1024:32.1.32.1.32.32.1 tokens=512"],
+        [" GMAC/s; "],
     ],
     "docs/howto/cluster.md": [["succeeded"]],
     "docs/howto/operate.md": [["before-upgrade.db: ", "Pareto front", "would delete"]],

@@ -13,7 +13,7 @@ from nas.layers import EinsumLinear
 from nas.planning.recipe import REGRESSION, Recipe
 from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
-from nas.training.models import build_model, build_optimizer
+from nas.training.models import build_model, learning_rates
 
 #: Updates are compared once features are learned: at the first steps those of a layer of low rank
 #: are still small, for a random factor passes on only d^ρ of d directions.
@@ -36,7 +36,7 @@ def feature_updates(
     """
     torch.manual_seed(seed)
     model = build_model(recipe, parse_theta(structure), width)
-    optimizer = build_optimizer(model, recipe, width) if aware else _blind(model, recipe)
+    optimizer = _aware(model, recipe, width) if aware else _blind(model, recipe)
     data = load_data(recipe)
     draw = training_batches(recipe, data.train)
     probe, _ = validation_set(recipe, data.train, data.validation)
@@ -51,8 +51,14 @@ def feature_updates(
     return tuple((b - a).pow(2).mean().sqrt().item() for a, b in zip(before, after, strict=True))
 
 
+def _aware(model: nn.Module, recipe: Recipe, width: int) -> torch.optim.Optimizer:
+    """AdamW with the learning rates of the product."""
+    groups = learning_rates(model, recipe, width)
+    return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0)
+
+
 def _blind(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimiser of `build_optimizer` with the rates of dense layers for all factors."""
+    """The optimiser of `_aware` with the rates of dense layers for all factors."""
     head = model.get_parameter("head.weight")
     rates = {head: recipe.base_width / head.shape[1]}
     for layer in model.modules():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import insert
@@ -30,6 +30,11 @@ class PlantedRun:
     curve: Sequence[tuple[int, float]]
     #: what of its losses is the sample's own, the same for every run
     samples: tuple[float, ...] = (-0.1, 0.1)
+    #: seconds of a step, and where they were measured
+    step_seconds: float = 0.01
+    environment: Mapping[str, Any] | None = field(
+        default_factory=lambda: {"device": "cpu", "threads": 1}
+    )
 
 
 def open_store(url: str) -> Store:
@@ -83,6 +88,8 @@ def _add(session: Session, search_id: str, number: int, run: PlantedRun, fingerp
         "seed": run.seed, "key": f"{search_id}-{number}", "attempts": 1, "epoch": 1,
         "loss": last, "created_at": 0.0,
         "model": digest_of_model(fingerprint, 2, run.width, structures),
+        "environment": None if run.environment is None else dict(run.environment),
+        "seconds_per_step": run.step_seconds,
     }  # fmt: skip
     trial_id = session.execute(
         insert(TrialRow).values(**values).returning(TrialRow.id)
@@ -92,7 +99,8 @@ def _add(session: Session, search_id: str, number: int, run: PlantedRun, fingerp
         [
             {
                 "trial_id": trial_id, "step": step, "loss": loss, "loss_stderr": 0.01,
-                "train_flops": float(step * run.train_flops_per_step), "seconds": step * 0.01,
+                "train_flops": float(step * run.train_flops_per_step),
+                "seconds": step * run.step_seconds,
                 "window_losses": pack_floats(loss + s for s in run.samples),
             }
             for step, loss in run.curve

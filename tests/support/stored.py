@@ -78,9 +78,14 @@ def begun(store: Store, fingerprint: str | None = "f1", **changes: Any) -> Lease
     return claimed[0]
 
 
+#: Where runs ran.
+ENVIRONMENT = {"device": "cpu", "threads": 1}
+
+
 def run(
-    store: Store, lease: Lease, number: int, losses: list[float], *, flops: float = 1e9, **plan: Any
-) -> int:
+    store: Store, lease: Lease, number: int, losses: list[float], *, flops: float = 1e9,
+    environment: dict[str, Any] | None = ENVIRONMENT, **plan: Any,
+) -> int:  # fmt: skip
     """A completed run with points at equal distances."""
     leases = Leases(store)
     trial = leases.add_trial(lease, draft(number, **plan))
@@ -89,7 +94,8 @@ def run(
         step = trial.steps if i == len(losses) - 1 else i + 1
         point = StoredPoint(step, flops * (i + 1), loss, 0.01, i + 1.0, (loss, loss))
         leases.add_point(lease, trial.id, point)
-    leases.complete_trial(lease, trial.id, {}, MeasuredCost(0.01 * (number + 1), 1000 + number))
+    cost = MeasuredCost(0.01 * (number + 1), 1000 + number)
+    leases.complete_trial(lease, trial.id, environment, cost)
     return trial.id
 
 
@@ -120,7 +126,8 @@ def run_to_plan(
         step = trial.steps - len(losses) + 1 + i
         flops = float(trial.train_flops * (i + 1) / len(losses))
         leases.add_point(lease, trial.id, StoredPoint(step, flops, loss, 0.01, i + 1.0, (loss,)))
-    leases.complete_trial(lease, trial.id, {}, MeasuredCost(0.01 * (number + 1), 1000 + number))
+    cost = MeasuredCost(0.01 * (number + 1), 1000 + number)
+    leases.complete_trial(lease, trial.id, ENVIRONMENT, cost)
     return trial.id
 
 

@@ -22,6 +22,7 @@ from ray import tune
 from nas.errors import RunFailed
 from nas.planning.recipe import stored_recipe
 from nas.planning.runs import RunPlan
+from nas.records.device import processor_name
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.metering import CostMeter
@@ -149,7 +150,7 @@ class ProxyTrainable(tune.Trainable):
             "replicates": len(self._seeds),
             **({"router": router} if router else {}),
             **asdict(self._execution),
-            "device_name": torch.cuda.get_device_name() if cuda else "",
+            "device_name": torch.cuda.get_device_name() if cuda else processor_name(),
             "threads": self._threads,
             "execution_plans": self._plans,
             "torch": torch.__version__,

@@ -21,6 +21,14 @@ function runNote(run) {
 
 function range(interval, show) { return interval ? `95%: ${show(interval[0])} to ${show(interval[1])}` : "no interval"; }
 const ratio = (x) => (x < 1000 ? x.toFixed(2) : x.toPrecision(3));
+const bound = (m) => `${{ at_least: "≥ ", less_than: "< " }[m.kind] || ""}${ratio(m.value)}×`;
+
+// the runs that a figure on a measured axis does not show
+function showLeftOut(measured) {
+  const others = measured.other_devices.map((d) => `${counted(d.runs, "run")} on ${d.name}`);
+  if (measured.not_timed) others.push(`${counted(measured.not_timed, "completed run")} whose seconds, or whose device, are not recorded`);
+  text("left-out", others.length ? `Left out, for times of different devices do not compare: ${others.join("; ")}.` : "");
+}
 
 function showBest(best) {
   if (!best) return;
@@ -37,14 +45,19 @@ function showBest(best) {
   text("difference-note", `${gap ? `${range(gap.difference_interval, signed)}${samples}; ` : ""}${best.verdict_reason.replaceAll("`", "")}`);
   const m = best.structured_multiplier;
   if (m) {
-    const sign = { at_least: "≥ ", less_than: "< " }[m.kind] || "";
-    text("multiplier", m.value === null ? "unknown" : `${sign}${ratio(m.value)}×`);
+    text("multiplier", m.value === null ? "unknown" : bound(m));
     text("multiplier-verdict", m.value !== null && best.verdict === "unconfirmed" ? best.verdict : "");
     const meaning = {
       at_least: "a lower bound: structured curves begin below the best dense loss",
       less_than: "an upper bound: structured runs do not reach the best dense loss within the budget",
     }[m.kind] || `compute of dense over structured at the best dense loss; ${range(m.interval, ratio)}`;
     text("multiplier-note", m.reason || `${meaning}; ${counted(m.seeds, "seed")}`);
+  }
+  const r = best.structured_realised_multiplier;
+  if (r) {
+    const shared = r.together.length > 1 ? `; of runs trained ${r.together.join(" and ")} at a time, each with its share` : "";
+    text("realised", r.value === null ? `In seconds unknown: ${r.reason}.`
+      : `In measured seconds ${bound(r)}: ${r.kind === "exact" ? range(r.interval, ratio) : "a bound too"}; ${counted(r.seeds, "seed")}${r.device ? `, on ${r.device}` : ""}${shared}.`);
   }
   const tau = best.confirmation;
   const held = tau && tau.tau !== null
@@ -162,6 +175,7 @@ async function refresh() {
   const live = await response.json();
   showSearch(live.search, live.workers, live.can_retry);
   showBest(live.best);
+  showLeftOut(live.measured);
   showTrials(live.trials, live.trials_total, live.best);
   // without these settings Plotly shows a button that sends the chart to its own site
   const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };

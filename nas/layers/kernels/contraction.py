@@ -56,6 +56,18 @@ def plain(x: Tensor, a: Tensor, b: Tensor | None, sized: Operator) -> Tensor:
     return _fitted(y, s.phi * s.epsilon * s.delta, sized.d_out)
 
 
+def matrices(a: Tensor, b: Tensor | None, sized: Operator) -> Tensor:
+    """W (n, d_out, d_in) of n layers of these sizes, whose factors are stacked: (n, *shape)."""
+    if b is None:
+        return a
+    s = sized.sizes
+    w = torch.einsum("ngrfda,nfgrbe->nfedgba", a, b)
+    w = w.reshape(len(w), s.phi * s.epsilon * s.delta, s.gamma * s.beta * s.alpha)
+    short = sized.d_in - w.shape[2], sized.d_out - w.shape[1]
+    # what is negative is cut, what is positive padded
+    return functional.pad(w, (0, short[0], 0, short[1])) if any(short) else w
+
+
 def _fitted(rows: Tensor, width: int, wanted: int) -> Tensor:
     """Rows (n, width) zero-padded or cut at their end."""
     if wanted <= width:

@@ -14,7 +14,7 @@ where blocks are large, or, for the second factor where γ = φ = 1, as one smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +23,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nas.designs.einsum import Structure
 from nas.layers.kernels.plan import Gemm, Plan, Product, onednn_available
+from nas.layers.kernels.shapes import SHORT, SLAB_ROWS, is_narrow, slabs
 from nas.layers.kernels.torch_internals import linear_by_onednn, onednn_linear
 
-#: Rows of W whose gradient is held at once; enough for a matrix product at full speed.
-SLAB_ROWS = 256
-#: The inner size at which a product is as dear as the copy of its result.
-_SHORT = 32
 #: Of x, A and B: whether the gradient is wanted; the gradient, or None.
 Wanted = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -132,7 +129,7 @@ def matrix(a: Tensor, b: Tensor | None, d_out: int, d_in: int) -> Tensor:
     beta, epsilon = b.shape[3:]
     w = a.new_empty(phi, epsilon, delta, gamma, beta, alpha)
     right = a.permute(2, 0, 1, 3, 4).reshape(phi, gamma, rho, delta * alpha)
-    for f, e in _slabs(phi, epsilon, delta):  # so that no second W is needed
+    for f, e in slabs(phi, epsilon, delta):  # so that no second W is needed
         left = b[f, ..., e]
         blocks, rows = left.shape[0] * gamma, beta * left.shape[4]
         left = left.permute(0, 1, 3, 4, 2).reshape(blocks, rows, rho)
@@ -215,13 +212,31 @@ def _multiply(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) ->
 def _place(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
     """p (b, m, k) · q (b, k, n) into the axes of `out` (b, ·, ·, n), of any strides."""
     in_place = out.is_contiguous()
-    if how == "blocks" and not (in_place and p.shape[2] <= _SHORT):
+    if how == "blocks" and not (in_place and p.shape[2] <= SHORT):
         for o, left, right in zip(out, p, q, strict=True):
             o.copy_(gemm(left, right, library).view(o.shape))
+    elif _turns(p, q):
+        _transpose_into(out, torch.bmm(q.mT, p.mT))
     elif in_place:
         torch.bmm(p, q, out=out.view(len(p), -1, q.shape[2]))
     else:
         out.copy_(torch.bmm(p, q).view(out.shape))
+
+
+def _turns(p: Tensor, q: Tensor) -> bool:
+    """Whether p · q (b, m, n) is better computed as the transpose of qᵀ · pᵀ."""
+    return p.device.type == "cpu" and is_narrow(p.shape[1], p.shape[2], q.shape[2])
+
+
+def _transpose_into(out: Tensor, product: Tensor) -> None:
+    """product (b, n, ij) into the axes of `out` (b, i, j, n), of any strides."""
+    blocks, middle, rows, columns = out.shape
+    if middle == 1:  # as matrices, which torch transposes fast
+        flat = out[:, 0].transpose(0, 1)
+        if flat.is_contiguous():
+            flat.view(rows, -1).copy_(product.view(blocks * columns, rows).t())
+            return
+    out.copy_(product.mT.view(out.shape))
 
 
 def _accumulate(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) -> None:
@@ -229,6 +244,8 @@ def _accumulate(out: Tensor, p: Tensor, q: Tensor, how: Product, library: Gemm) 
     if how == "blocks":
         for o, left, right in zip(out.unbind(), p.unbind(), q.unbind(), strict=True):
             o.add_(gemm(left, right, library))
+    elif _turns(p, q):
+        out.add_(torch.bmm(q.mT, p.mT).mT)
     elif out.dtype == p.dtype:
         torch.baddbmm(out, p, q, out=out)
     else:
@@ -340,7 +357,11 @@ def _token_intermediate(xs: Tensor, a: Tensor, b: Tensor, delta: int, plan: Plan
 def _forward_by_token(x: Tensor, a: Tensor, b: Tensor, y: Tensor, plan: Plan) -> None:
     a2, b2 = _by_token(a, b)
     z = _token_intermediate(x.reshape(-1, x.shape[3]), a2, b2, a.shape[3], plan)
-    _place(y[:, 0], b2.expand(len(z), *b2.shape), z, "batched", plan.gemm)
+    out, left = y[:, 0], b2.expand(len(z), *b2.shape)
+    if out.is_contiguous():
+        torch.bmm(left, z, out=out)
+    else:
+        out.copy_(torch.bmm(left, z))
 
 
 def _backward_by_token(
@@ -378,7 +399,7 @@ def _materialised_backward(
     da = torch.zeros(phi, gamma, rho, delta * alpha, dtype=_accumulator(a), device=a.device)
     db = torch.zeros_like(b, dtype=_accumulator(b))
     right = a.permute(2, 0, 1, 3, 4).reshape(da.shape)
-    for f, e in _slabs(phi, epsilon, delta):  # so that no second W is needed
+    for f, e in slabs(phi, epsilon, delta):  # so that no second W is needed
         left = b[f, ..., e]
         count, some = left.shape[0], left.shape[4]
         start = (f.start * epsilon + e.start) * delta
@@ -407,19 +428,6 @@ def _rowwise(dy: Tensor, x: Tensor, library: Gemm, like: Tensor) -> Tensor:
     for start in range(0, dy.shape[1], SLAB_ROWS):
         dw[start : start + SLAB_ROWS] = gemm(dy[:, start : start + SLAB_ROWS].t(), x, library)
     return dw
-
-
-def _slabs(phi: int, epsilon: int, delta: int) -> Iterator[tuple[slice, slice]]:
-    """Ranges of (φ, ε) that cover W in slabs of about `SLAB_ROWS` of its rows."""
-    whole = SLAB_ROWS // (epsilon * delta)
-    some = max(1, SLAB_ROWS // delta)
-    if whole:
-        for f in range(0, phi, whole):
-            yield slice(f, f + whole), slice(0, epsilon)
-        return
-    for f in range(phi):
-        for e in range(0, epsilon, some):
-            yield slice(f, f + 1), slice(e, e + some)
 
 
 def workspace_elements(structure: Structure, plan: Plan, tokens: int) -> int:

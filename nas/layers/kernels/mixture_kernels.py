@@ -62,7 +62,8 @@ class _Rows:
         #: assignment (t·k + j) of each sorted row
         self.order = torch.argsort(flat, stable=True)
         self.tokens = self.order.div(self.k, rounding_mode="floor") if self.k > 1 else self.order
-        self.counts = torch.bincount(flat, minlength=experts)
+        # not by bincount, which waits for the device
+        self.counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
         #: rows of each expert where they are padded
         self.capacity = 0
         self.slots: Tensor | None = None

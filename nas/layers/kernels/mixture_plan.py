@@ -18,7 +18,6 @@ from nas.designs.einsum import Sizes
 from nas.designs.mixture import MixtureStructure
 from nas.errors import InvalidInput
 from nas.layers.kernels.plan import (
-    MACS_PER_SECOND,
     Operator,
     Plan,
     Sized,
@@ -27,8 +26,10 @@ from nas.layers.kernels.plan import (
     check_tile,
     cost,
     parse_tile,
+    rates_for,
     tile_of,
 )
+from nas.rates import MachineRates
 
 #: How the experts are taken together; see `MixturePlan`.
 Grouping = Literal["experts", "batched", "grouped", "matrices", "all"]
@@ -109,12 +110,10 @@ class MixturePlan:
         return f"grouping={self.grouping}" + ("" if self.plan is None else f" {self.plan}")
 
 
-# Seconds on one core besides those that `kernels.plan` knows, fitted to widths 16 to 1024.
-_DISPATCH_SECONDS = 110e-6  # sorting, counting, index arithmetic, forward and backward
-_ROW_MOVE_SECONDS = 0.45e-9  # a number gathered or combined
-_PRODUCT_SECONDS = 2e-6  # a product within a grouped one
-_EXPERT_SECONDS = 25e-6  # slicing for one expert
-_PADDING = 1.3  # the largest load over the mean, as a guess that no load may change
+# What mixtures do besides what `kernels.work` counts, fitted to widths 16 to 1024.
+_DISPATCH_OPERATIONS = 16  # sorting, counting, index arithmetic, forward and backward
+_EXPERT_OPERATIONS = 4  # slicing for one expert
+_PADDING = 2.5  # the largest load over the mean while gates learn; a guess that no load may change
 _SPILL_BYTES = 5 << 20  # a batch that is wider than this leaves the cache,
 _SPILL = 2.0  # and takes so many times as long
 _GATE_MOVES = 4  # passes over the intermediate of all experts for gates and their gradient
@@ -137,7 +136,6 @@ def choose_mixture_plan(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=65536)
 def choose_for_sizes(
     expert: Operator,
     experts: int,
@@ -146,30 +144,55 @@ def choose_for_sizes(
     device: str,
     dtype: torch.dtype,
     sorted_rows: bool,
+    apart: bool = False,
 ) -> MixturePlan:
-    """The same from what decides: `tokens` is a `bucket`, `sorted_rows` whether x or y has such."""
+    """The same from what decides: `tokens` is a `bucket`, `sorted_rows` whether x or y has such.
+
+    Where experts are those of several models and have to be kept `apart`, no plan multiplies the
+    numbers of one with zero weights of another, which would pass on what is not finite.
+    """
+    rates = rates_for(device)
+    return _choose(expert, experts, active, tokens, device, dtype, sorted_rows, apart, rates)
+
+
+@lru_cache(maxsize=65536)
+def _choose(
+    expert: Operator,
+    experts: int,
+    active: int,
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    sorted_rows: bool,
+    apart: bool,
+    rates: MachineRates,
+) -> MixturePlan:
     kind = torch.device(device)
     rows = tokens * active
     mean = max(1, -(-rows // experts))
     plans = candidates(expert, mean, kind, dtype)
-    best = min(plans, key=lambda plan: cost(plan, expert, mean))
+    best = min(plans, key=lambda plan: cost(plan, expert, mean, rates))
     one_by_one = MixturePlan("experts", plan=best)
     tile = tile_of(_all_sizes(expert, experts), kind, dtype)
     everything = MixturePlan("all", 0 if 2 * tile >= tokens else tile)
     if device != "cpu":
-        if not sorted_rows and experts * _expert_macs(expert) * tokens < 1 << 28:
+        if not (sorted_rows or apart) and experts * _expert_macs(expert) * tokens < 1 << 28:
             return everything  # so small that launches decide
         half = dtype in (torch.bfloat16, torch.float16)
-        return MixturePlan("grouped" if half and has_grouped_mm() else "batched")
-    dispatch = _DISPATCH_SECONDS + rows * 3 * (expert.d_in + expert.d_out) * _ROW_MOVE_SECONDS
-    found = {
-        one_by_one: dispatch + experts * (_EXPERT_SECONDS + cost(best, expert, mean)),
-        MixturePlan("batched"): dispatch + _batched_cost(expert, experts, mean * _PADDING, dtype),
-    }
+        return MixturePlan("grouped" if apart or (half and has_grouped_mm()) else "batched")
+    # rows of x and y gathered, scattered and combined
+    dispatch = _DISPATCH_OPERATIONS * rates.operation
+    dispatch += rows * 3 * (expert.d_in + expert.d_out) * rates.moved
+    each = _EXPERT_OPERATIONS * rates.operation + cost(best, expert, mean, rates)
+    padded = math.ceil(mean * _PADDING)
+    found = {one_by_one: dispatch + experts * each}
+    if not apart:
+        together = _batched_cost(expert, experts, padded, dtype, rates)
+        found[MixturePlan("batched")] = dispatch + together
     by_matrix = MixturePlan("grouped" if expert.is_dense else "matrices")
-    found[by_matrix] = dispatch + _matrices_cost(expert, experts, rows)
-    if not sorted_rows:
-        found[everything] = _all_cost(expert, experts, tokens, everything.tile)
+    found[by_matrix] = dispatch + _matrices_cost(expert, experts, rows, rates)
+    if not (sorted_rows or apart):
+        found[everything] = _all_cost(expert, experts, tokens, everything.tile, rates)
     return min(found, key=lambda plan: found[plan])
 
 
@@ -186,7 +209,9 @@ def _all_sizes(expert: Operator, experts: int) -> Sizes:
     return Sizes(s.alpha, s.beta, s.gamma, s.delta, s.epsilon, s.phi, s.rho * experts)
 
 
-def _batched_cost(expert: Operator, experts: int, rows: float, dtype: torch.dtype) -> float:
+def _batched_cost(
+    expert: Operator, experts: int, rows: int, dtype: torch.dtype, rates: MachineRates
+) -> float:
     """Products over (γ, E) and (φ, E) in one batch each."""
     s = expert.sizes
     # as many blocks as one operator of E times γ and φ has, but each takes only its own expert
@@ -194,35 +219,38 @@ def _batched_cost(expert: Operator, experts: int, rows: float, dtype: torch.dtyp
     one = Sized(expert.d_in, expert.d_out, wide)
     if expert.is_dense:
         one = Sized(expert.d_in, expert.d_out, expert.sizes, True)
-        seconds = experts * cost(Plan("materialised"), one, math.ceil(rows))
+        seconds = experts * cost(Plan("materialised"), one, rows, rates)
         between = 0
     else:
-        seconds = cost(Plan("a-first"), one, math.ceil(rows)) / experts
+        seconds = cost(Plan("a-first"), one, rows, rates) / experts
         between = s.beta * s.gamma * s.delta * s.phi * s.rho
     held = experts * rows * (expert.d_in + between + expert.d_out) * dtype.itemsize
     return seconds * (_SPILL if held > _SPILL_BYTES else 1.0)
 
 
-def _matrices_cost(expert: Operator, experts: int, rows: int) -> float:
+def _matrices_cost(expert: Operator, experts: int, rows: int, rates: MachineRates) -> float:
     """Three products with the matrices; these built twice, and their gradient taken apart."""
-    rate, entries = MACS_PER_SECOND["blas"], expert.d_in * expert.d_out
-    products = 3 * (rows * entries / rate + experts * _PRODUCT_SECONDS)
+    entries = expert.d_in * expert.d_out
+    products = 3 * (rows * entries * rates.blas_mac + experts * rates.blas_product)
     if expert.is_dense:
         return products
-    return products + experts * entries * (7 * _ROW_MOVE_SECONDS + 8 * expert.sizes.rho / rate)
+    return products + experts * entries * (
+        7 * rates.moved + 8 * expert.sizes.rho * rates.batched_mac
+    )
 
 
-def _all_cost(expert: Operator, experts: int, tokens: int, tile: int) -> float:
+def _all_cost(expert: Operator, experts: int, tokens: int, tile: int, rates: MachineRates) -> float:
     """Every expert on every token."""
     if expert.is_dense:
         wide = experts * (expert.d_in + expert.d_out) * tokens
         dense = Sized(expert.d_in, expert.d_out * experts, expert.sizes, True)
-        products = cost(Plan("materialised"), dense, tokens)
+        products = cost(Plan("materialised"), dense, tokens, rates)
     else:
         sizes = _all_sizes(expert, experts)
         wide = sizes.beta * sizes.gamma * sizes.delta * sizes.phi * sizes.rho * tokens
-        products = cost(Plan("a-first", tile), Sized(expert.d_in, expert.d_out, sizes), tokens)
-    return products + _GATE_MOVES * wide * _ROW_MOVE_SECONDS
+        all_of_them = Sized(expert.d_in, expert.d_out, sizes)
+        products = cost(Plan("a-first", tile), all_of_them, tokens, rates)
+    return products + _GATE_MOVES * wide * rates.moved
 
 
 def has_grouped_mm() -> bool:

@@ -1,9 +1,10 @@
 """Execution plans: which of the exact ways to compute a structured layer is run.
 
 A `Plan` is chosen by a cost model from the operator, the number of tokens (rounded up to a power
-of two), the kind of device and the dtype alone, so that the same layer on the same kind of machine
-runs the same plan every time; it can be read, stored as text, and fixed.  Every plan gives the same
-result to rounding; the same plan, machine, torch and number of threads give the same bits.
+of two), the kind of device, the dtype and the rates in use (`nas.rates`) alone, so that the same
+layer on the same machine runs the same plan every time; it can be read, stored as text, and fixed.
+Every plan gives the same result to rounding; the same plan, machine, torch and number of threads
+give the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 from dataclasses import dataclass, fields
 from functools import cache, cached_property, lru_cache
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 from nas.designs.einsum import Sizes, Structure, fingerprint
 from nas.errors import InvalidInput
 from nas.layers.kernels.torch_internals import onednn_linear
+from nas.layers.kernels.work import work
+from nas.rates import MachineRates, current_rates
 
 #: Which factor is contracted first, or both multiplied into one matrix.
 Order = Literal["a-first", "b-first", "materialised"]
@@ -180,21 +182,10 @@ def onednn_available() -> bool:
     return onednn_linear() is not None
 
 
-@cache
-def _onednn_is_faster() -> bool:
-    """MKL keeps its AVX-512 code to Intel's processors; oneDNN's runs on all that have it."""
-    if not (onednn_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
-        return False
-    try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def gemm_library(device: torch.device, dtype: torch.dtype) -> Gemm:
-    """The faster library of single matrix products."""
-    single = device.type == "cpu" and dtype == torch.float32
-    return "onednn" if single and _onednn_is_faster() else "blas"
+def gemm_libraries(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, ...]:
+    """The libraries that single matrix products can be run by."""
+    both = device.type == "cpu" and dtype == torch.float32 and onednn_available()
+    return ("blas", "onednn") if both else ("blas",)
 
 
 def bucket(tokens: int) -> int:
@@ -211,18 +202,32 @@ def choose(
 ) -> Plan:
     """The plan that the cost model expects to take the least time, forward and backward.
 
-    The model knows CPUs; for another device it tells the orders apart by MACs and memory traffic
-    only, so that measuring pays there.  `library` restricts single products to one library.
+    The model knows CPUs, by `current_rates`; for another device it tells the orders apart by
+    default rates, so that measuring pays there.  `library` restricts single products to one.
     """
-    return _choose(operator, bucket(tokens), device.type, dtype, library)
+    rates = rates_for(device.type)
+    return _choose(operator, bucket(tokens), device.type, dtype, library, rates)
+
+
+def rates_for(device: str) -> MachineRates:
+    """The rates by which plans for this kind of device are chosen."""
+    return current_rates() if device == "cpu" else _DEFAULT_RATES
+
+
+_DEFAULT_RATES = MachineRates()
 
 
 @lru_cache(maxsize=65536)
 def _choose(
-    operator: Operator, tokens: int, device: str, dtype: torch.dtype, library: Gemm | None
+    operator: Operator,
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    library: Gemm | None,
+    rates: MachineRates,
 ) -> Plan:
     plans = candidates(operator, tokens, torch.device(device), dtype, library)
-    return min(plans, key=lambda plan: cost(plan, operator, tokens))
+    return min(plans, key=lambda plan: cost(plan, operator, tokens, rates))
 
 
 def candidates(
@@ -233,12 +238,11 @@ def candidates(
     library: Gemm | None = None,
 ) -> list[Plan]:
     """Every plan worth considering here, each with its tile."""
-    library = library or gemm_library(device, dtype)
+    libraries = gemm_libraries(device, dtype) if library is None else (library,)
+    found = [Plan("materialised", gemm=gemm) for gemm in libraries]
     if operator.is_dense:
-        libraries = dict.fromkeys((library, "blas"))
-        return [Plan("materialised", gemm=gemm) for gemm in libraries]
+        return found
     sizes = operator.sizes
-    found = [Plan("materialised", gemm=library)]
     orders: tuple[Order, ...] = ("a-first", "b-first")
     ways: list[tuple[Product, Product]] = [("batched", "batched")]
     if device.type == "cpu":
@@ -251,7 +255,10 @@ def candidates(
         if "blocks" in (first, second) and second != "tokens":
             tile *= 2  # single products gain more from rows than from the cache
         tile = 0 if 2 * tile >= tokens else tile  # two tiles save no more than they cost
-        found.append(Plan(order, tile, first, second, library))
+        single = "blocks" in (first, second)
+        found += [
+            Plan(order, tile, first, second, gemm) for gemm in (libraries if single else ("blas",))
+        ]
     return found
 
 
@@ -277,89 +284,12 @@ _LEAST_TILE = 256
 #: Smaller products of single tokens are slow everywhere.
 _LEAST_TOKEN_SIDE = 8
 
-# Rates of one core of a 2024 server processor with AVX-512, in single precision, fitted to 440
-# timed plans.  Only their ratios decide, so that they serve other processors and more threads.
-MACS_PER_SECOND: dict[Gemm, float] = {"blas": 44e9, "onednn": 92e9}
-_MOVE_SECONDS = 0.4e-9  # a number moved
-_CALL_SECONDS = 4e-6  # a tensor operation
-_GEMM_SECONDS = 49e-6  # a single matrix product, with its views and the copy of its result
-_BLOCK_SECONDS = 0.35e-6  # a product within a batch
-_FILL = 3.5  # the side at which a batched product reaches half its speed
 
+def cost(plan: Plan, operator: Operator, tokens: int, rates: MachineRates | None = None) -> float:
+    """Expected seconds of forward and backward on a CPU (relative ones elsewhere).
 
-def cost(plan: Plan, operator: Operator, tokens: int) -> float:
-    """Expected seconds of forward and backward on one core (relative ones elsewhere)."""
-    if plan.order == "materialised":
-        return _materialised_cost(plan, operator, tokens)
-    s = operator.sizes if plan.order == "a-first" else operator.sizes.swapped()
-    tiles = -(-tokens // plan.tile) if plan.tile else 1
-    t = tokens / max(tiles, 1)
-    # forward z and y; backward z again, dB, dZ, dA and dX
-    first = _product_seconds(
-        plan.first, plan.gemm, s.gamma, t * s.beta, s.alpha, s.delta * s.phi * s.rho
-    )
-    if plan.second == "tokens":
-        rate = MACS_PER_SECOND["blas"] * _fill(s.delta)
-        macs = t * s.delta * s.epsilon * s.beta * s.rho
-        second = macs / rate + t * _BLOCK_SECONDS + _CALL_SECONDS
-        moved = t * (s.epsilon * s.beta * s.rho + s.epsilon * s.delta) * _MOVE_SECONDS
-    else:
-        second = _product_seconds(
-            plan.second, plan.gemm, s.phi, t * s.delta, s.gamma * s.beta * s.rho, s.epsilon
-        )
-        moved = t * _relayout_seconds(plan, s)
-    if plan.order == "b-first":
-        moved += t * 4 * _MOVE_SECONDS * (s.alpha * s.beta * s.gamma)
-    return max(tiles, 1) * (4 * first + 3 * second + moved + 12 * _CALL_SECONDS)
-
-
-def _product_seconds(
-    how: Product, library: Gemm, count: int, rows: float, inner: int, columns: int
-) -> float:
-    """`count` products (rows × inner) · (inner × columns)."""
-    macs = count * rows * inner * columns
-    if how == "blocks":
-        return macs / MACS_PER_SECOND[library] + count * _GEMM_SECONDS
-    fill = _fill(inner) * _fill(columns)
-    return macs / (MACS_PER_SECOND["blas"] * fill) + count * _BLOCK_SECONDS + _CALL_SECONDS
-
-
-def _fill(size: int) -> float:
-    """The share of full speed that a product with a side of `size` reaches."""
-    return size / (size + _FILL)
-
-
-def _relayout_seconds(plan: Plan, s: Sizes) -> float:
-    """Copies per token around the products of one tile, forward and backward."""
-    z = _intermediate(s)
-    seconds = 6 * z * _MOVE_SECONDS  # written once and read twice, and so its gradient
-    if s.beta * s.delta > 1:
-        seconds += 3 * z * _MOVE_SECONDS
-    elif s.rho > 1 or plan.first == "blocks":
-        seconds += z * _MOVE_SECONDS
-    if plan.second == "blocks":
-        seconds += 2 * z * _MOVE_SECONDS
-    if plan.first == "blocks":
-        seconds += z * _MOVE_SECONDS
-    # y and dY, where products cannot write or read them in place; then X, twice, and dX
-    moves = (plan.second == "blocks" or s.phi * s.delta > 1) + (
-        s.delta > 1 or (plan.second == "blocks" and s.phi > 1)
-    )
-    seconds += moves * s.phi * s.epsilon * s.delta * _MOVE_SECONDS
-    moves = (plan.first == "blocks" or s.gamma * s.beta > 1) + 2 * (
-        s.gamma > 1 and (plan.first == "blocks" or s.beta > 1)
-    )
-    return seconds + moves * s.gamma * s.beta * s.alpha * _MOVE_SECONDS
-
-
-def _materialised_cost(plan: Plan, operator: Operator, tokens: int) -> float:
-    s = operator.sizes
-    matrix = s.alpha * s.beta * s.gamma * s.phi * s.epsilon * s.delta
-    rate = MACS_PER_SECOND[plan.gemm]
-    if operator.is_dense:
-        call = _CALL_SECONDS if plan.gemm == "blas" else _GEMM_SECONDS
-        return 3 * (tokens * operator.d_in * operator.d_out / rate + call)
-    products = 3 * (tokens * matrix / rate + _GEMM_SECONDS)
-    # W twice, its gradient once; and the products of its gradient with both factors
-    build = matrix * (3 * _MOVE_SECONDS + 4 * s.rho / (MACS_PER_SECOND["blas"] * 0.5))
-    return products + build + 12 * _CALL_SECONDS
+    By the rates given, else by those that this process uses.
+    """
+    rates = current_rates() if rates is None else rates
+    seconds = rates.as_dict()
+    return sum(seconds[name] * units for name, units in work(plan, operator, tokens).items())

@@ -7,10 +7,10 @@ from torch import nn
 from nas.designs.design import Design
 from nas.planning.recipe import Recipe
 from nas.training.models.mlp import MLP
-from nas.training.models.parts import build_optimizer
+from nas.training.models.parts import learning_rates
 from nas.training.models.transformer import TokenTransformer, ViT
 
-__all__ = ["MLP", "TokenTransformer", "ViT", "build_model", "build_optimizer"]
+__all__ = ["MLP", "TokenTransformer", "ViT", "build_model", "learning_rates"]
 
 _FAMILIES: dict[str, type[MLP | TokenTransformer | ViT]] = {
     "gpt": TokenTransformer,

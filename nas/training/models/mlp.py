@@ -5,10 +5,12 @@ Source: arXiv:2410.02117, appendix.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from nas.designs.design import Design
 from nas.planning.recipe import Recipe
+from nas.training.models.ops import OWN, Ops
 from nas.training.models.parts import (
     NumberEmbedding,
     branch_scale,
@@ -27,8 +29,10 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.linears = structured_linears(recipe, design, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch_scale * feed_forward(self.linears, self.norm(x))
+    def run(self, ops: Ops, x: Tensor) -> Tensor:
+        """(..., width) → the same."""
+        fed = feed_forward(ops, self.linears, ops.norm(self.norm, x))
+        return torch.add(x, fed, alpha=self.branch_scale)
 
 
 class MLP(nn.Module):
@@ -41,9 +45,12 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = zero_head(recipe, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embedding(x)
+    def run(self, ops: Ops, x: Tensor) -> Tensor:
+        """Numbers (..., features) → (..., outputs)."""
+        x = ops.linear(self.embedding, x)
         for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(self.norm(x))
-        return out
+            x = block.run(ops, x)  # type: ignore[operator]
+        return ops.linear(self.head, ops.norm(self.norm, x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(OWN, x)

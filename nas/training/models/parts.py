@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,6 +13,7 @@ from nas.layers import build_layer, param_groups
 from nas.layers.mixture import MixtureFFN, MixtureLinear
 from nas.planning.cost import linears, structures_of
 from nas.planning.recipe import Recipe
+from nas.training.models.ops import Ops
 
 EMBEDDING_STD = 1.0
 #: Depth at which branches enter unscaled.
@@ -47,13 +48,14 @@ def structured_linears(recipe: Recipe, design: Design, width: int) -> nn.ModuleD
     return nn.ModuleDict(layers)
 
 
-def feed_forward(layers: nn.ModuleDict, x: Tensor) -> Tensor:
+def feed_forward(ops: Ops, layers: nn.ModuleDict, x: Tensor) -> Tensor:
     """The feed-forward branch of a block."""
     if "mlp" in layers:
-        mixed: Tensor = layers["mlp"](x)
-        return mixed
-    out: Tensor = layers["mlp_out"](functional.gelu(layers["mlp_in"](x)))
-    return out
+        block = layers["mlp"]
+        assert isinstance(block, MixtureFFN)
+        return ops.mixture_block(block, x)
+    hidden = functional.gelu(ops.structured([layers["mlp_in"]], x).squeeze(-2))
+    return ops.structured([layers["mlp_out"]], hidden).squeeze(-2)
 
 
 def branch_scale(recipe: Recipe) -> float:
@@ -77,10 +79,7 @@ def zero_head(recipe: Recipe, width: int) -> nn.Linear:
     return head
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, width: int) -> torch.optim.AdamW:
-    """AdamW with structure-aware learning rates; the head counts as a dense layer."""
+def learning_rates(model: nn.Module, recipe: Recipe, width: int) -> list[dict[str, Any]]:
+    """Parameter groups with structure-aware learning rates; the head counts as a dense layer."""
     head = model.get_parameter("head.weight")
-    groups = param_groups(model, recipe.lr, extra={head: recipe.base_width / width})
-    return torch.optim.AdamW(
-        groups, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
-    )
+    return param_groups(model, recipe.lr, extra={head: recipe.base_width / width})

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from nas.designs.design import Design
 from nas.planning.recipe import Recipe
+from nas.training.models.ops import OWN, Ops
 from nas.training.models.parts import (
     EMBEDDING_STD,
     NumberEmbedding,
@@ -37,28 +38,33 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.linears = structured_linears(recipe, design, width)
 
-    def _attention(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
+    def _attention(self, ops: Ops, x: Tensor) -> Tensor:
+        *leading, tokens, width = x.shape
+        projections = [self.linears[name] for name in ("query", "key", "value")]
+        split = ops.structured(projections, x)
+        split = split.view(*split.shape[:-1], self.heads, self.head_dim)
+        both, value = torch.split(split, [2, 1], dim=-3)
+        query, key = ops.norms((self.query_norm, self.key_norm), both)
 
-        def heads(name: str) -> Tensor:
-            split: Tensor = self.linears[name](x).view(batch, tokens, self.heads, self.head_dim)
-            return split.transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        def by_head(part: Tensor) -> Tensor:  # (sequences, heads, tokens, head_dim)
+            return part.reshape(-1, tokens, self.heads, self.head_dim).transpose(1, 2)
 
         mixed = functional.scaled_dot_product_attention(
-            self.query_norm(heads("query")),
-            self.key_norm(heads("key")),
-            heads("value"),
+            by_head(query),
+            by_head(key),
+            by_head(value.squeeze(-3)),
             is_causal=self.causal,
             scale=8 / self.head_dim,
         )
-        merged: Tensor = self.linears["attention_out"](
-            mixed.transpose(1, 2).reshape(batch, tokens, width)
-        )
-        return merged
+        merged = mixed.transpose(1, 2).reshape(*leading, tokens, width)
+        return ops.structured([self.linears["attention_out"]], merged).squeeze(-2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.branch_scale * self._attention(self.attention_norm(x))
-        return x + self.branch_scale * feed_forward(self.linears, self.mlp_norm(x))
+    def run(self, ops: Ops, x: Tensor) -> Tensor:
+        """(..., tokens, width) → the same."""
+        attended = self._attention(ops, ops.norm(self.attention_norm, x))
+        x = torch.add(x, attended, alpha=self.branch_scale)
+        fed = feed_forward(ops, self.linears, ops.norm(self.mlp_norm, x))
+        return torch.add(x, fed, alpha=self.branch_scale)
 
 
 class _Transformer(nn.Module):
@@ -72,12 +78,17 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = zero_head(recipe, width)
 
-    def _through_blocks(self, x: Tensor) -> Tensor:
-        x = x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
+    def _through_blocks(self, ops: Ops, x: Tensor) -> Tensor:
+        x = x + ops.positions(self.position_embedding, x.shape[-2])
         for block in self.blocks:
-            x = block(x)
-        normed: Tensor = self.norm(x)
-        return normed
+            x = block.run(ops, x)  # type: ignore[operator]
+        return ops.norm(self.norm, x)
+
+    def run(self, ops: Ops, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(OWN, x)
 
 
 class TokenTransformer(_Transformer):
@@ -92,9 +103,11 @@ class TokenTransformer(_Transformer):
         self.token_embedding = nn.Embedding(recipe.embedded_tokens, width)
         nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.head(self._through_blocks(self.token_embedding(tokens)))
-        return logits
+    def run(self, ops: Ops, x: Tensor) -> Tensor:
+        """Token ids (..., tokens) → logits (..., tokens, vocabulary)."""
+        return ops.linear(
+            self.head, self._through_blocks(ops, ops.embedded(self.token_embedding, x))
+        )
 
 
 class ViT(_Transformer):
@@ -104,6 +117,7 @@ class ViT(_Transformer):
         super().__init__(recipe, design, width)
         self.patch_embedding = NumberEmbedding(recipe.features, width)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        logits: Tensor = self.head(self._through_blocks(self.patch_embedding(patches)).mean(dim=1))
-        return logits
+    def run(self, ops: Ops, x: Tensor) -> Tensor:
+        """Patches (..., patches, features) → logits (..., classes)."""
+        through = self._through_blocks(ops, ops.linear(self.patch_embedding, x))
+        return ops.linear(self.head, through.mean(dim=-2))

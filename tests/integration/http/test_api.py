@@ -73,7 +73,8 @@ def plant(client: TestClient) -> str:
 def _point(plan: RunPlan, step: int, loss: float) -> StoredPoint:
     windows = tuple(loss + 0.1 * math.sin(i) for i in range(64))
     mean = sum(windows) / 64
-    return StoredPoint(step, float(step * plan.train_flops_per_step), mean, 0.01, 1.0, windows)
+    seconds = step * (0.01 if plan.dense else 0.02)
+    return StoredPoint(step, float(step * plan.train_flops_per_step), mean, 0.01, seconds, windows)
 
 
 def test_create_read_list_and_cancel(client: TestClient) -> None:
@@ -251,6 +252,20 @@ def test_best_is_the_lowest_completed_run_within_the_budget(client: TestClient) 
     multiplier = best["multiplier_over_dense"]
     assert multiplier["kind"] == "exact"
     assert multiplier["value"] == pytest.approx(4 ** (1 - share), rel=0.02)
+    # a step of Monarch takes twice as long as one of dense
+    trials = {t["number"]: t for t in client.get(f"/v1/searches/{search}/trials").json()["items"]}
+    seconds = {n: trials[n]["steps"] * (0.01 if n == 0 else 0.02) for n in (0, 5)}
+    realised = best["realised_multiplier_over_dense"]
+    assert realised == best["structured_realised_multiplier"]
+    assert realised.pop("value") == pytest.approx(
+        4 ** (1 - share) * seconds[0] / seconds[5], rel=0.02
+    )
+    assert realised == {
+        "kind": "exact", "interval": None, "seeds": 1, "reason": None, "device": "cpu, float32",
+        "together": [1],
+    }  # fmt: skip
+    assert best["best_structured"]["train_seconds"] == pytest.approx(seconds[5])
+    assert best["best_structured"]["device"] == "cpu, float32"
     assert client.get("/v1/best?task=text&train_flops=1").status_code == 404
     # two points a curve are no law: nothing is said about budgets beyond what was measured
     beyond = client.get("/v1/best?task=text&train_flops=1e12")
@@ -274,7 +289,20 @@ def test_best_within_budgets_of_other_units(client: TestClient) -> None:
         assert best["budget_axis"] == unit
         assert best["budget_unit"]
         assert client.get(f"/v1/best?search={search}&{unit}=0.5").status_code == 404
-    # nothing was timed here
+    within = trials[5]["steps"] * 0.02
+    best = client.get(f"/v1/best?search={search}&train_seconds={within}&device=CPU").json()
+    assert (best["budget_axis"], best["budget_unit"]) == ("train_seconds", "seconds of training")
+    assert (best["device"], best["other_devices"], best["not_timed"]) == ("cpu, float32", [], 0)
+    assert (best["name"], best["best_structured"]["train_seconds"]) == ("monarch", within)
+    assert best["structured_realised_multiplier"]["kind"] == "exact"
+    assert best["structured_multiplier"]["kind"] == "exact"
+    none = client.get(f"/v1/best?search={search}&train_seconds=0.001")
+    assert none.status_code == 404
+    assert "on cpu, float32: the least measured is" in none.json()["detail"]
+    for query in ("train_seconds=1&device=tpu", "params=1&device=cpu"):
+        refused = client.get(f"/v1/best?search={search}&{query}")
+        assert (refused.status_code, refused.json()["field"]) == (422, "device")
+    # no step was timed here
     slow = client.get(f"/v1/best?search={search}&step_seconds=1")
     assert slow.status_code == 404
     assert "none was measured" in slow.json()["detail"]
@@ -289,6 +317,18 @@ def test_fronts_on_other_axes(client: TestClient) -> None:
         t["steps"] for t in client.get(f"/v1/searches/{search}/trials").json()["items"]
     }
     assert client.get(f"/v1/frontier?search={search}&x=step_seconds").json()["frontier"] == []
+    timed = client.get(f"/v1/frontier?search={search}&x=train_seconds&device=cpu").json()
+    assert (timed["x_unit"], timed["device"]) == ("seconds of training", "cpu, float32")
+    seconds = [p["train_seconds"] for p in timed["frontier"]]
+    assert seconds == sorted(seconds)
+    assert len(seconds) > 2
+    refused = client.get(f"/v1/frontier?search={search}&device=cpu")
+    assert (refused.status_code, refused.json()["field"]) == (422, "device")
+    live = client.get(f"/searches/{search}/live?x=train_seconds").json()
+    assert live["measured"] == {"device": "cpu, float32", "other_devices": [], "not_timed": 0}
+    x_axis = live["scatter"]["layout"]["xaxis"]["title"]["text"]
+    assert x_axis == "seconds of training, measured on cpu, float32"
+    assert set(live["scatter"]["data"][2]["x"]) >= {p["train_seconds"] for p in timed["dense"]}
     live = client.get(f"/searches/{search}/live?x=params").json()
     assert set(live["scatter"]["data"][2]["x"]) >= {p["params"] for p in front["dense"]}
     refused = client.get(f"/v1/frontier?search={search}&x=parsecs").json()

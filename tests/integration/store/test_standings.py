@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from nas.store import AXES, Leases, Standings, Store, StoredPoint, fronts, task_
 from nas.store.engine import open_engine, writing
 from nas.store.fronts import Points, as_points, is_beaten, sweep
 from nas.store.migrate import upgrade
+from nas.store.schema import ScopeRow
+from nas.store.scopes import locked_scope
 from nas.store.standings import rebuild
 from tests.support.stored import begun, draft, run, standing
 
@@ -97,11 +100,15 @@ def test_results_as_they_land_equal_those_built_anew(
         lease = begun(store, "f1" if search < 2 else "f2", seed=search)
         for number in range(6):
             losses = sorted(rng.uniform(1, 3, 4).round(2).tolist(), reverse=True)
-            run(store, lease, number, losses, key=f"{search}-{number}")
+            ran = {"device": "cpu", "threads": 1 + number % 2} if number else None
+            run(store, lease, number, losses, key=f"{search}-{number}", environment=ran)
         twin = Leases(store).add_trial(lease, draft(6, key=f"{search}-0"))
         assert Leases(store).reuse_result(lease, twin.id)
         Leases(store).release(lease, "succeeded")
-    found = [Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES]
+    scopes = [d.scope for scope in SCOPES for d in Standings(store).devices(scope)]
+    assert len(scopes) == 4
+    scopes += SCOPES
+    found = [Standings(store).front(scope, axis, dense=True) for scope in scopes for axis in AXES]
     before = standing(store)
     assert len(before) > 30
     with writing(store.engine) as session:
@@ -109,7 +116,7 @@ def test_results_as_they_land_equal_those_built_anew(
     assert standing(store) == before
     # what stood too long changed no front
     assert found == [
-        Standings(store).front(scope, axis, dense=True) for scope in SCOPES for axis in AXES
+        Standings(store).front(scope, axis, dense=True) for scope in scopes for axis in AXES
     ]
 
 
@@ -124,7 +131,9 @@ def test_the_front_is_read_with_what_identifies_its_runs(store: Store) -> None:
             (quick, 1e9, 3.5), (quick, 2e9, 2.5), (slow, 4e9, 2.0),
         ]  # fmt: skip
         assert reading.front(scope, "train_flops", dense=False) == []
-        by_memory = reading.front(scope, "peak_memory", dense=True)
+        (device,) = reading.devices(scope)
+        assert (device.name, device.trials) == ("cpu, 1 thread, float32", 2)
+        by_memory = reading.front(device.scope, "peak_memory", dense=True)
         assert [(p.run.trial_id, p.run.peak_memory) for p in by_memory] == [(slow, 1000)]
     state = reading.state(task_scope("text", "f1"))
     assert state is not None
@@ -176,6 +185,88 @@ def test_runs_of_a_model_come_with_their_curves(store: Store) -> None:
     assert {r.seed for r in found} == {0, 1, 2}
     assert [[p.loss for p in r.points] for r in found] == [[3.0, 2.0 - i / 10] for i in range(3)]
     assert {r.structure for r in found} == {"0,0,1,0,0,1,0"}
+
+
+def test_each_device_has_its_own_standings_on_measured_axes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many models of a fast device come before those of a slow one."""
+    monkeypatch.setattr(fronts, "KEPT_MODELS", 1)
+    monkeypatch.setattr(fronts, "_SWEPT_AT_LEAST", 1)
+    lease = begun(store)
+    gpu = {"device": "cuda:0", "device_name": "H200", "threads": 1, "bf16": True, "replicates": 2}
+    fast = [run(store, lease, i, [3.0, 2.0 - i / 10], environment=gpu) for i in range(3)]
+    slow = run(store, lease, 3, [3.5, 2.5])
+    unknown = run(store, lease, 4, [3.0, 1.0], environment={})
+    reading = Standings(store)
+    for scope in (lease.search_id, task_scope("text", "f1")):
+        first, second = reading.devices(scope)
+        assert (first.name, first.trials) == ("cuda H200, 1 thread, bfloat16", 3)
+        assert (second.name, second.trials) == ("cpu, 1 thread, float32", 1)
+        for axis in ("train_seconds", "step_seconds", "peak_memory"):
+            assert reading.front(scope, axis, dense=True) == []
+            assert {p.run.trial_id for p in reading.front(first.scope, axis, dense=True)} <= {*fast}
+            of_slow = reading.front(second.scope, axis, dense=True)
+            assert {p.run.trial_id for p in of_slow} == {slow}
+        # what is computed, not measured, is of all runs
+        front = reading.front(scope, "train_flops", dense=True)
+        assert front[-1].run.trial_id == unknown
+        assert {r.device for r in reading.runs(scope, trials=[slow, unknown])} == {
+            second.name,
+            None,
+        }
+        assert [r.together for r in reading.runs(scope, trials=[fast[0], slow])] == [2, 1]
+    assert reading.trials_on(lease.search_id, first.name) == {*fast}
+    # as soon as runs of the other are the more
+    for number in range(5, 8):
+        run(store, lease, number, [3.0, 2.9])
+    assert [d.trials for d in reading.devices(lease.search_id)] == [4, 3]
+
+
+def test_devices_are_those_of_one_tenant(store: Store) -> None:
+    for tenant, threads in (("team", 1), ("Team", 2), ("te_m", 3)):
+        ran = {"device": "cpu", "threads": threads}
+        own = store.view(tenant)
+        run(own, begun(own, seed=threads), 0, [2.0], key=tenant, environment=ran)
+    found = Standings(store).devices(task_scope("text", "f1", "te_m"))
+    assert [d.name for d in found] == ["cpu, 3 threads, float32"]
+    found = Standings(store).devices(task_scope("text", "f1", "team"))
+    assert [d.name for d in found] == ["cpu, 1 thread, float32"]
+    assert Standings(store).devices(task_scope("text", "f1")) == []
+
+
+def test_runs_without_measured_seconds_do_not_stand_on_them(store: Store) -> None:
+    lease, leases = begun(store), Leases(store)
+    for number, seconds in enumerate(([0.0, 1.0], [1.0, 1.0], [2.0, 1.0], [1.0, 2.0])):
+        trial = leases.add_trial(lease, draft(number))
+        leases.start_trial(lease, trial.id)
+        for step, at in zip((1, trial.steps), seconds, strict=True):
+            point = StoredPoint(step, step * 1e9, 3.0 / step, 0.1, at, (1.0,))
+            leases.add_point(lease, trial.id, point)
+        leases.complete_trial(lease, trial.id, {"device": "cpu"})
+    (device,) = Standings(store).devices(lease.search_id)
+    assert device.trials == 1
+    front = Standings(store).front(device.scope, "train_seconds", dense=True)
+    assert {p.run.trial_id for p in front} == {trial.id}
+
+
+def test_standings_of_an_earlier_layout_are_built_anew(migrated_url: str) -> None:
+    """And a worker that would go on as before loses its lease."""
+    upgrade(migrated_url)
+    store = Store(migrated_url)
+    lease = begun(store)
+    run(store, lease, 0, [3.0, 2.0])
+    before = standing(store)
+    with writing(store.engine) as session:
+        locked_scope(session, "*").revision -= 1
+        for row in session.scalars(sa.select(ScopeRow).where(ScopeRow.scope.contains("|"))):
+            session.delete(row)
+    assert Standings(store).devices(lease.search_id) == []
+    upgrade(migrated_url)
+    assert standing(store) == before
+    with pytest.raises(LeaseLost):
+        Leases(store).renew(lease)
+    store.close()
 
 
 def test_a_store_of_the_first_version_gets_its_standings(tmp_path: Path) -> None:

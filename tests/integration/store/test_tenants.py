@@ -17,6 +17,7 @@ from nas.store import Leases, Standings, Store, StoredPoint, task_scope, upgrade
 from nas.store.audit import Audit
 from nas.store.migrate import downgrade_within, migrating
 from nas.store.quotas import Quotas, most_flops
+from nas.store.standings import LAYOUT
 from nas.store.tenants import all_use, set_quotas
 from tests.support.stored import LONG, REQUEST, begun, draft, run, standing, together
 
@@ -315,8 +316,8 @@ def test_an_upgrade_parts_what_tenants_had_in_common(database_url: str, others: 
     store.close()
     with migrating(database_url) as connection:
         downgrade_within(connection, "0004")
-        # as the program of that schema keeps them
-        connection.execute(text("UPDATE scopes SET revision = 1 WHERE scope = '*'"))
+        # as if the program of that schema kept them as this one does
+        connection.execute(text(f"UPDATE scopes SET revision = {LAYOUT} WHERE scope = '*'"))
         connection.execute(text("DELETE FROM standings"))
     upgrade(database_url)
     store = Store(database_url)

@@ -12,12 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text, update
 
 from nas.planning.request import SearchRequest
+from nas.rates import Machine, MachineRates, load_or_measure, processor, rates_folder
 from nas.service.doctor import Check, examine, examine_here, shared_memory, show_checks, worst
 from nas.settings import Settings, settings
 from nas.store import Store, upgrade
@@ -84,6 +87,30 @@ def test_an_installation_that_is_new_makes_nothing(tmp_path: Path) -> None:
     assert found(checks, "database").status == "warning"
     assert advised(checks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_shows_the_rates_in_use_and_where_they_come_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = Settings(home=tmp_path)
+    check = found(examine(used), "rates")
+    assert check.finding.startswith("defaults; the first run on this machine measures it")
+    assert check.values == {"source": "default", "seconds": MachineRates().as_dict()}
+    rates = MachineRates(blas_mac=1e-11, moved=2.5e-10)
+    machine = Machine(processor(), version("torch"), "AVX2", used.cpus_per_trial)
+    load_or_measure(tmp_path, replace(machine, threads=7), MachineRates)  # not that of trials
+    load_or_measure(tmp_path, machine, lambda: rates)
+    check = found(examine(used), "rates")
+    assert check.values["source"] == "measured"
+    assert check.values["seconds"] == rates.as_dict()
+    assert check.values["machine"]["threads"] == 1
+    assert check.finding.startswith(f"measured {check.values['measured_at']} on {processor()}")
+    for shown in ("BLAS 100, ", "GMAC/s", "µs", "copied 0.25,", " ns"):
+        assert shown in check.finding
+    show_checks([check])
+    assert "BLAS 100, " in capsys.readouterr().out
+    (rates_folder(tmp_path) / machine.file_name).write_text("{")
+    assert found(examine(used), "rates").values["source"] == "default"
 
 
 @pytest.mark.parametrize(("revision", "word"), [("0001", "db upgrade"), ("9999", "upgrade einsum")])

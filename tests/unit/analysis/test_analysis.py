@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nas.analysis import frontier
 from nas.analysis.confirmation import kendall_tau, rank_correlation, tau_interval
-from nas.analysis.frontier import flops_to_reach, hypervolume, non_dominated
+from nas.analysis.frontier import hypervolume, least_to_reach, non_dominated
 from nas.store import ConfirmedPair, CurvePoint, Run
 
 
@@ -60,20 +60,20 @@ def test_fronts_are_told_apart_by_kind() -> None:
     [(4.0, 1.0, "at_most"), (3.0, 1.0, "exact"), (1.5, 4.0, "exact"), (1.4, 4.0, "more_than"),
      (math.sqrt(3.0 * 1.5), 2.0, "exact")],
 )  # fmt: skip
-def test_flops_to_reach_a_loss(target: float, flops: float, kind: str) -> None:
-    found, found_kind = flops_to_reach(np.array([1.0, 4.0]), np.array([3.0, 1.5]), target)
+def test_the_least_to_reach_a_loss(target: float, flops: float, kind: str) -> None:
+    found, found_kind = least_to_reach(np.array([1.0, 4.0]), np.array([3.0, 1.5]), target)
     assert found == pytest.approx(flops)
     assert found_kind == kind
 
 
 def test_a_loss_of_zero_is_still_a_number() -> None:
     flops, losses = np.array([1.0, 2.0]), np.array([1.0, 0.0])
-    assert flops_to_reach(flops, losses, 0.0) == (2.0, "exact")
-    assert np.isfinite(flops_to_reach(flops, losses, 0.5)[0])
+    assert least_to_reach(flops, losses, 0.0) == (2.0, "exact")
+    assert np.isfinite(least_to_reach(flops, losses, 0.5)[0])
 
 
 def test_a_curve_that_rises_again_has_reached_what_it_reached() -> None:
-    got = flops_to_reach(np.array([1.0, 2.0, 4.0]), np.array([3.0, 2.0, 2.5]), 2.0)
+    got = least_to_reach(np.array([1.0, 2.0, 4.0]), np.array([3.0, 2.0, 2.5]), 2.0)
     assert got == (2.0, "exact")
 
 

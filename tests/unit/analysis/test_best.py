@@ -304,6 +304,161 @@ def test_a_multiplier_is_bounded_above_where_dense_is_never_reached() -> None:
     assert answer.multiplier == Multiplier(value=1.0, kind="exact", interval=(1.0, 1.0), seeds=1)
 
 
+# --- seconds
+
+CPU = "cpu, 1 thread, float32"
+
+
+def timed(of: Run, per_flop: float, device: str | None = CPU, together: int = 1) -> Run:
+    """The run, whose seconds are in proportion to its FLOPs."""
+    points = [replace(p, train_seconds=p.train_flops * per_flop) for p in of.points]
+    changes = {"points": tuple(points), "device": device, "together": together}
+    return of.model_copy(update=changes)
+
+
+@given(
+    saved=st.floats(0.6, 1.9), slower=st.floats(0.1, 5.0), exponent=st.floats(0.1, 1.0),
+    seeds=st.integers(1, 3), share=st.floats(0.8, 1.0),
+)  # fmt: skip
+def test_the_realised_multiplier_is_what_slowness_leaves_of_the_saving(
+    saved: float, slower: float, exponent: float, seeds: int, share: float
+) -> None:
+    """At 1/saved of the FLOPs and `slower` times the seconds of a FLOP, in either budget."""
+    runs = []
+    for seed in range(seeds):
+        of_dense = power_law(10 + seed, 4.0, exponent, structure=DENSE, seed=seed)
+        own = power_law(20 + seed, 4.0 * saved**-exponent, exponent, seed=seed)
+        runs += [timed(of_dense, 1.0), timed(own, slower)]
+    for budget, axis in ((16.0 * share, "train_flops"), (16.0 * share, "train_seconds")):
+        found = ask(runs, budget, axis=axis)
+        multiplier, realised = found.structured_multiplier, found.structured_realised
+        assert multiplier is not None
+        assert realised is not None
+        if multiplier.kind == "exact":
+            assert multiplier.value == pytest.approx(saved)
+            assert realised.value == pytest.approx(saved / slower)
+            assert (realised.interval is None) == (seeds == 1)
+        assert (realised.kind, realised.seeds) == (multiplier.kind, seeds)
+        assert (realised.device, realised.together) == (CPU, [1])
+
+
+@given(
+    scale=st.floats(1e-3, 1e3), budget=st.floats(2.0, 40.0),
+    losses=st.lists(st.integers(500, 4000), min_size=30, max_size=30, unique=True),
+    lengths=st.lists(st.integers(2, 5), min_size=6, max_size=6),
+)  # fmt: skip
+def test_where_seconds_are_in_proportion_to_flops_both_budgets_have_one_answer(
+    scale: float, budget: float, losses: list[int], lengths: list[int]
+) -> None:
+    runs = []
+    for i, length in enumerate(lengths):
+        points = [(2.0 ** (k + 1), losses[5 * i + k] / 1000) for k in range(length)]
+        structure = (DENSE, "monarch", "kronecker")[i % 3]
+        runs.append(timed(run(i, points, structure=structure, seed=i // 3), scale))
+    in_flops, in_seconds = ask(runs, budget), ask(runs, budget * scale, axis="train_seconds")
+    assert in_seconds.best.run == in_flops.best.run
+    assert in_seconds.best.loss == pytest.approx(in_flops.best.loss)
+    for one, other in zip(in_seconds.best.readings, in_flops.best.readings, strict=True):
+        assert (one.run, one.steps) == (other.run, other.steps)
+        assert one.train_flops == pytest.approx(other.train_flops)
+        assert one.train_seconds == pytest.approx(one.train_flops * scale)
+    assert in_seconds.compared == in_flops.compared
+    for name in ("multiplier", "structured_multiplier", "realised", "structured_realised"):
+        found, again = getattr(in_flops, name), getattr(in_seconds, name)
+        assert (found is None) == (again is None)
+        if found is not None:
+            assert (found.kind, found.seeds) == (again.kind, again.seeds)
+            assert found.value == pytest.approx(again.value)
+
+
+def test_a_budget_of_seconds_reads_curves_in_seconds() -> None:
+    """Half the FLOPs and twice the seconds: lower within the FLOPs, higher within the seconds."""
+    own = timed(power_law(2, 4.0 * 2**-0.25), 4.0)
+    runs = [timed(power_law(1, 4.0, structure=DENSE), 1.0), own]
+    within_flops, within_seconds = ask(runs, 16.0), ask(runs, 16.0, axis="train_seconds")
+    assert (within_flops.best.run.name, within_seconds.best.run.name) == ("monarch", "dense")
+    best = within_seconds.best_structured
+    assert best is not None
+    assert best.loss == pytest.approx(4.0 * 2**-0.25 * 4.0**-0.25)  # 4 FLOPs in 16 seconds
+    assert best.train_flops == pytest.approx(4.0)
+    assert best.train_seconds == pytest.approx(16.0)
+    assert best.steps == 400
+    found = ask(runs, 16.0)
+    assert found.multiplier is not None
+    assert found.realised is not None
+    assert found.multiplier.value == pytest.approx(2.0)
+    assert found.realised.value == pytest.approx(0.5)
+
+
+def test_a_fast_seed_counts_within_a_budget_that_only_slow_ones_reach() -> None:
+    runs = [timed(power_law(i, 4.0, seed=i), speed) for i, speed in enumerate((0.5, 1.0, 2.0))]
+    best = ask(runs, 20.0, axis="train_seconds").best
+    assert best.seeds == 3
+    assert [r.train_flops for r in best.readings] == pytest.approx([16.0, 16.0, 10.0])
+    assert best.train_flops == pytest.approx(14.0)
+    # a shorter run says nothing of what it would be after more steps
+    short = timed(run(7, [(2.0, 3.6), (4.0, 3.4)], seed=7), 1.0)
+    assert ask([*runs, short], 20.0, axis="train_seconds").best.seeds == 3
+    assert ask([*runs, short], 4.0, axis="train_seconds").best.seeds == 4
+
+
+def test_the_realised_multiplier_compares_the_runs_of_the_compute_multiplier() -> None:
+    """A dense model that is better in seconds, and worse in FLOPs, is not the one compared."""
+    dense = timed(power_law(1, 4.0, structure=DENSE), 1.0)
+    quick = timed(power_law(3, 4.2, structure=DENSE, width=64), 0.01)
+    own = timed(power_law(2, 4.0 * 2**-0.25), 1.0)
+    found = ask([dense, quick, own], 16.0)
+    assert found.realised is not None
+    assert found.realised.value == pytest.approx(2.0)
+    in_seconds = ask([dense, quick, own], 16.0, axis="train_seconds")
+    assert in_seconds.best.run == own
+
+
+def test_without_seconds_or_on_two_devices_nothing_is_realised() -> None:
+    dense, own = power_law(1, 4.0, structure=DENSE), power_law(2, 4.0 * 2**-0.25)
+    for pair, reason in (
+        ((dense, own), "no measured seconds"),
+        ((timed(dense, 1.0), timed(own, 1.0, None)), "no measured seconds"),
+        ((timed(dense, 1.0), timed(own, 0.0)), "no measured seconds"),
+        ((timed(dense, 1.0), timed(own, 1.0, "cuda")), f"different devices: {CPU} | cuda"),
+    ):
+        found = ask(pair, 16.0)
+        assert found.multiplier is not None
+        assert found.multiplier.value == pytest.approx(2.0)
+        assert found.realised is not None
+        assert (found.realised.value, found.realised.kind) == (None, "undetermined")
+        assert (found.realised.interval, found.realised.seeds) == (None, 0)
+        assert reason in str(found.realised.reason)
+    # seeds of which it is known count, on the device of most of them
+    runs = []
+    for seed, device in enumerate((CPU, "cuda", "cuda", None)):
+        runs.append(timed(power_law(10 + seed, 4.0, structure=DENSE, seed=seed), 1.0, device))
+        own = power_law(20 + seed, 4.0 * 2**-0.25, seed=seed)
+        runs.append(timed(own, 1.0 + seed, device, together=2))
+    found = ask(runs, 16.0)
+    assert found.multiplier is not None
+    assert found.realised is not None
+    assert (found.multiplier.seeds, found.realised.seeds) == (4, 2)
+    assert (found.realised.device, found.realised.together) == ("cuda", [1, 2])
+    assert found.realised.value == pytest.approx(2.0 / math.sqrt(2 * 3))
+    assert found.best.device is None
+    assert found.best.train_seconds is None
+
+
+def test_bounds_stay_bounds_in_seconds() -> None:
+    dense = timed(power_law(1, 4.0, structure=DENSE), 1.0)
+    low = ask([dense, timed(run(2, [(8.0, 1.0)]), 3.0)], 16.0).realised
+    assert low is not None
+    assert (low.kind, low.interval) == ("at_least", None)
+    assert low.value == pytest.approx(16 / 24)
+    never = ask([timed(power_law(1, 2.0, structure=DENSE), 1.0), timed(power_law(2, 4.0), 3.0)], 16)
+    assert never.structured_realised is not None
+    assert never.structured_realised.kind == "less_than"
+    assert never.structured_realised.value == pytest.approx(1 / 3)
+    assert never.realised is not None
+    assert (never.realised.value, never.realised.device) == (1.0, CPU)
+
+
 # --- other budgets
 
 

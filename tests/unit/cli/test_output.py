@@ -38,7 +38,8 @@ def commands(command: Any, *words: str) -> Iterator[tuple[str, ...]]:
 
 READING = [
     ("inspect", "btt:rho=1/4", "--d-in", "64", "--d-out", "64"), ("searches",), ("frontier",),
-    ("best", "--train-flops", "2e11"), ("workers",), ("tenants",), ("audit",),
+    ("best", "--train-flops", "2e11"), ("best", "--train-seconds", "100"),
+    ("frontier", "--x", "train_seconds", "--device", "cpu"), ("workers",), ("tenants",), ("audit",),
     ("keys", "create", "--name", "Zoë’s θ"), ("keys", "list"), ("cancel", "θ"),
     ("db", "backup", "θ.db"), ("export", "--format", "csv", "--out", "θ.csv"),
     ("searches", "--state", "θ"), ("searches", "--limit", "θ"),

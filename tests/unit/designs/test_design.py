@@ -34,7 +34,7 @@ from nas.layers import (
 )
 from nas.planning import cost, runs
 from nas.planning.recipe import IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
-from nas.training.models import build_model, build_optimizer
+from nas.training.models import build_model, learning_rates
 
 DESIGNS = (
     "dense",
@@ -257,7 +257,7 @@ def test_experts_that_are_feed_forward_blocks_leave_attention_dense() -> None:
 def test_every_parameter_of_a_model_has_one_learning_rate(text: str) -> None:
     design = runs.fit(TEXT, parse_design(text), 32)
     model = build_model(TEXT, design, 32)
-    groups = build_optimizer(model, TEXT, 32).param_groups
+    groups = learning_rates(model, TEXT, 32)
     members = [p for group in groups for p in group["params"]]
     assert len(members) == len(set(members)) == len(list(model.parameters()))
     assert all(math.isfinite(group["lr"]) and group["lr"] > 0 for group in groups)

@@ -26,6 +26,7 @@ from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Plan
+from nas.layers.kernels import einsum as kernels
 from nas.layers.kernels.contraction import contract, plain
 from nas.layers.kernels.measuring import remember_plans, remembered_plans
 from nas.layers.kernels.plan import candidates, choose, onednn_available
@@ -86,6 +87,34 @@ def test_every_plan_is_the_matrix_and_its_gradient(
         layer.plan = plan
         for got, want in zip(gradients(layer, x, dy), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=str(plan))
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(64, 96), (61, 101)])
+@pytest.mark.parametrize("name", [*NAMES, "1/3,0,2/3,0,1/3,2/3,0", "1/3,0,2/3,0,2/3,1/3,1/4"])
+def test_products_with_few_columns_are_transposed(name: str, d_in: int, d_out: int) -> None:
+    """So many tokens that rows are many and columns few, which examples of any size leave out."""
+    torch.manual_seed(0)
+    layer = EinsumLinear(name, d_in, d_out, dtype=torch.float64)
+    x, dy = torch.randn(70, d_in).double(), torch.randn(70, d_out).double()
+    expected = by_matrix(layer, x, dy)
+    for plan in (p for tile in (0, 33) for p in plans_of(layer.structure, tile, ["blas"])):
+        layer.plan = plan
+        for got, want in zip(gradients(layer, x, dy), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=str(plan))
+
+
+def test_few_columns_are_met_by_these_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned: list[torch.Size] = []
+    into = kernels._transpose_into
+
+    def noted(out: Tensor, product: Tensor) -> None:
+        turned.append(out.shape)
+        into(out, product)
+
+    monkeypatch.setattr(kernels, "_transpose_into", noted)
+    layer = EinsumLinear("1/3,0,2/3,0,1/3,2/3,0", 64, 96, plan=Plan("a-first"))
+    layer(torch.randn(70, 64)).sum().backward()
+    assert turned
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(24, 36), (37, 29)])

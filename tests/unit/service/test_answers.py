@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from nas.cli.terminal import show_best
+from nas.cli.terminal import show_best, show_frontier
 from nas.designs.design import parse_design, structure_of
 from nas.designs.einsum import Structure
 from nas.errors import InvalidInput, NotFound
@@ -44,10 +44,12 @@ def store(migrated_url: str) -> Iterator[Store]:
     opened.close()
 
 
-def planted(structure: str, seed: int, *losses: float, width: int = 32) -> PlantedRun:
-    """Points at 1e9, 2e9, … train FLOPs."""
+def planted(
+    structure: str, seed: int, *losses: float, width: int = 32, **measured: Any
+) -> PlantedRun:
+    """Points at 1e9, 2e9, … train FLOPs, and at 10, 20, … seconds by default."""
     curve = [(1000 * (i + 1), loss) for i, loss in enumerate(losses)]
-    return PlantedRun(parse_design(structure), width, seed, 10**6, 100 * width, curve)
+    return PlantedRun(parse_design(structure), width, seed, 10**6, 100 * width, curve, **measured)
 
 
 @pytest.mark.parametrize("budgets", only([10], [10, 40]))
@@ -244,7 +246,7 @@ def test_the_verdict_rests_on_seeds(
     show_best(best)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"verdict: {verdict} ({best.verdict_reason})" in shown
-    assert shown.count("unconfirmed") == (3 if (verdict, dense) == ("unconfirmed", 2.5)
+    assert shown.count("unconfirmed") == (4 if (verdict, dense) == ("unconfirmed", 2.5)
                                           else int(verdict == "unconfirmed"))  # fmt: skip
     assert not re.search(r"\b1 \w*(runs|searches|seeds|structures|steps)|\b0 next|\(s\)", shown)
     snippet = best.snippet
@@ -255,6 +257,116 @@ def test_the_verdict_rests_on_seeds(
     keeps = verdict in ("dense is lower", "no clear difference") or dense is None
     assert ("# keep dense" in snippet) == keeps
     assert ("replace_linears(" in snippet) != keeps
+
+
+GPU = {"device": "cuda", "device_name": "H200", "threads": 1, "bf16": True}
+#: Of a structure that learns in a third of the FLOPs what dense does, and needs three times as long
+#: for a step.
+SLOW: dict[str, Any] = {"step_seconds": 0.03}
+
+
+def test_a_budget_of_seconds_is_of_one_device(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = {seed: seed / 100 for seed in range(3)}
+    runs = [
+        planted("dense", seed, *(y + e for y in (3.6, 3.5, 3.4, 3.3, 3.2, 3.0, 2.9)))
+        for seed, e in noise.items()
+    ]
+    runs += [
+        planted("monarch", seed, *(y + e for y in (3.2, 3.0, 2.8)), **SLOW)
+        for seed, e in noise.items()
+    ]
+    fast: dict[str, Any] = {"step_seconds": 0.0001, "environment": GPU}
+    runs += [planted("kronecker", 0, 1.9, 1.8, **fast), planted("dense", 0, 1.9, 1.85, **fast)]
+    runs += [planted("kronecker", 1, 1.9, 1.7, environment=None),
+             planted("kronecker", 2, 1.9, 1.7, step_seconds=0.0)]  # fmt: skip
+    plant(store, runs, fingerprint="planted", budget=2e11)
+    stand(store)
+    best = get_best(store, task=TASK, train_seconds=60)
+    assert (best.budget_axis, best.kind) == ("train_seconds", "measured")
+    assert best.budget_unit == "seconds of training"
+    assert best.device == "cpu, 1 thread, float32"
+    (other_device,) = best.other_devices
+    assert (other_device.name, other_device.runs) == ("cuda H200, 1 thread, bfloat16", 2)
+    assert best.not_timed == 2
+    assert best.best_structured is not None
+    assert (best.best_structured.steps, best.best_structured.train_seconds) == (2000, 60.0)
+    assert best.interval is not None
+    # the loss of dense at 60 s and 6e9 FLOPs is that of Monarch at 60 s and 2e9 FLOPs
+    multiplier, realised = best.structured_multiplier, best.structured_realised_multiplier
+    assert multiplier is not None
+    assert realised is not None
+    assert multiplier.value == pytest.approx(3.0)
+    assert realised.value == pytest.approx(1.0)
+    assert (realised.seeds, realised.device) == (3, best.device)
+    show_best(best)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Best within 60 seconds of training: measured" in shown
+    assert "compute multiplier over dense: 3.00 (95%: 3.00 to 3.00, 3 seeds)" in shown
+    assert ("realised multiplier over dense: 1.00 (95%: 1.00 to 1.00, 3 seeds), in seconds on cpu, "
+            "1 thread, float32") in shown  # fmt: skip
+    assert "measured on cpu, 1 thread, float32" in shown
+    assert "(--device): cuda H200, 1 thread, bfloat16: 2 runs" in shown
+    assert "left out: 2 completed runs whose seconds, or whose device, are not recorded" in shown
+    # the same runs within FLOPs
+    best = get_best(store, task=TASK, train_flops=6e9)
+    assert (best.device, best.other_devices, best.not_timed) == (None, [], 0)
+
+    other = get_best(store, task=TASK, train_seconds=60, device="cuda")
+    assert other.name.startswith("kronecker")
+    assert other.device == "cuda H200, 1 thread, bfloat16"
+    assert other.best_structured is not None
+    assert other.best_structured.train_seconds == pytest.approx(0.2)
+    for device in ("tpu", "float", ""):
+        with pytest.raises(InvalidInput, match=r"device: .* cpu, 1 thread, float32 \| cuda H200"):
+            get_best(store, task=TASK, train_seconds=60, device=device)
+    with pytest.raises(InvalidInput, match=r"device: .* on a measured axis: train_seconds"):
+        get_best(store, task=TASK, train_flops=6e9, device="cpu")
+    with pytest.raises(NotFound, match="on cpu, 1 thread, float32: the least measured is 10"):
+        get_best(store, task=TASK, train_seconds=5)
+
+
+def test_a_front_in_seconds_is_of_one_device(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [planted("dense", 0, 3.0, 2.5), planted("monarch", 0, 2.8, 2.4, **SLOW),
+            planted("kronecker", 0, 1.0, step_seconds=1e-4, environment=GPU)]  # fmt: skip
+    search = plant(store, runs, fingerprint="planted", budget=2e11)
+    stand(store)
+    for scope in ({"task": TASK}, {"search_id": search}):
+        front = get_frontier(store, x="train_seconds", **scope)
+        assert [(p.train_seconds, p.loss) for p in front.frontier] == [
+            (10.0, 3.0), (20.0, 2.5), (60.0, 2.4)
+        ]  # fmt: skip
+        assert (front.device, front.x_measured) == ("cpu, 1 thread, float32", True)
+        assert [d.runs for d in front.other_devices] == [1]
+        on_gpu = get_frontier(store, x="step_seconds", device="h200", **scope)
+        assert [(p.step_seconds, p.loss) for p in on_gpu.frontier] == [(1e-4, 1.0)]
+        # FLOPs are the same everywhere
+        assert get_frontier(store, **scope).frontier[0].loss == 1.0
+    show_frontier(front)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "loss against seconds of training, measured on cpu, 1 thread" in shown
+    assert "cuda H200, 1 thread, bfloat16: 1 run" in shown
+    with pytest.raises(InvalidInput, match="device"):
+        get_frontier(store, x="params", device="cpu", task=TASK)
+
+
+def test_where_nothing_is_timed_there_is_no_best_in_seconds(store: Store) -> None:
+    runs = [planted("dense", 0, 3.0, environment={}), planted("monarch", 0, 2.0, environment=None)]
+    plant(store, runs, fingerprint="planted", budget=2e11)
+    stand(store)
+    with pytest.raises(NotFound, match="none was measured"):
+        get_best(store, task=TASK, train_seconds=30)
+    with pytest.raises(InvalidInput, match="nothing was measured here"):
+        get_best(store, task=TASK, train_seconds=30, device="cpu")
+    front = get_frontier(store, task=TASK, x="train_seconds")
+    assert (front.frontier, front.device, front.not_timed) == ([], None, 2)
+    realised = get_best(store, task=TASK, train_flops=1e9).realised_multiplier_over_dense
+    assert realised is not None
+    assert realised.value is None
+    assert "where they ran is not recorded" in str(realised.reason)
 
 
 def test_with_nothing_to_compare_no_comparison_is_told(

@@ -15,6 +15,7 @@ from nas.planning.recipe import (
     Recipe,
     with_overrides,
 )
+from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
 
 RNG = np.random.default_rng(0)
@@ -117,3 +118,31 @@ def test_losses_are_one_a_sample(recipe: Recipe) -> None:
     losses = sample_losses(recipe, outputs, targets)
     assert losses.shape == (3,)
     assert losses.tolist() == pytest.approx([expected] * 3)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(TEXT, context=8, batch=4),
+        REGRESSION,
+        replace(REGRESSION, pool=0, batch=8),
+        PIXELS,
+        replace(IMAGES, augmentation="crop+flip"),
+        IMAGES_VIT,
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_batches_are_the_same_where_the_data_were_moved_to_a_device(recipe: Recipe) -> None:
+    if recipe.task == "text":
+        train: dict[str, np.ndarray] = {"tokens": np.arange(1000, dtype=np.uint8) % 96}
+    else:
+        train = dict(load_data(recipe).train)
+    drawn = []
+    for device in (None, torch.device("cpu")):
+        draw, generator = training_batches(recipe, train, device), torch.Generator()
+        generator.manual_seed(3)
+        drawn.append([draw(generator) for _ in range(3)])
+    for (x, y), (same_x, same_y) in zip(*drawn, strict=True):
+        assert x.dtype == same_x.dtype
+        assert torch.equal(x, same_x)
+        assert torch.equal(y, same_y)

@@ -160,5 +160,6 @@ def test_steps_in_bfloat16_and_compiled_are_near_those_in_float32(
     assert len(compiled) == 1
     assert near[-1].loss == pytest.approx(exact[-1].loss, rel=0.02)
     assert near[-1].loss != exact[-1].loss
-    assert Execution.on("cuda") == Execution("cuda", bf16=True, compile=True)
+    assert Execution.on("cuda") == Execution("cuda", bf16=True, graphs=True)
+    assert Execution.on("cuda", 1e18) == Execution("cuda", bf16=True, compile=True, graphs=True)
     assert Execution.on("cpu") == Execution()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,15 +42,15 @@ class BlockDiagonalLinear(StructuredLinear):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {"A": self.structure.shape}
 
-    def _plain(self, x: Tensor) -> Tensor:
-        (factor,) = self._effective_factors()
+    def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        (factor,) = factors
         blocks, _, columns = factor.shape
         x = functional.pad(x, (0, blocks * columns - self.in_features))
         y = torch.einsum("brc,nbc->nbr", factor, x.reshape(-1, blocks, columns))
         return y.flatten(1)[:, : self.out_features]
 
-    def _product(self, x: Tensor) -> Tensor:
-        return self._plain(x).contiguous()
+    def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return self.plain(x, factors).contiguous()
 
     def _checked_plan(self, value: object) -> str:
         return str(value)

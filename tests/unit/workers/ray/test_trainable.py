@@ -16,6 +16,7 @@ import torch
 from nas.designs.design import parse_design
 from nas.planning.recipe import REGRESSION, Recipe
 from nas.planning.runs import plan_of_steps
+from nas.records.device import device_of, processor_name
 from nas.tasks import load_data
 from nas.training.checkpoint import Checkpoint
 from nas.training.run import CPU
@@ -99,6 +100,8 @@ def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
         ended = report(made)
     environment = ended["ended"]["environments"]["0"]
     assert (environment["device"], environment["replicates"]) == ("cpu", 1)
+    threads = f"{environment['threads']} thread"
+    assert str(device_of(environment)).startswith(f"cpu {processor_name()}, {threads}")
     cost = ended["ended"]["cost"]
     assert cost["seconds_per_step"] > 0
     assert cost["peak_memory_bytes"] > 0
@@ -168,18 +171,9 @@ def test_a_state_that_does_not_fit_is_not_used(tmp_path: Path) -> None:
         report(first)
     (state,) = tmp_path.iterdir()
     content = torch.load(state, weights_only=True)
-    weights = tensors_of(content)
-    weights.pop(next(iter(weights)))
+    content["parameters"].pop()
     torch.save(content, state)
     assert reports(actor(tmp_path)) == reports(actor(tmp_path / "fresh"))
-
-
-def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
-    """The first mapping of names to tensors in a saved state, at whatever depth."""
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return content
-    inner = (tensors_of(value) for value in content.values() if isinstance(value, dict))
-    return next((found for found in inner if found), {})
 
 
 @pytest.mark.parametrize("design", ["btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=1"])
