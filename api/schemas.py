@@ -71,7 +71,8 @@ class Preview(_Out):
     loss_unit: str
     trials: int
     references: list[ReferenceOut]
-    total_runs: int
+    replicates: int
+    total_runs: int = Field(description="of every candidate and reference with each of its seeds")
     total_train_flops_at_most: float
     train_flops_unit: str
     minimum_train_flops: float = Field(description="smallest budget accepted for this request")

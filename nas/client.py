@@ -348,8 +348,8 @@ class Client(_Connection[httpx.Client]):
         idempotency_key
             Makes a repeated submission return the first one's search; a fresh key by default.
         fields
-            data, recipe, overrides, trials, objective, sampler, seed, references, space, limits,
-            priority.
+            data, recipe, overrides, trials, objective, sampler, seed, references, replicates,
+            space, limits, priority.
 
         Raises
         ------

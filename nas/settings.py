@@ -102,9 +102,9 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(0.5, gt=0.0, le=60.0)
     """Seconds between a worker's attempts to claim a search."""
     concurrency: int | None = Field(None, ge=1, le=4096)
-    """Trials that run at once; by default as many as the cluster has room for."""
+    """Trials, or packs of them, that run at once; by default as many as the cluster holds."""
     cpus_per_trial: int = Field(1, ge=1, le=256)
-    """CPU cores of one trial, which is also its number of threads."""
+    """CPU cores of one trial or pack, which is also its number of threads."""
     gpus_per_trial: float = Field(1.0, gt=0.0, le=64.0)
     """GPUs of one trial where the cluster has any; a fraction shares one."""
     resources_per_trial: dict[str, Annotated[float, Field(gt=0.0)]] = {}
@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     memory_per_trial: ByteSize | None = Field(None, ge=2**20)
     """Host memory that one trial may add to its process, such as `4GiB`."""
     trial_timeout_seconds: float = Field(86_400.0, gt=0.0, le=1e8)
-    """Seconds after which an attempt at a trial is ended."""
+    """Seconds after which an attempt at a trial is ended; three that train together have 3 ×."""
     max_attempts: int = Field(5, ge=1, le=100)
     """Attempts (lost leases, infrastructure errors) after which a search fails."""
     backoff_seconds: float = Field(5.0, ge=0.0, le=3600.0)

@@ -1,4 +1,4 @@
-"""One claimed search: decides which trial is next, and stores the results.
+"""One claimed search: decides which trials are next, and stores the results.
 
 It does not depend on Ray.  Every method that writes does so under the lease, so it raises
 `LeaseLost` once another worker has claimed the search.
@@ -13,8 +13,9 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -37,6 +38,7 @@ from nas.store import (
     TrialFailure,
 )
 from nas.store.records import UNFINISHED
+from nas.training.replicates import pay
 
 T = TypeVar("T")
 
@@ -83,8 +85,24 @@ class Signals:
         return any(getattr(self, signal.name).is_set() for signal in fields(self))
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Trials that one process trains together: runs of one plan, each with a seed of its own."""
+
+    trials: tuple[Trial, ...]
+    #: names the state that is kept of them; the same whichever of the planned runs are left
+    key: str
+
+    def of(self, seed: int) -> Trial:
+        """The trial with a seed."""
+        return next(t for t in self.trials if t.seed == seed)
+
+
 class SearchSession:
     """Hands out the trials of one search in order and stores what comes back.
+
+    A candidate or reference has `request.replicates` trials, numbered one after another.  What is
+    confirmed has as many as there are seeds.
 
     Parameters
     ----------
@@ -109,7 +127,8 @@ class SearchSession:
         self.recipe, self.fingerprint = recipe, fingerprint
         self._store, self._lease = store, lease
         self._leases = leases or Leases(store)
-        self._waiting: deque[Trial] = deque()
+        self._device = "cpu"
+        self._waiting: deque[Pack] = deque()
         #: key → trials that equal the running one and will share its result
         self._twins: dict[str, list[Trial]] = {}
         self._running: dict[int, Trial] = {}
@@ -126,8 +145,15 @@ class SearchSession:
         )
         return retrying(write, *args, **named)
 
-    def prepare(self) -> int:
-        """Plan the references and queue unfinished trials; return how many may still start."""
+    def prepare(self, device: str = "cpu") -> int:
+        """Plan the references and queue unfinished trials; return how many may still start.
+
+        Parameters
+        ----------
+        device
+            Kind of device on which they will train: cpu | cuda.
+        """
+        self._device = device
         stored = self._sql(self._store.trials, self.search.id)
         numbers = {t.number for t in stored}
         if self.request.confirm is not None:
@@ -135,55 +161,100 @@ class SearchSession:
         else:
             self._prepare_references(numbers)
         stored = self._sql(self._store.trials, self.search.id)
-        self._waiting.extend(t for t in stored if t.state in UNFINISHED)
-        return len(self._waiting) + self._unproposed(stored)
+        packs = (pack for group in self._groups(stored) for pack in self._packs(group))
+        self._waiting.extend(sorted(packs, key=lambda pack: pack.trials[0].number))
+        left = sum(t.state in UNFINISHED for t in stored)
+        return left + self._unproposed(stored) * self.request.replicates
 
     def _prepare_references(self, planned: set[int]) -> None:
         plans = references(self.recipe, self.request.train_flops, self.request.references)
-        for number, plan in enumerate(plans):
-            if number not in planned:
-                self._add(number, plan, kind="reference")
+        for place, plan in enumerate(plans):
+            if place * self.request.replicates not in planned:
+                self._add(place, plan, kind="reference")
         self._first_candidate = len(plans)
 
     def _prepare_confirmation(self, confirm: Confirm, planned: set[int]) -> None:
         """Plan every run with the first seed, then every run with the second, and so on, so that a
-        search that ends early has confirmed all runs with about as many seeds."""
+        search that ends early has confirmed all runs with about as many seeds, unless the seeds of
+        a run train together."""
         pairs = [(seed, run) for seed in confirm.seeds for run in confirm.runs]
         for number, (seed, run) in enumerate(pairs):
             if number not in planned:
                 plan = plan_of_steps(self.recipe, run.as_design, run.width, run.steps)
                 self._add(number, plan, kind="confirmation", seed=seed, confirms=run.trial_id)
 
+    def _groups(self, trials: Iterable[Trial]) -> list[list[Trial]]:
+        """The trials of each candidate, reference or confirmed run, which differ in their seed."""
+        groups: dict[int, list[Trial]] = {}
+        for t in trials:
+            of = t.number // self.request.replicates if t.confirms is None else t.confirms
+            groups.setdefault(of, []).append(t)
+        return list(groups.values())
+
+    def _packs(self, group: Sequence[Trial]) -> list[Pack]:
+        """How those of a group that are unfinished are to run; `group` is all that is planned."""
+        left = tuple(t for t in group if t.state in UNFINISHED)
+        if not left or len(group) == 1 or not pay(plan_of_trial(group[0]), self._device):
+            return _apart(left)
+        keys = "/".join(t.key for t in group)
+        return [Pack(left, hashlib.sha256(keys.encode()).hexdigest())]
+
     def _unproposed(self, stored: Sequence[Trial]) -> int:
         """Candidates that the sampler has still to propose; none for a confirmation."""
         if self.request.confirm is not None:
             return 0
-        return self.request.trials - sum(t.kind == "candidate" for t in stored)
+        trials = sum(t.kind == "candidate" for t in stored)
+        return self.request.trials - trials // self.request.replicates
 
     def _add(
-        self, number: int, plan: RunPlan, *, kind: Any, seed: int | None = None, **proposed: Any
-    ) -> Trial:
-        seed = self.request.seed if seed is None else seed
-        draft = TrialDraft(number, kind, plan, seed, self._key(plan, seed), plan.name, **proposed)
-        return self._sql(self._leases.add_trial, self._lease, draft)
+        self, place: int, plan: RunPlan, *, kind: Any, seed: int | None = None,
+        sampler_state: Mapping[str, Any] | None = None, **proposed: Any,
+    ) -> list[Trial]:  # fmt: skip
+        """Store the trials of a candidate, reference or confirmation: all of them, or none."""
+        seed, count = self.request.seed if seed is None else seed, self.request.replicates
+        first = TrialDraft(
+            place * count, kind, plan, seed, self._key(plan, seed), plan.name,
+            sampler_state=sampler_state, **proposed,
+        )  # fmt: skip
+        others = [
+            replace(
+                first, number=first.number + i, seed=seed + i, key=self._key(plan, seed + i),
+                sampler_state=None,
+            )
+            for i in range(1, count)
+        ]  # fmt: skip
+        return self._sql(self._leases.add_trials, self._lease, [first, *others])
 
     def _key(self, plan: RunPlan, seed: int) -> str:
         return run_key(self.recipe, self.fingerprint, plan, seed)
 
-    def next_trial(self) -> Trial | None:
-        """The next trial to run, stored as running; None if none can start now."""
+    def next_pack(self) -> Pack | None:
+        """The next trials to run, stored as running; None if none can start now."""
         while not self.signals.stop:
-            trial = self._waiting.popleft() if self._waiting else self._propose()
-            if trial is None:
+            if not self._waiting:
+                self._waiting.extend(self._propose())
+            if not self._waiting:
                 return None
-            if trial.key in self._twins:
-                self._twins[trial.key].append(trial)
-            elif not self._sql(self._leases.reuse_result, self._lease, trial.id):
+            pack = self._waiting.popleft()
+            due = tuple(t for t in pack.trials if self._is_due(t))
+            for trial in due:
                 self._sql(self._leases.start_trial, self._lease, trial.id)
                 self._twins[trial.key] = []
                 self._running[trial.id] = trial
-                return trial
+            if due:
+                return replace(pack, trials=due)
         return None
+
+    def _is_due(self, trial: Trial) -> bool:
+        """Whether a trial has to run: no equal one is running or has a result."""
+        if trial.key in self._twins:
+            self._twins[trial.key].append(trial)
+            return False
+        return not self._sql(self._leases.reuse_result, self._lease, trial.id)
+
+    def unfinished(self, pack: Pack) -> tuple[Trial, ...]:
+        """Those of a pack that still run."""
+        return tuple(t for t in pack.trials if t.id in self._running)
 
     @property
     def exhausted(self) -> bool:
@@ -199,34 +270,37 @@ class SearchSession:
         return self._unproposed(stored) <= 0 or self._flops_reached(stored) is not None
 
     def _flops_reached(self, stored: Sequence[Trial]) -> str | None:
-        """The limit on the FLOPs of all runs, where one more could exceed it."""
+        """The limit on the FLOPs of all runs, where one more candidate could exceed it."""
         limits = self.request.limits
         if limits is None or limits.total_train_flops is None:
             return None
         spent = sum(t.train_flops for t in stored if t.reused_from is None)
-        if spent + self.request.train_flops <= limits.total_train_flops:
+        more = self.request.train_flops * self.request.replicates
+        if spent + more <= limits.total_train_flops:
             return None
         return f"total_train_flops {limits.total_train_flops:.6g}"
 
-    def _propose(self) -> Trial | None:
+    def _propose(self) -> list[Pack]:
+        """The runs of one more candidate; none if there is to be none."""
         if self._proposed_all:
-            return None
+            return []
         stored = self._sql(self._store.trials, self.search.id)
-        candidates = [t for t in stored if t.kind == "candidate"]
-        self._proposed_all = self._unproposed(candidates) <= 0
+        self._proposed_all = self._unproposed(stored) <= 0
         if self._proposed_all or self._flops_reached(stored) is not None:
-            return None
-        number, seed = self._first_candidate + len(candidates), self.request.seed
+            return []
+        candidates = self._groups(t for t in stored if t.kind == "candidate")
+        place, seed = self._first_candidate + len(candidates), self.request.seed
         known = {t.key for t in stored}
-        past = [_as_past(t, self.request) for t in candidates]
+        past = [_as_past(group, self.request) for group in candidates]
         found = propose(
-            self.request, self.recipe, number, past, lambda plan: self._key(plan, seed) in known
+            self.request, self.recipe, place, past, lambda plan: self._key(plan, seed) in known
         )
-        unseen = tuple(t.number for t in candidates if t.state in UNFINISHED)
+        unseen = tuple(t.number for g in candidates if _is_unfinished(g) for t in g)
         params, state = found.params, found.sampler_state
-        return self._add(
-            number, found.plan, kind="candidate", params=params, sampler_state=state, unseen=unseen
+        added = self._add(
+            place, found.plan, kind="candidate", params=params, sampler_state=state, unseen=unseen
         )
+        return self._packs(added)
 
     def point(self, trial_id: int, point: StoredPoint) -> None:
         """Store one evaluation of a running trial."""
@@ -244,15 +318,24 @@ class SearchSession:
         self._sql(self._leases.fail_trial, self._lease, trial_id, reason, failure)
         self._settle(trial_id)
 
-    def retry(self, trial_id: int) -> None:
-        """Queue a running trial again, whose process died; it is the next one."""
-        self._waiting.appendleft(self._settle(trial_id))
+    def retry(self, pack: Pack, *, apart: bool = False) -> None:
+        """Queue what is unfinished of a pack whose process died; it is the next one.
 
-    def _settle(self, trial_id: int) -> Trial:
+        Parameters
+        ----------
+        apart
+            Each run by itself.
+        """
+        left = self.unfinished(pack)
+        for trial in left:
+            self._settle(trial.id)
+        packs = _apart(left) if apart else [replace(pack, trials=left)] if left else []
+        self._waiting.extendleft(reversed(packs))
+
+    def _settle(self, trial_id: int) -> None:
         trial = self._running.pop(trial_id)
-        # back to the queue: `next_trial` finds the result there, or runs the twin itself
-        self._waiting.extendleft(reversed(self._twins.pop(trial.key)))
-        return trial
+        # back to the queue: `next_pack` finds the result there, or runs the twin itself
+        self._waiting.extendleft(reversed(_apart(self._twins.pop(trial.key))))
 
     def hand_back(self) -> None:
         """Queue or pause the search, to be continued later; this counts as no failure."""
@@ -314,13 +397,35 @@ _STEP = re.compile(r" at step \d+( of \d+)?")
 _NUMBER = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{6,}\b|\d+(\.\d+)?")
 
 
-def _as_past(trial: Trial, request: SearchRequest) -> PastTrial:
-    assert trial.sampler_params is not None
-    if trial.state == "complete" and trial.loss is not None:
-        values: tuple[float, ...] = (trial.loss,)
-        if request.objective == "pareto":
-            # logarithm, because the most expensive runs would dominate a hypervolume in plain FLOPs
-            values = (trial.loss, math.log(trial.train_flops))
-        return PastTrial(trial.sampler_params, "complete", values, trial.sampler_state)
-    state = "running" if trial.state in UNFINISHED else "failed"
-    return PastTrial(trial.sampler_params, state, None, trial.sampler_state)  # type: ignore[arg-type]
+def _apart(trials: Iterable[Trial]) -> list[Pack]:
+    """Each trial as a pack of its own."""
+    return [Pack((t,), t.key) for t in trials]
+
+
+def plan_of_trial(trial: Trial) -> RunPlan:
+    """A stored trial has the fields of its plan."""
+    return RunPlan.from_dict({f.name: getattr(trial, f.name) for f in fields(RunPlan)})
+
+
+def _is_unfinished(group: Iterable[Trial]) -> bool:
+    return any(t.state in UNFINISHED for t in group)
+
+
+def _as_past(group: Sequence[Trial], request: SearchRequest) -> PastTrial:
+    """A candidate as one observation: the mean loss of its trials, once all of them have ended.
+
+    It has failed if one of them failed by itself, or none has a result.
+    """
+    first = group[0]
+    assert first.sampler_params is not None
+    past = partial(PastTrial, first.sampler_params, sampler_state=first.sampler_state)
+    if _is_unfinished(group):
+        return past("running", None)
+    losses = [t.loss for t in group if t.state == "complete" and t.loss is not None]
+    if not losses or any(t.state == "failed" and t.failure == "run" for t in group):
+        return past("failed", None)
+    loss = fmean(losses)
+    if request.objective == "pareto":
+        # logarithm, because the most expensive runs would dominate a hypervolume in plain FLOPs
+        return past("complete", (loss, math.log(first.train_flops)))
+    return past("complete", (loss,))

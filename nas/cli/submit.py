@@ -49,6 +49,9 @@ def search(
     ] = "budget",
     seed: Annotated[int, count("N", "Seed of proposals and runs.")] = 0,
     references: Annotated[int, count("N", "Dense runs, each of another width.")] = 5,
+    replicates: Annotated[
+        int, count("N", "Runs of each candidate and reference, with different seeds.")
+    ] = 1,
     families: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +95,7 @@ def search(
     fields: dict[str, Any] = {
         "task": task, "data": data, "recipe": recipe, "train_flops": train_flops, "trials": trials,
         "sampler": sampler, "objective": objective, "seed": seed, "references": references,
+        "replicates": replicates,
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, heads=heads
         ),

@@ -40,6 +40,7 @@ SAMPLERS: tuple[str, ...] = get_args(Sampler)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
+MAX_REPLICATES = 16
 MAX_CONFIRM_SEEDS = 64
 MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
@@ -147,7 +148,8 @@ class Limits(BaseModel):
         None,
         gt=0,
         le=MAX_SECONDS,
-        description="Most seconds of one attempt at a trial; then the trial fails.",
+        description="Most seconds of one attempt at a trial; then the trial fails. Runs that train "
+        "together have so many seconds each: three have three times as many.",
     )
     seconds: float | None = Field(
         None,
@@ -224,6 +226,13 @@ class SearchRequest(BaseModel):
         description="Dense runs at distinct widths, besides the trials; fewer only if the "
         "budget admits fewer widths.",
     )
+    replicates: Annotated[int, Field(ge=1, le=MAX_REPLICATES), WHOLE] = Field(
+        1,
+        description="Runs of each candidate and each dense reference: with `seed`, `seed` + 1 and "
+        "so on. The sampler sees their mean loss. Small models train together in one process, "
+        "which takes little more time than one of them.",
+        examples=[3],
+    )
 
     space: Space | None = Field(
         None,
@@ -265,6 +274,7 @@ class SearchRequest(BaseModel):
         # unset newer fields are left out, so that older requests keep their digests
         later = ("confirm", "space", "limits", "priority")
         left_out = {name for name in later if not getattr(self, name)}
+        left_out |= {"replicates"} if self.replicates == 1 else set()
         values = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(values, sort_keys=True, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -314,7 +324,19 @@ class SearchRequest(BaseModel):
             recipe.check_bytes()
         self.check_budget(recipe)
         self._check_confirm(recipe)
+        self._check_replicates()
         self._check_limits()
+
+    def _check_replicates(self) -> None:
+        count = self.replicates
+        if self.confirm is not None and count != 1:
+            raise InvalidInput("replicates", count, "1 for a confirmation, which has its own seeds")
+        if self.seed + count - 1 > MAX_SEED:
+            accepted = f"at most {MAX_SEED - self.seed + 1} with seed {self.seed}"
+            raise InvalidInput("replicates", count, f"{accepted}: seeds end at {MAX_SEED}")
+        if self.trials * count > MAX_TRIALS:
+            accepted = f"at most {MAX_TRIALS // self.trials} with {self.trials:,} trials"
+            raise InvalidInput("replicates", count, f"{accepted}: {MAX_TRIALS:,} runs in all")
 
     def _check_limits(self) -> None:
         total = self.limits.total_train_flops if self.limits else None
@@ -323,9 +345,10 @@ class SearchRequest(BaseModel):
         if self.confirm is not None:
             accepted = "null for a confirmation, because its runs are fixed"
             raise InvalidInput("limits.total_train_flops", total, accepted)
-        least = self.train_flops * (self.references + 1)
+        least = self.train_flops * (self.references + 1) * self.replicates
         if total < least:
-            accepted = f"at least {least:.6g}, for the references and one candidate"
+            each = f", {self.replicates} runs of each" if self.replicates > 1 else ""
+            accepted = f"at least {least:.6g}, for the references and one candidate{each}"
             raise InvalidInput("limits.total_train_flops", total, accepted)
 
     def _check_confirm(self, recipe: Recipe) -> None:

@@ -37,7 +37,8 @@ class Search(Record):
     epoch: int = Field(description="number of times that a worker claimed it")
     trial_counts: dict[str, int] = Field(description="trial state → number of trials")
     runs_total: int | None = Field(
-        description="runs of the whole search, references included; null until they are planned"
+        description="runs of the whole search, references and every seed included; null until "
+        "they are planned"
     )
     tenant: str
     priority: int = Field(description="searches of higher priority run first")
@@ -60,7 +61,7 @@ class Search(Record):
     cloned_from: str | None
     #: grows with creation; the key of pagination
     sequence: int = Field(0, exclude=True)
-    #: dense references planned; 0 before a worker has begun the search
+    #: runs of dense references planned; 0 before a worker has begun the search
     references: int = Field(0, exclude=True)
     #: path of the data on this host, and the folder that it may not lead out of
     data_path: str | None = Field(None, exclude=True)

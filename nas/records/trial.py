@@ -26,7 +26,10 @@ class Trial(Record):
 
     id: int = Field(description="id of the trial on its store")
     search_id: str = Field(description="search that the trial belongs to")
-    number: int = Field(description="number of the trial in its search")
+    number: int = Field(
+        description="number of the trial in its search; the replicates of a candidate or a "
+        "reference, which differ in their seed, follow one another"
+    )
     kind: SkipValidation[TrialKind] = Field(
         description="candidate | reference (dense) | confirmation"
     )
@@ -36,8 +39,8 @@ class Trial(Record):
     )
     sampler_state: dict[str, Any] = Field({}, exclude=True)
     unseen: tuple[int, ...] = Field(
-        description="numbers of the candidates that were still running when this one was proposed, "
-        "so that the sampler did not know their results"
+        description="numbers of the trials of candidates that were still running when this one was "
+        "proposed, so that the sampler did not know their results"
     )
     theta: tuple[float, ...] = Field(description=THETA)
     design: str = Field(description=DESIGN)

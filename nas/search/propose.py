@@ -143,7 +143,7 @@ def propose(
     recipe
         Its recipe, as its data completes it.
     number
-        The trial's number in the search.
+        The candidate's place in the search, the references before it counted.
     past
         Every earlier candidate, in the order of their numbers.
     is_known

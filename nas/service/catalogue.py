@@ -44,6 +44,7 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
     """
     recipe, budget = recipe or request.settings, request.train_flops
     dense = references(recipe, budget, request.references)
+    runs = (request.trials + len(dense)) * request.replicates
     shown = {"dense": DENSE, **_examples(request.designs)}
     return {
         "request": request.model_dump(),
@@ -51,8 +52,9 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
         "loss_unit": recipe.loss_unit,
         "trials": request.trials,
         "references": [{name: getattr(p, name) for name in _OF_REFERENCE} for p in dense],
-        "total_runs": request.trials + len(dense),
-        "total_train_flops_at_most": budget * (request.trials + len(dense)),
+        "replicates": request.replicates,
+        "total_runs": runs,
+        "total_train_flops_at_most": budget * runs,
         "train_flops_unit": AXES["train_flops"].unit,
         "minimum_train_flops": least_budget(recipe, request.designs.dearest()),
         "widths": {

@@ -8,6 +8,8 @@ Answers then rest on these runs alone, and say how well the ranking held.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
+from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -108,13 +110,21 @@ def _is_asked(made: Search, search_id: str, wanted: ConfirmRequest) -> bool:
 
 
 def _choose(trials: Sequence[Trial], wanted: ConfirmRequest) -> list[Trial]:
-    """The candidates by their loss, and the best dense run."""
-    ended = sorted(
-        (t for t in trials if t.state == "complete" and t.loss is not None),
-        key=lambda t: (t.loss, t.number),
-    )
+    """A run of each candidate by its mean loss over its seeds, and one of the best dense.
+
+    What failed by itself with any seed is none of them.
+    """
+    alike: dict[tuple[str | None, int], list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault((trial.model, trial.steps), []).append(trial)
+    ended: list[tuple[float, int, Trial]] = []
+    for runs in alike.values():
+        complete = [t for t in runs if t.state == "complete"]
+        losses = {t.seed: t.loss for t in complete if t.loss is not None}
+        if losses and not any(t.failure == "run" for t in runs):
+            ended.append((fmean(losses.values()), complete[0].number, complete[0]))
     models: dict[str | None, Trial] = {}
-    for trial in ended:
+    for *_, trial in sorted(ended, key=itemgetter(0, 1)):
         models.setdefault(trial.model, trial)
     ranking = [t for t in models.values() if not t.dense]
     if ranking and wanted.top > len(ranking):
@@ -163,6 +173,7 @@ def _request(
         **source.request.model_dump(mode="json"),
         "train_flops": budget,
         "trials": len(runs) * len(seeds),
+        "replicates": 1,
         "confirm": confirm.model_dump(mode="json"),
     }
     if source.request.limits is not None:  # the runs are fixed, so their FLOPs need no limit

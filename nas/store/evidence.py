@@ -173,16 +173,26 @@ class Standings:
         """
         source = TrialRow.__table__.alias("source")
         either = or_(TrialRow.search_id == scope, source.c.search_id == scope)
-        run = [source.c[n] for n in ("id", "search_id", "train_flops", "dense", "loss")]
+        run = [source.c[n] for n in ("id", "search_id", "train_flops", "dense")]
         longer = TrialRow.train_flops / source.c.train_flops
+        replicate = TrialRow.__table__.alias("replicate")
+        alike = [source.c[n] for n in ("search_id", "model", "steps")]
+        mean = (
+            select(func.avg(replicate.c.loss))
+            .where(replicate.c.state == "complete")
+            .where(*(replicate.c[column.name] == column for column in alike))
+            .scalar_subquery()
+        )
+        proxy = func.coalesce(mean, source.c.loss)  # older runs do not say of what model they are
+        ran = [func.avg(TrialRow.loss), func.count(TrialRow.seed.distinct())]
         query: Any = (
-            select(*run, func.avg(TrialRow.loss), func.count(TrialRow.seed.distinct()), longer)
+            select(*run, proxy, *ran, longer)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
             .join(source, source.c.id == TrialRow.confirms)
             .where(TrialRow.state == "complete", source.c.state == "complete")
             .where(TrialRow.confirms.is_not(None), TrialRow.reused_from.is_(None))
             .where(*(evidence_in(scope) if "@" in scope else [either]))
-            .group_by(*run, longer)
+            .group_by(*run, source.c.loss, *alike, longer)
             .order_by(source.c.id)
         )
         with reading(self._engine) as session:

@@ -8,7 +8,7 @@ paused, swapped out or disconnected can do no harm when it continues.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
@@ -208,54 +208,63 @@ class Leases:
             return row.task_fingerprint
 
     def add_trial(self, lease: Lease, draft: TrialDraft) -> Trial:
-        """Commit a planned trial; it is dispatched only after this has returned."""
-        plan = draft.plan
+        """`add_trials` of one."""
+        return self.add_trials(lease, [draft])[0]
+
+    def add_trials(self, lease: Lease, drafts: Sequence[TrialDraft]) -> list[Trial]:
+        """Commit planned trials, all or none; they are dispatched only after this has returned."""
         with self._fenced(lease) as (session, search):
-            same = select(TrialRow).where(
-                TrialRow.search_id == lease.search_id,
-                TrialRow.number == draft.number,
-                TrialRow.epoch == lease.epoch,
-                TrialRow.key == draft.key,
-            )
-            stored = session.scalars(same).one_or_none()
-            if stored is not None:  # this same write, repeated because its response was lost
-                return rows.to_trial(stored)
-            row = TrialRow(
-                search_id=lease.search_id,
-                number=draft.number,
-                kind=draft.kind,
-                state="planned",
-                params=None if draft.params is None else dict(draft.params),
-                sampler_state=dict(draft.sampler_state or {}),
-                unseen=list(draft.unseen),
-                theta=list(plan.design.exponents),
-                design=rows.stored_design(plan.design),
-                name=draft.name,
-                structures=list(plan.structures),
-                dense=plan.dense,
-                width=plan.width,
-                depth=plan.depth,
-                steps=plan.steps,
-                train_flops_per_step=plan.train_flops_per_step,
-                train_flops=float(plan.train_flops),
-                forward_flops_per_token=plan.forward_flops_per_token,
-                model_params=plan.params,
-                seed=draft.seed,
-                key=draft.key,
-                epoch=lease.epoch,
-                created_at=rows.now(session),
-                model=rows.model_digest(search.task_fingerprint or search.id, plan),
-                confirms=draft.confirms,
-            )
-            session.add(row)
-            session.flush()
-            reference = {rows.REFERENCES: 1} if draft.kind == "reference" else {}
-            rows.count(search, planned=1, **reference)
-            rows.add_event(
-                session, lease.search_id, "trial_planned",
-                {"number": row.number, "name": row.name, "width": row.width, "kind": row.kind},
-            )  # fmt: skip
-            return rows.to_trial(row)
+            return [rows.to_trial(self._planned(session, lease, search, d)) for d in drafts]
+
+    def _planned(
+        self, session: Session, lease: Lease, search: SearchRow, draft: TrialDraft
+    ) -> TrialRow:
+        plan = draft.plan
+        same = select(TrialRow).where(
+            TrialRow.search_id == lease.search_id,
+            TrialRow.number == draft.number,
+            TrialRow.epoch == lease.epoch,
+            TrialRow.key == draft.key,
+        )
+        stored = session.scalars(same).one_or_none()
+        if stored is not None:  # this same write, repeated because its response was lost
+            return stored
+        row = TrialRow(
+            search_id=lease.search_id,
+            number=draft.number,
+            kind=draft.kind,
+            state="planned",
+            params=None if draft.params is None else dict(draft.params),
+            sampler_state=dict(draft.sampler_state or {}),
+            unseen=list(draft.unseen),
+            theta=list(plan.design.exponents),
+            design=rows.stored_design(plan.design),
+            name=draft.name,
+            structures=list(plan.structures),
+            dense=plan.dense,
+            width=plan.width,
+            depth=plan.depth,
+            steps=plan.steps,
+            train_flops_per_step=plan.train_flops_per_step,
+            train_flops=float(plan.train_flops),
+            forward_flops_per_token=plan.forward_flops_per_token,
+            model_params=plan.params,
+            seed=draft.seed,
+            key=draft.key,
+            epoch=lease.epoch,
+            created_at=rows.now(session),
+            model=rows.model_digest(search.task_fingerprint or search.id, plan),
+            confirms=draft.confirms,
+        )
+        session.add(row)
+        session.flush()
+        reference = {rows.REFERENCES: 1} if draft.kind == "reference" else {}
+        rows.count(search, planned=1, **reference)
+        rows.add_event(
+            session, lease.search_id, "trial_planned",
+            {"number": row.number, "name": row.name, "width": row.width, "kind": row.kind},
+        )  # fmt: skip
+        return row
 
     def start_trial(self, lease: Lease, trial_id: int) -> None:
         """Mark an unfinished trial as dispatched and drop the points of an interrupted run."""

@@ -216,7 +216,8 @@ def _may_end_otherwise(session: Session, row: SearchRow) -> bool:
     proposed = select(func.count()).where(
         TrialRow.search_id == row.id, TrialRow.kind != "reference"
     )
-    if (session.scalar(proposed) or 0) < row.request["trials"]:
+    planned = row.request["trials"] * row.request.get("replicates", 1)
+    if (session.scalar(proposed) or 0) < planned:
         return True
     return row.failure in ("attempts", "input")
 

@@ -71,7 +71,7 @@ class Use:
 def most_flops(request: SearchRequest) -> float:
     """Train FLOPs that a search may use at most."""
     runs = request.trials + (0 if request.confirm else request.references)
-    most = request.train_flops * runs
+    most = request.train_flops * runs * request.replicates
     total = request.limits.total_train_flops if request.limits else None
     return most if total is None else min(most, total)
 

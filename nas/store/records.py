@@ -103,7 +103,7 @@ class ConfirmedPair:
     search_id: str
     train_flops: float
     dense: bool
-    #: loss of the run that was confirmed
+    #: loss of the run that was confirmed, mean over the seeds that its search ran it with
     proxy_loss: float
     #: mean loss of its confirmations
     confirmed_loss: float

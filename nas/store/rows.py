@@ -48,9 +48,9 @@ def _read(record: type[R], row: Any, **special: Any) -> R:
 def to_search(row: SearchRow | Row[Any]) -> Search:
     counts, request = dict(row.tally), SearchRequest(**row.request)
     references = counts.pop(REFERENCES, 0)
-    total: int | None = request.trials
+    total: int | None = request.trials * request.replicates
     if request.confirm is None:
-        total = references + request.trials if references else None
+        total = references + total if references else None
     return _read(
         Search, row, request=request, trial_counts=counts, references=references, runs_total=total
     )

@@ -119,8 +119,10 @@ def test_bad_settings_are_one_line_too(tmp_path: Path, name: str, value: str, st
 
 
 def test_a_search_is_queued_without_wait(tmp_path: Path) -> None:
-    done = invoke(tmp_path, "search", "--train-flops", "2e11", "--json")
+    done = invoke(tmp_path, "search", "--train-flops", "2e11", "--replicates", "3", "--json")
     assert json.loads(done.stdout)["state"] == "queued"
+    (listed,) = json.loads(invoke(tmp_path, "searches", "--json").stdout)
+    assert listed["request"]["replicates"] == 3
     assert "schema at revision 0005" in invoke(tmp_path, "db", "upgrade").stdout
 
 

@@ -1,4 +1,7 @@
-"""Runs the trials of one session with Ray Tune: FIFO, with reused actors and our own Searcher."""
+"""Runs the packs of one session with Ray Tune: FIFO, with reused actors and our own Searcher.
+
+A trial of Tune is a pack: one of our trials, or several that train together.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -36,7 +39,6 @@ from ray.tune.stopper import Stopper
 
 from nas.errors import EinsumNasError, counted
 from nas.logs import bound
-from nas.planning.runs import RunPlan
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
@@ -44,7 +46,7 @@ from nas.training.checkpoint import prune
 from workers import metrics
 from workers.ray import internals
 from workers.ray.trainable import ProxyTrainable
-from workers.session import SearchSession
+from workers.session import Pack, SearchSession, plan_of_trial
 
 _log = logging.getLogger(__name__)
 # it reports that no result files were written, which is how it is set up
@@ -65,7 +67,7 @@ class _Experiment:
     """What belongs to one call of Tune."""
 
     session: SearchSession
-    #: limit of one attempt at a trial
+    #: limit of one attempt at a trial; that of a pack is so much for each of its trials
     trial_seconds: float
     #: the error that ends the experiment, which Tune would wrap beyond recognition
     error: Exception | None = None
@@ -73,26 +75,35 @@ class _Experiment:
     begun: dict[str, float] = field(default_factory=dict)
     #: Tune's trial id → why its last attempt ended
     reasons: dict[str, str] = field(default_factory=dict)
-    #: Tune's trial id → ours
-    ids: dict[str, int] = field(default_factory=dict)
+    #: Tune's trial id → what it runs
+    packs: dict[str, Pack] = field(default_factory=dict)
     #: our trial id → how often its process died
     deaths: Counter[int] = field(default_factory=Counter)
 
-    def count_death(self, trial_id: str, reason: str) -> tuple[str, TrialFailure] | None:
-        """Count that a trial's process has died; None if the trial may run again.
+    def seconds(self, pack: Pack) -> float:
+        """Limit of one attempt at a pack."""
+        return self.trial_seconds * len(pack.trials)
 
-        Otherwise why it has failed, and the kind of that.
+    def count_death(self, trial_id: str, reason: str) -> tuple[str, TrialFailure] | None:
+        """Count that the process of a pack has died; None if the same runs may run again.
+
+        Otherwise why they have failed, and the kind of that.
         """
-        ours = self.ids[trial_id]
-        self.deaths[ours] += 1
-        now = time.monotonic()
-        if now - self.begun.get(trial_id, now) >= _NEARLY * self.trial_seconds:
-            return f"ended after {self.trial_seconds:.6g} s, its time limit", "timeout"
-        if self.deaths[ours] <= _MAX_PROCESS_FAILURES:
-            return None
-        times = counted(self.deaths[ours], "time")
+        pack = self.packs[trial_id]
+        left = self.session.unfinished(pack)
+        self.deaths.update(t.id for t in left)
+        now, limit = time.monotonic(), self.seconds(pack)
+        if now - self.begun.get(trial_id, now) >= _NEARLY * limit:
+            runs = len(pack.trials)
+            whose = f"the time limit of {runs} runs" if runs > 1 else "its time limit"
+            return f"ended after {limit:.6g} s, {whose}", "timeout"
+        deaths = max((self.deaths[t.id] for t in left), default=0)
         kind: TrialFailure = "memory" if _of_memory(reason) else "process"
-        return f"failed {times}; before the last: {reason}", kind
+        if not left or (kind == "memory" and len(left) > 1):
+            return reason, kind
+        if deaths <= _MAX_PROCESS_FAILURES:
+            return None
+        return f"failed {counted(deaths, 'time')}; before the last: {reason}", kind
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
@@ -119,12 +130,12 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     ClusterUnavailable
         No node has room for a trial.
     """
-    remaining = session.prepare()
+    needs = cluster.trial_resources(settings)
+    remaining = session.prepare("cuda" if "GPU" in needs else "cpu")
     if remaining == 0:
         return
     limits = session.request.limits
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
-    needs = cluster.trial_resources(settings)
     capacity = cluster.trial_capacity(needs)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
@@ -135,7 +146,6 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             data=shared.owner,
             threads=settings.cpus_per_trial,
             checkpoints=str(checkpoints),
-            seconds=trial_seconds,
             memory=settings.memory_per_trial,
         ),
         tune.PlacementGroupFactory([needs]),  # one bundle: on one node
@@ -150,8 +160,9 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
                 trainable,
                 tune_config=tune.TuneConfig(
                     search_alg=_SessionSearcher(key),
-                    # at most, for a trial that Tune gives up too early becomes another of Tune's
-                    num_samples=remaining * (1 + _MAX_PROCESS_FAILURES),
+                    # at most: one that Tune gives up too early becomes another of Tune's, and so
+                    # does each run of a pack that has to run apart
+                    num_samples=remaining * (2 + _MAX_PROCESS_FAILURES),
                     max_concurrent_trials=min(settings.concurrency or capacity, capacity),
                     reuse_actors=True,
                     trial_dirname_creator=attrgetter("trial_id"),
@@ -203,50 +214,59 @@ class _OfExperiment:
 
 
 class _SessionSearcher(_OfExperiment, Searcher):
-    """Hands the session's trials to Tune and Tune's results to the session."""
+    """Hands the session's packs to Tune and Tune's results to the session."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         session = self._experiment.session
         with self._experiment.remembering():
-            trial = session.next_trial()
-            if trial is None:
+            pack = session.next_pack()
+            if pack is None:
                 return Searcher.FINISHED if session.exhausted else None
-            self._experiment.ids[trial_id] = trial.id
-            return trial_config(session, trial)
+            self._experiment.packs[trial_id] = pack
+            return trial_config(session, pack, self._experiment.seconds(pack))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         experiment = self._experiment
-        ours = experiment.ids[trial_id]
-        with experiment.remembering(), bound(trial_id=ours):
-            report = _read_report(result)
+        pack = experiment.packs[trial_id]
+        report = _read_report(result)
+        with experiment.remembering():
             if "begun" in report:
                 experiment.begun[trial_id] = time.monotonic()
-                _log.info("trial begun on %s", report["begun"])
-            elif "point" in report and not experiment.session.signals.lost.is_set():
-                point = report["point"]
-                stored = StoredPoint(train_seconds=point.pop("seconds"), **point)
-                experiment.session.point(ours, stored)
+                with bound(trial_id=_named(pack)):
+                    _log.info("trial begun on %s", report["begun"])
+            for seed, found in report.get("runs", {}).items():
+                if experiment.session.signals.lost.is_set():
+                    return
+                with bound(trial_id=pack.of(int(seed)).id):
+                    self._store(trial_id, pack.of(int(seed)), **found)
+
+    def _store(
+        self, trial_id: str, trial: Trial, point: dict[str, Any] | None = None, failure: str = ""
+    ) -> None:
+        """Store the point that a run has reached, or why it has failed."""
+        session = self._experiment.session
+        if point is not None:
+            session.point(trial.id, StoredPoint(train_seconds=point.pop("seconds"), **point))
+        else:
+            _log.warning("trial failed: %s", failure)
+            session.fail(trial.id, failure)
+            self._count(trial_id, "failed")
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         experiment = self._experiment
         with experiment.remembering():
-            ours = experiment.ids.get(trial_id)
-            if ours is None or experiment.session.signals.lost.is_set():
+            pack = experiment.packs.get(trial_id)
+            if pack is None or experiment.session.signals.lost.is_set():
                 return
-            with bound(trial_id=ours):
-                state = self._end(trial_id, ours, _read_report(result or {}), error)
-            del experiment.ids[trial_id]
-            begun = experiment.begun.pop(trial_id, None)
-            if state is None:
-                return
-            metrics.TRIALS.labels(state).inc()
-            if begun is not None:
-                metrics.TRIAL_SECONDS.observe(time.monotonic() - begun)
+            with bound(trial_id=_named(pack)):
+                self._end(trial_id, pack, _read_report(result or {}), error)
+            del experiment.packs[trial_id]
+            experiment.begun.pop(trial_id, None)
 
-    def _end(self, trial_id: str, ours: int, report: dict[str, Any], error: bool) -> str | None:
-        """Store how a trial ended; its state, or None if it is to run again.
+    def _end(self, trial_id: str, pack: Pack, report: dict[str, Any], error: bool) -> None:
+        """Store how those of a pack ended that had not.
 
         Where a process dies as it is handed from one trial to the next, Tune counts its death
         twice, and gives the trial up before its process has died as often as it may.
@@ -257,21 +277,39 @@ class _SessionSearcher(_OfExperiment, Searcher):
             failed = self._experiment.count_death(trial_id, reason)
             if failed is None:
                 _log.warning("trial queued again: %s", reason)
-                session.retry(ours)
-                return None
-            _log.warning("trial given up: %s", reason)
-            session.fail(ours, *failed)
-            return "failed"
-        if "failure" in report:
-            failure = report["failure"]
-            _log.warning("trial failed: %s", failure["reason"])
-            session.fail(ours, failure["reason"], failure["kind"])
-            return "failed"
-        if "ended" in report:
-            ended = report["ended"]
-            session.complete(ours, ended["environment"], MeasuredCost(**ended["cost"]))
-            return "complete"
-        return "stopped"  # with the search: it stays unfinished until the search ends
+                session.retry(pack)
+                return
+            self._give_up(trial_id, pack, *failed)
+        elif "failure" in report:
+            self._give_up(trial_id, pack, **report["failure"])
+        else:
+            cost = MeasuredCost(**report["ended"]["cost"]) if "ended" in report else None
+            for trial in session.unfinished(pack):
+                if cost is not None:
+                    environment = report["ended"]["environments"][str(trial.seed)]
+                    session.complete(trial.id, environment, cost)
+                # stopped with the search, it stays unfinished until the search ends
+                self._count(trial_id, "stopped" if cost is None else "complete")
+
+    def _give_up(self, trial_id: str, pack: Pack, reason: str, kind: TrialFailure) -> None:
+        session = self._experiment.session
+        left = session.unfinished(pack)
+        if len(left) > 1 and kind in ("memory", "run"):
+            # one alone needs less memory, and an error may be of one of them only
+            _log.warning("trials run apart from now on: %s", reason)
+            session.retry(pack, apart=True)
+            return
+        for trial in left:
+            _log.warning("trial failed: %s", reason)
+            session.fail(trial.id, reason, kind)
+            self._count(trial_id, "failed")
+
+    def _count(self, trial_id: str, state: str) -> None:
+        """Count the end of one run in the metrics."""
+        metrics.TRIALS.labels(state).inc()
+        begun = self._experiment.begun.get(trial_id)
+        if begun is not None:
+            metrics.TRIAL_SECONDS.observe(time.monotonic() - begun)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store is the only truth."""
@@ -285,17 +323,26 @@ class _Attempts(_OfExperiment, Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_info: Any) -> None:
         experiment = self._experiment
+        pack = experiment.packs[trial.trial_id]
         experiment.reasons[trial.trial_id] = reason = _reason(trial)
         failed = experiment.count_death(trial.trial_id, reason)
+        run = json.loads(trial.config["run"])
+        # those that failed by themselves are not repeated
+        run["seeds"] = [t.seed for t in experiment.session.unfinished(pack)]
         if failed is None:
             _log.warning("trial started anew: %s", reason)
         else:
             # let the process that Tune starts for the next attempt report that there is none
             reason, kind = failed
-            run = json.loads(trial.config["run"])
-            trial.config["run"] = json.dumps({**run, "failure": {"reason": reason, "kind": kind}})
+            run["failure"] = {"reason": reason, "kind": kind}
             _log.warning("trial ended: %s", reason)
+        trial.config["run"] = json.dumps(run)
         experiment.begun.pop(trial.trial_id, None)
+
+
+def _named(pack: Pack) -> int | str:
+    """Our trial ids, for the log."""
+    return ", ".join(str(t.id) for t in pack.trials) if len(pack.trials) > 1 else pack.trials[0].id
 
 
 def _reason(trial: Any) -> str:
@@ -324,16 +371,15 @@ class _SessionStopper(_OfExperiment, Stopper):
         return experiment is not None and experiment.session.signals.stop
 
 
-def trial_config(session: SearchSession, trial: Trial) -> dict[str, Any]:
-    """A stored trial as the Tune configuration of its actor."""
-    # a stored trial has the fields of its plan
-    plan = {field.name: getattr(trial, field.name) for field in fields(RunPlan)}
+def trial_config(session: SearchSession, pack: Pack, seconds: float) -> dict[str, Any]:
+    """A pack as the Tune configuration of its actor, with the seconds of an attempt at it."""
     run = {
-        "plan": plan,
+        "plan": plan_of_trial(pack.trials[0]).as_dict(),
         "recipe": session.recipe.as_dict(),
-        "seed": trial.seed,
+        "seeds": [t.seed for t in pack.trials],
+        "seconds": seconds,
         # what one tenant has computed is not another's to go on from
-        "key": f"{session.search.tenant}/{trial.key}",
+        "key": f"{session.search.tenant}/{pack.key}",
     }
     return {"run": json.dumps(run)}  # one text: Tune would spell nested values out in file names
 

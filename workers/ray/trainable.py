@@ -1,4 +1,4 @@
-"""The Ray Tune trainable: a proxy run, one evaluation a step, in a reused actor."""
+"""The Ray Tune trainable: the runs of a pack, one evaluation a step, in a reused actor."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from nas.records.device import processor_name
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.metering import CostMeter
-from nas.training.run import Execution, Point, execution_plans, train
+from nas.training.run import Execution, Point, execution_plans, train_replicates
 from workers.ray.cluster import taken
 
 _log = logging.getLogger(__name__)
 
 
 class ProxyTrainable(tune.Trainable):
-    """Runs the plan in its config; reports a point at each evaluation, then its environment
-    and what its steps cost.
+    """Trains the plan in its config with every seed there; reports the points of each evaluation,
+    then where the runs were trained and what their steps cost.
 
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
-    results: {"begun": …}, {"point": …}, {"ended": …} or, for the run's own errors,
-    {"failure": …}.  Only what a fresh process may cure (memory) is raised, so that Ray starts
-    the trial anew.
+    results: {"begun": …}; at each evaluation {"runs": {seed: {"point": …} or {"failure": …}}}, of
+    which the latter is the run's own error; at last {"ended": {"environments": {seed: …},
+    "cost": …}}, or {"failure": …} of all runs.  Only what a fresh process may cure (memory) is
+    raised, so that Ray starts the trial anew.
     """
 
-    _points: Generator[Point, None, dict[str, Any] | None]
+    _evaluations: Generator[dict[int, Point | RunFailed], None, dict[int, dict[str, Any] | None]]
     #: execution plan of each structure, by fingerprint; stored with the trial
     _plans: dict[str, str]
 
@@ -53,7 +54,6 @@ class ProxyTrainable(tune.Trainable):
         data: Any,
         threads: int,
         checkpoints: str,
-        seconds: float,
         memory: int | None = None,
     ) -> None:
         """Prepare a process for one trial after another.
@@ -64,14 +64,12 @@ class ProxyTrainable(tune.Trainable):
             Owner of training and validation data; see `workers.ray.cluster.Shared`.
         checkpoints
             Folder of the runs' own checkpoints, on the node.
-        seconds
-            After so many of an attempt the process ends, whatever it is doing.
         memory
             Bytes that a trial may add to the process; None for any number.
         """
         self._data: tuple[Arrays, Arrays] = tuple(taken(data))
         self._threads, self._checkpoints = threads, Path(checkpoints)
-        self._seconds, self._memory = seconds, memory
+        self._memory = memory
         torch.set_num_threads(threads)
         gpu = ray.get_gpu_ids() and torch.cuda.is_available()
         self._execution = Execution.on("cuda" if gpu else "cpu")
@@ -85,7 +83,9 @@ class ProxyTrainable(tune.Trainable):
         run = json.loads(config["run"])
         self._waiting = [_report("begun", f"{socket.gethostname()}:{os.getpid()}", done=False)]
         if "failure" in run:
-            self._waiting.append(_failed(**run["failure"]))
+            self._waiting.append(_report("failure", run["failure"], done=True))
+        #: after so many the process ends, whatever it is doing
+        self._seconds: float = run["seconds"]
         self._start_clock()
         limit_memory(self._memory)
         plan = RunPlan.from_dict(run["plan"])
@@ -93,13 +93,14 @@ class ProxyTrainable(tune.Trainable):
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)
-        self._points = train(
-            plan, recipe, *self._data, run["seed"], self._execution, self._plans,
+        self._seeds: list[int] = run["seeds"]
+        self._evaluations = train_replicates(
+            plan, recipe, *self._data, self._seeds, self._execution, self._plans,
             self._checkpoint, self._meter,
         )  # fmt: skip
 
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
-        """One file for each run and way of computing it, so that a curve never mixes two."""
+        """One file for each pack and way of computing it, so that a curve never mixes two."""
         versions = [version("einsum-nas"), torch.__version__]
         how = [run_key, asdict(self._execution), self._threads, self._plans, versions]
         key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
@@ -127,26 +128,27 @@ class ProxyTrainable(tune.Trainable):
 
     def _advance(self) -> dict[str, Any]:
         try:
-            point = next(self._points)
+            found = next(self._evaluations)
         except StopIteration as end:
             self._checkpoint.remove()
-            environment = self._environment() | ({"router": end.value} if end.value else {})
-            ended = {"environment": environment, "cost": asdict(self._meter.result())}
+            environments = {seed: self._environment(router) for seed, router in end.value.items()}
+            ended = {"environments": environments, "cost": asdict(self._meter.result())}
             return _report("ended", ended, done=True)
-        except RunFailed as error:
-            self._checkpoint.remove()
-            return _failed(str(error))
         except Exception as error:
             if _out_of_memory(error):
                 raise
             self._checkpoint.remove()
             _log.exception("the run failed")
-            return _failed(f"{type(error).__name__}: {error}")
-        return _report("point", asdict(point), done=False)
+            failure = {"reason": f"{type(error).__name__}: {error}", "kind": "run"}
+            return _report("failure", failure, done=True)
+        return _report("runs", {seed: _told(each) for seed, each in found.items()}, done=False)
 
-    def _environment(self) -> dict[str, Any]:
+    def _environment(self, router: dict[str, Any] | None) -> dict[str, Any]:
         cuda = self._execution.device == "cuda"
         return {
+            # runs that were trained together, this one included
+            "replicates": len(self._seeds),
+            **({"router": router} if router else {}),
             **asdict(self._execution),
             "device_name": torch.cuda.get_device_name() if cuda else processor_name(),
             "threads": self._threads,
@@ -184,8 +186,8 @@ def limit_memory(allowance: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
 
 
-def _failed(reason: str, kind: str = "run") -> dict[str, Any]:
-    return _report("failure", {"reason": reason, "kind": kind}, done=True)
+def _told(each: Point | RunFailed) -> dict[str, Any]:
+    return {"failure": str(each)} if isinstance(each, RunFailed) else {"point": asdict(each)}
 
 
 def _report(kind: str, content: Any, *, done: bool) -> dict[str, Any]:

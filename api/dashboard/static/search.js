@@ -103,13 +103,15 @@ function exponents(theta) {
 function showTrials(trials, total, best) {
   const body = document.createElement("tbody");
   body.id = "trials";
+  const seeds = new Set(trials.map((t) => t.seed)).size;
   for (const t of trials) {
     const row = body.insertRow();
     row.className = t.kind;
     if (best && best.best_structured && best.best_structured.trial_id === t.id) row.classList.add("best");
     cell(row, t.number, true);
     const kind = t.kind === "candidate" ? "" : ` (${t.kind})`;
-    cell(row, shortName(t.name) + kind).title = t.name;
+    const seed = seeds > 1 ? `, seed ${t.seed}` : "";
+    cell(row, shortName(t.name) + kind + seed).title = t.name;
     const shown = cell(row, exponents(t.theta));
     shown.classList.add("mono", "exponents");
     shown.title = t.design;

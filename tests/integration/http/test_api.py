@@ -502,7 +502,16 @@ def test_preview_runs_nothing(client: TestClient) -> None:
     assert preview["total_runs"] == 2 + 5
     assert len({r["width"] for r in preview["references"]}) == 5
     assert all(r["train_flops"] <= BUDGET for r in preview["references"])
+    thrice = client.post("/v1/searches/preview", json={**GOOD, "replicates": 3}).json()
+    assert (thrice["replicates"], thrice["total_runs"]) == (3, 3 * preview["total_runs"])
+    most = "total_train_flops_at_most"
+    assert thrice[most] == 3 * preview[most]
     assert client.get("/v1/searches").json()["items"] == []
+
+
+def test_the_page_of_a_search_tells_how_many_seeds_a_candidate_has(client: TestClient) -> None:
+    made = client.post("/v1/searches", json={**GOOD, "replicates": 3}).json()
+    assert "<b>3</b> seeds a candidate" in client.get(f"/searches/{made['id']}").text
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

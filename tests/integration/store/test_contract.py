@@ -12,10 +12,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 from nas.designs.design import parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.store import Lease, Leases, Search, Store, StoredPoint, upgrade
+from nas.store.evidence import Standings
 from nas.store.leases import MAX_ATTEMPTS
 from nas.store.records import Renewal
 from nas.store.rows import pack_floats, unpack_floats
@@ -358,6 +360,44 @@ def test_tasks_are_told_apart_by_their_data(store: Store, leases: Leases) -> Non
     ]  # fmt: skip
     assert [r.recipe for _, _, r in found] == [None, "gpt-chars-paper", None, None, None]
     assert len(store.curve_points(task="text", fingerprint="aaa")) == 1
+
+
+def test_trials_of_one_candidate_are_stored_all_or_none(store: Store, leases: Leases) -> None:
+    store.create_search(REQUEST)
+    lease, search = claimed(leases)
+    drafts = [draft(n, plan=PLANS[0], seed=n, kind="reference") for n in range(3)]
+    added = leases.add_trials(lease, drafts)
+    assert leases.add_trials(lease, drafts) == added  # the response was lost
+    assert store.trials(search.id) == added
+    assert (store.search(search.id).references, len(added)) == (3, 3)
+    with pytest.raises(IntegrityError):
+        leases.add_trials(lease, [draft(3), draft(0, key="other")])
+    assert store.trials(search.id) == added
+
+
+def test_a_confirmed_run_counts_with_the_mean_of_its_seeds(store: Store, leases: Leases) -> None:
+    store.create_search(REQUEST)
+    lease, source = claimed(leases)
+    leases.set_fingerprint(lease, "f" * 16)
+    runs = [
+        completed(leases, lease, draft(n, plan=PLANS[0], seed=n), loss)
+        for n, loss in enumerate((2.0, 3.0))
+    ]
+    other = completed(leases, lease, draft(2, plan=PLANS[1]), 4.0)
+    leases.release(lease, "succeeded")
+    store.create_search(REQUEST)
+    lease, made = claimed(leases)
+    leases.set_fingerprint(lease, "f" * 16)
+    again = {"kind": "confirmation", "seed": 7}
+    for number, run in enumerate((runs[0], other)):
+        plan = PLANS[number]
+        anew = draft(number, plan=plan, key=f"anew {number}", confirms=run.id, **again)
+        completed(leases, lease, anew, 2.25)
+    for scope in (source.id, made.id, f"{source.task}@{'f' * 16}"):
+        pairs = Standings(store).confirmed(scope)
+        assert [(p.trial_id, p.proxy_loss, p.confirmed_loss, p.seeds) for p in pairs] == [
+            (runs[0].id, 2.5, 2.25, 1), (other.id, 4.0, 2.25, 1),
+        ]  # fmt: skip
 
 
 # --- the end of a search

@@ -18,10 +18,12 @@ from tests.support.services import PATIENCE, service_environment, wait_for
 from tests.support.small import TINY
 from tests.support.tiers import FULL
 
-#: Runs of seconds: what is lost and what is proposed does not depend on how long they train.
+#: Runs of seconds, two of them together: how long they train changes neither what is lost nor what
+#: is proposed.
 REQUEST = SearchRequest.checked(
     {
-        "train_flops": 1e10, "trials": 4, "references": 3, "seed": 2, "overrides": TINY,
+        "train_flops": 1e10, "trials": 2, "references": 3, "replicates": 2, "seed": 2,
+        "overrides": TINY,
     }
 )  # fmt: skip
 
@@ -70,8 +72,9 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(
     victim.wait()
     finished = [t for t in broken.trials(search_id) if t.state == "complete"]
     curves = {t.id: broken.curve(t.id) for t in finished}
-    (interrupted,) = [t for t in broken.trials(search_id) if t.state == "running"]
+    interrupted = [t for t in broken.trials(search_id) if t.state == "running"]
     assert len(finished) >= 4
+    assert interrupted
 
     time.sleep(LEASE_SECONDS + 1)  # an idle worker would end before the lease does
     heir = start_worker(tmp_path / "broken")
@@ -81,12 +84,12 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(
     ended = broken.search(search_id)
     assert (ended.state, ended.failures, ended.epoch) == ("succeeded", 1, 2)
     trials = broken.trials(search_id)
-    assert [t.number for t in trials] == list(range(7))
+    assert [t.number for t in trials] == list(range(10))
     assert {t.state for t in trials} == {"complete"}
     for before in finished:
         assert broken.trial(before.id) == before
         assert broken.curve(before.id) == curves[before.id]
-    assert broken.trial(interrupted.id).attempts == 2
+    assert {broken.trial(t.id).attempts for t in interrupted} == {2}
 
     def proposal(t: Trial) -> tuple[object, ...]:
         return (t.number, t.kind, t.sampler_params, t.theta, t.width, t.steps, t.seed, t.key)
@@ -152,6 +155,28 @@ def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(
         steps = [p.step for p in store.curve(trial.id)]
         assert steps == sorted(set(steps))
         assert steps[-1] == trial.steps
+    store.close()
+
+
+@FULL
+def test_a_search_that_is_paused_within_a_pack_goes_on_with_it(
+    tmp_path: Path, text_folder: Path
+) -> None:
+    store = open_store(tmp_path / "home")
+    search_id = store.create_search(REQUEST, data_path=str(text_folder))[0].id
+    worker = start_worker(tmp_path / "home")
+    await_trials(store, search_id, complete=2, running=2)
+    store.pause(search_id)
+    assert worker.wait(PATIENCE) == 0, (tmp_path / "home" / "log").read_text()
+    paused = store.search(search_id)
+    assert (paused.state, paused.failures) == ("paused", 0)
+    assert "running" not in paused.trial_counts
+    finished = [t for t in store.trials(search_id) if t.state == "complete"]
+    store.resume(search_id)
+    assert start_worker(tmp_path / "home").wait(PATIENCE) == 0
+    assert store.search(search_id).trial_counts == {"complete": 10}
+    for before in finished:
+        assert store.trial(before.id) == before
     store.close()
 
 

@@ -135,7 +135,7 @@ def test_a_worker_that_is_stopped_hands_its_search_back(
 
     def waits(session: SearchSession, data: TaskData, used: Settings) -> None:
         session.prepare()
-        session.next_trial()
+        session.next_pack()
         started.set()
         assert session.signals.shutdown.wait(PATIENCE)
 
@@ -208,7 +208,7 @@ def test_a_search_that_is_to_be_paused_is_handed_back_paused(
 
     def waits(session: SearchSession, data: TaskData, used: Settings) -> None:
         session.prepare()
-        assert session.next_trial() is not None
+        assert session.next_pack() is not None
         wait_for(lambda: registered() == [search.id], "the worker's entry in the register")
         store.pause(search.id)
         assert session.signals.pause.wait(PATIENCE)

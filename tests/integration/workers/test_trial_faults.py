@@ -28,15 +28,25 @@ FATES = {
 
 
 def search_with(
-    home: Path, texts: Path, faults: tuple[str, ...], **changes: Any
+    home: Path,
+    texts: Path,
+    faults: tuple[str, ...],
+    *,
+    tenants: tuple[str, ...] = ("default",),
+    **changes: Any,
 ) -> tuple[Store, Search, Mapping[str, Trial]]:
-    """A search whose first references meet the faults, run to its end; their trials by fault."""
+    """A search whose first references meet the faults, run to its end; their trials by fault.
+
+    Each tenant has one, run in this order; returned is the first.
+    """
     url = f"sqlite:///{home / 'einsum-nas.db'}"
     upgrade(url)
     store = Store(url)
     body = {**SMALL_SEARCH, "data": None, "trials": 1, "sampler": "random", **changes}
     request = SearchRequest.checked(body)
-    search = store.create_search(request, data_path=str(texts))[0]
+    search, *_ = (
+        store.view(tenant).create_search(request, data_path=str(texts))[0] for tenant in tenants
+    )
     dense = references(request.settings, request.train_flops, request.references)
     widths = {p.width: f for p, f in zip(dense, faults, strict=False)}
     assert len(widths) == len(faults)
@@ -81,6 +91,38 @@ def test_what_befalls_a_trial_is_its_own_and_no_other_trials_end(
     owed = sorted(of[f].number for f in ("killed", "memory") if f in of)
     assert store.retry(ended.id).state == "queued"
     assert store.events(ended.id)[-1].data == {"trials": owed}
+    store.close()
+
+
+@pytest.mark.full
+def test_what_befalls_runs_that_train_together_loses_none_of_them(
+    tmp_path: Path, text_folder: Path
+) -> None:
+    faults = ("diverges", "killed midway", "memory once")
+    store, ended, _ = search_with(
+        tmp_path, text_folder, faults, tenants=("default", "b"), replicates=2, train_flops=3e9,
+        overrides={**TINY, "depth": 1},
+    )  # fmt: skip
+    assert (ended.state, ended.runs_total) == ("succeeded", 8)
+    trials = store.trials(ended.id)
+    assert [(t.number, t.seed) for t in trials] == [(n, 1 + n % 2) for n in range(8)]
+    diverged, killed, apart, candidate = (trials[i : i + 2] for i in range(0, 8, 2))
+    assert [(t.state, t.failure) for t in diverged] == [("complete", None), ("failed", "run")]
+    assert str(diverged[1].error) == "training loss is nan"
+    assert len(store.curve(diverged[1].id)) == 1
+    assert {t.state for t in (*killed, *apart, *candidate)} == {"complete"}
+    # with how many a run was trained: what has no room together runs apart
+    environments = [t.environment for t in (diverged[0], *killed, *apart, *candidate)]
+    assert [e and e["replicates"] for e in environments] == [2, 2, 2, 1, 1, 2, 2]
+
+    (again,) = store.searches(tenant="b")  # kills and lack of memory occur once
+    undisturbed = store.trials(again.id)[2:6]
+    for trial, other in zip((*killed, *apart), undisturbed, strict=True):
+        curve, expected = (store.curve(t.id) for t in (trial, other))
+        assert [p.step for p in curve] == [p.step for p in expected]
+        losses = [p.loss for p in expected]
+        alike = 0.0 if trial in killed else 0.01  # one alone rounds otherwise
+        assert [p.loss for p in curve] == pytest.approx(losses, rel=alike, abs=0)
     store.close()
 
 

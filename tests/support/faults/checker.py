@@ -220,7 +220,8 @@ def _of_trials(
         if trial["attempts"] != log.attempts[number]:
             yield f"trial {number}: {trial['attempts']} attempts, log {log.attempts[number]}"
     if expected.whole:
-        wanted = decoded(search["request"])["trials"] + tally.get("references", 0)
+        request = decoded(search["request"])
+        wanted = request["trials"] * request.get("replicates", 1) + tally.get("references", 0)
         if states["complete"] != wanted:
             yield f"{states['complete']} of {wanted} trials complete"
 

@@ -144,7 +144,7 @@ def _run(
     running: Trial | None = None
     try:
         session.prepare()
-        while (running := session.next_trial()) is not None:
+        while (running := next_trial(session)) is not None:
             _run_trial(plan, session, running)
             report.add(kind="complete", number=running.number, **who)
     except LeaseLost:
@@ -157,6 +157,12 @@ def _run(
                 except LeaseLost:
                     report.add(kind="refused", write=name, **who)
         raise
+
+
+def next_trial(session: SearchSession) -> Trial | None:
+    """The trial of the next pack, which is alone in it."""
+    pack = session.next_pack()
+    return None if pack is None else pack.trials[0]
 
 
 def _run_trial(plan: WorkerPlan, session: SearchSession, trial: Trial) -> None:

@@ -1,6 +1,6 @@
 """Makes chosen runs fail for real: put its folder on PYTHONPATH of whoever trains.
 
-`EINSUM_NAS_TEST_FAULTS` maps the width of a dense run to what befalls it.
+`EINSUM_NAS_TEST_FAULTS` maps the width of dense runs to what befalls them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FOLDER = Path(os.environ.get("EINSUM_NAS_TEST_FOLDER", "."))
 
 
 def befall(fault: str, width: int) -> None:
-    if fault == "killed once":
-        mark = FOLDER / f"killed-{width}"
+    if fault.endswith(" once"):
+        mark = FOLDER / f"befallen-{width}"
         if mark.exists():
             return
         mark.touch()
-    if fault.startswith("killed"):
+    if fault in ("killed", "killed once"):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "endless":
         while True:
             pass
-    if fault == "memory":
+    if fault in ("memory", "memory once"):
         import torch
 
         held = []
@@ -53,13 +53,34 @@ def no_numbers() -> Iterator[None]:
         functional.cross_entropy = real
 
 
-def faulty(train: Any) -> Any:
+def midway(fault: str, width: int, evaluations: Iterator[dict[int, Any]]) -> Any:
+    """What comes after the first evaluation: the process dies once, or the last seed diverges."""
+    from nas.errors import RunFailed
+
+    found = next(evaluations)
+    yield found
+    if fault == "killed midway":
+        befall("killed once", width)
+        return (yield from evaluations)
+    lost = max(found)
+    yield {**next(evaluations), lost: RunFailed("training loss is nan")}
+    while True:
+        try:
+            found = next(evaluations)
+        except StopIteration as end:
+            return {seed: ended for seed, ended in end.value.items() if seed != lost}
+        yield {seed: point for seed, point in found.items() if seed != lost}
+
+
+def faulty(train_replicates: Any) -> Any:
     def run(plan: Any, recipe: Any, *args: Any, **kwargs: Any) -> Any:
-        fault = FAULTS.get(str(plan.width)) if plan.dense else None
-        if fault is not None:
-            befall(fault, plan.width)
+        fault = FAULTS.get(str(plan.width), "") if plan.dense else ""
+        befall(fault, plan.width)
         with no_numbers() if fault == "nan" else nullcontext():
-            return (yield from train(plan, recipe, *args, **kwargs))
+            evaluations = train_replicates(plan, recipe, *args, **kwargs)
+            if fault in ("diverges", "killed midway"):
+                evaluations = midway(fault, plan.width, evaluations)
+            return (yield from evaluations)
 
     return run
 
@@ -78,7 +99,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
             def patched(module: ModuleType) -> None:
                 execute(module)
-                module.train = faulty(module.train)  # type: ignore[attr-defined]
+                module.train_replicates = faulty(module.train_replicates)  # type: ignore[attr-defined]
 
             spec.loader.exec_module = patched  # type: ignore[method-assign]
         return spec

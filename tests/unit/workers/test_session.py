@@ -57,9 +57,18 @@ def finish(session: SearchSession, trial: Trial) -> None:
     session.complete(trial.id, {"device": "cpu"})
 
 
+def next_trial(session: SearchSession) -> Trial | None:
+    """The trial of the next pack, which is alone in it."""
+    pack = session.next_pack()
+    if pack is None:
+        return None
+    (trial,) = pack.trials
+    return trial
+
+
 def drain(session: SearchSession) -> list[Trial]:
     done = []
-    while (trial := session.next_trial()) is not None:
+    while (trial := next_trial(session)) is not None:
         finish(session, trial)
         done.append(trial)
     return done
@@ -91,10 +100,10 @@ def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
     broken.fingerprint = "e" * 16
     broken.prepare()
     for _ in range(9):
-        trial = broken.next_trial()
+        trial = next_trial(broken)
         assert trial is not None
         finish(broken, trial)
-    assert broken.next_trial() is not None  # dies while this one runs
+    assert next_trial(broken) is not None  # dies while this one runs
     finished = {t.id: t for t in store.trials(search.id) if t.state == "complete"}
 
     resumed = resume(store, search)
@@ -110,13 +119,13 @@ def test_after_a_crash_the_proposals_are_those_of_an_uninterrupted_run(
 def test_a_dead_workers_session_can_write_nothing(store: Store) -> None:
     session, _, search = begin(store)
     session.prepare()
-    trial = session.next_trial()
+    trial = next_trial(session)
     assert trial is not None
     resume(store, search)
     with pytest.raises(LeaseLost):
         finish(session, trial)
     with pytest.raises(LeaseLost):
-        session.next_trial()
+        next_trial(session)
 
 
 def test_checkpoints_are_each_tenants_own(store: Store) -> None:
@@ -127,9 +136,10 @@ def test_checkpoints_are_each_tenants_own(store: Store) -> None:
     for tenant in ("default", "a"):
         session, _, _ = begin(store.view(tenant))
         session.prepare()
-        trial = session.next_trial()
-        assert trial is not None
-        keys.add((trial.key, json.loads(trial_config(session, trial)["run"])["key"]))
+        pack = session.next_pack()
+        assert pack is not None
+        run = json.loads(trial_config(session, pack, 60.0)["run"])
+        keys.add((pack.trials[0].key, run["key"]))
     (one, named), (other, differently) = keys
     assert one == other
     assert named != differently
@@ -152,16 +162,16 @@ def test_the_same_search_again_runs_nothing(store: Store) -> None:
 def test_a_twin_waits_for_the_running_one_and_shares_its_result(store: Store) -> None:
     session, _, search = begin(store, trials=1)
     session.prepare()
-    twin = session._add(3, _plan_of(store.trials(search.id)[0], session), kind="candidate")
-    session._waiting.append(twin)
-    running = [session.next_trial() for _ in range(3)]
+    (twin,) = session._add(3, _plan_of(store.trials(search.id)[0], session), kind="candidate")
+    session._waiting.extend(session._packs([twin]))
+    running = [next_trial(session) for _ in range(3)]
     assert all(running)
-    assert session.next_trial() is None
+    assert next_trial(session) is None
     assert not session.exhausted
     first = running[0]
     assert first is not None
     finish(session, first)
-    assert session.next_trial() is None
+    assert next_trial(session) is None
     assert store.trial(twin.id).reused_from == first.id
 
 
@@ -176,7 +186,7 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(store: Store) ->
     session, _, search = begin(store)
     session.prepare()
     count = 0
-    while (trial := session.next_trial()) is not None:
+    while (trial := next_trial(session)) is not None:
         if trial.kind == "candidate" and count == 0:
             session.fail(trial.id, "loss is nan at step 3")
             count += 1
@@ -191,7 +201,7 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(store: Store) ->
 def test_a_search_without_any_result_has_failed(store: Store) -> None:
     session, _, search = begin(store)
     session.prepare()
-    while (trial := session.next_trial()) is not None:
+    while (trial := next_trial(session)) is not None:
         own = "out of memory" if trial.number == 2 else f"loss is nan at step {trial.number} of 90"
         session.fail(trial.id, own)
     session.finish()
@@ -211,10 +221,10 @@ def test_a_run_that_ended_early_is_no_success(store: Store) -> None:
     session, _, search = begin(store)
     session.prepare()
     for _ in range(5):
-        trial = session.next_trial()
+        trial = next_trial(session)
         assert trial is not None
         finish(session, trial)
-    assert session.next_trial() is not None
+    assert next_trial(session) is not None
     with pytest.raises(EinsumNasError, match=r"trials \[5\] unfinished, 2 not proposed"):
         session.finish()
     assert store.search(search.id).state == "running"
@@ -223,10 +233,10 @@ def test_a_run_that_ended_early_is_no_success(store: Store) -> None:
 def test_cancelling_stops_what_is_left(store: Store) -> None:
     session, _, search = begin(store)
     session.prepare()
-    trial = session.next_trial()
+    trial = next_trial(session)
     assert trial is not None
     session.signals.cancel.set()
-    assert session.next_trial() is None
+    assert next_trial(session) is None
     assert session.exhausted
     session.finish()
     assert store.search(search.id).state == "cancelled"
@@ -237,16 +247,19 @@ def test_trials_record_what_their_ask_had_not_seen(store: Store) -> None:
     session, _, _ = begin(store)
     session.prepare()
     for _ in range(3):
-        trial = session.next_trial()
+        trial = next_trial(session)
         assert trial is not None
         finish(session, trial)
-    first, second = session.next_trial(), session.next_trial()
+    first, second = next_trial(session), next_trial(session)
     assert first is not None
     assert second is not None
     assert (first.unseen, second.unseen) == ((), (first.number,))
 
 
-def test_a_confirmation_runs_what_it_was_given_with_fresh_seeds(store: Store) -> None:
+def test_a_confirmation_runs_what_it_was_given_with_fresh_seeds(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.session.pay", lambda *_: False)
     source, lease, search = begin(store)
     Leases(store).set_fingerprint(lease, FINGERPRINT)
     source.prepare()
@@ -259,7 +272,7 @@ def test_a_confirmation_runs_what_it_was_given_with_fresh_seeds(store: Store) ->
     session = SearchSession(store, *got, made.request.settings, FINGERPRINT, Signals())
     assert session.prepare() == 9
     for _ in range(4):
-        trial = session.next_trial()
+        trial = next_trial(session)
         assert trial is not None
         finish(session, trial)
     resumed = resume(store, store.search(made.id))
@@ -337,11 +350,11 @@ def test_a_run_that_was_lost_is_no_limit_reached(store: Store) -> None:
     session, _, search = begin(store, trials=10, limits={"total_train_flops": 1.1e12})
     session.prepare()
     for _ in range(4):
-        trial = session.next_trial()
+        trial = next_trial(session)
         assert trial is not None
         finish(session, trial)
-    assert session.next_trial() is not None  # and nothing is heard of it
-    assert session.next_trial() is None
+    assert next_trial(session) is not None  # and nothing is heard of it
+    assert next_trial(session) is None
     with pytest.raises(EinsumNasError, match=r"the runner ended early: trials \[4\] unfinished"):
         session.finish()
     assert store.search(search.id).state == "running"
@@ -360,12 +373,12 @@ def test_a_search_out_of_time_ends_with_what_it_has(store: Store, completed: int
     session, _, search = begin(store, limits={"seconds": 60})
     session.prepare()
     for _ in range(completed):
-        trial = session.next_trial()
+        trial = next_trial(session)
         assert trial is not None
         finish(session, trial)
-    assert session.next_trial() is not None
+    assert next_trial(session) is not None
     session.signals.hear(Renewal(overtime=True))
-    assert session.next_trial() is None
+    assert next_trial(session) is None
     session.finish()
     ended = store.search(search.id)
     assert ended.limit_reached == "seconds 60"
