@@ -59,7 +59,7 @@ _LAYERS: tuple[tuple[int, tuple[int, ...], str], ...] = (
     (64, (8, 1, 8, 1, 8, 8, 1), "materialised"),
 )
 #: Dense layers: (tokens, d_in, d_out).
-_DENSE = ((512, 32, 32), (512, 128, 512), (512, 512, 512), (64, 256, 256))
+_DENSE = ((512, 32, 32), (512, 128, 512), (1024, 256, 1024), (64, 256, 256))
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 40
 _SECONDS = 4.0
 #: A rate of twice its default, all others as they are in proportion, weighs as much as a layer
