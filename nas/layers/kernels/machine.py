@@ -40,8 +40,8 @@ _LAYERS: tuple[tuple[int, tuple[int, ...], str], ...] = (
     (1024, (64, 1, 4, 1, 205, 5, 1), "a-first second=blocks"),
     (512, (16, 1, 16, 1, 32, 32, 4), "a-first tile=256"),
     (512, (16, 1, 16, 1, 32, 32, 4), "a-first second=blocks"),
-    (256, (16, 1, 16, 1, 32, 32, 4), "materialised"),
-    (256, (16, 1, 16, 1, 32, 32, 4), "materialised gemm=onednn"),
+    (1024, (16, 1, 16, 1, 32, 32, 4), "materialised"),
+    (1024, (16, 1, 16, 1, 32, 32, 4), "materialised gemm=onednn"),
     (1024, (256, 1, 1, 1, 512, 1, 64), "a-first"),
     (1024, (256, 1, 1, 1, 512, 1, 64), "a-first first=blocks second=blocks"),
     (1024, (256, 1, 1, 1, 512, 1, 64), "a-first first=blocks second=blocks gemm=onednn"),
@@ -59,7 +59,7 @@ _LAYERS: tuple[tuple[int, tuple[int, ...], str], ...] = (
     (64, (8, 1, 8, 1, 8, 8, 1), "materialised"),
 )
 #: Dense layers: (tokens, d_in, d_out).
-_DENSE = ((512, 32, 32), (512, 128, 512), (1024, 256, 1024), (64, 256, 256))
+_DENSE = ((512, 32, 32), (512, 128, 512), (512, 512, 512), (64, 256, 256))
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 40
 _SECONDS = 4.0
 #: A rate of twice its default, all others as they are in proportion, weighs as much as a layer
