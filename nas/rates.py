@@ -64,8 +64,8 @@ class MachineRates:
     moved: float = 3.4e-10
     #: a number copied to where its matrix is transposed
     turned: float = 1.1e-9
-    #: a number of an intermediate that is too large for the cache
-    spilled: float = 9.8e-10
+    #: a number of a tile that is too large for the cache
+    spilled: float = 7.0e-10
 
     def __post_init__(self) -> None:
         for field in fields(self):

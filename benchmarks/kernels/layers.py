@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -34,16 +33,20 @@ from benchmarks.kernels.interleaved import (
     rounds,
     with_interval,
 )
-from benchmarks.kernels.papers import STRUCTURES, one_einsum
+from benchmarks.kernels.papers import SHAPES, STRUCTURES, one_einsum
 from benchmarks.kernels.papers import product as papers_product
-from benchmarks.kernels.plans import chosen_and_best, thread_seconds
+from benchmarks.kernels.plans import (
+    chosen_and_best,
+    plans_summary,
+    short,
+    thread_seconds,
+)
 from benchmarks.reporting import report
 from nas.layers import EinsumLinear
 from nas.layers.kernels.machine import measure_rates
 from nas.layers.kernels.plan import choose
 from nas.rates import MachineRates, use_rates
 
-SHAPES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))
 _SECONDS_PER_ROW, _SECONDS_PER_PLANS = 1.5, 1.5
 _PASSES = ("forward", "forward+backward")
 _PAIRS = (
@@ -146,44 +149,6 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
         "best": "=" if row["plan"] == row["best_plan"] else short(row["best_plan"]),
         "chosen/best": f"{row['chosen_over_best']:.2f}",
     }
-
-
-def short(plan: str) -> str:
-    """The text of a plan for a narrow column: a/batched/blocks tile blas."""
-    order, *options = plan.split()
-    said = dict(option.split("=") for option in options)
-    if order == "materialised":
-        return f"W {said['gemm']}"
-    text = f"{order[0]} {said['first']}/{said['second']}"
-    text += f" {said['tile']}" if said["tile"] != "0" else ""
-    return text + (f" {said['gemm']}" if "blocks" in text else "")
-
-
-def plans_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How well plans are chosen, over the rows of a device and number of threads."""
-    worst = max(rows, key=lambda r: r["chosen_over_best"])
-    cheap = [r for r in rows if r["flops_over_dense"] <= 1]
-    slowest = max(cheap, key=lambda r: r["ours_over_dense"])
-    over = [r for r in cheap if r["ours_over_dense_low"] > 1.1]
-
-    def named(row: dict[str, Any]) -> str:
-        return f"{row['theta']} {row['d_in']}→{row['d_out']}"
-
-    return {
-        "device": rows[0]["device"],
-        "threads": rows[0]["threads"],
-        "rows": len(rows),
-        "chosen/best_median": statistics.median(r["chosen_over_best"] for r in rows),
-        "chosen/best_worst": f"{worst['chosen_over_best']:.3f} {named(worst)}",
-        "rows_above_1.03": sum(r["chosen_over_best"] > 1.03 for r in rows),
-        "rows_above_1.15": sum(r["chosen_over_best"] > 1.15 for r in rows),
-        "ours/dense_most,_FLOPs_≤_dense": f"{with_interval(slowest, 'ours_over_dense')} "
-        f"{named(slowest)}",
-        "above_1.1,_FLOPs_≤_dense": ", ".join(
-            f"{named(r)} {r['ours_over_dense']:.2f} (FLOPs {r['flops_over_dense']:.2f})"
-            for r in sorted(over, key=lambda r: -r["ours_over_dense"])
-        ) or "none",
-    }  # fmt: skip
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

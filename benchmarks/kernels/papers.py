@@ -25,6 +25,8 @@ _HALF = {
 }  # fmt: skip
 #: The 23 θ of the papers' runs; btt1 is Monarch.
 STRUCTURES = {name: Theta(*map(float, text.split())) for name, text in _HALF.items()}
+#: d_in and d_out of the layers that are timed.
+SHAPES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))
 
 
 def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

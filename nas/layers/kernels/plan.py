@@ -268,7 +268,7 @@ def tile_of(s: Sizes, device: torch.device, dtype: torch.dtype) -> int:
     widest *= dtype.itemsize
     budget = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
     tile = 1 << round(math.log2(max(budget / widest, 1)))
-    return max(tile, _LEAST_TILE if widest <= _CPU_TILE_BYTES // 32 else _LEAST_TILE // 4)
+    return max(tile, _LEAST_TILE)
 
 
 def _intermediate(s: Sizes) -> int:
@@ -280,7 +280,7 @@ def _intermediate(s: Sizes) -> int:
 #: memory held matters, more.
 _CPU_TILE_BYTES = 1 << 21
 _GPU_TILE_BYTES = 1 << 28
-_LEAST_TILE = 256
+_LEAST_TILE = 64
 #: Smaller products of single tokens are slow everywhere.
 _LEAST_TOKEN_SIDE = 8
 

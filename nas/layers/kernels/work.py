@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 #: The width of the blocks in which libraries vectorise over columns.
 _VECTOR = 16
 _FEW = 12
-#: Numbers of an intermediate that stay in cache between the steps of a tile: 4 MiB of float32.
-_CACHED = 1 << 20
+#: Numbers of a tile that stay in cache between its steps: 8 MiB of float32.
+_CACHED = 1 << 21
 
 
 class Work(defaultdict[str, float]):
@@ -215,7 +215,7 @@ def _by_block(tile: _Tile, swap: bool, fits_in: bool, fits_out: bool) -> None:
     tile.accumulate(plan.first, s.gamma, columns, s.beta * t, s.alpha)
     free = s.gamma * s.beta == 1 if fits_in else s.beta == 1
     tile.place(plan.first, s.gamma, s.beta * t, columns, s.alpha, free, swap and s.beta > 1)
-    tile.done["spilled"] += tile.tiles * max(0.0, t * z - _CACHED)
+    tile.done["spilled"] += tile.tiles * max(0.0, t * (wide_in + z + wide_out) - _CACHED)
 
 
 def _by_token(tile: _Tile, swap: bool, fits_in: bool, fits_out: bool) -> None:
