@@ -20,8 +20,10 @@ import torch
 from ray import tune
 
 from nas.errors import RunFailed
+from nas.layers.kernels.machine import machine_rates
 from nas.planning.recipe import stored_recipe
 from nas.planning.runs import RunPlan
+from nas.rates import current_rates
 from nas.records.device import processor_name
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
@@ -73,6 +75,8 @@ class ProxyTrainable(tune.Trainable):
         torch.set_num_threads(threads)
         gpu = ray.get_gpu_ids() and torch.cuda.is_available()
         self._execution = Execution.on("cuda" if gpu else "cpu")
+        if not gpu:
+            machine_rates(self._checkpoints.parent, threads)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -90,10 +94,11 @@ class ProxyTrainable(tune.Trainable):
         limit_memory(self._memory)
         plan = RunPlan.from_dict(run["plan"])
         recipe = stored_recipe(run["recipe"])
-        self._plans = execution_plans(plan, recipe, self._execution)
+        self._seeds: list[int] = run["seeds"]
+        self._execution = Execution.on(self._execution.device, plan.train_flops)
+        self._plans = execution_plans(plan, recipe, self._execution, len(self._seeds))
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)
-        self._seeds: list[int] = run["seeds"]
         self._evaluations = train_replicates(
             plan, recipe, *self._data, self._seeds, self._execution, self._plans,
             self._checkpoint, self._meter,
@@ -153,6 +158,8 @@ class ProxyTrainable(tune.Trainable):
             "device_name": torch.cuda.get_device_name() if cuda else processor_name(),
             "threads": self._threads,
             "execution_plans": self._plans,
+            # by which these plans were chosen, seconds a unit of work; see `nas.rates`
+            "rates": None if cuda else current_rates().as_dict(),
             "torch": torch.__version__,
         }
 
