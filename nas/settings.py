@@ -69,6 +69,8 @@ class Settings(BaseSettings):
 
     home: Path = Path("~/.einsum-nas")
     """Folder of the embedded database and of checkpoints, which go after a week without use."""
+    rates_home: Path | None = None
+    """Folder of the measured rates of machines, in `rates` inside it; the default is `home`."""
     database_url: str | None = None
     """`postgresql://user:password@host/database`; the default is a SQLite file in `home`."""
     data_dir: Path | None = None
@@ -145,11 +147,14 @@ class Settings(BaseSettings):
     @property
     def resolved_home(self) -> Path:
         """`home` as an absolute path; created on first use by whoever writes there."""
-        try:
-            return self.home.expanduser().resolve()
-        except (RuntimeError, OSError) as error:  # no such user, or a circle of links
-            accepted = f"the path of a folder ({error})"
-            raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None
+        return _resolved("EINSUM_NAS_HOME", self.home)
+
+    @property
+    def resolved_rates_home(self) -> Path:
+        """`rates_home` as an absolute path; created on first use."""
+        if self.rates_home is None:
+            return self.resolved_home
+        return _resolved("EINSUM_NAS_RATES_HOME", self.rates_home)
 
     @property
     def embedded_database(self) -> Path:
@@ -168,6 +173,14 @@ class Settings(BaseSettings):
             accepted = f"a folder that can be written ({error.strerror})"
             raise InvalidInput("EINSUM_NAS_HOME", str(self.home), accepted) from None
         return f"sqlite:///{quote(str(self.embedded_database), safe=' +/')}"
+
+
+def _resolved(name: str, folder: Path) -> Path:
+    try:
+        return folder.expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # no such user, or a circle of links
+        accepted = f"the path of a folder ({error})"
+        raise InvalidInput(name, str(folder), accepted) from None
 
 
 def is_loopback(address: str) -> bool:

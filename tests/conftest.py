@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=order)
 
 
+# measured once a machine, not once a test
+os.environ.setdefault(
+    "EINSUM_NAS_RATES_HOME", str(Path(tempfile.gettempdir()) / f"einsum-nas-tests-{os.getuid()}")
+)
 # tests ask faster than people and programs do; those of rates set their own
 for _limit, _rate in UNLIMITED.items():
     os.environ.setdefault(f"EINSUM_NAS_{_limit.upper()}", _rate)

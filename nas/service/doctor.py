@@ -286,7 +286,7 @@ def _rates(used: Settings) -> Iterator[Check]:
     here = (processor(), torch, used.cpus_per_trial)
     kept: KeptRates | None = next(
         (
-            k for k in kept_rates(used.resolved_home)
+            k for k in kept_rates(used.resolved_rates_home)
             if (k.machine.processor, k.machine.torch, k.machine.threads) == here
         ),
         None,

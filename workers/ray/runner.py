@@ -146,6 +146,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             data=shared.owner,
             threads=settings.cpus_per_trial,
             checkpoints=str(checkpoints),
+            rates=str(settings.resolved_rates_home),
             memory=settings.memory_per_trial,
         ),
         tune.PlacementGroupFactory([needs]),  # one bundle: on one node

@@ -56,6 +56,7 @@ class ProxyTrainable(tune.Trainable):
         data: Any,
         threads: int,
         checkpoints: str,
+        rates: str,
         memory: int | None = None,
     ) -> None:
         """Prepare a process for one trial after another.
@@ -66,6 +67,8 @@ class ProxyTrainable(tune.Trainable):
             Owner of training and validation data; see `workers.ray.cluster.Shared`.
         checkpoints
             Folder of the runs' own checkpoints, on the node.
+        rates
+            Home of the rates of machines; see `nas.rates`.
         memory
             Bytes that a trial may add to the process; None for any number.
         """
@@ -76,7 +79,7 @@ class ProxyTrainable(tune.Trainable):
         gpu = ray.get_gpu_ids() and torch.cuda.is_available()
         self._execution = Execution.on("cuda" if gpu else "cpu")
         if not gpu:
-            machine_rates(self._checkpoints.parent, threads)
+            machine_rates(Path(rates), threads)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

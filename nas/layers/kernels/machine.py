@@ -218,5 +218,5 @@ def use_measured_rates(folder: Path | str | None = None) -> MachineRates:
     if folder is None:
         from nas.settings import settings  # which layers need for nothing else
 
-        folder = settings().resolved_home
+        folder = settings().resolved_rates_home
     return machine_rates(Path(folder), torch.get_num_threads())
