@@ -92,7 +92,7 @@ def test_an_installation_that_is_new_makes_nothing(tmp_path: Path) -> None:
 def test_it_shows_the_rates_in_use_and_where_they_come_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    used = Settings(home=tmp_path)
+    used = Settings(home=tmp_path, rates_home=tmp_path)
     check = found(examine(used), "rates")
     assert check.finding.startswith("defaults; the first run on this machine measures it")
     assert check.values == {"source": "default", "seconds": MachineRates().as_dict()}
