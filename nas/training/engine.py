@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nas.designs.structure import LinearStructure
+from nas.errors import one_line
 from nas.layers.building import matrix_pays, plan_text
 from nas.planning.cost import structures_of
 from nas.planning.recipe import Recipe
@@ -19,6 +21,7 @@ from nas.tasks.batches import sample_losses
 from nas.training.models import build_model, learning_rates
 from nas.training.stacked import STACKED, Stacked
 
+_log = logging.getLogger(__name__)
 #: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
 ROUTER_WEIGHT = 0.01
 #: Positions that are evaluated at once, by the kind of device.
@@ -229,12 +232,14 @@ class _Captured:
     """A step on a GPU: the first ones run as they are, then one is captured and replayed.
 
     Everything that a step reads and writes keeps its place: parameters, optimiser state and rates
-    by being changed in place, batches by being copied into tensors of the graph's own.
+    by being changed in place, batches by being copied into tensors of the graph's own.  A step that
+    waits for the device, as some plans of mixtures do, cannot be captured and runs as it is.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._step = step
         self._taken = 0
+        self._refused = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -248,16 +253,27 @@ class _Captured:
                 losses = self._step(inputs, targets)
             here.wait_stream(aside)
             return losses
+        if self._graph is None and not self._refused:
+            self._capture(inputs, targets)
         if self._graph is None:
-            self._inputs, self._targets = inputs.clone(), targets.clone()
-            self._graph = torch.cuda.CUDAGraph()
-            # captured work does not run: the replay below is this step
-            with torch.cuda.graph(self._graph):
-                self._losses = self._step(self._inputs, self._targets)
+            return self._step(inputs, targets)
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)
         self._graph.replay()
         return self._losses
+
+    def _capture(self, inputs: Tensor, targets: Tensor) -> None:
+        """Record a step, which does not run it."""
+        self._inputs, self._targets = inputs.clone(), targets.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._losses = self._step(self._inputs, self._targets)
+        except RuntimeError as error:
+            _log.warning("steps run one operation after another: %s", one_line(error))
+            self._refused = True
+        else:
+            self._graph = graph
 
 
 def _clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
