@@ -20,7 +20,8 @@ from nas.training.stacked import STACKED, Stacked
 
 #: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
 ROUTER_WEIGHT = 0.01
-_EVALUATION_TOKENS = 4096  # positions that are evaluated at once
+#: Positions that are evaluated at once.
+EVALUATION_TOKENS = 4096
 #: Steps that run before the step is captured, so that what is made once is there.
 _EAGER_STEPS = 3
 #: Train FLOPs of a run, about ten minutes on a fast GPU, from which on a minute of compiling pays.
@@ -169,7 +170,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each validation sample for each run (R, samples), float64 on the CPU."""
-        piece = max(1, _EVALUATION_TOKENS // (self._recipe.tokens * self.count))
+        piece = max(1, EVALUATION_TOKENS // (self._recipe.tokens * self.count))
         losses = []
         with self._execution.autocast():
             self.stacked.prepare()
