@@ -107,6 +107,8 @@ class _RankEngine:
         for module in self._gates():
             module.over_batch = self._mean
         self._trained: nn.Module = self._model
+        #: which of the samples that were evaluated last are no repeated ones
+        self._counted = torch.empty(0, dtype=torch.bool)
         device = torch.device(execution.device)
         if recipe.sharding == "full":
             # a block at a time, so that the device never holds more than its part and a block
@@ -161,11 +163,13 @@ class _RankEngine:
         each = -(-len(x) // self._ranks)
         # all ranks compute as much, or some would wait for ever: the last sample more than once
         first = self._rank * each
-        own = torch.arange(first, first + each, device=x.device).clamp(max=len(x) - 1)
+        own = torch.arange(first, first + each, device=x.device)
         piece = max(1, EVALUATION_TOKENS // self._recipe.tokens)
         self._model.eval()
         losses = []
-        for at in torch.split(own, piece):
+        for numbers in torch.split(own, piece):
+            self._counted = numbers < len(x)
+            at = numbers.clamp(max=len(x) - 1)
             with self._execution.autocast():
                 outputs = self._model(x[at])
             losses.append(sample_losses(self._recipe, outputs, y[at]))
@@ -179,14 +183,17 @@ class _RankEngine:
 
     def routers(self) -> list[list[dict[str, Any]]]:
         """What the gates did with the last samples of each rank; see `routing_statistics`."""
-        seen = [(gate._last_logits, gate._last_chosen) for gate in self._gates()]
-        return [
-            [
-                routing_statistics(self._gathered(logits), self._gathered(chosen))
-                for logits, chosen in seen
-                if logits is not None and chosen is not None
-            ]
-        ]
+        found = []
+        for gate in self._gates():
+            logits, chosen = gate._last_logits, gate._last_chosen
+            if logits is None or chosen is None:
+                continue
+            tokens = self._counted.repeat_interleave(len(logits) // len(self._counted))
+            kept = self._gathered(tokens)
+            found.append(
+                routing_statistics(self._gathered(logits)[kept], self._gathered(chosen)[kept])
+            )
+        return [found]
 
     def state_dict(self) -> dict[str, Any]:
         """On rank 0 whole parameters and optimiser state, on the CPU; nothing elsewhere."""

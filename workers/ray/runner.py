@@ -43,6 +43,7 @@ from nas.tasks import TaskData
 from nas.training.checkpoint import prune
 from workers import metrics
 from workers.ray import internals
+from workers.ray.spread import OF_TRIAL, SpreadTrainable
 from workers.ray.trainable import ProxyTrainable
 from workers.session import SearchSession
 
@@ -124,21 +125,24 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
         return
     limits = session.request.limits
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
-    needs = cluster.trial_resources(settings)
-    capacity = cluster.trial_capacity(needs)
+    ranks = session.recipe.ranks
+    needs = cluster.trial_resources(settings, ranks)
+    capacity = cluster.trial_capacity(needs, ranks)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
     shared = cluster.Shared(data.train, data.validation)
+    spread = {"resources": needs} if ranks > 1 else {}
     trainable = tune.with_resources(
         tune.with_parameters(
-            ProxyTrainable,
+            SpreadTrainable if spread else ProxyTrainable,
             data=shared.owner,
             threads=settings.cpus_per_trial,
             checkpoints=str(checkpoints),
             seconds=trial_seconds,
             memory=settings.memory_per_trial,
+            **spread,
         ),
-        tune.PlacementGroupFactory([needs]),  # one bundle: on one node
+        tune.PlacementGroupFactory([OF_TRIAL if spread else needs]),  # one bundle: on one node
     )
     key = uuid.uuid4().hex
     experiment = _Experiment(session, trial_seconds)

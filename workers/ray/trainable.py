@@ -20,7 +20,7 @@ import torch
 from ray import tune
 
 from nas.errors import RunFailed
-from nas.planning.recipe import stored_recipe
+from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
@@ -29,6 +29,10 @@ from nas.training.run import Execution, Point, execution_plans, train
 from workers.ray.cluster import taken
 
 _log = logging.getLogger(__name__)
+
+
+class ProcessLost(Exception):
+    """What only fresh processes may cure; see `workers.ray.spread`."""
 
 
 class ProxyTrainable(tune.Trainable):
@@ -92,7 +96,12 @@ class ProxyTrainable(tune.Trainable):
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)
-        self._points = train(
+        self._points = self._training(plan, recipe, run)
+
+    def _training(
+        self, plan: RunPlan, recipe: Recipe, run: dict[str, Any]
+    ) -> Generator[Point, None, dict[str, Any] | None]:
+        return train(
             plan, recipe, *self._data, run["seed"], self._execution, self._plans,
             self._checkpoint, self._meter,
         )  # fmt: skip
@@ -136,7 +145,7 @@ class ProxyTrainable(tune.Trainable):
             self._checkpoint.remove()
             return _failed(str(error))
         except Exception as error:
-            if _out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, ProcessLost):
                 raise
             self._checkpoint.remove()
             _log.exception("the run failed")
@@ -160,7 +169,8 @@ class ProxyTrainable(tune.Trainable):
         """Nothing; see `save_checkpoint`."""
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error is one of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # torch's allocator for the CPU raises a plain RuntimeError
