@@ -127,7 +127,8 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
     ranks = session.recipe.ranks
     needs = cluster.trial_resources(settings, ranks)
-    capacity = cluster.trial_capacity(needs, ranks)
+    # a trial that has more ranks than there is room for fails by itself, and tells why
+    capacity = max(1, cluster.trial_capacity(needs) // ranks)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
     shared = cluster.Shared(data.train, data.validation)
