@@ -157,7 +157,8 @@ def train_replicates(
 class Trainer(Protocol):
     """What takes the steps of runs; see `nas.training.engine.Engine`."""
 
-    optimizer: torch.optim.Optimizer
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def set_rate(self, factor: float) -> None: ...
 

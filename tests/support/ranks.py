@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
+from torch.multiprocessing.spawn import spawn
 
 from nas.designs.design import parse_design
 from nas.errors import RunFailed
@@ -111,7 +113,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     (Path(sys.argv[1]) / "one.json").write_text(json.dumps({"exact": _exact(TINY)}))
     distributed.destroy_process_group()
-    multiprocessing.spawn(_rank, (Path(sys.argv[1]),), nprocs=RANKS)
+    spawn(_rank, (Path(sys.argv[1]),), nprocs=RANKS)

@@ -53,7 +53,9 @@ _LONGEST = 250
 class SpreadTrainable(ProxyTrainable):
     """Trains the plan in its config over `recipe.ranks` devices; see `ProxyTrainable`."""
 
-    def setup(self, config: dict[str, Any], *, resources: dict[str, float], **given: Any) -> None:
+    def setup(  # type: ignore[override]  # Tune gives what the runner has named
+        self, config: dict[str, Any], *, resources: dict[str, float], **given: Any
+    ) -> None:
         """Prepare a process for one trial after another.
 
         Parameters
@@ -210,7 +212,7 @@ def _rank(config: dict[str, Any]) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(config["threads"])
-    data = taken(config["data"])
+    train_data, validation_data = taken(config["data"])
     limit_memory(config["memory"])
     execution = rank_execution(Execution.on(device.type))
     plans = rank_plans(plan, recipe, execution)
@@ -218,7 +220,9 @@ def _rank(config: dict[str, Any]) -> None:
     first = get_context().get_world_rank() == 0
     tell = partial(config["channel"].put)
     meter = CostMeter(execution.device) if first else None
-    points = train_on_rank(plan, recipe, *data, run["seed"], execution, checkpoint, meter)
+    points = train_on_rank(
+        plan, recipe, train_data, validation_data, run["seed"], execution, checkpoint, meter
+    )
     try:
         while True:
             found = next(points)

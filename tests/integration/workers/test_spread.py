@@ -28,8 +28,8 @@ from workers.ray import cluster
 from workers.ray.spread import _Told, spread
 from workers.ray.trainable import ProcessLost
 
-# of Ray's own, where it makes settings of data that is not used
-pytestmark = pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")
+# Ray Train makes settings of Ray Data, which is not used here, with fields that it has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:`use_.*deprecated:DeprecationWarning")
 SEED, HALF = 3, {"CPU": 0.5}
 
 

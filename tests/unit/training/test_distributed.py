@@ -31,7 +31,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert ran.returncode == 0, ran.stderr
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS))
     assert first == second
-    return dict(first) | json.loads((folder / "one.json").read_text())
+    one: dict[str, Any] = json.loads((folder / "one.json").read_text())
+    return dict(first) | one
 
 
 def losses(found: dict[str, Any]) -> list[float]:
