@@ -116,4 +116,4 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     (Path(sys.argv[1]) / "one.json").write_text(json.dumps({"exact": _exact(TINY)}))
     distributed.destroy_process_group()
-    spawn(_rank, (Path(sys.argv[1]),), nprocs=RANKS)
+    spawn(_rank, (Path(sys.argv[1]),), nprocs=RANKS)  # type: ignore[no-untyped-call]

@@ -253,7 +253,9 @@ def _of_the_group(error: Exception) -> bool:
     """Whether an error tells of other ranks only."""
     if isinstance(error, distributed.DistError | RayError):
         return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
+    # gloo has no class of its own
+    signs = ("gloo", "connection closed by peer", "connection reset by peer")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 def _checkpoint_of(

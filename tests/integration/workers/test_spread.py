@@ -103,7 +103,7 @@ def test_an_error_of_the_run_is_told(data: Any, tmp_path: Path) -> None:
 @FULL
 def test_more_ranks_than_the_cluster_holds_are_not_waited_for(data: Any, tmp_path: Path) -> None:
     run = points(data, tmp_path, plan("dense"), TINY, _Told("cpu"), ranks=1 << 16)
-    with pytest.raises(ProcessLost, match="65536 ranks that need .* have room for"):
+    with pytest.raises(ProcessLost, match=r"65536 ranks that need .* have room for"):
         next(run)
     with pytest.raises(ClusterUnavailable, match="2 ranks that need"):
         cluster.trial_capacity({"CPU": 1e6}, 2)
