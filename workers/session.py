@@ -194,7 +194,8 @@ class SearchSession:
     def _packs(self, group: Sequence[Trial]) -> list[Pack]:
         """How those of a group that are unfinished are to run; `group` is all that is planned."""
         left = tuple(t for t in group if t.state in UNFINISHED)
-        if not left or len(group) == 1 or not pay(plan_of_trial(group[0]), self._device):
+        together = self.recipe.ranks == 1 and pay(plan_of_trial(group[0]), self._device)
+        if not left or len(group) == 1 or not together:
             return _apart(left)
         keys = "/".join(t.key for t in group)
         return [Pack(left, hashlib.sha256(keys.encode()).hexdigest())]

@@ -8,6 +8,7 @@ token's logits; a balanced router has 1 for the first term.  Source: arXiv:2410.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +101,20 @@ def z_loss(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits, -1).square().sum(-1) / max(logits.shape[-2], 1)
 
 
-def gate_loss(logits: Tensor, chosen: Tensor) -> Tensor:
+def gate_loss(
+    logits: Tensor, chosen: Tensor, over_batch: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """balance_loss + 0.1·z_loss of logits (..., n, E), chosen (..., n, k) → (...).
 
-    In eager code one function with a written-out gradient, which a narrow layer notices.
+    In eager code one function with a written-out gradient, which a narrow layer notices.  For
+    tokens that are a part of a batch, `over_batch` makes the shares of the batch of theirs; the
+    mean of the losses of equal parts is then the loss of the batch.
     """
-    if torch.compiler.is_compiling() or transforms_active():
+    if over_batch is None and (torch.compiler.is_compiling() or transforms_active()):
         return balance_loss(logits, chosen) + Z_WEIGHT * z_loss(logits)
     share = shares(chosen, logits.shape[-1], logits.dtype)
+    if over_batch is not None:
+        share = over_batch(share)
     loss: Tensor = _GateLoss.apply(logits, share)  # type: ignore[no-untyped-call]
     return loss
 
@@ -140,6 +147,8 @@ class Gated:
     #: loss of the last forward, with its graph; None before it, after one that was no training,
     #: and without a gate
     auxiliary_loss: Tensor | None = None
+    #: as in `gate_loss`, where other processes have other parts of the batch
+    over_batch: Callable[[Tensor], Tensor] | None = None
     gate: nn.Parameter | None
     _last_logits: Tensor | None = None
     _last_chosen: Tensor | None = None
@@ -147,7 +156,9 @@ class Gated:
     def _remember(self, routing: Routing, training: bool) -> None:
         if transforms_active():
             return  # their tensors mean nothing outside
-        self.auxiliary_loss = gate_loss(routing.logits, routing.chosen) if training else None
+        self.auxiliary_loss = (
+            gate_loss(routing.logits, routing.chosen, self.over_batch) if training else None
+        )
         self._last_logits, self._last_chosen = routing.logits.detach(), routing.chosen
 
     def __getstate__(self) -> dict[str, Any]:

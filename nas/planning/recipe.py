@@ -40,6 +40,9 @@ _OF_SOME = {
     "context": 0, "vocabulary": 0, "tokenizer": "characters", "side": 0, "channels": 0, "patch": 0,
     "classes": 0, "augmentation": "none", "input_dim": 0, "pool": 0, "data_seed": 0,
 }  # fmt: skip
+#: Settings that are stored where they are not these: fingerprints of tasks and runs depend on what
+#: is stored, and most are of before these settings.
+_LEFT_OUT = {"ranks": 1, "sharding": "none"}
 
 
 def _no_truth(given: Any) -> Any:
@@ -111,6 +114,11 @@ class Recipe:
     #: evaluations of a run, at step counts spaced by a constant ratio up to the last step; a
     #: cosine run has one, for its earlier points are no results of shorter runs
     evaluations: _Whole = Field(8, ge=1, le=32)
+    #: devices that train one run together, each with its part of every batch
+    ranks: _Whole = Field(1, ge=1, le=64)
+    #: what of parameters, gradients and optimiser state each of several ranks holds: all of it
+    #: (none: DDP), or its part (full: FSDP)
+    sharding: Literal["none", "full"] = "none"
 
     def __post_init__(self) -> None:
         if self.min_width % self.head_dim or not (
@@ -129,6 +137,10 @@ class Recipe:
         if self.tokens_per_step > _MOST_TOKENS:
             accepted = f"at most {_MOST_TOKENS} positions in a step, over {self.tokens} of a sample"
             raise InvalidInput("batch", self.batch, accepted)
+        if self.batch % self.ranks:
+            raise InvalidInput("ranks", self.ranks, f"a divisor of batch, {self.batch}")
+        if self.sharding == "full" and self.ranks == 1:
+            raise InvalidInput("sharding", self.sharding, "none with ranks=1")
 
     def _check_own(self) -> None:
         """Raise `InvalidInput` for settings of the task that contradict each other."""
@@ -187,8 +199,13 @@ class Recipe:
         return LOSS_UNITS[self.task]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values, with every setting of `SETTINGS`; `stored_recipe` reads them."""
-        return dict.fromkeys(f.name for f in fields(Recipe)) | _OF_SOME | asdict(self)
+        """As JSON values; `stored_recipe` reads them.
+
+        With every setting of `SETTINGS`, but `ranks` and `sharding` only where they are not 1 and
+        none.
+        """
+        values = dict.fromkeys(f.name for f in fields(Recipe)) | _OF_SOME | asdict(self)
+        return {n: v for n, v in values.items() if n not in _LEFT_OUT or v != _LEFT_OUT[n]}
 
     def learning_rate_factor(self, step: int, steps: int) -> float:
         """Learning rate of step 1 … `steps` of a run over its peak."""
@@ -367,7 +384,7 @@ class VitRecipe(ClassesRecipe):
         return self.patch**2 * self.channels
 
 
-#: Every setting of any recipe, in the order of `Recipe.as_dict`.
+#: Every setting of any recipe, in the order of `Recipe.as_dict`, which may leave some out.
 SETTINGS = (*(f.name for f in fields(Recipe)), *_OF_SOME)
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 _STORED: TypeAdapter[Recipe] = TypeAdapter(

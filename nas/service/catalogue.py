@@ -102,7 +102,9 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
             "recipes": [
                 {
                     "name": recipe.name,
-                    "settings": recipe.as_dict(),
+                    # every one, also those that are stored where they are not these
+                    "settings": recipe.as_dict()
+                    | {"ranks": recipe.ranks, "sharding": recipe.sharding},
                     "loss_unit": recipe.loss_unit,
                     "accepted_train_flops": accepted_budget(recipe),
                     "minimum_train_flops": minimum_train_flops(recipe),

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 #: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
 ROUTER_WEIGHT = 0.01
 #: Positions that are evaluated at once, by the kind of device.
-_EVALUATION_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
+EVALUATION_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
 #: Steps that run before the step is captured, so that what is made once is there.
 _EAGER_STEPS = 3
 #: Train FLOPs of a run, about ten minutes on a fast GPU, from which on a minute of compiling pays.
@@ -183,7 +183,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each validation sample for each run (R, samples), float64 on the CPU."""
-        positions = _EVALUATION_TOKENS[torch.device(self._execution.device).type]
+        positions = EVALUATION_TOKENS[torch.device(self._execution.device).type]
         piece = max(1, positions // (self._recipe.tokens * self.count))
         losses = []
         with self._execution.autocast():

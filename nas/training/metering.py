@@ -99,4 +99,6 @@ def _bytes_held(optimizer: torch.optim.Optimizer) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     ]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    # of a tensor that lies on several devices, what lies on this one
+    here = [getattr(t, "to_local", lambda t=t: t)() for t in tensors]
+    return sum(t.numel() * t.element_size() for t in here)

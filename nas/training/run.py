@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_LOOK_EVERY = 100  # steps between looks at the training loss on a GPU, each of which waits for it
+#: Steps between looks at the training loss on a GPU, each of which waits for it.
+LOOK_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,15 @@ def train(
         plan, recipe, train_data, validation_data, (seed,), execution, layer_plans, checkpoint,
         meter,
     )  # fmt: skip
+    return (yield from alone(several, seed))
+
+
+#: What runs give that train together, see `train_replicates`.
+Evaluations = Generator[dict[int, Point | RunFailed], None, dict[int, dict[str, Any] | None]]
+
+
+def alone(several: Evaluations, seed: int) -> Generator[Point, None, dict[str, Any] | None]:
+    """The points of the one run of `several`, and its statistics; its failure is raised."""
     while True:
         try:
             found = next(several)[seed]
@@ -112,7 +123,7 @@ def train_replicates(
     layer_plans: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
-) -> Generator[dict[int, Point | RunFailed], None, dict[int, dict[str, Any] | None]]:
+) -> Evaluations:
     """Train `plan` with several seeds together; at each evaluation yield what is new, by seed.
 
     That is the next point of a run or, once, why it has failed; a failed run is in no later one,
@@ -137,7 +148,44 @@ def train_replicates(
     """
     if layer_plans is None:
         layer_plans = execution_plans(plan, recipe, execution, len(seeds))
-    engine = Engine(plan, recipe, seeds, execution, layer_plans)
+    engine = partial(Engine, plan, recipe, seeds, execution, layer_plans)
+    return train_with(
+        engine, plan, recipe, train_data, validation_data, seeds, execution, checkpoint, meter
+    )
+
+
+class Trainer(Protocol):
+    """What takes the steps of runs; see `nas.training.engine.Engine`."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    def set_rate(self, factor: float) -> None: ...
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
+
+    def evaluate(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def routers(self) -> list[list[dict[str, Any]]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, saved: Mapping[str, Any], runs: Sequence[int]) -> None: ...
+
+
+def train_with(
+    begin: Callable[[], Trainer],
+    plan: RunPlan,
+    recipe: Recipe,
+    train_data: Arrays,
+    validation_data: Arrays,
+    seeds: Sequence[int],
+    execution: Execution,
+    checkpoint: Checkpoint | None = None,
+    meter: CostMeter | None = None,
+) -> Evaluations:
+    """As `train_replicates`, by what `begin` gives."""
+    engine = begin()
     state = _State.begin(seeds)
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:
@@ -146,7 +194,7 @@ def train_replicates(
             engine.load_state_dict(saved, [saved["seeds"].index(s) for s in seeds])
         except (KeyError, TypeError, ValueError) as error:
             _log.warning("a checkpoint does not fit, the runs begin anew: %r", error)
-            engine = Engine(plan, recipe, seeds, execution, layer_plans)
+            engine = begin()
             state = _State.begin(seeds)
     device = torch.device(execution.device)
     draw = training_batches(recipe, train_data, None if device.type == "cpu" else device)
@@ -163,7 +211,7 @@ def train_replicates(
         with meter.step(engine.optimizer, len(seeds)) if meter else nullcontext():
             losses = engine.step(inputs, targets)
         news: dict[int, Point | RunFailed] = {}
-        if device.type == "cpu" or step % _LOOK_EVERY == 0:
+        if device.type == "cpu" or step % LOOK_EVERY == 0:
             told = f"at step {step} of {plan.steps}"
             news |= state.fail(losses.tolist(), f"training loss is %s {told}")
         if step in evaluations:

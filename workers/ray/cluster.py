@@ -238,16 +238,19 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def trial_resources(settings: Settings) -> dict[str, float]:
-    """Resources of one trial: a GPU (or a share of one) where the cluster has any."""
+def trial_resources(settings: Settings, ranks: int = 1) -> dict[str, float]:
+    """Resources of one trial: a GPU (or a share of one) where the cluster has any.
+
+    Those of each rank where there are several, which cannot share one.
+    """
     needs: dict[str, float] = {"CPU": settings.cpus_per_trial, **settings.resources_per_trial}
     if ray.cluster_resources().get("GPU", 0) > 0:
-        needs["GPU"] = settings.gpus_per_trial
+        needs["GPU"] = settings.gpus_per_trial if ranks == 1 else max(1.0, settings.gpus_per_trial)
     return needs
 
 
-def trial_capacity(needs: dict[str, float]) -> int:
-    """How many trials the cluster holds at once, none of them spread over two nodes.
+def trial_capacity(needs: dict[str, float], ranks: int = 1) -> int:
+    """How many trials the cluster holds at once, no rank of them spread over two nodes.
 
     Raises
     ------
@@ -259,14 +262,20 @@ def trial_capacity(needs: dict[str, float]) -> int:
     count = sum(
         int(min(have.get(name, 0.0) / n + 1e-4 for name, n in needs.items())) for have in held
     )
-    if count == 0:
+    if count < ranks:
         shown = [{name: have.get(name, 0) for name in needs} for have in held]
+        what = (
+            f"one trial needs {needs}; no node of the cluster has that much"
+            if ranks == 1
+            else f"one trial has {ranks} ranks that need {needs} each; the nodes of the cluster "
+            f"have room for {count}"
+        )
         raise ClusterUnavailable(
-            f"one trial needs {needs}; no node of the cluster has that much: {shown}; change "
+            f"{what}: {shown}; change "
             "EINSUM_NAS_CPUS_PER_TRIAL, EINSUM_NAS_GPUS_PER_TRIAL or "
             "EINSUM_NAS_RESOURCES_PER_TRIAL, or add a node"
         )
-    return count
+    return count // ranks
 
 
 class Shared:

@@ -45,6 +45,7 @@ from nas.tasks import TaskData
 from nas.training.checkpoint import prune
 from workers import metrics
 from workers.ray import internals
+from workers.ray.spread import OF_TRIAL, SpreadTrainable
 from workers.ray.trainable import ProxyTrainable
 from workers.session import Pack, SearchSession, plan_of_trial
 
@@ -130,26 +131,30 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     ClusterUnavailable
         No node has room for a trial.
     """
-    needs = cluster.trial_resources(settings)
+    ranks = session.recipe.ranks
+    needs = cluster.trial_resources(settings, ranks)
     remaining = session.prepare("cuda" if "GPU" in needs else "cpu")
     if remaining == 0:
         return
     limits = session.request.limits
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
-    capacity = cluster.trial_capacity(needs)
+    # a trial that has more ranks than there is room for fails by itself, and tells why
+    capacity = max(1, cluster.trial_capacity(needs) // ranks)
     checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
     shared = cluster.Shared(data.train, data.validation)
+    spread = {"resources": needs} if ranks > 1 else {}
     trainable = tune.with_resources(
         tune.with_parameters(
-            ProxyTrainable,
+            SpreadTrainable if spread else ProxyTrainable,
             data=shared.owner,
             threads=settings.cpus_per_trial,
             checkpoints=str(checkpoints),
             rates=str(settings.resolved_rates_home),
             memory=settings.memory_per_trial,
+            **spread,
         ),
-        tune.PlacementGroupFactory([needs]),  # one bundle: on one node
+        tune.PlacementGroupFactory([OF_TRIAL if spread else needs]),  # one bundle: on one node
     )
     key = uuid.uuid4().hex
     experiment = _Experiment(session, trial_seconds)

@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +21,21 @@ from ray import tune
 
 from nas.errors import RunFailed
 from nas.layers.kernels.machine import machine_rates
-from nas.planning.recipe import stored_recipe
+from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
 from nas.rates import current_rates
 from nas.records.device import processor_name
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.metering import CostMeter
-from nas.training.run import Execution, Point, execution_plans, train_replicates
+from nas.training.run import Evaluations, Execution, Point, execution_plans, train_replicates
 from workers.ray.cluster import taken
 
 _log = logging.getLogger(__name__)
+
+
+class ProcessLost(Exception):
+    """What only fresh processes may cure; see `workers.ray.spread`."""
 
 
 class ProxyTrainable(tune.Trainable):
@@ -45,7 +49,7 @@ class ProxyTrainable(tune.Trainable):
     raised, so that Ray starts the trial anew.
     """
 
-    _evaluations: Generator[dict[int, Point | RunFailed], None, dict[int, dict[str, Any] | None]]
+    _evaluations: Evaluations
     #: execution plan of each structure, by fingerprint; stored with the trial
     _plans: dict[str, str]
 
@@ -102,7 +106,10 @@ class ProxyTrainable(tune.Trainable):
         self._plans = execution_plans(plan, recipe, self._execution, len(self._seeds))
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)
-        self._evaluations = train_replicates(
+        self._evaluations = self._training(plan, recipe, run)
+
+    def _training(self, plan: RunPlan, recipe: Recipe, run: dict[str, Any]) -> Evaluations:
+        return train_replicates(
             plan, recipe, *self._data, self._seeds, self._execution, self._plans,
             self._checkpoint, self._meter,
         )  # fmt: skip
@@ -143,7 +150,7 @@ class ProxyTrainable(tune.Trainable):
             ended = {"environments": environments, "cost": asdict(self._meter.result())}
             return _report("ended", ended, done=True)
         except Exception as error:
-            if _out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, ProcessLost):
                 raise
             self._checkpoint.remove()
             _log.exception("the run failed")
@@ -173,7 +180,8 @@ class ProxyTrainable(tune.Trainable):
         """Nothing; see `save_checkpoint`."""
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error is one of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # torch's allocator for the CPU raises a plain RuntimeError
