@@ -32,6 +32,7 @@ from torch import distributed
 from nas.errors import ClusterUnavailable, RunFailed, one_line
 from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
+from nas.records.device import processor_name
 from nas.records.trial import MeasuredCost
 from nas.training.checkpoint import Checkpoint
 from nas.training.distributed import rank_execution, rank_plans, train_on_rank
@@ -234,7 +235,9 @@ def _rank(config: dict[str, Any]) -> None:
                 "ranks": recipe.ranks,
                 "sharding": recipe.sharding,
                 **asdict(execution),
-                "device_name": torch.cuda.get_device_name() if device.type == "cuda" else "",
+                "device_name": (
+                    torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
+                ),
                 "threads": config["threads"],
                 "execution_plans": plans,
                 "torch": torch.__version__,

@@ -335,7 +335,7 @@ def test_a_process_uses_what_its_machine_is_measured_to_do(
     assert machine_rates(tmp_path, 3) == MachineRates(moved=3 / 1e9) == current_rates()
     assert machine_rates(tmp_path, 3) == current_rates()
     assert asked == [3]
-    monkeypatch.setenv("EINSUM_NAS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EINSUM_NAS_RATES_HOME", str(tmp_path / "home"))
     from nas.settings import settings
 
     settings.cache_clear()
