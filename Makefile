@@ -55,6 +55,7 @@ bench: bench-layers  ## ratios measured in one run, as JSON and as tables
 	$(BIN)/python -m benchmarks.kernels.sizing
 	$(BIN)/python -m benchmarks.kernels.surgery
 	$(BIN)/python -m benchmarks.kernels.mixtures
+	$(BIN)/python -m benchmarks.kernels.steps
 	$(BIN)/python -m benchmarks.science.coordinates
 	$(BIN)/python -m benchmarks.science.proposals
 

@@ -34,7 +34,7 @@ def demo(port: Port = None) -> None:
     try:
         with Client(url) as client:
             _await_ready(client, service)
-            remote = client.search(train_flops=1e11, trials=16, sampler="tpe", seed=0, replicates=3)
+            remote = client.search(train_flops=7e10, trials=16, sampler="tpe", seed=0, replicates=3)
             console.print(f"search {remote.id}\nlive at {url}/searches/{remote.id}")
             show_outcome(remote, "", wait=True, as_json=False)
         console.print(f"\ndashboard: {url}/searches/{remote.id}")
