@@ -48,7 +48,7 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
     shown = {"dense": DENSE, **_examples(request.designs)}
     return {
         "request": request.model_dump(),
-        "recipe": recipe.as_dict(),
+        "recipe": _settings(recipe),
         "loss_unit": recipe.loss_unit,
         "trials": request.trials,
         "references": [{name: getattr(p, name) for name in _OF_REFERENCE} for p in dense],
@@ -103,8 +103,7 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
                 {
                     "name": recipe.name,
                     # every one, also those that are stored where they are not these
-                    "settings": recipe.as_dict()
-                    | {"ranks": recipe.ranks, "sharding": recipe.sharding},
+                    "settings": _settings(recipe),
                     "loss_unit": recipe.loss_unit,
                     "accepted_train_flops": accepted_budget(recipe),
                     "minimum_train_flops": minimum_train_flops(recipe),
@@ -127,3 +126,8 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
         }
         for task in TASKS
     ]
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe, those too that are not stored where they have their defaults."""
+    return recipe.as_dict() | {"ranks": recipe.ranks, "sharding": recipe.sharding}
