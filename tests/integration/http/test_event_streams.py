@@ -432,16 +432,18 @@ def test_500_streams_beside_another_client(service: Serving) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(reading(statuses, done))
             running = [tasks.create_task(s.run(service.port, search)) for s, search in streams]
-            await until(lambda: all(len(s.ids) == 1 for s, _ in streams), "the first event")
-            quiet = len(statuses)
-            await until(lambda: len(statuses) > quiet + 100, "answers beside idle streams")
-            for search in searches:
-                await asyncio.to_thread(store.set_priority, search, 5)
-            await until(lambda: all(len(s.ids) == 2 for s, _ in streams), "a later event")
-            for search in searches:
-                await asyncio.to_thread(store.cancel, search)
-            await asyncio.wait_for(asyncio.gather(*running), PATIENCE)
-            done.set()
+            try:
+                await until(lambda: all(len(s.ids) == 1 for s, _ in streams), "the first event")
+                quiet = len(statuses)
+                await until(lambda: len(statuses) > quiet + 100, "answers beside idle streams")
+                for search in searches:
+                    await asyncio.to_thread(store.set_priority, search, 5)
+                await until(lambda: all(len(s.ids) == 2 for s, _ in streams), "a later event")
+                for search in searches:
+                    await asyncio.to_thread(store.cancel, search)
+                await asyncio.wait_for(asyncio.gather(*running), PATIENCE)
+            finally:
+                done.set()  # or a reader that misses its cancellation is waited for
         assert set(statuses) == {200}
         for stream, search in streams:
             assert stream.status == b"200"
