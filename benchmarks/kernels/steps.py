@@ -115,8 +115,8 @@ def measure(width: int, replicates: list[int], peak: float) -> list[dict[str, An
     for name in DESIGNS:
         plan = plan_of_steps(recipe, as_design(name), width, 1)
         flops[name] = plan.train_flops_per_step
+        plans = execution_plans(plan, recipe)
         for count in replicates:
-            plans = execution_plans(plan, recipe, CPU, count)
             engine = Engine(plan, recipe, range(count), CPU, plans)
 
             def step(engine: Engine = engine, count: int = count) -> None:

@@ -15,7 +15,6 @@ from nas.designs.design import (
     layer_family,
     structure_in,
 )
-from nas.designs.einsum import Sizes
 from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
@@ -74,6 +73,8 @@ def plan_text(
 
 #: Numbers of a matrix on a GPU up to which a dense product is faster than several structured ones.
 _SMALL_MATRIX = 1 << 19
+#: Passes over a matrix and its gradient while they are made and read.
+_MATRIX_MOVES = 6
 
 
 def matrix_pays(structure: LinearStructure, tokens: int, device: torch.device) -> bool:
@@ -85,15 +86,10 @@ def matrix_pays(structure: LinearStructure, tokens: int, device: torch.device) -
     entries = structure.d_in * structure.d_out
     if structure.is_dense or device.type != "cpu":
         return structure.is_dense or entries <= _SMALL_MATRIX
-    dense = Sized(
-        structure.d_in, structure.d_out, Sizes(1, 1, structure.d_in, 1, 1, structure.d_out, 1), True
-    )
+    shape = torch.Size((structure.d_out, structure.d_in))
+    dense = Sized.of(structure.d_in, structure.d_out, shape, None)
     rates = current_rates()
     products = cost(Plan("materialised"), dense, tokens)
-    # W, its gradient, and those of its factors: made and read a few times each
     making = entries * _MATRIX_MOVES * rates.moved
     apart = build_layer(structure, device="meta").expected_seconds(tokens)
     return bool(products + making <= apart)
-
-
-_MATRIX_MOVES = 6

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nas.layers.kernels.mixture_kernels import loads
 from nas.layers.modes import transforms_active, without_autocast
 
 #: Weight of the second term within the auxiliary loss.
@@ -63,11 +64,6 @@ def route(x: Tensor, gate: Tensor, active: int) -> Routing:
             at = chosen[..., None] == torch.arange(logits.shape[1], device=logits.device)
             best = torch.where(at, logits[:, None], 0.0).sum(-1)
         return Routing(softmax(best), chosen, logits)
-
-
-def loads(chosen: Tensor, experts: int) -> Tensor:
-    """How often each expert occurs in chosen (m,), (E,); unlike bincount without waiting for it."""
-    return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def softmax(x: Tensor) -> Tensor:

@@ -67,13 +67,11 @@ class Execution:
 CPU = Execution()
 
 
-def execution_plans(
-    plan: RunPlan, recipe: Recipe, execution: Execution = CPU, runs: int = 1
-) -> dict[str, str]:
+def execution_plans(plan: RunPlan, recipe: Recipe, execution: Execution = CPU) -> dict[str, str]:
     """The execution plan of each structure of a run, by fingerprint, from the cost models.
 
-    `STACKED`, or that of single layers; mixtures are always stacked, and choose their plans by the
-    cost model where they are more than one.
+    `STACKED`, or that of single layers.  However many runs train together, it is the same; mixtures
+    of several layers or runs, which are computed as one, then choose by the cost model again.
     """
     where, tokens = torch.device(execution.device), recipe.tokens_per_step
 
@@ -189,9 +187,10 @@ class Engine:
         with self._execution.autocast():
             self.stacked.prepare()
             for inputs, targets in zip(torch.split(x, piece), torch.split(y, piece), strict=True):
-                both = (t.expand(self.count, *t.shape) for t in (inputs, targets))
-                inputs, targets = both
-                losses.append(self._sample_losses(self.stacked.run(inputs), targets))
+                outputs = self.stacked.run(inputs.expand(self.count, *inputs.shape))
+                losses.append(
+                    self._sample_losses(outputs, targets.expand(self.count, *targets.shape))
+                )
         return torch.cat(losses, dim=1).double().cpu()
 
     def routers(self) -> list[list[dict[str, Any]]]:

@@ -147,7 +147,7 @@ def train_replicates(
         Measures what the steps cost.
     """
     if layer_plans is None:
-        layer_plans = execution_plans(plan, recipe, execution, len(seeds))
+        layer_plans = execution_plans(plan, recipe, execution)
     engine = partial(Engine, plan, recipe, seeds, execution, layer_plans)
     return train_with(
         engine, plan, recipe, train_data, validation_data, seeds, execution, checkpoint, meter

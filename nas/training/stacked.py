@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.layers import StructuredLinear
-from nas.layers.kernels.mixture_kernels import Form
+from nas.layers.kernels.mixture_kernels import Form, loads
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_for_sizes
 from nas.layers.kernels.plan import bucket
 from nas.layers.mixture import MixtureFFN, MixtureLinear
 from nas.layers.modes import autocast_dtype, without_autocast
 from nas.layers.normalization import cap_rms_each
-from nas.layers.routing import Routing, gate_loss, loads, routing_statistics, softmax
+from nas.layers.routing import Routing, gate_loss, routing_statistics, softmax
 
 #: The plan under which a structure's layers are multiplied out together.
 STACKED = "stacked"
@@ -190,10 +190,9 @@ class Stacked:
         if own:
             self._gains.append(self._slot(own))
         for layer in layers:
-            if layer._parameters[gain] is not None:
-                self._gain_count += 1
-            # place 0 is that of a 1
-            self._gain_places.append(self._gain_count if layer._parameters[gain] is not None else 0)
+            has_one = layer._parameters[gain] is not None
+            self._gain_count += has_one
+            self._gain_places.append(self._gain_count if has_one else 0)  # place 0 is that of a 1
 
     # --- the parameters of a step
 

@@ -103,7 +103,7 @@ class ProxyTrainable(tune.Trainable):
         recipe = stored_recipe(run["recipe"])
         self._seeds: list[int] = run["seeds"]
         self._execution = Execution.on(self._execution.device, plan.train_flops)
-        self._plans = execution_plans(plan, recipe, self._execution, len(self._seeds))
+        self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)
         self._evaluations = self._training(plan, recipe, run)

@@ -52,6 +52,11 @@ class Inputs(NamedTuple):
 Gradients = tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None]
 
 
+def loads(chosen: Tensor, experts: int) -> Tensor:
+    """How often each expert occurs in chosen (m,), (E,); unlike bincount without waiting for it."""
+    return chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
 class _Rows:
     """Which row of a product each assignment is: sorted by expert, and padded if batched."""
 
@@ -62,14 +67,12 @@ class _Rows:
         #: assignment (t·k + j) of each sorted row
         self.order = torch.argsort(flat, stable=True)
         self.tokens = self.order.div(self.k, rounding_mode="floor") if self.k > 1 else self.order
-        # not by bincount, which waits for the device
-        self.counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
+        self.counts = loads(flat, experts)
         #: rows of each expert where they are padded
         self.capacity = 0
         self.slots: Tensor | None = None
         if padded:
-            loads = self.counts.tolist()
-            self.capacity = max(loads, default=0)
+            self.capacity = max(self.counts.tolist(), default=0)
             ends = self.counts.cumsum(0)
             shift = torch.arange(experts, device=flat.device) * self.capacity - ends + self.counts
             row = torch.arange(len(flat), device=flat.device)
