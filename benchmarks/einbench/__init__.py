@@ -1,0 +1,1 @@
+"""Collecting and checking EinBench, the table of learning curves in `nas.einbench`."""
