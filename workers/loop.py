@@ -19,6 +19,10 @@ from typing import ParamSpec
 
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.logs import bound, carried
+from nas.records.evidence import Evidence
+from nas.search import scheduler_of
+from nas.search.scheduling import Scheduler
+from nas.service.prior import fixed_evidence
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store, upgrade
 from nas.tasks import TaskData, load_data
@@ -262,13 +266,23 @@ class Worker:
                 f"the data this search began with, fingerprint {stored}; found {data.fingerprint}",
             )
         session = SearchSession(
-            self._store, lease, search, data.recipe, data.fingerprint, signals, leases=self._leases
-        )
+            self._store, lease, search, data.recipe, data.fingerprint, signals,
+            leases=self._leases, scheduler=self._scheduler(lease, search, data),
+        )  # fmt: skip
         self._runner(session, data, self._settings)
         self._wait = _FIRST_WAIT
         if signals.lost.is_set():
             raise LeaseLost(f"search {search.id}: claimed by another worker")
         session.hand_back() if signals.hand_back else session.finish()
+
+    def _scheduler(self, lease: Lease, search: Search, data: TaskData) -> Scheduler | None:
+        """What decides the rounds of a search, if it has any; it knows what was measured before."""
+        evidence: tuple[Evidence, ...] = ()
+        if search.request.stopping_rule == "frontier":
+            evidence = fixed_evidence(
+                self._store, self._leases, lease, search, data.recipe, data.fingerprint
+            )
+        return scheduler_of(search.request, data.recipe, evidence)
 
     def _end(
         self, search: Search, write: Callable[P, None], *args: P.args, **named: P.kwargs

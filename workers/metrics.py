@@ -43,8 +43,8 @@ CLAIMS = _counter(
     "outcome", "claimed", "nothing", "unavailable",
 )  # fmt: skip
 TRIALS = _counter(
-    "trials_total", "Trials that ended on this worker, by state",
-    "state", "complete", "stopped", "failed",
+    "trials_total", "Trials that ended or paused on this worker, by state",
+    "state", "complete", "paused", "stopped", "failed",
 )  # fmt: skip
 TRIAL_SECONDS = Histogram(
     "einsum_nas_worker_trial_seconds", "Wall-clock seconds from start to end of a trial",

@@ -6,30 +6,31 @@ It does not depend on Ray.  Every method that writes does so under the lease, so
 
 from __future__ import annotations
 
-import hashlib
-import json
+import gc
 import math
-import re
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from statistics import fmean
 from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from nas.errors import EinsumNasError, StoreUnavailable, counted
+from nas.errors import EinsumNasError, StoreUnavailable
 from nas.planning.recipe import Recipe
-from nas.planning.request import Confirm, SearchRequest
+from nas.planning.request import MAX_TRIALS, Confirm
 from nas.planning.runs import RunPlan, plan_of_steps, references
-from nas.search import PastTrial, propose
+from nas.records.trial import TrialState
+from nas.search.scheduling import Scheduler
 from nas.store import (
     Lease,
     Leases,
     MeasuredCost,
     Renewal,
+    Round,
     Search,
     Store,
     StoredPoint,
@@ -37,24 +38,15 @@ from nas.store import (
     TrialDraft,
     TrialFailure,
 )
-from nas.store.records import UNFINISHED
+from nas.store.progress import TrialProgress, read_points, read_progress, told
+from nas.store.records import DUE
 from nas.training.replicates import pay
+from workers.packs import Pack, each_apart, pack_key, plan_of_trial, run_key
+from workers.progress import Progress, Proposals
+from workers.reasons import grouped
+from workers.rounds import Planner, view_of
 
 T = TypeVar("T")
-
-
-def run_key(recipe: Recipe, fingerprint: str, plan: RunPlan, seed: int) -> str:
-    """Digest of everything that decides a run's result: equal keys, equal curves."""
-    decides = {
-        "task": [recipe.task, fingerprint],
-        "recipe": recipe.as_dict(),
-        "depth": plan.depth,
-        "width": plan.width,
-        "steps": plan.steps,
-        "structures": plan.structures,
-        "seed": seed,
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -85,17 +77,16 @@ class Signals:
         return any(getattr(self, signal.name).is_set() for signal in fields(self))
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """Trials that one process trains together: runs of one plan, each with a seed of its own."""
-
-    trials: tuple[Trial, ...]
-    #: names the state that is kept of them; the same whichever of the planned runs are left
-    key: str
-
-    def of(self, seed: int) -> Trial:
-        """The trial with a seed."""
-        return next(t for t in self.trials if t.seed == seed)
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collections: of what is read at once and kept, they take half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class SearchSession:
@@ -110,6 +101,8 @@ class SearchSession:
         The recipe of the search, as its data completes it.
     fingerprint
         Fingerprint of the task: the data that the trials will train on, and the recipe.
+    scheduler
+        Decides which runs begin, go on and are stopped; without one every run trains to its end.
     """
 
     def __init__(
@@ -122,18 +115,28 @@ class SearchSession:
         signals: Signals,
         *,
         leases: Leases | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.search, self.request, self.signals = search, search.request, signals
         self.recipe, self.fingerprint = recipe, fingerprint
         self._store, self._lease = store, lease
         self._leases = leases or Leases(store)
-        self._device = "cpu"
+        self._device, self._slots = "cpu", 1
         self._waiting: deque[Pack] = deque()
         #: key → trials that equal the running one and will share its result
         self._twins: dict[str, list[Trial]] = {}
         self._running: dict[int, Trial] = {}
-        #: looked up no more: Tune asks for trials many times a second
-        self._proposed_all = False
+        self._progress = Progress(self.request)
+        self._proposals = Proposals(self.request, recipe)
+        self._scheduler, self._rounds, self._decided_all = scheduler, search.rounds, False
+        self._planner = Planner(self._progress, self.request, self._key, self._used_seeds)
+        self._claimed_at = time.monotonic()
+        #: told the key of a pack that never goes on
+        self.forget: Callable[[str], None] = lambda key: None
+
+    def _used_seeds(self, model: str) -> set[int]:
+        store = self._store.view(self.search.tenant)
+        return self._sql(store.seeds_of_models, {model})
 
     def _sql(self, write: Callable[..., T], *args: Any, **named: Any) -> T:
         """Retry while the database is unavailable; the watchdog ends the process if that lasts."""
@@ -145,76 +148,116 @@ class SearchSession:
         )
         return retrying(write, *args, **named)
 
-    def prepare(self, device: str = "cpu") -> int:
+    def prepare(self, device: str = "cpu", slots: int = 1) -> int:
         """Plan the references and queue unfinished trials; return how many may still start.
 
         Parameters
         ----------
         device
             Kind of device on which they will train: cpu | cuda.
+        slots
+            How many train at once.
         """
-        self._device = device
-        stored = self._sql(self._store.trials, self.search.id)
+        self._device, self._slots = device, slots
+        with _without_collections():
+            return self._prepare()
+
+    def _prepare(self) -> int:
+        stored = self._sql(read_progress, self._store, self.search.id)
+        if self._scheduler is not None:
+            points = self._sql(read_points, self._store, self.search.id)
+            for trial in stored:
+                trial.points = points.get(trial.id, {})
+        self._progress.add(stored)
+        due = self._sql(self._store.trials, self.search.id, states=DUE) if stored else []
         numbers = {t.number for t in stored}
         if self.request.confirm is not None:
-            self._prepare_confirmation(self.request.confirm, numbers)
+            due += self._prepare_confirmation(self.request.confirm, numbers)
         else:
-            self._prepare_references(numbers)
-        stored = self._sql(self._store.trials, self.search.id)
-        packs = (pack for group in self._groups(stored) for pack in self._packs(group))
-        self._waiting.extend(sorted(packs, key=lambda pack: pack.trials[0].number))
-        left = sum(t.state in UNFINISHED for t in stored)
-        return left + self._unproposed(stored) * self.request.replicates
+            due += self._prepare_references(numbers)
+            due += self._prepare_given(numbers)
+        self._waiting.extend(self._packs(due))
+        if self._scheduler is None:
+            return len(due) + self._unproposed * self.request.replicates
+        if not self._waiting:
+            self._waiting.extend(self._next_round())
+        # how many runs and slices there will be is not known yet
+        return MAX_TRIALS * self.recipe.evaluations if self._waiting else 0
 
-    def _prepare_references(self, planned: set[int]) -> None:
+    def _prepare_references(self, planned: set[int]) -> list[Trial]:
         plans = references(self.recipe, self.request.train_flops, self.request.references)
-        for place, plan in enumerate(plans):
-            if place * self.request.replicates not in planned:
-                self._add(place, plan, kind="reference")
-        self._first_candidate = len(plans)
+        return [
+            trial
+            for place, plan in enumerate(plans)
+            if place * self.request.replicates not in planned
+            for trial in self._add(plan, kind="reference")
+        ]
 
-    def _prepare_confirmation(self, confirm: Confirm, planned: set[int]) -> None:
+    def _prepare_given(self, planned: set[int]) -> list[Trial]:
+        if self.request.candidates is None:
+            return []
+        plans = self.request.given_plans(self.recipe)
+        return [
+            trial
+            for place, plan in enumerate(plans, self._progress.references)
+            if place * self.request.replicates not in planned
+            for trial in self._add(plan, kind="candidate")
+        ]
+
+    def _prepare_confirmation(self, confirm: Confirm, planned: set[int]) -> list[Trial]:
         """Plan every run with the first seed, then every run with the second, and so on, so that a
         search that ends early has confirmed all runs with about as many seeds, unless the seeds of
         a run train together."""
         pairs = [(seed, run) for seed in confirm.seeds for run in confirm.runs]
+        added: list[Trial] = []
         for number, (seed, run) in enumerate(pairs):
             if number not in planned:
                 plan = plan_of_steps(self.recipe, run.as_design, run.width, run.steps)
-                self._add(number, plan, kind="confirmation", seed=seed, confirms=run.trial_id)
+                kind = "confirmation"
+                added += self._add(plan, kind=kind, seed=seed, confirms=run.trial_id)
+        return added
 
-    def _groups(self, trials: Iterable[Trial]) -> list[list[Trial]]:
-        """The trials of each candidate, reference or confirmed run, which differ in their seed."""
-        groups: dict[int, list[Trial]] = {}
-        for t in trials:
-            of = t.number // self.request.replicates if t.confirms is None else t.confirms
-            groups.setdefault(of, []).append(t)
-        return list(groups.values())
+    def _packs(self, due: Sequence[Trial]) -> list[Pack]:
+        """How trials are to run, in their order: those that differ in their seed alone together,
+        where that takes less time."""
+        found: dict[str, Pack] = {}
+        for trial in sorted(due, key=lambda t: t.number):
+            keys = self._progress.together(trial)
+            together = self.recipe.ranks == 1 and pay(plan_of_trial(trial), self._device)
+            apart = len(keys) == 1 or not together
+            key = trial.key if apart else pack_key(keys)
+            # the runs of a pack train as far, and equal runs of a search are apart
+            named = f"{key} {trial.until_step} {trial.number if apart else None}"
+            before = found[named].trials if named in found else ()
+            found[named] = Pack((*before, trial), key)
+        return list(found.values())
 
-    def _packs(self, group: Sequence[Trial]) -> list[Pack]:
-        """How those of a group that are unfinished are to run; `group` is all that is planned."""
-        left = tuple(t for t in group if t.state in UNFINISHED)
-        together = self.recipe.ranks == 1 and pay(plan_of_trial(group[0]), self._device)
-        if not left or len(group) == 1 or not together:
-            return _apart(left)
-        keys = "/".join(t.key for t in group)
-        return [Pack(left, hashlib.sha256(keys.encode()).hexdigest())]
-
-    def _unproposed(self, stored: Sequence[Trial]) -> int:
-        """Candidates that the sampler has still to propose; none for a confirmation."""
-        if self.request.confirm is not None:
-            return 0
-        trials = sum(t.kind == "candidate" for t in stored)
-        return self.request.trials - trials // self.request.replicates
+    @property
+    def _unproposed(self) -> int:
+        """Candidates that may still begin; none for a confirmation."""
+        return 0 if self.request.confirm is not None else self.request.trials - self._progress.begun
 
     def _add(
-        self, place: int, plan: RunPlan, *, kind: Any, seed: int | None = None,
+        self, plan: RunPlan, *, kind: Any, seed: int | None = None,
         sampler_state: Mapping[str, Any] | None = None, **proposed: Any,
     ) -> list[Trial]:  # fmt: skip
         """Store the trials of a candidate, reference or confirmation: all of them, or none."""
+        number = self._progress.next_number
+        return self._store_all(self._drafts(plan, number, kind, seed, sampler_state, **proposed))
+
+    def _store_all(self, drafts: Sequence[TrialDraft]) -> list[Trial]:
+        added = self._sql(self._leases.add_trials, self._lease, drafts)
+        self._progress.add(TrialProgress.of(trial) for trial in added)
+        return added
+
+    def _drafts(
+        self, plan: RunPlan, number: int, kind: Any, seed: int | None = None,
+        sampler_state: Mapping[str, Any] | None = None, **proposed: Any,
+    ) -> list[TrialDraft]:  # fmt: skip
+        """The trials of a candidate, reference or confirmation, numbered from `number` on."""
         seed, count = self.request.seed if seed is None else seed, self.request.replicates
         first = TrialDraft(
-            place * count, kind, plan, seed, self._key(plan, seed), plan.name,
+            number, kind, plan, seed, self._key(plan, seed), plan.name,
             sampler_state=sampler_state, **proposed,
         )  # fmt: skip
         others = [
@@ -224,7 +267,7 @@ class SearchSession:
             )
             for i in range(1, count)
         ]  # fmt: skip
-        return self._sql(self._leases.add_trials, self._lease, [first, *others])
+        return [first, *others]
 
     def _key(self, plan: RunPlan, seed: int) -> str:
         return run_key(self.recipe, self.fingerprint, plan, seed)
@@ -233,25 +276,38 @@ class SearchSession:
         """The next trials to run, stored as running; None if none can start now."""
         while not self.signals.stop:
             if not self._waiting:
-                self._waiting.extend(self._propose())
+                propose = self._propose if self._scheduler is None else self._next_round
+                self._waiting.extend(propose())
             if not self._waiting:
                 return None
             pack = self._waiting.popleft()
             due = tuple(t for t in pack.trials if self._is_due(t))
             for trial in due:
-                self._sql(self._leases.start_trial, self._lease, trial.id)
-                self._twins[trial.key] = []
-                self._running[trial.id] = trial
+                self._start(trial)
             if due:
                 return replace(pack, trials=due)
         return None
+
+    def _start(self, trial: Trial) -> None:
+        self._sql(self._leases.start_trial, self._lease, trial.id)
+        self._twins[trial.key] = []
+        self._running[trial.id] = trial
+        known = self._progress[trial.id]
+        kept = known.trained_steps
+        known.points = {step: p for step, p in known.points.items() if step <= kept}
+        self._progress.set_state(trial.id, "running")
 
     def _is_due(self, trial: Trial) -> bool:
         """Whether a trial has to run: no equal one is running or has a result."""
         if trial.key in self._twins:
             self._twins[trial.key].append(trial)
             return False
-        return not self._sql(self._leases.reuse_result, self._lease, trial.id)
+        if not self._sql(self._leases.reuse_result, self._lease, trial.id):
+            return True
+        twin = self._sql(self._store.trial, trial.id)
+        points = self._sql(self._store.curve, trial.id) if self._scheduler is not None else ()
+        self._progress.shared(trial.id, twin, points)
+        return False
 
     def unfinished(self, pack: Pack) -> tuple[Trial, ...]:
         """Those of a pack that still run."""
@@ -260,64 +316,132 @@ class SearchSession:
     @property
     def exhausted(self) -> bool:
         """Whether no further trial will ever start: one that runs may have to start again."""
-        return self.signals.stop or (
-            not self._waiting and not self._running and self._planned_all()
-        )
+        return self.signals.stop or (not self._waiting and not self._running and self._planned_all)
 
+    @property
     def _planned_all(self) -> bool:
-        if self._proposed_all:
-            return True
-        stored = self._sql(self._store.trials, self.search.id)
-        return self._unproposed(stored) <= 0 or self._flops_reached(stored) is not None
+        if self._scheduler is not None:
+            return self._decided_all
+        return self._unproposed <= 0 or self._flops_reached is not None
 
-    def _flops_reached(self, stored: Sequence[Trial]) -> str | None:
+    @property
+    def _flops_reached(self) -> str | None:
         """The limit on the FLOPs of all runs, where one more candidate could exceed it."""
+        if self._affordable >= 1:
+            return None
+        assert self.request.limits is not None
+        return f"total_train_flops {self.request.limits.total_train_flops:.6g}"
+
+    @property
+    def _affordable(self) -> float:
+        """Candidates that can be begun within the limit on the FLOPs of all runs."""
         limits = self.request.limits
         if limits is None or limits.total_train_flops is None:
-            return None
-        spent = sum(t.train_flops for t in stored if t.reused_from is None)
-        more = self.request.train_flops * self.request.replicates
-        if spent + more <= limits.total_train_flops:
-            return None
-        return f"total_train_flops {limits.total_train_flops:.6g}"
+            return math.inf
+        left = limits.total_train_flops - self._progress.planned_flops
+        return left / (self.request.train_flops * self.request.replicates)
 
     def _propose(self) -> list[Pack]:
-        """The runs of one more candidate; none if there is to be none."""
-        if self._proposed_all:
+        """The runs of more candidates; none if there are to be none.
+
+        Many are stored at once: a search that is interrupted goes on with all of them, so that it
+        proposes what it would have proposed.
+        """
+        if self._planned_all:
             return []
-        stored = self._sql(self._store.trials, self.search.id)
-        self._proposed_all = self._unproposed(stored) <= 0
-        if self._proposed_all or self._flops_reached(stored) is not None:
-            return []
-        candidates = self._groups(t for t in stored if t.kind == "candidate")
-        place, seed = self._first_candidate + len(candidates), self.request.seed
-        known = {t.key for t in stored}
-        past = [_as_past(group, self.request) for group in candidates]
-        found = propose(
-            self.request, self.recipe, place, past, lambda plan: self._key(plan, seed) in known
-        )
-        unseen = tuple(t.number for g in candidates if _is_unfinished(g) for t in g)
-        params, state = found.params, found.sampler_state
-        added = self._add(
-            place, found.plan, kind="candidate", params=params, sampler_state=state, unseen=unseen
-        )
-        return self._packs(added)
+        most = int(min(self._unproposed, self._affordable))
+        number, unseen = self._progress.next_number, self._progress.unseen()
+        packs: list[list[TrialDraft]] = []
+        for found in self._proposals.next(self._progress, self._is_known, most):
+            drafts = self._drafts(
+                found.plan, number, "candidate", sampler_state=found.sampler_state,
+                params=found.params, unseen=unseen,
+            )  # fmt: skip
+            number, unseen = number + len(drafts), (*unseen, *(d.number for d in drafts))
+            packs.append(drafts)
+        added = iter(self._store_all([draft for drafts in packs for draft in drafts]))
+        return [p for drafts in packs for p in self._packs([next(added) for _ in drafts])]
+
+    def _is_known(self, plan: RunPlan) -> bool:
+        return self._key(plan, self.request.seed) in self._progress.keys
+
+    def _next_round(self) -> list[Pack]:
+        """The runs of the next round; none while one is in flight, or where the search ends."""
+        assert self._scheduler is not None
+        packs: list[Pack] = []
+        while not (packs or self._running or self._decided_all or self.signals.stop):
+            view = view_of(
+                self._progress, self.request, slots=self._slots, held_seconds=self._held_seconds,
+                left=int(min(self._unproposed, self._affordable)),
+            )  # fmt: skip
+            moves = self._scheduler.next_round(view)
+            round_ = self._planner.round_of(self._rounds + 1, moves)
+            self._decided_all = not moves
+            if round_.moves:
+                packs = self._packs(self._begin(round_))
+            elif moves:
+                raise EinsumNasError(f"the stopping rule asks for nothing by {moves}")
+        return packs
+
+    @property
+    def _held_seconds(self) -> float:
+        """Time for which workers have held the search."""
+        return self.search.held_seconds + time.monotonic() - self._claimed_at
+
+    def _begin(self, round_: Round) -> list[Trial]:
+        """Store a round; the trials that are to train in it."""
+        due = self._sql(self._leases.begin_round, self._lease, round_)
+        self._rounds = round_.number
+        for trial_id in (*round_.stopped, *round_.ended):
+            ended = self._progress[trial_id]
+            # it was trained alone or with others
+            for state in {ended.key, pack_key(self._progress.together(ended))}:
+                self.forget(state)
+        for trial_id, key in round_.ended.items():
+            self._progress.end_here(trial_id, key)
+        for trial_id in round_.stopped:
+            self._progress.stop(trial_id)
+        for trial in due:
+            if trial.id in round_.advanced:
+                self._progress[trial.id].until_step = trial.until_step
+                self._progress.set_state(trial.id, "planned")
+        begun = (trial for trial in due if trial.id not in round_.advanced)
+        self._progress.add(TrialProgress.of(trial) for trial in begun)
+        return due
 
     def point(self, trial_id: int, point: StoredPoint) -> None:
-        """Store one evaluation of a running trial."""
-        self._sql(self._leases.add_point, self._lease, trial_id, point)
+        """`points` of one."""
+        self.points([(trial_id, point)])
+
+    def points(self, found: Sequence[tuple[int, StoredPoint]]) -> None:
+        """Store evaluations of running trials; what is stored already is passed over."""
+        new = [(i, p) for i, p in found if self._progress[i].points.get(p.step) != told(p)]
+        if new:
+            self._sql(self._leases.add_points, self._lease, new)
+        for i, point in new:
+            self._progress[i].points[point.step] = told(point)
 
     def complete(
         self, trial_id: int, environment: Mapping[str, Any], cost: MeasuredCost | None = None
-    ) -> None:
-        """End a trial that reached its last step, and give its result to its twins."""
-        self._sql(self._leases.complete_trial, self._lease, trial_id, environment, cost)
-        self._settle(trial_id)
+    ) -> TrialState:
+        """End a trial that reached its last step, and give its result to its twins; one that
+        reached the last step of its slice is paused.  Return its state."""
+        trial = self._progress[trial_id]
+        paused = trial.until_step is not None
+        write = self._leases.pause_trial if paused else self._leases.complete_trial
+        self._sql(write, self._lease, trial_id, environment, cost)
+        trial.trained_steps = trial.until_step or trial.steps
+        if not paused:
+            trial.loss = trial.points[trial.steps][1]
+        self._settle(trial_id, "paused" if paused else "complete")
+        return "paused" if paused else "complete"
 
     def fail(self, trial_id: int, reason: str, failure: TrialFailure = "run") -> None:
         """End a trial without a result; a waiting twin gets its own run."""
         self._sql(self._leases.fail_trial, self._lease, trial_id, reason, failure)
-        self._settle(trial_id)
+        trial = self._progress[trial_id]
+        trial.failure, trial.trained_steps = failure, max(trial.points, default=0)
+        self._settle(trial_id, "failed")
 
     def retry(self, pack: Pack, *, apart: bool = False) -> None:
         """Queue what is unfinished of a pack whose process died; it is the next one.
@@ -329,14 +453,17 @@ class SearchSession:
         """
         left = self.unfinished(pack)
         for trial in left:
-            self._settle(trial.id)
-        packs = _apart(left) if apart else [replace(pack, trials=left)] if left else []
+            self._settle(trial.id, "planned")
+        packs = each_apart(left) if apart else [replace(pack, trials=left)] if left else []
         self._waiting.extendleft(reversed(packs))
 
-    def _settle(self, trial_id: int) -> None:
+    def _settle(self, trial_id: int, state: TrialState) -> None:
         trial = self._running.pop(trial_id)
+        self._progress.set_state(trial_id, state)
+        if self._scheduler is None:
+            self._progress[trial_id].points = {}  # nobody asks for them again
         # back to the queue: `next_pack` finds the result there, or runs the twin itself
-        self._waiting.extendleft(reversed(_apart(self._twins.pop(trial.key))))
+        self._waiting.extendleft(reversed(each_apart(self._twins.pop(trial.key))))
 
     def hand_back(self) -> None:
         """Queue or pause the search, to be continued later; this counts as no failure."""
@@ -351,82 +478,35 @@ class SearchSession:
         if self.signals.cancel.is_set():
             self._sql(self._leases.release, self._lease, "cancelled")
             return
-        trials = self._sql(self._store.trials, self.search.id)
-        unfinished = [t.number for t in trials if t.state in UNFINISHED]
-        missing = self._unproposed(trials)
+        unfinished = sorted(t.number for t in self._progress if t.state in DUE)
+        missing = self._missing
         reached = None
-        if unfinished or missing > 0:
-            reached = self._limit_reached(trials, unfinished=bool(unfinished))
+        if unfinished or missing:
+            reached = self._limit_reached(unfinished=bool(unfinished))
             if reached is None:
-                left = f"trials {unfinished} unfinished, {missing} not proposed"
+                left = f"trials {unfinished} unfinished, {missing or 0} not proposed"
                 raise EinsumNasError(f"the runner ended early: {left}")
         release = partial(self._leases.release, limit_reached=reached)
-        if any(t.state == "complete" and t.kind != "reference" for t in trials):
+        if any(t.state == "complete" and t.kind != "reference" for t in self._progress):
             self._sql(release, self._lease, "succeeded")
         else:
-            reasons = grouped(t.error for t in trials if t.error)
+            failed = self._sql(self._store.trials, self.search.id, states=("failed", "stopped"))
+            reasons = grouped(t.error for t in failed if t.error)
             reasons += [reached] if reached else []
             why = f"no candidate completed: {'; '.join(reasons)}"
             failure = "limit" if reached else "trials"
             self._sql(release, self._lease, "failed", why, failure=failure)
 
-    def _limit_reached(self, trials: Sequence[Trial], *, unfinished: bool) -> str | None:
+    @property
+    def _missing(self) -> int:
+        """Candidates that the search has still to begin, as far as that is known."""
+        if self._scheduler is None:
+            return max(self._unproposed, 0)
+        return 0 if self._decided_all and self._affordable >= 1 else self._unproposed
+
+    def _limit_reached(self, *, unfinished: bool) -> str | None:
         """The limit that explains why the search ends before its last trial."""
         if self.signals.overtime.is_set() and self.request.limits is not None:
             return f"seconds {self.request.limits.seconds:.6g}"
         # the limit on FLOPs only prevents proposals, so it does not explain unfinished trials
-        return None if unfinished else self._flops_reached(trials)
-
-
-def grouped(errors: Iterable[str]) -> list[str]:
-    """Errors of trials with how many have each, the most frequent first.
-
-    Errors that differ in numbers alone, such as the step or a process id, count as one.
-    """
-    groups: dict[str, list[str]] = {}
-    for error in errors:
-        told = _STEP.sub("", error)
-        groups.setdefault(_NUMBER.sub("#", told), []).append(told)
-    told_first = sorted(groups.values(), key=lambda g: (-len(g), g[0]))
-    return [
-        f"{counted(len(g), 'trial')}: {g[0]}{' (numbers differ)' if len(set(g)) > 1 else ''}"
-        for g in told_first
-    ]
-
-
-_STEP = re.compile(r" at step \d+( of \d+)?")
-_NUMBER = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{6,}\b|\d+(\.\d+)?")
-
-
-def _apart(trials: Iterable[Trial]) -> list[Pack]:
-    """Each trial as a pack of its own."""
-    return [Pack((t,), t.key) for t in trials]
-
-
-def plan_of_trial(trial: Trial) -> RunPlan:
-    """A stored trial has the fields of its plan."""
-    return RunPlan.from_dict({f.name: getattr(trial, f.name) for f in fields(RunPlan)})
-
-
-def _is_unfinished(group: Iterable[Trial]) -> bool:
-    return any(t.state in UNFINISHED for t in group)
-
-
-def _as_past(group: Sequence[Trial], request: SearchRequest) -> PastTrial:
-    """A candidate as one observation: the mean loss of its trials, once all of them have ended.
-
-    It has failed if one of them failed by itself, or none has a result.
-    """
-    first = group[0]
-    assert first.sampler_params is not None
-    past = partial(PastTrial, first.sampler_params, sampler_state=first.sampler_state)
-    if _is_unfinished(group):
-        return past("running", None)
-    losses = [t.loss for t in group if t.state == "complete" and t.loss is not None]
-    if not losses or any(t.state == "failed" and t.failure == "run" for t in group):
-        return past("failed", None)
-    loss = fmean(losses)
-    if request.objective == "pareto":
-        # logarithm, because the most expensive runs would dominate a hypervolume in plain FLOPs
-        return past("complete", (loss, math.log(first.train_flops)))
-    return past("complete", (loss,))
+        return None if unfinished else self._flops_reached

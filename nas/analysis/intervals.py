@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 Interval = tuple[float, float]
 
@@ -25,8 +25,11 @@ def half_width(values: NDArray[np.float64], tests: int = 1) -> float:
     return t_quantile(len(values) - 1, tests) * spread
 
 
+@lru_cache(maxsize=1024)
 def t_quantile(degrees: int, tests: int = 1) -> float:
     """Of Student's t, such that `tests` two-sided intervals together hold at 95% (Bonferroni)."""
+    from scipy.special import stdtrit  # which takes long to import; a run alone needs none
+
     tail = (1 - CONFIDENCE) / (2 * max(1, tests))
     return float(stdtrit(degrees, 1 - tail))
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import fdtri
 
 from nas.analysis.intervals import Interval, t_quantile
 
@@ -216,6 +215,8 @@ def choose_law(runs: Sequence[Curve]) -> ScalingLaw | None:
     line = _estimate(data, offset=False)
     spare = len(data.x) - len(data.starts) - 2
     if spare > 0 and line.b[0] > 0.0 and data.determined(True):
+        from scipy.special import fdtri  # which takes long to import
+
         free = _estimate(data, offset=True)
         gain = 2.0 * (line.cost(data, free.scale) - free.cost(data, free.scale))
         if free.offset[0] > 0.0 and gain > fdtri(1, spare, 1 - _SIGNIFICANCE):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from nas.designs.design import Design, LinearRole, structure_in
+from nas.designs.design import Design, LinearRole, family_of, structure_in
 from nas.designs.structure import LinearStructure
 from nas.planning.recipe import Recipe
 
@@ -37,7 +37,13 @@ def linears(recipe: Recipe, width: int) -> tuple[LinearRole, ...]:
 @lru_cache(maxsize=16384)
 def structures_of(recipe: Recipe, design: Design, width: int) -> tuple[LinearStructure, ...]:
     """The integer structure of each layer of a block."""
-    return tuple(structure_in(design, role) for role in linears(recipe, width))
+    roles = linears(recipe, width)
+    if family_of(design).in_role is not None:
+        return tuple(structure_in(design, role) for role in roles)
+    # of most families the dimensions alone decide, and four layers of attention have the same
+    of = {(r.d_in, r.d_out): r for r in roles}
+    found = {dimensions: structure_in(design, role) for dimensions, role in of.items()}
+    return tuple(found[r.d_in, r.d_out] for r in roles)
 
 
 def _unstructured_macs(recipe: Recipe, width: int) -> int:

@@ -24,7 +24,14 @@ from nas.planning.recipe import (
     TextRecipe,
     recipe_of,
 )
-from nas.planning.runs import MAX_TRAIN_FLOPS, MIN_REFERENCES, accepted_budget, least_budget
+from nas.planning.runs import (
+    MAX_TRAIN_FLOPS,
+    MIN_REFERENCES,
+    RunPlan,
+    accepted_budget,
+    given_plan,
+    least_budget,
+)
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
 FAMILIES = tuple(proposals())
@@ -34,10 +41,13 @@ else:
     Family = Literal[FAMILIES]
 Heads = Literal["free", "aligned"]
 MAX_FACTORS = 4
-Sampler = Literal["tpe", "nsga2", "random", "qmc", "gp"]
+Sampler = Literal["surrogate", "tpe", "nsga2", "random", "qmc", "gp"]
 Objective = Literal["budget", "pareto"]
+WarmStart = Literal["auto", "none"]
+Stopping = Literal["none", "median", "mo-asha", "frontier"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+STOPPING: tuple[str, ...] = get_args(Stopping)
 MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
 MAX_REPLICATES = 16
@@ -90,6 +100,15 @@ class Confirm(BaseModel):
     spread: bool = Field(
         False, description="Whether they were taken from the whole ranking, not from its top."
     )
+
+
+class GivenCandidate(BaseModel):
+    """A candidate that a user gives, instead of one that a sampler proposes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    design: str = Field(max_length=2048, description="Name or text of the design.")
+    width: int = Field(ge=1, le=2**24, description="A width of the recipe.")
 
 
 def _choices(default: tuple[Any, ...], most: int, description: str) -> Any:
@@ -210,14 +229,50 @@ class SearchRequest(BaseModel):
     )
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS), WHOLE] = Field(
         16,
-        description="Candidates to run, besides the dense references.",
+        description="Candidates to run, besides the dense references. With a budget for the whole "
+        f"search the most that it may begin, by default {MAX_TRIALS:,} over `replicates`.",
     )
     objective: Objective = Field(
         "budget",
         description="budget: minimise the validation loss at the budget. pareto: minimise loss and "
         "train FLOPs together; each run's budget is proposed as well, in [budget/32, budget].",
     )
-    sampler: Sampler = Field("tpe", description="Optuna sampler that proposes candidates.")
+    sampler: Sampler = Field(
+        "surrogate",
+        description="What proposes candidates. surrogate: a model of the loss over designs, widths "
+        "and compute. The others are Optuna's.",
+    )
+    stopping: Stopping | None = Field(
+        None,
+        description="Rule by which runs are paused, continued and stopped before their last step. "
+        "none: every run trains to its end. median: stops runs that are worse than the median at "
+        "equal compute. mo-asha: the best of each rung go on, by loss and train FLOPs. frontier: "
+        "stops runs that the frontier dominates with confidence; needs the sampler surrogate. By "
+        "default frontier with a budget for the whole search, else none.",
+    )
+    total_train_flops: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_TRIALS * MAX_TRAIN_FLOPS,
+        description="Budget of the whole search in train FLOPs, which it divides into exploring, "
+        "racing and confirming with fresh seeds by itself. `train_flops` is then the most that one "
+        "run may train.",
+        examples=[1e13],
+    )
+    total_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Budget of the whole search in seconds that workers hold it, instead of in "
+        "train FLOPs; divided likewise. The costs of runs are estimated from those before them, so "
+        "that it is met about, not exactly.",
+    )
+    warm_start: WarmStart = Field(
+        "auto",
+        description="auto: the sampler surrogate begins with what earlier searches of the task "
+        "and EinBench have measured, which is fixed when the search begins. none: it begins with "
+        "nothing. Answers never rest on it.",
+    )
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] = Field(
         0, description="Seed of proposals and of every run."
     )
@@ -251,6 +306,15 @@ class SearchRequest(BaseModel):
         description="Searches of higher priority run first within a tenant, of equal ones the "
         "oldest.",
     )
+    candidates: tuple[GivenCandidate, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        max_length=MAX_TRIALS,
+        description="Designs and widths to run in this order, each with the whole budget; nothing "
+        "is proposed then, and `trials` is their number.",
+        examples=[[{"design": "btt:rho=1/4", "width": 64}]],
+    )
     confirm: Confirm | None = Field(
         None,
         strict=False,
@@ -264,6 +328,18 @@ class SearchRequest(BaseModel):
         return recipe_of(self.task, self.recipe, self.overrides)
 
     @property
+    def stopping_rule(self) -> Stopping:
+        """The rule by which its runs are stopped, with the default filled in."""
+        if self.stopping is not None:
+            return self.stopping
+        return "none" if self.total is None else "frontier"
+
+    @property
+    def total(self) -> float | None:
+        """Budget of the whole search: train FLOPs or seconds, whichever is given."""
+        return self.total_seconds if self.total_train_flops is None else self.total_train_flops
+
+    @property
     def designs(self) -> Space:
         """The designs that may be proposed."""
         return self.space or Space()
@@ -272,9 +348,13 @@ class SearchRequest(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the request, equal for equal requests."""
         # unset newer fields are left out, so that older requests keep their digests
-        later = ("confirm", "space", "limits", "priority")
+        later = (
+            "confirm", "space", "limits", "priority", "candidates", "stopping",
+            "total_train_flops", "total_seconds",
+        )  # fmt: skip
         left_out = {name for name in later if not getattr(self, name)}
         left_out |= {"replicates"} if self.replicates == 1 else set()
+        left_out |= {"warm_start"} if self.warm_start == "auto" else set()
         values = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(values, sort_keys=True, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -289,13 +369,25 @@ class SearchRequest(BaseModel):
             Names the field, repeats the value and says what is accepted.
         """
         request = validated(cls, values, _ACCEPTED)
+        if "trials" not in request.model_fields_set:
+            request = request._with_trials()
         request._check_ranges()
         return request._plain()
+
+    def _with_trials(self) -> SearchRequest:
+        """The same request with the number of candidates that follows from its other fields."""
+        if self.candidates is not None:
+            return self.model_copy(update={"trials": len(self.candidates)})
+        if self.total is not None:
+            return self.model_copy(update={"trials": MAX_TRIALS // self.replicates})
+        return self
 
     def _plain(self) -> SearchRequest:
         """The same request with None for defaults, so that equivalent requests compare equal."""
         same = self.recipe == recipe_of(self.task).name
+        default = self.model_copy(update={"stopping": None}).stopping_rule
         changes = {
+            "stopping": None if self.stopping == default else self.stopping,
             "recipe": None if same else self.recipe,
             "overrides": self.overrides or None,
             "space": None if self.space == Space() else self.space,
@@ -316,7 +408,7 @@ class SearchRequest(BaseModel):
         if not recipe.attends and "aligned" in self.designs.heads:
             accepted = f"free: models of recipe {recipe.name} have no attention"
             raise InvalidInput("space.heads", list(self.designs.heads), accepted)
-        if self.data is not None and (not self.data or not _clean_text(self.data)):
+        if self.data is not None and (not self.data or not clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
         if self.data is None and isinstance(recipe, ImageRecipe):
             recipe.check_default_data()
@@ -324,8 +416,34 @@ class SearchRequest(BaseModel):
             recipe.check_bytes()
         self.check_budget(recipe)
         self._check_confirm(recipe)
+        self._check_candidates(recipe)
         self._check_replicates()
         self._check_limits()
+        self._check_total()
+        self._check_stopping(recipe)
+
+    def _check_candidates(self, recipe: Recipe) -> None:
+        if self.candidates is None:
+            return
+        if self.confirm is not None:
+            raise InvalidInput("candidates", len(self.candidates), "null for a confirmation")
+        if self.trials != len(self.candidates):
+            accepted = f"{len(self.candidates)}, the number of `candidates`"
+            raise InvalidInput("trials", self.trials, accepted)
+        self.given_plans(recipe)
+
+    def given_plans(self, recipe: Recipe) -> list[RunPlan]:
+        """The runs of `candidates`; raises `InvalidInput` that names the first bad one."""
+        plans = []
+        for place, given in enumerate(self.candidates or ()):
+            try:
+                design = parse_design(given.design)
+                plans.append(given_plan(recipe, design, given.width, self.train_flops))
+            except InvalidInput as error:
+                named = f"{given.design!r} of width {given.width}"
+                accepted = f"{error.accepted} (its {error.field})"
+                raise InvalidInput(f"candidates[{place}]", named, accepted) from None
+        return plans
 
     def _check_replicates(self) -> None:
         count = self.replicates
@@ -351,6 +469,57 @@ class SearchRequest(BaseModel):
             accepted = f"at least {least:.6g}, for the references and one candidate{each}"
             raise InvalidInput("limits.total_train_flops", total, accepted)
 
+    def _check_stopping(self, recipe: Recipe) -> None:
+        """Refuse a stopping rule where nothing can be stopped, or by which nothing can decide."""
+        rule, field = self.stopping_rule, "stopping"
+        if rule == "none":
+            if self.total is not None:
+                accepted = f"{' | '.join(STOPPING[1:])} with a budget for the whole search"
+                raise InvalidInput(field, rule, accepted)
+            return
+        given: Any = self.stopping
+        if given is None:  # the rule follows from the total
+            field, given = self._total_field, self.total
+        accepted = "null" if self.stopping is None else "none"
+        if self.confirm is not None:
+            raise InvalidInput(field, given, f"{accepted} for a confirmation: its runs are fixed")
+        if self.candidates is not None:
+            raise InvalidInput(field, given, f"{accepted} with `candidates`, which all run")
+        if recipe.schedule == "cosine":
+            why = "part of a run with schedule cosine is no result of a shorter one"
+            raise InvalidInput(field, given, f"{accepted}, or schedule constant: {why}")
+        if rule == "frontier" and self.sampler != "surrogate":
+            others = " | ".join(name for name in STOPPING[1:] if name != rule)
+            why = f"surrogate with stopping frontier; with {self.sampler} give stopping {others}"
+            raise InvalidInput("sampler", self.sampler, why)
+
+    @property
+    def _total_field(self) -> str:
+        return "total_seconds" if self.total_train_flops is None else "total_train_flops"
+
+    def _check_total(self) -> None:
+        """Refuse a budget for the whole search that contradicts another, or is too small."""
+        if self.total is None:
+            return
+        field, limits = self._total_field, self.limits or Limits()
+        if self.total_train_flops is not None and self.total_seconds is not None:
+            raise InvalidInput("total_seconds", self.total_seconds, "null with total_train_flops")
+        if limits.total_train_flops is not None:
+            accepted = f"null with {field}, which is a limit itself"
+            raise InvalidInput("limits.total_train_flops", limits.total_train_flops, accepted)
+        if limits.seconds is not None and limits.seconds < (self.total_seconds or 0):
+            accepted = f"at least total_seconds, {self.total_seconds:.6g}"
+            raise InvalidInput("limits.seconds", limits.seconds, accepted)
+        # two fresh seeds of two candidates and of dense, see `nas.search.phases`
+        least = self.train_flops * ((self.references + 3) * self.replicates + 6)
+        if self.total_train_flops is not None and self.total_train_flops < least:
+            each = f", {self.replicates} runs of each" if self.replicates > 1 else ""
+            accepted = (
+                f"at least {least:.6g}, for the references and three candidates{each}, and six "
+                "runs that confirm"
+            )
+            raise InvalidInput(field, self.total_train_flops, accepted)
+
     def _check_confirm(self, recipe: Recipe) -> None:
         if self.confirm is None:
             return
@@ -366,10 +535,12 @@ class SearchRequest(BaseModel):
 _ACCEPTED = {
     "data": "a file or folder name of printable characters",
     "overrides": "an object of settings of the recipe and their values",
+    "candidates": "null, or a list of designs and widths, such as "
+    '{"design": "btt:rho=1/4", "width": 64}',
     "confirm": "null, or the value that POST /v1/searches/{id}/confirm sets",
 }
 
 
-def _clean_text(text: str) -> bool:
+def clean_text(text: str) -> bool:
     """Whether databases and file systems accept the text: no NUL, no lone surrogate."""
     return "\x00" not in text and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -68,6 +68,18 @@ class RunPlan:
         return cls(**{**values, "design": design, "structures": structures})
 
 
+def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
+    """The steps at which a run is evaluated: spaced by √2, the last one included.
+
+    None comes before the warm-up has ended.  Under a cosine schedule it is the last one alone: an
+    earlier point has a learning rate that a run of that length would no longer have.
+    """
+    if recipe.schedule == "cosine":
+        return [plan.steps]
+    steps = {round(plan.steps / math.sqrt(2) ** i) for i in range(recipe.evaluations)}
+    return sorted(s for s in steps if s >= min(max(1, recipe.warmup_steps), plan.steps))
+
+
 def fit(recipe: Recipe, design: Design, width: int) -> Design:
     """The design nearest to `design` of which no layer costs more than dense at this width.
 
@@ -92,11 +104,6 @@ def plan_of_steps(recipe: Recipe, design: Design, width: int, steps: int) -> Run
     )
 
 
-def _plan(recipe: Recipe, design: Design, width: int, budget: float) -> RunPlan:
-    steps = int(budget // train_flops_per_step(recipe, design, width))
-    return plan_of_steps(recipe, design, width, steps)
-
-
 def admissible(
     recipe: Recipe, design: Design, budget: float, widths: Sequence[int] | None = None
 ) -> Iterator[RunPlan]:
@@ -110,9 +117,10 @@ def admissible(
         # a model costs at least this, whatever the structure: widths past it are hopeless
         if recipe.min_steps * least_train_flops_per_step(recipe, width) > budget:
             return
-        plan = _plan(recipe, fit(recipe, design, width), width, budget)
-        if plan.steps >= recipe.min_steps:
-            yield plan
+        fitted = fit(recipe, design, width)
+        steps = int(budget // train_flops_per_step(recipe, fitted, width))
+        if steps >= recipe.min_steps:
+            yield plan_of_steps(recipe, fitted, width, steps)
 
 
 @lru_cache(maxsize=4096)
@@ -134,14 +142,78 @@ def plans(recipe: Recipe, design: Design, budget: float) -> tuple[RunPlan, ...]:
     return wide if len(wide) >= MIN_REFERENCES else found[-MIN_REFERENCES:]
 
 
+def given_plan(recipe: Recipe, design: Design, width: int, budget: float) -> RunPlan:
+    """The run of a design at one width, as long as the budget allows.
+
+    Raises
+    ------
+    InvalidInput
+        A width that the recipe does not have, or at which the budget admits too few steps.
+    """
+    if width not in recipe.widths:
+        widths = recipe.widths
+        every = widths[1] - widths[0]
+        accepted = f"multiples of {every} from {widths[0]} to {widths[-1]}"
+        raise InvalidInput("width", width, f"{accepted}, the widths of recipe {recipe.name}")
+    found = next(admissible(recipe, design, budget, (width,)), None)
+    if found is None:
+        accepted = f"widths at which {recipe.min_steps} steps of {design.name} cost {budget:.4g}"
+        raise InvalidInput("width", width, f"{accepted} train FLOPs or less")
+    return found
+
+
+def _crossing(widths: range, cost: Callable[[int], int], most: float) -> int:
+    """How many of the widths, from the narrowest on, cost at most so much.
+
+    By interpolation, as if costs were a power of the width; every third look halves what is left.
+    """
+    if cost(widths[0]) > most:
+        return 0
+    if cost(widths[-1]) <= most:
+        return len(widths)
+    low, high = 0, len(widths) - 1
+    looks = 0
+    while high - low > 1:
+        looks += 1
+        below, above = widths[low], widths[high]
+        share = math.log(most / cost(below)) / math.log(cost(above) / cost(below))
+        place = bisect.bisect_left(widths, below * (above / below) ** share)
+        place = (low + high) // 2 if looks % 3 == 0 else place
+        place = min(max(place, low + 1), high - 1)
+        low, high = (place, high) if cost(widths[place]) <= most else (low, place)
+    return high
+
+
 def plan_at(recipe: Recipe, design: Design, position: float, budget: float) -> RunPlan:
-    """The run at `position` ∈ [0, 1] of the logarithmic range of widths that the budget admits."""
-    found = plans(recipe, design, budget)
-    logs = [math.log(p.width) for p in found]
-    target = logs[0] + position * (logs[-1] - logs[0])
-    right = bisect.bisect_left(logs, target)
-    near = [i for i in (right - 1, right) if 0 <= i < len(logs)]
-    return found[min(near, key=lambda i: abs(logs[i] - target))]
+    """The run at `position` ∈ [0, 1] of the logarithmic range of widths that the budget admits.
+
+    Few of the hundreds of widths that `plans` would look at are built to find the ends of the
+    range, because a wider model is dearer.
+
+    Raises
+    ------
+    InvalidInput
+        The budget admits no width.
+    """
+    widths = recipe.widths
+
+    @lru_cache
+    def cost(width: int) -> int:
+        return train_flops_per_step(recipe, fit(recipe, design, width), width)
+
+    admitted = _crossing(widths, cost, budget / recipe.min_steps)
+    if not admitted:
+        raise InvalidInput("train_flops", budget, accepted_budget(recipe, design))
+    wide = _crossing(widths[:admitted], cost, budget / (recipe.max_steps + 1))
+    first = max(0, min(wide, admitted - MIN_REFERENCES))
+    logs = math.log(widths[first]), math.log(widths[admitted - 1])
+    target = math.exp(logs[0] + position * (logs[1] - logs[0]))
+    right = bisect.bisect_left(widths, target, first, admitted)
+    near = [i for i in (right - 1, right) if first <= i < admitted]
+    at = min(near, key=lambda i: abs(math.log(widths[i] / target)))
+    # rounding makes a width now and then cheaper than a narrower one
+    found = next(admissible(recipe, design, budget, widths[at : at + 1]), None)
+    return found or plans(recipe, design, budget)[-1]
 
 
 def references(recipe: Recipe, budget: float, count: int) -> tuple[RunPlan, ...]:

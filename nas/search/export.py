@@ -75,7 +75,7 @@ class WrittenStudy:
     shortened: int
     failed: int
     stopped: int
-    #: planned and running
+    #: planned, running and paused
     unfinished: int
     #: results taken from another run of the study
     repeats: int
@@ -124,7 +124,7 @@ def export_to_optuna(
     first = next(ended, None)
     if first is None:
         raise NotFound(
-            f"no run has ended yet ({counts['unfinished']} planned or running); "
+            f"no run has ended yet ({counts['unfinished']} planned, running or paused); "
             "`einsum-nas worker` runs what is queued"
         )
     database = foreign_database(url, "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -21,7 +22,9 @@ from nas.planning.runs import (
     references,
 )
 from nas.records.search import SearchFailure, SearchState
+from nas.service.dividing import parts_of
 from nas.store import AXES, Search, Store
+from nas.store.course import overviews, progress_of, seconds_per_flop
 
 
 def search_dict(search: Search) -> dict[str, Any]:
@@ -29,22 +32,40 @@ def search_dict(search: Search) -> dict[str, Any]:
     return search.model_dump()
 
 
-def checked_filters(**given: str | None) -> dict[str, Any]:
-    """Filters of a list of searches: state, failure, tenant; `InvalidInput` for unknown ones."""
-    for name, known in (("state", SearchState), ("failure", SearchFailure)):
-        if given.get(name) is not None and given[name] not in get_args(known):
-            raise InvalidInput(name, given[name], " | ".join(get_args(known)))
+def search_detail(store: Store, search: Search) -> dict[str, Any]:
+    """The same with how far it has come: at a glance, and its rounds."""
+    progress, overview = progress_of(store, search), overviews(store, [search])[search.id]
+    return {
+        **search_dict(search),
+        "progress": progress and progress.model_dump(),
+        "overview": overview.model_dump(),
+    }
+
+
+def checked_filters(**given: Any) -> dict[str, Any]:
+    """Filters of a list of searches, see `Store.searches`; `InvalidInput` for unknown ones."""
+    accepted = {"state": get_args(SearchState), "failure": get_args(SearchFailure), "task": TASKS}
+    for name, known in accepted.items():
+        if given.get(name) is not None and given[name] not in known:
+            raise InvalidInput(name, given[name], " | ".join(known))
     return given
 
 
-def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[str, Any]:
+def get_preview(
+    request: SearchRequest, recipe: Recipe | None = None, store: Store | None = None
+) -> dict[str, Any]:
     """What a search would run, without running it: dense references and the range of widths.
 
-    `recipe` is the request's as its data completes it; by default as it is named.
+    `recipe` is the request's as its data completes it; by default as it is named.  Runs of `store`
+    tell how long it would take.
     """
     recipe, budget = recipe or request.settings, request.train_flops
     dense = references(recipe, budget, request.references)
     runs = (request.trials + len(dense)) * request.replicates
+    ruled = request.stopping_rule != "none"
+    parts = parts_of(request, recipe, dense, store)
+    most = min(budget * runs, request.total_train_flops or math.inf)
+    rate = None if store is None else seconds_per_flop(store, request.task)
     shown = {"dense": DENSE, **_examples(request.designs)}
     return {
         "request": request.model_dump(),
@@ -53,8 +74,11 @@ def get_preview(request: SearchRequest, recipe: Recipe | None = None) -> dict[st
         "trials": request.trials,
         "references": [{name: getattr(p, name) for name in _OF_REFERENCE} for p in dense],
         "replicates": request.replicates,
-        "total_runs": runs,
-        "total_train_flops_at_most": budget * runs,
+        "total_runs": None if ruled else runs,
+        "total_train_flops_at_most": most,
+        "train_seconds_at_most": None if rate is None else most * rate,
+        "stopping_rule": request.stopping_rule,
+        "parts": parts and parts.model_dump(),
         "train_flops_unit": AXES["train_flops"].unit,
         "minimum_train_flops": least_budget(recipe, request.designs.dearest()),
         "widths": {
@@ -120,6 +144,7 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
                     "recipe": newest.settings.name,
                     "overrides": newest.overrides,
                     "data": newest.data,
+                    "loss_unit": newest.settings.loss_unit,
                 }
                 for fingerprint, searches, newest in store.task_fingerprints(task)
             ],

@@ -148,6 +148,10 @@ def _fresh_seeds(
     return tuple(seed for seed, _ in zip(fresh, range(count), strict=False))
 
 
+#: Fields about how candidates are proposed and stopped: a confirmation has fixed runs.
+_OF_PROPOSALS = dict.fromkeys(("candidates", "stopping", "total_train_flops", "total_seconds"))
+
+
 def _request(
     source: Search, chosen: Sequence[Trial], wanted: ConfirmRequest, seeds: tuple[int, ...]
 ) -> SearchRequest:
@@ -174,6 +178,7 @@ def _request(
         "train_flops": budget,
         "trials": len(runs) * len(seeds),
         "replicates": 1,
+        **_OF_PROPOSALS,
         "confirm": confirm.model_dump(mode="json"),
     }
     if source.request.limits is not None:  # the runs are fixed, so their FLOPs need no limit

@@ -13,6 +13,7 @@ from nas.store.records import (
     Event,
     Lease,
     Renewal,
+    Round,
     ScopeState,
     TrialDraft,
 )
@@ -21,6 +22,6 @@ from nas.store.searches import Store
 
 __all__ = [
     "AXES", "ConfirmedPair", "CurvePoint", "DeviceState", "Event", "Lease", "Leases",
-    "MeasuredCost", "Renewal", "Run", "ScopeState", "Search", "Standings", "Store", "StoredPoint",
-    "Trial", "TrialDraft", "TrialFailure", "of_tenant", "task_scope", "upgrade",
+    "MeasuredCost", "Renewal", "Round", "Run", "ScopeState", "Search", "Standings", "Store",
+    "StoredPoint", "Trial", "TrialDraft", "TrialFailure", "of_tenant", "task_scope", "upgrade",
 ]  # fmt: skip

@@ -9,10 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psycopg import ProgrammingError
-from psycopg.conninfo import make_conninfo
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -112,6 +109,10 @@ def parse(url: str, field: str = "database_url") -> URL:
     shown = shown_url(parsed)
     backend = parsed.get_backend_name()
     if backend == "postgresql":
+        # which takes long to import, and only such a database needs it
+        from psycopg import ProgrammingError
+        from psycopg.conninfo import make_conninfo
+
         try:
             make_conninfo("", **{name: str(value) for name, value in parsed.query.items()})
         except ProgrammingError as error:
@@ -282,8 +283,14 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 def inserting(session: Session, table: type[Any]) -> Any:
     """An INSERT with `on_conflict_do_nothing` and `on_conflict_do_update`."""
-    is_postgresql = session.get_bind().dialect.name == "postgresql"
-    return (postgresql.insert if is_postgresql else sqlite.insert)(table)
+    # one of the two is there already, and the other takes long to import
+    if session.get_bind().dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert(table)
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.insert(table)
 
 
 def one_at_a_time(session: Session, *key: Any) -> None:

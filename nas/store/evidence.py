@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from sqlalchemy import func, or_, select, tuple_
 
 from nas.records.device import device_of
@@ -16,7 +17,7 @@ from nas.store.fronts import KEPT_MODELS, standing_at
 from nas.store.records import ConfirmedPair, DeviceState, ScopeState
 from nas.store.schema import PointRow, ScopeRow, SearchRow, StandingRow, TrialRow
 from nas.store.scopes import evidence_in, within_scope
-from nas.store.searches import Store
+from nas.store.searches import CLOUD, Cloud, Store
 from nas.store.selecting import columns_of, curves_of
 
 
@@ -29,10 +30,24 @@ class Standings:
 
     def state(self, scope: str) -> ScopeState | None:
         """Counts of a scope; None if no run has completed in it."""
-        query = select(*columns_of(ScopeState, ScopeRow)).where(ScopeRow.scope == scope)
+        return self.states([scope]).get(scope)
+
+    def states(self, scopes: Sequence[str]) -> dict[str, ScopeState]:
+        """Scope → counts, for those of the scopes in which a run has completed."""
+        columns = columns_of(ScopeState, ScopeRow)
+        query = select(ScopeRow.scope, *columns).where(ScopeRow.scope.in_(scopes))
         with reading(self._engine) as session:
-            row = session.execute(query).one_or_none()
-        return None if row is None else ScopeState(**row._mapping)
+            return {scope: ScopeState(*own) for scope, *own in session.execute(query)}
+
+    def lowest_losses(self, scopes: Sequence[str]) -> dict[tuple[str, bool], float]:
+        """(scope, whether dense) → the lowest measured loss of its completed runs."""
+        query = (
+            select(StandingRow.scope, StandingRow.dense, func.min(StandingRow.loss))
+            .where(StandingRow.scope.in_(scopes), StandingRow.axis == "train_flops")
+            .group_by(StandingRow.scope, StandingRow.dense)
+        )
+        with reading(self._engine) as session:
+            return {(scope, bool(dense)): loss for scope, dense, loss in session.execute(query)}
 
     def revisions(self, scopes: Iterable[str]) -> dict[str, int]:
         """Scope → revision, for those of the scopes and bare task names that have one.
@@ -92,6 +107,18 @@ class Standings:
         found = {(p.run.trial_id, p.step): p for p in self._curve_points(keys)}
         # a stored loss that is not finite belongs to no front, however it got there
         return [found[key] for key in keys if math.isfinite(found[key].loss)]
+
+    def cloud(self, scope: str, axis: str) -> Cloud:
+        """The points near the fronts: those that fewer than `KEPT_MODELS` other models beat.
+
+        However many runs a scope has, these are few.
+        """
+        names = ("trial_id", "step", "x", "loss", "dense")
+        columns = [getattr(StandingRow, name) for name in names]
+        query = select(*columns).where(StandingRow.scope == scope, StandingRow.axis == axis)
+        with reading(self._engine) as session:
+            found = session.execute(query).all()
+        return np.array([(*row, True) for row in found], dtype=CLOUD)
 
     def lowest(self, scope: str, axis: str, limit: float, *, dense: bool) -> list[int]:
         """A trial of each of the `KEPT_MODELS` models with the lowest losses within a limit."""
@@ -155,6 +182,18 @@ class Standings:
             for trial, row in sorted(found.items())
         ]
 
+    def models_of(self, scope: str) -> list[str]:
+        """Every model that a completed run of a scope has, in the order of their first runs."""
+        query = (
+            select(TrialRow.model)
+            .join(SearchRow, TrialRow.search_id == SearchRow.id)
+            .where(TrialRow.state == "complete", *evidence_in(scope), TrialRow.model.is_not(None))
+            .group_by(TrialRow.model)
+            .order_by(func.min(TrialRow.id))
+        )
+        with reading(self._engine) as session:
+            return [str(m) for m in session.scalars(query)]
+
     def models(self, trials: Iterable[int]) -> set[str]:
         """The models of the given trials."""
         found: set[str] = set()
@@ -179,7 +218,7 @@ class Standings:
         alike = [source.c[n] for n in ("search_id", "model", "steps")]
         mean = (
             select(func.avg(replicate.c.loss))
-            .where(replicate.c.state == "complete")
+            .where(replicate.c.state == "complete", replicate.c.confirms.is_(None))
             .where(*(replicate.c[column.name] == column for column in alike))
             .scalar_subquery()
         )

@@ -215,19 +215,25 @@ class Keys:
             used = {"used_at": rows.now(session)}
             session.execute(update(KeyRow).where(KeyRow.id.in_(ids)).values(**used))
 
-    def sign_in(self, key: Key, seconds: float) -> tuple[Key, str]:
-        """Open a session with the key's scopes, except admin; return (session, its secret).
+    def sign_in(self, key: Key, seconds: float, *, admin: bool = False) -> tuple[Key, str]:
+        """Open a session with the key's scopes; return (session, its secret).
 
         Only the newest hundred sessions of a key are kept.
+
+        Parameters
+        ----------
+        admin
+            Whether it has the scope admin too; a session that nobody asked this of has not.
 
         Raises
         ------
         InvalidInput
-            The key lacks the scope read, which every page needs.
+            The key lacks the scope read, which every page needs, or admin, which was asked for.
         """
-        if "read" not in key.scopes:
-            raise InvalidInput("key", ", ".join(key.scopes), "a key with scope read")
-        scopes = tuple(s for s in key.scopes if s != "admin")
+        for scope in ("read", *(["admin"] if admin else [])):
+            if scope not in key.scopes:
+                raise InvalidInput("key", ", ".join(key.scopes), f"a key with scope {scope}")
+        scopes = tuple(s for s in key.scopes if admin or s != "admin")
         with writing(self._engine) as session:
             at = rows.now(session)
             over = or_(KeyRow.expires_at <= at, KeyRow.revoked_at.is_not(None))

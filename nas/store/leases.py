@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from nas.errors import LeaseLost
 from nas.records.search import Search, SearchFailure, SearchState
 from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure, TrialState
-from nas.store import lifecycle, rows, scopes, standings
+from nas.store import lifecycle, queue, rounds, rows, scopes, standings
 from nas.store.engine import one_at_a_time, writing
-from nas.store.records import UNFINISHED, Lease, Renewal, TrialDraft
-from nas.store.schema import PointRow, SearchRow, TenantRow, TrialRow
+from nas.store.records import DUE, Lease, Renewal, Round, TrialDraft
+from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 from nas.store.searches import Store
 
 #: Lost leases and infrastructure errors after which a search is given up.
@@ -89,17 +89,15 @@ class Leases:
         """(whether there was a search to claim, the claim unless it was given up or paused)."""
         with writing(self._engine) as session:
             at = rows.now(session)
-            expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
-            waiting = (SearchRow.state == "queued") & (SearchRow.not_before <= at)
-            claimable = [or_(waiting, expired), *self._within_limits(session, at)]
+            claimable = [queue.is_ready(at), *self._within_limits(session, at)]
             if search_id is not None:
                 claimable.append(SearchRow.id == search_id)
             row = None
-            for tenant in self._turns(session, claimable, at):
+            for tenant in queue.turns(session, claimable, at):
                 query = (
                     select(SearchRow)
                     .where(SearchRow.tenant == tenant, *claimable)
-                    .order_by(SearchRow.priority.desc(), SearchRow.sequence)
+                    .order_by(*queue.WITHIN_TENANT)
                     .limit(1)
                     .with_for_update(skip_locked=True)
                 )
@@ -123,43 +121,12 @@ class Leases:
             lease = Lease(row.id, row.epoch, worker, lease_seconds)
             return True, (lease, rows.to_search(row))
 
-    def _turns(
-        self, session: Session, claimable: list[ColumnElement[bool]], at: float
-    ) -> list[str]:
-        """Tenants with a search to claim, ordered by running searches, then by waiting time."""
-        tenants = list(session.scalars(select(SearchRow.tenant).where(*claimable).distinct()))
-        if len(tenants) < 2:
-            return tenants
-        runs = (SearchRow.state == "running") & (SearchRow.lease_until >= at)
-        had = (
-            select(
-                SearchRow.tenant,
-                func.count().filter(runs),
-                func.coalesce(func.max(SearchRow.started_at), 0.0),
-                func.min(SearchRow.sequence).filter(*claimable),
-            )
-            .where(SearchRow.tenant.in_(tenants))
-            .group_by(SearchRow.tenant)
-        )
-        rank = {tenant: tuple(of_one) for tenant, *of_one in session.execute(had)}
-        return sorted(tenants, key=rank.__getitem__)
-
     def _within_limits(self, session: Session, at: float) -> list[ColumnElement[bool]]:
         """Exclude the tenants that run as many searches as they may."""
-        own = select(TenantRow.name).where(TenantRow.concurrency.is_not(None)).limit(1)
-        if self._tenant_concurrency is None and session.scalar(own) is None:
+        if not queue.any_limit(session, self._tenant_concurrency):
             return []
         one_at_a_time(session, _CLAIM_LOCK)
-        most = func.coalesce(TenantRow.concurrency, self._tenant_concurrency)
-        full = (
-            select(SearchRow.tenant)
-            .outerjoin(TenantRow, TenantRow.name == SearchRow.tenant)
-            .where(SearchRow.state == "running", SearchRow.lease_until >= at)
-            .group_by(SearchRow.tenant, TenantRow.concurrency)
-            .having(func.count() >= most)  # without a limit this is NULL, and excludes no tenant
-        )
-        none = select(TenantRow.name).where(TenantRow.concurrency == 0)
-        return [SearchRow.tenant.not_in(full), SearchRow.tenant.not_in(none)]
+        return queue.below_limits(at, self._tenant_concurrency)
 
     def renew(self, lease: Lease) -> Renewal:
         """Extend the lease by its length from now; return what is requested of the search.
@@ -176,6 +143,26 @@ class Leases:
             limits = (row.request.get("limits") or {}).get("seconds")
             over = limits is not None and held >= limits
             return Renewal(row.cancel_requested, row.pause_requested, over)
+
+    def once(
+        self, lease: Lease, kind: str, data: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any] | None:
+        """What the search's log tells of a kind that it tells once: what was told first.
+
+        Parameters
+        ----------
+        data
+            Told now if nothing has been told yet; None to ask only.
+        """
+        with self._fenced(lease) as (session, search):
+            told = select(EventRow.data).where(
+                EventRow.search_id == search.id, EventRow.kind == kind
+            )
+            first = session.scalars(told.order_by(EventRow.id).limit(1)).one_or_none()
+            if first is None and data is not None:
+                rows.add_event(session, search.id, kind, data)
+                return data
+            return first
 
     @contextmanager
     def _fenced(self, lease: Lease) -> Iterator[tuple[Session, SearchRow]]:
@@ -213,72 +200,55 @@ class Leases:
 
     def add_trials(self, lease: Lease, drafts: Sequence[TrialDraft]) -> list[Trial]:
         """Commit planned trials, all or none; they are dispatched only after this has returned."""
+        numbers = [draft.number for draft in drafts]
         with self._fenced(lease) as (session, search):
-            return [rows.to_trial(self._planned(session, lease, search, d)) for d in drafts]
+            same = select(TrialRow).where(
+                TrialRow.search_id == lease.search_id,
+                TrialRow.number.between(min(numbers, default=0), max(numbers, default=-1)),
+                TrialRow.epoch == lease.epoch,
+            )
+            # this same write, repeated because its response was lost
+            stored = {(row.number, row.key): row for row in session.scalars(same)}
+            at = rows.now(session)
+            found = [
+                stored.get((draft.number, draft.key)) or rounds.planned(session, search, draft, at)
+                for draft in drafts
+            ]
+            session.flush()
+            return [rows.to_trial(row) for row in found]
 
-    def _planned(
-        self, session: Session, lease: Lease, search: SearchRow, draft: TrialDraft
-    ) -> TrialRow:
-        plan = draft.plan
-        same = select(TrialRow).where(
-            TrialRow.search_id == lease.search_id,
-            TrialRow.number == draft.number,
-            TrialRow.epoch == lease.epoch,
-            TrialRow.key == draft.key,
-        )
-        stored = session.scalars(same).one_or_none()
-        if stored is not None:  # this same write, repeated because its response was lost
-            return stored
-        row = TrialRow(
-            search_id=lease.search_id,
-            number=draft.number,
-            kind=draft.kind,
-            state="planned",
-            params=None if draft.params is None else dict(draft.params),
-            sampler_state=dict(draft.sampler_state or {}),
-            unseen=list(draft.unseen),
-            theta=list(plan.design.exponents),
-            design=rows.stored_design(plan.design),
-            name=draft.name,
-            structures=list(plan.structures),
-            dense=plan.dense,
-            width=plan.width,
-            depth=plan.depth,
-            steps=plan.steps,
-            train_flops_per_step=plan.train_flops_per_step,
-            train_flops=float(plan.train_flops),
-            forward_flops_per_token=plan.forward_flops_per_token,
-            model_params=plan.params,
-            seed=draft.seed,
-            key=draft.key,
-            epoch=lease.epoch,
-            created_at=rows.now(session),
-            model=rows.model_digest(search.task_fingerprint or search.id, plan),
-            confirms=draft.confirms,
-        )
-        session.add(row)
-        session.flush()
-        reference = {rows.REFERENCES: 1} if draft.kind == "reference" else {}
-        rows.count(search, planned=1, **reference)
-        rows.add_event(
-            session, lease.search_id, "trial_planned",
-            {"number": row.number, "name": row.name, "width": row.width, "kind": row.kind},
-        )  # fmt: skip
-        return row
+    def begin_round(self, lease: Lease, round_: Round) -> list[Trial]:
+        """Commit all moves of a round, or none; return the trials that are to train in it.
+
+        Raises
+        ------
+        ValueError
+            It names a trial that is not paused.
+        """
+        with self._fenced(lease) as (session, search):
+            return [rows.to_trial(row) for row in rounds.begin(session, search, round_)]
 
     def start_trial(self, lease: Lease, trial_id: int) -> None:
-        """Mark an unfinished trial as dispatched and drop the points of an interrupted run."""
+        """Mark a trial as dispatched and drop the points of an interrupted attempt.
+
+        Of a run that goes on after a pause the points up to there stay.
+        """
         with self._fenced(lease) as (session, search):
             row = self._trial(session, lease, trial_id)
             dropped = session.execute(
-                delete(PointRow).where(PointRow.trial_id == trial_id).returning(PointRow.step)
+                delete(PointRow)
+                .where(PointRow.trial_id == trial_id, PointRow.step > row.trained_steps)
+                .returning(PointRow.step)
             ).first()
             if (row.state, row.epoch) == ("running", lease.epoch) and dropped is None:
                 return  # this same write, repeated because its response was lost
             lifecycle.set_state(search, row, "running")
             row.epoch = lease.epoch
-            if row.attempts:  # the first attempt was charged when the search was submitted
-                search.charged_flops += row.train_flops
+            # so many steps were charged when the search was submitted
+            charged = max(row.steps, row.charged_steps)
+            row.charged_steps += (row.until_step or row.steps) - row.trained_steps
+            more = max(row.charged_steps - charged, 0)
+            search.charged_flops += float(more * row.train_flops_per_step)
             row.attempts += 1
             row.started_at = rows.now(session)
             rows.add_event(
@@ -288,8 +258,8 @@ class Leases:
 
     def _trial(self, session: Session, lease: Lease, trial_id: int) -> TrialRow:
         row = session.get(TrialRow, trial_id, with_for_update=True)
-        if row is None or row.search_id != lease.search_id or row.state not in UNFINISHED:
-            raise LeaseLost(f"trial {trial_id} is not an unfinished one of {lease.search_id}")
+        if row is None or row.search_id != lease.search_id or row.state not in DUE:
+            raise LeaseLost(f"trial {trial_id} is not planned or running in {lease.search_id}")
         return row
 
     def _unended(
@@ -302,26 +272,35 @@ class Leases:
         return self._trial(session, lease, trial_id)
 
     def add_point(self, lease: Lease, trial_id: int, point: StoredPoint) -> None:
-        """Store one evaluation; a run that was restarted overwrites its earlier points."""
-        if not (math.isfinite(point.loss) and math.isfinite(point.loss_stderr)):
-            raise ValueError(f"a point needs a finite loss, got {point}")
+        """`add_points` of one."""
+        self.add_points(lease, [(trial_id, point)])
+
+    def add_points(self, lease: Lease, points: Sequence[tuple[int, StoredPoint]]) -> None:
+        """Store evaluations of trials; a run that was restarted overwrites its earlier points."""
+        for _, point in points:
+            if not (math.isfinite(point.loss) and math.isfinite(point.loss_stderr)):
+                raise ValueError(f"a point needs a finite loss, got {point}")
         with self._fenced(lease) as (session, _):
-            trial = self._trial(session, lease, trial_id)
-            session.merge(
-                PointRow(
-                    trial_id=trial_id,
-                    step=point.step,
-                    train_flops=point.train_flops,
-                    loss=point.loss,
-                    loss_stderr=point.loss_stderr,
-                    seconds=point.train_seconds,
-                    window_losses=rows.pack_floats(point.window_losses),
+            trials = {i: self._trial(session, lease, i) for i in {i for i, _ in points}}
+            for trial_id, point in points:
+                session.merge(
+                    PointRow(
+                        trial_id=trial_id,
+                        step=point.step,
+                        train_flops=point.train_flops,
+                        loss=point.loss,
+                        loss_stderr=point.loss_stderr,
+                        seconds=point.train_seconds,
+                        window_losses=rows.pack_floats(point.window_losses),
+                    )
                 )
-            )
-            rows.add_event(
-                session, lease.search_id, "point",
-                {"number": trial.number, "train_flops": point.train_flops, "loss": point.loss},
-            )  # fmt: skip
+                rows.add_event(
+                    session, lease.search_id, "point",
+                    {
+                        "number": trials[trial_id].number, "train_flops": point.train_flops,
+                        "loss": point.loss,
+                    },
+                )  # fmt: skip
 
     def complete_trial(
         self,
@@ -338,13 +317,37 @@ class Leases:
             last = session.get(PointRow, (trial_id, row.steps))
             if last is None:
                 raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
-            row.loss = last.loss
-            row.environment = None if environment is None else dict(environment)
-            if cost is not None:
-                for name, value in asdict(cost).items():
-                    setattr(row, name, value)
+            row.loss, row.trained_steps = last.loss, row.steps
+            _measured(row, environment, cost)
             self._finish_trial(session, search, row, "complete", {"loss": last.loss})
             standings.enter(session, search, row)
+
+    def pause_trial(
+        self,
+        lease: Lease,
+        trial_id: int,
+        environment: Mapping[str, Any] | None,
+        cost: MeasuredCost | None = None,
+    ) -> None:
+        """Pause a trial whose point at the last step of its slice has been stored.
+
+        It goes on, or ends, by a move of a later round.
+        """
+        with self._fenced(lease) as (session, search):
+            row = session.get(TrialRow, trial_id)
+            if row is not None and (row.state, row.epoch) == ("paused", lease.epoch):
+                return  # this same write, repeated because its response was lost
+            row = self._trial(session, lease, trial_id)
+            until = row.until_step
+            last = None if until is None else session.get(PointRow, (trial_id, until))
+            if last is None:
+                raise ValueError(f"trial {trial_id} has no point at step {until}")
+            row.trained_steps = last.step
+            _measured(row, environment, cost)
+            lifecycle.set_state(search, row, "paused")
+            row.epoch = search.epoch
+            data = {"number": row.number, "step": last.step, "loss": last.loss}
+            rows.add_event(session, row.search_id, "trial_paused", data)
 
     def fail_trial(
         self, lease: Lease, trial_id: int, reason: str, failure: TrialFailure = "run"
@@ -355,6 +358,7 @@ class Leases:
             if row is None:
                 return
             row.error, row.failure = reason[: lifecycle.LONGEST_ERROR], failure
+            row.trained_steps = _last_step(session, trial_id)
             data = {"error": row.error, "failure": failure}
             self._finish_trial(session, search, row, "failed", data)
 
@@ -363,6 +367,7 @@ class Leases:
         with self._fenced(lease) as (session, search):
             row = self._trial(session, lease, trial_id)
             row.error = reason[: lifecycle.LONGEST_ERROR]
+            row.trained_steps = _last_step(session, trial_id)
             self._finish_trial(session, search, row, "stopped", {"reason": row.error})
 
     def _finish_trial(
@@ -447,3 +452,19 @@ class Leases:
                 row.not_before = rows.now(session) + delay
                 data = {"error": error[: lifecycle.LONGEST_ERROR], "seconds": delay}
                 rows.add_event(session, row.id, "requeued", {**data, "attempt": row.failures})
+
+
+def _measured(
+    row: TrialRow, environment: Mapping[str, Any] | None, cost: MeasuredCost | None
+) -> None:
+    """Store where a trial ran and what its steps cost; what a slice was too short to tell stays."""
+    row.environment = None if environment is None else dict(environment)
+    for name, value in () if cost is None else asdict(cost).items():
+        if value is not None:
+            setattr(row, name, value)
+
+
+def _last_step(session: Session, trial_id: int) -> int:
+    """The step of the last evaluation that is stored of a trial; 0 without one."""
+    last = select(func.max(PointRow.step)).where(PointRow.trial_id == trial_id)
+    return session.scalar(last) or 0

@@ -10,6 +10,7 @@ two changes at the same moment the second sees what the first has made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, or_, select, update
@@ -21,7 +22,7 @@ from nas.records.trial import TrialState
 from nas.store import rows
 from nas.store.quotas import used_flops
 from nas.store.records import TERMINAL, UNFINISHED
-from nas.store.schema import SearchRow, TrialRow
+from nas.store.schema import PointRow, SearchRow, TrialRow
 
 LONGEST_ERROR = 4000
 #: Failures of trials that may not occur again on another attempt.
@@ -43,7 +44,9 @@ def end(
     session.execute(
         update(TrialRow)
         .where(TrialRow.search_id == row.id, TrialRow.state.in_(UNFINISHED))
-        .values(state="stopped", error=why, failure="search", finished_at=at)
+        .values(
+            state="stopped", error=why, failure="search", finished_at=at, trained_steps=trained()
+        )
     )
     unfinished = {name: row.tally.get(name, 0) for name in UNFINISHED}
     changes = {name: -n for name, n in unfinished.items()}
@@ -61,10 +64,16 @@ def end(
     rows.add_event(session, row.id, state, data)
 
 
+def trained() -> Any:
+    """Steps that a trial has trained, to the last evaluation that is stored of it."""
+    last = select(func.max(PointRow.step)).where(PointRow.trial_id == TrialRow.id)
+    return func.coalesce(last.scalar_subquery(), 0)
+
+
 def _stop_running(session: Session, row: SearchRow, state: SearchState) -> None:
     """Take a running search from its worker and set it to `state`, queued or paused.
 
-    Its running trials become planned again.
+    Its running trials become planned again; paused ones stay so.
     """
     session.execute(
         update(TrialRow)
@@ -187,7 +196,11 @@ def retry(session: Session, row: SearchRow) -> None:
         raise Conflict(refusal)
     owed = list(session.scalars(select(TrialRow).where(_owed(row))))
     for trial in owed:
-        set_state(row, trial, "planned")
+        # one that had come to the end of its slice has nothing to do until it is to go on
+        paused = trial.until_step is not None and trial.trained_steps == trial.until_step
+        set_state(row, trial, "paused" if paused else "planned")
+        if not paused:
+            trial.trained_steps = 0  # its points are dropped when it starts
         trial.error = trial.failure = trial.finished_at = None
     row.state, row.failures, row.not_before = "queued", 0, 0.0
     row.error = row.failure = row.finished_at = None
@@ -242,6 +255,13 @@ def _owed(row: SearchRow) -> ColumnElement[bool]:
     )
     failed = (TrialRow.state == "failed") & TrialRow.failure.in_(RETRYABLE)
     return (TrialRow.search_id == row.id) & or_(stopped, failed)
+
+
+def set_labels(session: Session, row: SearchRow, labels: Mapping[str, Any]) -> None:
+    """Set name, tags, notes or whether it is archived, of a search in any state."""
+    for name, value in labels.items():
+        setattr(row, name, value)
+    rows.add_event(session, row.id, "labels", {"changed": sorted(labels)})
 
 
 def set_priority(session: Session, row: SearchRow, priority: int) -> None:

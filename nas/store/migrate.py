@@ -1,4 +1,8 @@
-"""Schema migrations, run by Alembic from the package itself."""
+"""Schema migrations, run by Alembic from the package itself.
+
+Alembic is imported only where a schema changes: it takes long, and most processes find theirs
+current.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, column, inspect, select, table
 
 from nas.errors import StoreUnavailable
 from nas.store import standings
 from nas.store.engine import open_engine, translated
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_MIGRATIONS = Path(__file__).with_name("migrations")
+#: Where Alembic keeps the revision.
+_VERSION = table("alembic_version", column("version_num"))
 #: PostgreSQL's advisory lock of the process that changes the schema.
 SCHEMA_LOCK = 7305614
 #: How long a process waits for another that upgrades the same SQLite file.
@@ -24,23 +31,31 @@ _PATIENCE_SECONDS = 3600
 
 
 def _config(connection: Connection | None = None) -> Config:
+    from alembic.config import Config
+
     config = Config()
-    folder = str(Path(__file__).with_name("migrations"))
-    config.set_main_option("script_location", folder.replace("%", "%%"))  # it interpolates
+    folder = str(_MIGRATIONS).replace("%", "%%")  # it interpolates
+    config.set_main_option("script_location", folder)
     config.attributes["connection"] = connection
     return config
 
 
 @cache
 def known_revisions() -> tuple[str, ...]:
-    """Every revision of the schema that this program can read, the first one first."""
-    scripts = ScriptDirectory.from_config(_config())
-    return tuple(script.revision for script in scripts.walk_revisions())[::-1]
+    """Every revision of the schema that this program can read, the first one first.
+
+    The names of their files begin with them, in that order.
+    """
+    files = (_MIGRATIONS / "versions").glob("[0-9]*_*.py")
+    return tuple(sorted(file.name.partition("_")[0] for file in files))
 
 
 def stored_revision(connection: Connection) -> str | None:
     """The revision of a database's schema; None for a database without one."""
-    return MigrationContext.configure(connection).get_current_revision()
+    if not inspect(connection).has_table(_VERSION.name):
+        return None
+    found: str | None = connection.scalar(select(_VERSION.c.version_num))
+    return found
 
 
 def upgrade(url: str, revision: str = "head") -> None:
@@ -94,6 +109,8 @@ def upgrade_within(connection: Connection, revision: str = "head") -> None:
     StoreUnavailable
         SQLite holds rows that refer to rows that do not exist.
     """
+    from alembic import command
+
     command.upgrade(_config(connection), revision)
     check_references(connection)
     if revision == "head":
@@ -118,5 +135,7 @@ def downgrade_within(connection: Connection, revision: str) -> None:
     What only newer revisions hold is lost.  Foreign keys must not be enforced; see
     `nas.store.engine.open_engine`.
     """
+    from alembic import command
+
     command.downgrade(_config(connection), revision)
     check_references(connection)

@@ -2,8 +2,9 @@
 
 When a search is submitted, it is charged the most train FLOPs that it may use.  Once it has ended,
 it is charged one whole run for each attempt at a run, even if the attempt was stopped early or
-continued from a checkpoint, so that stopping and restarting cannot regain quota.  Reused results
-cost nothing.
+continued from a checkpoint, so that stopping and restarting cannot regain quota.  An attempt at a
+slice of a run, after which the run pauses, is charged as the slice: a run that is stopped there
+costs what it has trained.  Reused results cost nothing.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ def most_flops(request: SearchRequest) -> float:
     """Train FLOPs that a search may use at most."""
     runs = request.trials + (0 if request.confirm else request.references)
     most = request.train_flops * runs * request.replicates
-    total = request.limits.total_train_flops if request.limits else None
-    return most if total is None else min(most, total)
+    limit = request.limits.total_train_flops if request.limits else None
+    totals = (request.total_train_flops, limit)
+    return min([most, *(total for total in totals if total is not None)])
 
 
 def used_flops(session: Session, search_id: str) -> float:
     """Train FLOPs of every attempt at the runs of a search; reused results have none."""
-    spent = TrialRow.train_flops * TrialRow.attempts
+    spent = TrialRow.charged_steps * TrialRow.train_flops_per_step
     return _total(session, spent, TrialRow.search_id == search_id)
 
 

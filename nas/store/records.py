@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nas.planning.runs import RunPlan
@@ -11,7 +11,9 @@ from nas.records.search import SearchState
 from nas.records.trial import TrialKind, TrialState
 
 TERMINAL: tuple[SearchState, ...] = ("succeeded", "failed", "cancelled")
-UNFINISHED: tuple[TrialState, ...] = ("planned", "running")
+#: States of trials that are to train now, and of all that have not ended.
+DUE: tuple[TrialState, ...] = ("planned", "running")
+UNFINISHED: tuple[TrialState, ...] = (*DUE, "paused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,29 @@ class TrialDraft:
     unseen: tuple[int, ...] = ()
     #: the trial that this one runs again with a fresh seed
     confirms: int | None = None
+    #: last step of its first slice; None for all of its steps
+    until_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a search does next under its stopping rule; see `nas.search.scheduling`."""
+
+    #: 1 for the first of the search
+    number: int
+    #: candidates that begin, and confirmations
+    begun: Sequence[TrialDraft] = ()
+    #: paused trial → last step of its next slice; None for all of its steps
+    advanced: Mapping[int, int | None] = field(default_factory=dict)
+    #: paused trial → why it never goes on
+    stopped: Mapping[int, str] = field(default_factory=dict)
+    #: paused trial → its key as a run that ends where it is
+    ended: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def moves(self) -> int:
+        """Number of runs that it is about."""
+        return len(self.begun) + len(self.advanced) + len(self.stopped) + len(self.ended)
 
 
 @dataclass(frozen=True, slots=True)

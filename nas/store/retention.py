@@ -23,7 +23,7 @@ from nas.store.searches import Store
 from nas.store.selecting import pages
 
 #: Events that repeat what a trial's row and curve hold; all others are milestones and stay.
-FINE_GRAINED = ("point", "trial_planned", "trial_started")
+FINE_GRAINED = ("point", "trial_planned", "trial_started", "trial_paused")
 #: Ends without success.
 UNSUCCESSFUL = ("failed", "cancelled")
 _OWN = aliased(TrialRow)

@@ -49,7 +49,9 @@ def to_search(row: SearchRow | Row[Any]) -> Search:
     counts, request = dict(row.tally), SearchRequest(**row.request)
     references = counts.pop(REFERENCES, 0)
     total: int | None = request.trials * request.replicates
-    if request.confirm is None:
+    if request.stopping_rule != "none":
+        total = None
+    elif request.confirm is None:
         total = references + total if references else None
     return _read(
         Search, row, request=request, trial_counts=counts, references=references, runs_total=total
@@ -59,13 +61,19 @@ def to_search(row: SearchRow | Row[Any]) -> Search:
 def to_trial(row: TrialRow | Row[Any]) -> Trial:
     return _read(
         Trial, row, design=_design(row), train_flops=row.steps * row.train_flops_per_step,
+        trained_flops=row.trained_steps * row.train_flops_per_step,
         **{field: getattr(row, column) for field, column in _COLUMN.items()},
     )  # fmt: skip
 
 
 def _design(row: TrialRow | Row[Any]) -> str:
     """The design's text, which for two factors is not stored."""
-    return Theta(*row.theta).text if row.design is None else row.design
+    return design_text(row.design, row.theta)
+
+
+def design_text(stored: str | None, theta: Sequence[float]) -> str:
+    """The text of a design from what is stored of it; see `stored_design`."""
+    return Theta(*theta).text if stored is None else stored
 
 
 #: Field of a trial → its column, where their names differ.

@@ -109,6 +109,13 @@ class SearchRow(Base):
     cloned_from: Mapped[str | None] = mapped_column(String(32))
     #: train FLOPs that count against its tenant's quota; see `nas.store.quotas`
     charged_flops: Mapped[float] = mapped_column(Float, server_default=text("0"))
+    #: rounds that it has begun under its stopping rule
+    rounds: Mapped[int] = mapped_column(server_default=text("0"))
+    #: labels, which people change at any time
+    name: Mapped[str | None] = mapped_column(String(120))
+    tags: Mapped[list[str]] = mapped_column(JSON, server_default=text("'[]'"))
+    notes: Mapped[str | None] = mapped_column(String(4000))
+    archived: Mapped[bool] = mapped_column(server_default=false())
     #: folder that its data may not lead out of, for data named over the network
     data_root: Mapped[str | None] = mapped_column(String(4096))
 
@@ -127,7 +134,7 @@ class TrialRow(Base):
     id: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
     search_id: Mapped[str] = mapped_column(ForeignKey("searches.id", ondelete="CASCADE"))
     number: Mapped[int]
-    #: candidate | reference
+    #: candidate | reference | confirmation
     kind: Mapped[str] = mapped_column(String(16))
     state: Mapped[str] = mapped_column(String(16))
     #: point of the sampler's box, None for a reference
@@ -176,6 +183,12 @@ class TrialRow(Base):
     peak_memory_bytes: Mapped[int | None] = mapped_column(_BIG)
     #: why it failed: run (its own doing) | process | timeout | memory
     failure: Mapped[str | None] = mapped_column(String(16))
+    #: last step of the slice that it trains or has trained last; None for all of its steps
+    until_step: Mapped[int | None] = mapped_column(_BIG)
+    #: steps that it had trained when it last paused or ended; a shared result has none
+    trained_steps: Mapped[int] = mapped_column(_BIG, server_default=text("0"))
+    #: steps of all attempts, which count against its tenant's quota; see `nas.store.quotas`
+    charged_steps: Mapped[int] = mapped_column(_BIG, server_default=text("0"))
 
     __table_args__ = (UniqueConstraint("search_id", "number"),)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Select, func, select, tuple_
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import ColumnElement, Select, String, cast, func, or_, select, true, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -19,13 +21,21 @@ from nas.records.search import Search
 from nas.records.trial import StoredPoint, Trial
 from nas.settings import DEFAULT_TENANT
 from nas.store import lifecycle, rows
-from nas.store.engine import open_engine, reading, writing
+from nas.store.engine import open_engine, pieces, reading, writing
+from nas.store.fronts import AXES
 from nas.store.migrate import stored_revision
 from nas.store.quotas import UNLIMITED, Quotas, check_quotas, most_flops, owed_flops
 from nas.store.records import Event
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 from nas.store.scopes import repeats, within
 from nas.store.selecting import MAX_PAGE, newest
+
+#: A point of `Store.cloud`: x is in the unit of the axis.
+CLOUD = np.dtype(
+    [("trial_id", "i8"), ("step", "i8"), ("x", "f8"), ("loss", "f8"), ("dense", "?"),
+     ("complete", "?")]
+)  # fmt: skip
+Cloud = NDArray[np.void]
 
 
 class Store:
@@ -196,28 +206,55 @@ class Store:
         state: str | None = None,
         failure: str | None = None,
         tenant: str | None = None,
+        task: str | None = None,
+        text: str | None = None,
+        archived: bool | None = None,
     ) -> list[Search]:
         """The newest searches, or those created before the sequence number `before`.
 
         Parameters
         ----------
-        state, failure, tenant
+        state, failure, tenant, task, archived
             Only searches with this value.
+        text
+            Only searches whose name or tags contain it, or whose id begins with it.
         """
-        equal = {"state": state, "failure": failure, "tenant": tenant}
+        equal = {"state": state, "failure": failure, "tenant": tenant, "task": task}
         query = newest(SearchRow, SearchRow.sequence, before, limit, **equal)
+        if text is not None:
+            tags = cast(SearchRow.tags, String)
+            found = (c.icontains(text, autoescape=True) for c in (SearchRow.name, tags))
+            by_id = SearchRow.id.startswith(text.lower(), autoescape=True)
+            query = query.where(or_(*found, by_id))
+        if archived is not None:
+            query = query.where(SearchRow.archived == archived)
         if self.confined:
             query = query.where(SearchRow.tenant == self.tenant)
         with reading(self.engine) as session:
             return [rows.to_search(r) for r in session.execute(query)]
 
-    def trials(self, search_id: str, *, after: int = -1, limit: int | None = None) -> list[Trial]:
-        """Trials of a search with numbers above `after`, in the order of their numbers."""
+    def trials(
+        self,
+        search_id: str,
+        *,
+        after: int = -1,
+        limit: int | None = None,
+        states: Sequence[str] | None = None,
+    ) -> list[Trial]:
+        """Trials of a search with numbers above `after`, in the order of their numbers.
+
+        Parameters
+        ----------
+        states
+            Only trials in one of these.
+        """
         query = (
             select(*TrialRow.__table__.columns)  # plain rows: ORM objects are slower
             .where(TrialRow.search_id == search_id, TrialRow.number > after)
             .order_by(TrialRow.number)
         )
+        if states is not None:
+            query = query.where(TrialRow.state.in_(states))
         with reading(self.engine) as session:
             found = [rows.to_trial(r) for r in session.execute(query.limit(limit))]
             if not found or self.confined:
@@ -235,6 +272,21 @@ class Store:
         if row is None or search is None or not self._shows(search):
             raise NotFound(f"no trial {trial_id!r}")
         return row
+
+    def repeats_of(self, trial: Trial, limit: int) -> list[Trial]:
+        """The first trials of a search that train the model of one of them with other seeds or
+        steps, itself included; confirmations of it in other searches too."""
+        query = select(*TrialRow.__table__.columns).join(
+            SearchRow, TrialRow.search_id == SearchRow.id
+        )
+        same = (TrialRow.search_id == trial.search_id) & (TrialRow.model == trial.model)
+        query = query.where(
+            SearchRow.tenant == self.tenant if self.confined else true(),
+            or_(same, TrialRow.confirms == trial.id, TrialRow.id == (trial.confirms or trial.id)),
+        )
+        with reading(self.engine) as session:
+            found = session.execute(query.order_by(TrialRow.id).limit(limit))
+            return [rows.to_trial(row) for row in found]
 
     def curve(self, trial_id: int) -> list[StoredPoint]:
         """The points of a trial in the order of their steps."""
@@ -322,6 +374,10 @@ class Store:
         """Set a search's priority: higher ones are claimed first; raises as `cancel` does."""
         return self._changed(search_id, partial(lifecycle.set_priority, priority=priority))
 
+    def set_labels(self, search_id: str, labels: Mapping[str, Any]) -> Search:
+        """Set labels of a search by their names; see `nas.service.labels`."""
+        return self._changed(search_id, partial(lifecycle.set_labels, labels=labels))
+
     def _changed(self, search_id: str, change: Callable[[Session, SearchRow], None]) -> Search:
         with writing(self.engine) as session:
             row = self.row(session, search_id, lock=True)
@@ -335,23 +391,60 @@ class Store:
         search_id: str | None = None,
         task: str | None = None,
         fingerprint: str | None = None,
+        at: Collection[tuple[int, int]] | None = None,
     ) -> list[CurvePoint]:
-        """Points of complete and running trials; reused, stopped and failed ones are left out.
+        """Points of complete, running and paused trials; reused, stopped and failed ones are left
+        out.
 
         A trial that reuses another's result in the same search adds no evidence, so it is left out.
+
+        Parameters
+        ----------
+        at
+            Of these points those at given (trial, step) alone.
         """
         query = (
             select(*rows.RUN, *rows.POINT, rows.COMPLETE)
             .join(TrialRow, PointRow.trial_id == TrialRow.id)
             .join(SearchRow, TrialRow.search_id == SearchRow.id)
-            .where(*within(search_id, task, fingerprint, self.tenant), ~repeats(search_id))
-            .where(TrialRow.state.in_(("complete", "running")))
+            .where(*within(search_id, task, fingerprint, self.tenant), *_drawn(search_id))
             .order_by(PointRow.train_flops, PointRow.loss, TrialRow.id)
         )
+        key = tuple_(PointRow.trial_id, PointRow.step)
+        parts = [None] if at is None else list(pieces(sorted(at)))
         with reading(self.engine) as session:
             if search_id is not None:
                 self.row(session, search_id)
-            return list(rows.to_curve_points(session.execute(query)))
+            found = [
+                point
+                for part in parts
+                for point in rows.to_curve_points(
+                    session.execute(query if part is None else query.where(key.in_(part)))
+                )
+            ]
+        if len(parts) > 1:
+            found.sort(key=lambda p: (p.train_flops, p.loss, p.run.trial_id))
+        return found
+
+    def cloud(self, search_id: str, axis: str) -> Cloud:
+        """The points of `curve_points` of a search as plain columns, for there may be many.
+
+        On an axis of which a run has one value, the ends of completed runs that have it.
+        """
+        shown = AXES[axis]
+        x = getattr(PointRow if shown.along_curve else TrialRow, shown.column)
+        query = (
+            select(TrialRow.id, PointRow.step, x, PointRow.loss, TrialRow.dense, rows.COMPLETE)
+            .join(TrialRow, PointRow.trial_id == TrialRow.id)
+            .where(TrialRow.search_id == search_id, *_drawn(search_id))
+        )
+        if not shown.along_curve:
+            ends = (PointRow.step == TrialRow.steps, rows.COMPLETE, x.is_not(None))
+            query = query.where(*ends)
+        with reading(self.engine) as session:
+            self.row(session, search_id)
+            found = session.execute(query).all()
+        return np.array([tuple(row) for row in found], dtype=CLOUD)
 
     def window_losses(self, at: Sequence[tuple[int, int]]) -> list[tuple[float, ...]]:
         """Loss of each validation sample at the given (trial, step) points, in their order."""
@@ -413,3 +506,8 @@ def _of_key(tenant: str, idempotency_key: str) -> Select[SearchRow]:
     return select(SearchRow).where(
         SearchRow.tenant == tenant, SearchRow.idempotency_key == idempotency_key
     )
+
+
+def _drawn(search_id: str | None) -> tuple[ColumnElement[bool], ...]:
+    """Which trials have points in figures and analyses."""
+    return ~repeats(search_id), TrialRow.state.in_(("complete", "running", "paused"))

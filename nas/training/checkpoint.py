@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import stat
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class Checkpoint:
     key
         Digest of everything that decides the run's curve; a file with another is not used.
     every_seconds
-        Time between two saves; runs that take less are never saved.
+        Time between two saves; runs that take less are saved only where they pause.
     """
 
     def __init__(self, path: Path, key: str, every_seconds: float = 60.0) -> None:
@@ -83,6 +85,33 @@ class Checkpoint:
             self._path.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("a checkpoint stays behind: %s", error)
+
+
+def checkpoint_of(folder: Path, run: str, how: Sequence[Any]) -> Checkpoint:
+    """The checkpoint of a run that is computed in one way, so that a curve never mixes two.
+
+    Parameters
+    ----------
+    run
+        Identifies the run; see `forget`.
+    how
+        All else that decides its curve, as JSON values.
+    """
+    key = hashlib.sha256(json.dumps([run, *how], sort_keys=True).encode()).hexdigest()
+    return Checkpoint(folder / f"{_prefix(run)}{key}.pt", key)
+
+
+def forget(folder: Path, run: str) -> None:
+    """Delete the states of a run that never goes on, in whichever way it was computed."""
+    for path in folder.glob(f"{_prefix(run)}*"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("a checkpoint stays behind: %s", error)
+
+
+def _prefix(run: str) -> str:
+    return f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-"
 
 
 def prune(

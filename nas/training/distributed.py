@@ -64,6 +64,7 @@ def train_on_rank(
     execution: Execution = CPU,
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
+    until: int | None = None,
 ) -> Evaluations:
     """Take part in the training of `plan` with one seed, as each of `recipe.ranks` processes.
 
@@ -78,6 +79,8 @@ def train_on_rank(
         Used by rank 0, which alone needs the file; None on all ranks or on none.
     meter
         Measures what this rank's steps cost.
+    until
+        As of `train_replicates`.
 
     Raises
     ------
@@ -91,7 +94,7 @@ def train_on_rank(
     return train_with(
         partial(_RankEngine, plan, recipe, seed, execution),
         plan, recipe, train_data, validation_data, (seed,), execution,
-        None if checkpoint is None else _OfAllRanks(checkpoint, device), meter,
+        None if checkpoint is None else _OfAllRanks(checkpoint, device), meter, until,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nas.errors import RunFailed
 from nas.planning.recipe import Recipe
-from nas.planning.runs import RunPlan
+from nas.planning.runs import RunPlan, evaluation_steps
 from nas.tasks.batches import training_batches, validation_set
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
@@ -55,18 +55,6 @@ class Point:
     seconds: float
     #: loss of each validation sample, in the fixed order of the samples
     window_losses: tuple[float, ...]
-
-
-def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
-    """The steps at which a run is evaluated: spaced by √2, the last one included.
-
-    None comes before the warm-up has ended.  Under a cosine schedule it is the last one alone: an
-    earlier point has a learning rate that a run of that length would no longer have.
-    """
-    if recipe.schedule == "cosine":
-        return [plan.steps]
-    steps = {round(plan.steps / math.sqrt(2) ** i) for i in range(recipe.evaluations)}
-    return sorted(s for s in steps if s >= min(max(1, recipe.warmup_steps), plan.steps))
 
 
 def train(
@@ -123,6 +111,7 @@ def train_replicates(
     layer_plans: Mapping[str, str] | None = None,
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
+    until: int | None = None,
 ) -> Evaluations:
     """Train `plan` with several seeds together; at each evaluation yield what is new, by seed.
 
@@ -145,13 +134,22 @@ def train_replicates(
         so do some of the runs of a checkpoint.
     meter
         Measures what the steps cost.
+    until
+        The last step that is trained, one at which the runs are evaluated; their state is then in
+        the checkpoint, from which they go on.  By default all steps are.
+
+    Raises
+    ------
+    ValueError
+        `until` is no step of an evaluation.
     """
     if layer_plans is None:
         layer_plans = execution_plans(plan, recipe, execution)
     engine = partial(Engine, plan, recipe, seeds, execution, layer_plans)
     return train_with(
-        engine, plan, recipe, train_data, validation_data, seeds, execution, checkpoint, meter
-    )
+        engine, plan, recipe, train_data, validation_data, seeds, execution, checkpoint, meter,
+        until,
+    )  # fmt: skip
 
 
 class Trainer(Protocol):
@@ -183,8 +181,13 @@ def train_with(
     execution: Execution,
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
+    until: int | None = None,
 ) -> Evaluations:
     """As `train_replicates`, by what `begin` gives."""
+    evaluations = set(evaluation_steps(plan, recipe))
+    last = plan.steps if until is None else until
+    if last not in evaluations:
+        raise ValueError(f"until: got {until}; accepted: one of {sorted(evaluations)}")
     engine = begin()
     state = _State.begin(seeds)
     saved = checkpoint.load() if checkpoint else None
@@ -199,10 +202,11 @@ def train_with(
     device = torch.device(execution.device)
     draw = training_batches(recipe, train_data, None if device.type == "cpu" else device)
     x, y = (t.to(device) for t in validation_set(recipe, train_data, validation_data))
-    evaluations = set(evaluation_steps(plan, recipe))
-    yield from state.past()
+    yield from state.past(last)
+    if state.step >= last:  # its checkpoint is as far, or farther
+        return dict.fromkeys(state.alive)
     started = time.perf_counter()
-    for step in range(state.step + 1, plan.steps + 1):
+    for step in range(state.step + 1, last + 1):
         if not state.alive:
             return {}
         engine.set_rate(recipe.learning_rate_factor(step, plan.steps))
@@ -223,7 +227,7 @@ def train_with(
         if news:
             yield news
         state.step = step
-        if checkpoint and step < plan.steps and checkpoint.is_due:
+        if checkpoint and step < plan.steps and (step == last or checkpoint.is_due):
             state.seconds += (time.perf_counter() - started) / len(seeds)
             checkpoint.save({**state.as_dict(), **engine.state_dict()})
             started = time.perf_counter()
@@ -274,10 +278,10 @@ class _State:
             "failures": [self.failures.get(seed) for seed in self.seeds],
         }
 
-    def past(self) -> Generator[dict[int, Point | RunFailed], None, None]:
-        """What the runs had yielded when they were saved."""
-        steps = sorted({p.step for points in self.points.values() for p in points})
-        for step in steps:
+    def past(self, last: int) -> Generator[dict[int, Point | RunFailed], None, None]:
+        """What the runs had yielded when they were saved, up to step `last`."""
+        steps = {p.step for points in self.points.values() for p in points}
+        for step in sorted(s for s in steps if s <= last):
             yield {s: p for s in self.seeds for p in self.points[s] if p.step == step}
         if self.failures:
             yield {seed: RunFailed(why) for seed, why in self.failures.items()}

@@ -44,6 +44,8 @@ _PROBE_SECONDS = 60.0
 #: Seconds between checks of the head, and without an answer before the cluster counts as gone.  A
 #: head that stores its state elsewhere may be restarted within this time.
 _LOOK_SECONDS = 2.0
+#: Between two questions for what was not handed over yet.
+_MOMENT_SECONDS = 0.002
 _PATIENCE_SECONDS = 30.0
 #: Packages whose versions a node shares with this process, for what is sent between them.
 _SHARED = ("einsum-nas", "ray", "torch")
@@ -293,6 +295,10 @@ class Shared:
         #: to be given to `taken`
         self.owner = owner.remote(train, validation)
 
+    def hand(self, key: str, run: str) -> None:
+        """Leave a run for the actor that asks for `key`; see `handed`."""
+        self.owner.hand.remote(key, run)
+
     def free(self) -> None:
         """Drop the data from every node; nothing may use it any more."""
         internals.drop_hooks(self._hooks)
@@ -301,10 +307,18 @@ class Shared:
 
 
 class _Owner:
-    """Actor that owns objects of the store; they are freed when it ends."""
+    """Actor that owns objects of the store; they are freed when it ends.  Through it the driver
+    hands runs to the actors of trials."""
 
     def __init__(self, *values: Any) -> None:
         self._references = [ray.put(value) for value in values]
+        self._handed: dict[str, str] = {}
+
+    def hand(self, key: str, run: str) -> None:
+        self._handed[key] = run
+
+    def take(self, key: str) -> str | None:
+        return self._handed.pop(key, None)
 
     def references(self) -> list[Any]:
         return self._references
@@ -314,6 +328,13 @@ def taken(owner: Any) -> list[Any]:
     """The values that an owner holds, in memory that a node's processes share."""
     found: list[Any] = ray.get(ray.get(owner.references.remote()))
     return found
+
+
+def handed(owner: Any, key: str) -> str:
+    """What the driver has handed over, or is about to."""
+    while (run := ray.get(owner.take.remote(key))) is None:
+        time.sleep(_MOMENT_SECONDS)
+    return str(run)
 
 
 class HeadWatch:

@@ -1,6 +1,7 @@
 """Runs the packs of one session with Ray Tune: FIFO, with reused actors and our own Searcher.
 
-A trial of Tune is a pack: one of our trials, or several that train together.
+A trial of Tune is a slot that runs one pack after another: one of our trials, or several that train
+together.  It ends where there is none to run at the moment.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ from nas.logs import bound
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
-from nas.training.checkpoint import prune
+from nas.training.checkpoint import forget, prune
 from workers import metrics
+from workers.packs import Pack, plan_of_trial
 from workers.ray import internals
 from workers.ray.spread import OF_TRIAL, SpreadTrainable
 from workers.ray.trainable import ProxyTrainable
-from workers.session import Pack, SearchSession, plan_of_trial
+from workers.session import SearchSession
 
 _log = logging.getLogger(__name__)
 # it reports that no result files were written, which is how it is set up
@@ -58,6 +60,9 @@ _MAX_PROCESS_FAILURES = 3
 _LONGEST_REASON = 300
 #: Exit status of a process whose cluster is gone.
 CLUSTER_LOST_STATUS = 76
+#: Evaluations that follow one another sooner reach the driver together, which answers each report
+#: in milliseconds in which the actor waits.
+_REPORT_SECONDS = 0.5
 #: Share of its time after which a trial that died is taken to have died of the limit: the driver
 #: hears of its beginning a little late.
 _NEARLY = 0.95
@@ -80,10 +85,33 @@ class _Experiment:
     packs: dict[str, Pack] = field(default_factory=dict)
     #: our trial id → how often its process died
     deaths: Counter[int] = field(default_factory=Counter)
+    #: what packs are handed over by; without it each is a trial of Tune's own
+    shared: cluster.Shared | None = None
+    #: Tune's trial id → packs that it was given
+    given: Counter[str] = field(default_factory=Counter)
 
     def seconds(self, pack: Pack) -> float:
         """Limit of one attempt at a pack."""
         return self.trial_seconds * len(pack.trials)
+
+    def give(self, trial_id: str, pack: Pack) -> dict[str, Any]:
+        """The configuration of Tune's trial that runs a pack, and then the next one."""
+        self.packs[trial_id] = pack
+        self.given[trial_id] += 1
+        follows = None if self.shared is None else self.next_key(trial_id)
+        return trial_config(self.session, pack, self.seconds(pack), follows)
+
+    def next_key(self, trial_id: str) -> str:
+        """Under which the actor of Tune's trial asks for its next pack."""
+        return f"{trial_id}/{self.given[trial_id]}"
+
+    def go_on(self, trial_id: str) -> None:
+        """Hand the next pack to the actor of a trial of Tune's, or tell it that there is none."""
+        if self.shared is None:
+            return
+        key, pack = self.next_key(trial_id), self.session.next_pack()
+        run = "{}" if pack is None else str(self.give(trial_id, pack)["run"])
+        self.shared.hand(key, run)
 
     def count_death(self, trial_id: str, reason: str) -> tuple[str, TrialFailure] | None:
         """Count that the process of a pack has died; None if the same runs may run again.
@@ -133,14 +161,16 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     """
     ranks = session.recipe.ranks
     needs = cluster.trial_resources(settings, ranks)
-    remaining = session.prepare("cuda" if "GPU" in needs else "cpu")
+    # a trial that has more ranks than there is room for fails by itself, and tells why
+    capacity = max(1, cluster.trial_capacity(needs) // ranks)
+    slots = min(settings.concurrency or capacity, capacity)
+    checkpoints = settings.resolved_home / "checkpoints"
+    session.forget = lambda key: forget(checkpoints, _stored_as(session, key))
+    remaining = session.prepare("cuda" if "GPU" in needs else "cpu", slots)
     if remaining == 0:
         return
     limits = session.request.limits
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
-    # a trial that has more ranks than there is room for fails by itself, and tells why
-    capacity = max(1, cluster.trial_capacity(needs) // ranks)
-    checkpoints = settings.resolved_home / "checkpoints"
     prune(checkpoints, max_bytes=settings.checkpoint_bytes)
     shared = cluster.Shared(data.train, data.validation)
     spread = {"resources": needs} if ranks > 1 else {}
@@ -152,12 +182,13 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             checkpoints=str(checkpoints),
             rates=str(settings.resolved_rates_home),
             memory=settings.memory_per_trial,
+            report_seconds=_REPORT_SECONDS,
             **spread,
         ),
         tune.PlacementGroupFactory([OF_TRIAL if spread else needs]),  # one bundle: on one node
     )
     key = uuid.uuid4().hex
-    experiment = _Experiment(session, trial_seconds)
+    experiment = _Experiment(session, trial_seconds, shared=shared)
     scratch = tempfile.mkdtemp(prefix="einsum-nas-tune-")
     _experiments[key] = experiment
     try:
@@ -169,7 +200,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
                     # at most: one that Tune gives up too early becomes another of Tune's, and so
                     # does each run of a pack that has to run apart
                     num_samples=remaining * (2 + _MAX_PROCESS_FAILURES),
-                    max_concurrent_trials=min(settings.concurrency or capacity, capacity),
+                    max_concurrent_trials=slots,
                     reuse_actors=True,
                     trial_dirname_creator=attrgetter("trial_id"),
                 ),
@@ -228,48 +259,71 @@ class _SessionSearcher(_OfExperiment, Searcher):
             pack = session.next_pack()
             if pack is None:
                 return Searcher.FINISHED if session.exhausted else None
-            self._experiment.packs[trial_id] = pack
-            return trial_config(session, pack, self._experiment.seconds(pack))
+            return self._experiment.give(trial_id, pack)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        experiment = self._experiment
-        pack = experiment.packs[trial_id]
         report = _read_report(result)
+        parts = report.get("batch", [report])
+        self._hear_points(trial_id, parts)
+        for part in parts:
+            self._hear(trial_id, part)
+
+    def _hear_points(self, trial_id: str, parts: list[dict[str, Any]]) -> None:
+        """Store the points of all evaluations at once."""
+        session, pack = self._experiment.session, self._experiment.packs.get(trial_id)
+        with self._experiment.remembering():
+            if pack is None or session.signals.lost.is_set():
+                return
+            found = [
+                (pack.of(int(seed)).id, StoredPoint(train_seconds=told.pop("seconds"), **told))
+                for part in parts
+                for seed, of_run in part.get("runs", {}).items()
+                if (told := of_run.get("point")) is not None
+            ]
+            with bound(trial_id=_named(pack)):
+                session.points(found)
+
+    def _hear(self, trial_id: str, report: dict[str, Any]) -> None:
+        """One report of an actor."""
+        experiment = self._experiment
+        pack = experiment.packs.get(trial_id)
+        if pack is None:
+            return
         with experiment.remembering():
             if "begun" in report:
                 experiment.begun[trial_id] = time.monotonic()
                 with bound(trial_id=_named(pack)):
                     _log.info("trial begun on %s", report["begun"])
             for seed, found in report.get("runs", {}).items():
-                if experiment.session.signals.lost.is_set():
-                    return
-                with bound(trial_id=pack.of(int(seed)).id):
-                    self._store(trial_id, pack.of(int(seed)), **found)
+                if "failure" in found and not experiment.session.signals.lost.is_set():
+                    self._fail(trial_id, pack.of(int(seed)), found["failure"])
+            if experiment.shared is not None and report.keys() & {"ended", "failure"}:
+                self._ended(trial_id, report, False)
+                experiment.go_on(trial_id)
 
-    def _store(
-        self, trial_id: str, trial: Trial, point: dict[str, Any] | None = None, failure: str = ""
-    ) -> None:
-        """Store the point that a run has reached, or why it has failed."""
-        session = self._experiment.session
-        if point is not None:
-            session.point(trial.id, StoredPoint(train_seconds=point.pop("seconds"), **point))
-        else:
-            _log.warning("trial failed: %s", failure)
-            session.fail(trial.id, failure)
+    def _fail(self, trial_id: str, trial: Trial, why: str) -> None:
+        """A run has failed by itself; those that train with it go on."""
+        with bound(trial_id=trial.id):
+            _log.warning("trial failed: %s", why)
+            self._experiment.session.fail(trial.id, why)
             self._count(trial_id, "failed")
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        with self._experiment.remembering():
+            self._ended(trial_id, _read_report(result or {}), error)
+
+    def _ended(self, trial_id: str, report: dict[str, Any], error: bool) -> None:
+        """A pack has ended; unless it was stored before."""
         experiment = self._experiment
-        with experiment.remembering():
-            pack = experiment.packs.get(trial_id)
-            if pack is None or experiment.session.signals.lost.is_set():
-                return
-            with bound(trial_id=_named(pack)):
-                self._end(trial_id, pack, _read_report(result or {}), error)
-            del experiment.packs[trial_id]
-            experiment.begun.pop(trial_id, None)
+        pack = experiment.packs.get(trial_id)
+        if pack is None or experiment.session.signals.lost.is_set():
+            return
+        with bound(trial_id=_named(pack)):
+            self._end(trial_id, pack, report, error)
+        del experiment.packs[trial_id]
+        experiment.begun.pop(trial_id, None)
 
     def _end(self, trial_id: str, pack: Pack, report: dict[str, Any], error: bool) -> None:
         """Store how those of a pack ended that had not.
@@ -293,9 +347,9 @@ class _SessionSearcher(_OfExperiment, Searcher):
             for trial in session.unfinished(pack):
                 if cost is not None:
                     environment = report["ended"]["environments"][str(trial.seed)]
-                    session.complete(trial.id, environment, cost)
+                    state = session.complete(trial.id, environment, cost)
                 # stopped with the search, it stays unfinished until the search ends
-                self._count(trial_id, "stopped" if cost is None else "complete")
+                self._count(trial_id, "stopped" if cost is None else state)
 
     def _give_up(self, trial_id: str, pack: Pack, reason: str, kind: TrialFailure) -> None:
         session = self._experiment.session
@@ -329,10 +383,14 @@ class _Attempts(_OfExperiment, Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_info: Any) -> None:
         experiment = self._experiment
-        pack = experiment.packs[trial.trial_id]
+        pack = experiment.packs.get(trial.trial_id)
+        if pack is None:  # it died with nothing to do
+            trial.config["run"] = "{}"
+            return
         experiment.reasons[trial.trial_id] = reason = _reason(trial)
         failed = experiment.count_death(trial.trial_id, reason)
-        run = json.loads(trial.config["run"])
+        # its config may be of an earlier pack
+        run = json.loads(experiment.give(trial.trial_id, pack)["run"])
         # those that failed by themselves are not repeated
         run["seeds"] = [t.seed for t in experiment.session.unfinished(pack)]
         if failed is None:
@@ -377,17 +435,33 @@ class _SessionStopper(_OfExperiment, Stopper):
         return experiment is not None and experiment.session.signals.stop
 
 
-def trial_config(session: SearchSession, pack: Pack, seconds: float) -> dict[str, Any]:
-    """A pack as the Tune configuration of its actor, with the seconds of an attempt at it."""
+def trial_config(
+    session: SearchSession, pack: Pack, seconds: float, follows: str | None = None
+) -> dict[str, Any]:
+    """A pack as the Tune configuration of its actor.
+
+    Parameters
+    ----------
+    seconds
+        Limit of an attempt at it.
+    follows
+        By which the actor asks for the next pack.
+    """
     run = {
         "plan": plan_of_trial(pack.trials[0]).as_dict(),
         "recipe": session.recipe.as_dict(),
         "seeds": [t.seed for t in pack.trials],
         "seconds": seconds,
-        # what one tenant has computed is not another's to go on from
-        "key": f"{session.search.tenant}/{pack.key}",
+        "until": pack.until,
+        "next": follows,
+        "key": _stored_as(session, pack.key),
     }
     return {"run": json.dumps(run)}  # one text: Tune would spell nested values out in file names
+
+
+def _stored_as(session: SearchSession, key: str) -> str:
+    """Names the state of a pack; what one tenant has computed is not another's to go on from."""
+    return f"{session.search.tenant}/{key}"
 
 
 def _read_report(result: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The trial itself needs no device: each rank is a worker of Ray Train, with the r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -34,7 +33,7 @@ from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
 from nas.records.device import processor_name
 from nas.records.trial import MeasuredCost
-from nas.training.checkpoint import Checkpoint
+from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.distributed import rank_execution, rank_plans, train_on_rank
 from nas.training.metering import CostMeter
 from nas.training.run import Evaluations, Execution
@@ -221,8 +220,9 @@ def _rank(config: dict[str, Any]) -> None:
     tell = partial(config["channel"].put)
     meter = CostMeter(execution.device) if first else None
     points = train_on_rank(
-        plan, recipe, train_data, validation_data, run["seed"], execution, checkpoint, meter
-    )
+        plan, recipe, train_data, validation_data, run["seed"], execution, checkpoint, meter,
+        run.get("until"),
+    )  # fmt: skip
     try:
         while True:
             found = next(points)
@@ -230,7 +230,8 @@ def _rank(config: dict[str, Any]) -> None:
                 tell({"points": found})
     except StopIteration as end:
         if first and meter is not None:
-            checkpoint.remove()
+            if run.get("until") is None:
+                checkpoint.remove()
             environment = {
                 "ranks": recipe.ranks,
                 "sharding": recipe.sharding,
@@ -263,8 +264,7 @@ def _of_the_group(error: Exception) -> bool:
 def _checkpoint_of(
     run_key: str, config: dict[str, Any], execution: Execution, plans: dict[str, str]
 ) -> Checkpoint:
-    """One file for each run and way of computing it; the key of the run has its ranks."""
+    """The key of the run has its ranks."""
     versions = [version("einsum-nas"), torch.__version__]
-    how = [run_key, "ranks", asdict(execution), config["threads"], plans, versions]
-    key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
-    return Checkpoint(Path(config["checkpoints"]) / f"{key}.pt", key)
+    how = ["ranks", asdict(execution), config["threads"], plans, versions]
+    return checkpoint_of(Path(config["checkpoints"]), run_key, how)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
-import hashlib
 import json
 import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,10 +26,10 @@ from nas.planning.runs import RunPlan
 from nas.rates import current_rates
 from nas.records.device import processor_name
 from nas.tasks.data import Arrays
-from nas.training.checkpoint import Checkpoint
+from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.metering import CostMeter
 from nas.training.run import Evaluations, Execution, Point, execution_plans, train_replicates
-from workers.ray.cluster import taken
+from workers.ray.cluster import handed, taken
 
 _log = logging.getLogger(__name__)
 
@@ -39,17 +39,28 @@ class ProcessLost(Exception):
 
 
 class ProxyTrainable(tune.Trainable):
-    """Trains the plan in its config with every seed there; reports the points of each evaluation,
-    then where the runs were trained and what their steps cost.
+    """Trains the plan in its config with every seed there, to its end or to a step at which the
+    runs pause; reports the points of each evaluation, then where the runs were trained and what
+    their steps cost.
 
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
     results: {"begun": …}; at each evaluation {"runs": {seed: {"point": …} or {"failure": …}}}, of
     which the latter is the run's own error; at last {"ended": {"environments": {seed: …},
-    "cost": …}}, or {"failure": …} of all runs.  Only what a fresh process may cure (memory) is
-    raised, so that Ray starts the trial anew.
+    "cost": …}}, or {"failure": …} of all runs.  Several of these that follow one another soon are
+    {"batch": [...]}.  Only what a fresh process may cure (memory) is raised, so that Ray starts
+    the trial anew.
+
+    Where the config names a `next` run, the actor then asks for that, which takes Tune a tenth of a
+    second, and goes on with it as the same trial of Tune; an empty one ends the trial.
     """
 
     _evaluations: Evaluations
+    #: whether its runs have ended, and the name of the next
+    _over: bool
+    _next: str | None
+    #: reports that follow one another sooner are sent together
+    _report_seconds = 0.0
+    _owner: Any = None
     #: execution plan of each structure, by fingerprint; stored with the trial
     _plans: dict[str, str]
 
@@ -62,6 +73,7 @@ class ProxyTrainable(tune.Trainable):
         checkpoints: str,
         rates: str,
         memory: int | None = None,
+        report_seconds: float = 0.0,
     ) -> None:
         """Prepare a process for one trial after another.
 
@@ -75,7 +87,10 @@ class ProxyTrainable(tune.Trainable):
             Home of the rates of machines; see `nas.rates`.
         memory
             Bytes that a trial may add to the process; None for any number.
+        report_seconds
+            Evaluations that follow one another sooner are reported together.
         """
+        self._owner, self._report_seconds = data, report_seconds
         self._data: tuple[Arrays, Arrays] = tuple(taken(data))
         self._threads, self._checkpoints = threads, Path(checkpoints)
         self._memory = memory
@@ -91,10 +106,15 @@ class ProxyTrainable(tune.Trainable):
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        run = json.loads(config["run"])
-        self._waiting = [_report("begun", f"{socket.gethostname()}:{os.getpid()}", done=False)]
-        if "failure" in run:
-            self._waiting.append(_report("failure", run["failure"], done=True))
+        self._begin_run(json.loads(config["run"]))
+
+    def _begin_run(self, run: dict[str, Any]) -> None:
+        self._over, self._next = not run, run.get("next")
+        self._waiting = [] if self._over else [{"begun": f"{socket.gethostname()}:{os.getpid()}"}]
+        #: of all runs, known before they begin
+        self._failure: dict[str, Any] | None = run.get("failure")
+        if self._over:
+            return
         #: after so many the process ends, whatever it is doing
         self._seconds: float = run["seconds"]
         self._start_clock()
@@ -102,6 +122,7 @@ class ProxyTrainable(tune.Trainable):
         plan = RunPlan.from_dict(run["plan"])
         recipe = stored_recipe(run["recipe"])
         self._seeds: list[int] = run["seeds"]
+        self._pauses = run.get("until") is not None
         self._execution = Execution.on(self._execution.device, plan.train_flops)
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
@@ -111,24 +132,29 @@ class ProxyTrainable(tune.Trainable):
     def _training(self, plan: RunPlan, recipe: Recipe, run: dict[str, Any]) -> Evaluations:
         return train_replicates(
             plan, recipe, *self._data, self._seeds, self._execution, self._plans,
-            self._checkpoint, self._meter,
+            self._checkpoint, self._meter, run.get("until"),
         )  # fmt: skip
 
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
-        """One file for each pack and way of computing it, so that a curve never mixes two."""
         versions = [version("einsum-nas"), torch.__version__]
-        how = [run_key, asdict(self._execution), self._threads, self._plans, versions]
-        key = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
-        return Checkpoint(self._checkpoints / f"{key}.pt", key)
+        how = [asdict(self._execution), self._threads, self._plans, versions]
+        return checkpoint_of(self._checkpoints, run_key, how)
 
     def step(self) -> dict[str, Any]:
+        if self._over and self._next is not None:
+            self._begin_run(json.loads(handed(self._owner, self._next)))
+        if self._over:
+            return _report([{}], done=True)
         if self._waiting:
             self._start_clock()  # anew, for the driver's begins with what is told now
-            return self._waiting.pop(0)
-        result = self._advance()
-        if result["done"]:
+            return _report([self._waiting.pop()], done=False)
+        parts, started = [self._advance()], time.monotonic()
+        while "runs" in parts[-1] and time.monotonic() - started < self._report_seconds:
+            parts.append(self._advance())
+        self._over = "runs" not in parts[-1]
+        if self._over:
             faulthandler.cancel_dump_traceback_later()
-        return result
+        return _report(parts, done=self._over and self._next is None)
 
     def _start_clock(self) -> None:
         """End this process after the time of an attempt.
@@ -142,21 +168,23 @@ class ProxyTrainable(tune.Trainable):
         faulthandler.cancel_dump_traceback_later()
 
     def _advance(self) -> dict[str, Any]:
+        """The next evaluation, or the end of the runs."""
+        if self._failure is not None:
+            return {"failure": self._failure}
         try:
             found = next(self._evaluations)
         except StopIteration as end:
-            self._checkpoint.remove()
+            if not self._pauses:
+                self._checkpoint.remove()
             environments = {seed: self._environment(router) for seed, router in end.value.items()}
-            ended = {"environments": environments, "cost": asdict(self._meter.result())}
-            return _report("ended", ended, done=True)
+            return {"ended": {"environments": environments, "cost": asdict(self._meter.result())}}
         except Exception as error:
             if out_of_memory(error) or isinstance(error, ProcessLost):
                 raise
             self._checkpoint.remove()
             _log.exception("the run failed")
-            failure = {"reason": f"{type(error).__name__}: {error}", "kind": "run"}
-            return _report("failure", failure, done=True)
-        return _report("runs", {seed: _told(each) for seed, each in found.items()}, done=False)
+            return {"failure": {"reason": f"{type(error).__name__}: {error}", "kind": "run"}}
+        return {"runs": {seed: _told(each) for seed, each in found.items()}}
 
     def _environment(self, router: dict[str, Any] | None) -> dict[str, Any]:
         cuda = self._execution.device == "cuda"
@@ -208,5 +236,6 @@ def _told(each: Point | RunFailed) -> dict[str, Any]:
     return {"failure": str(each)} if isinstance(each, RunFailed) else {"point": asdict(each)}
 
 
-def _report(kind: str, content: Any, *, done: bool) -> dict[str, Any]:
-    return {"report": json.dumps({kind: content}, allow_nan=False), "done": done}
+def _report(parts: list[dict[str, Any]], *, done: bool) -> dict[str, Any]:
+    content = parts[0] if len(parts) == 1 else {"batch": parts}
+    return {"report": json.dumps(content, allow_nan=False), "done": done}

@@ -15,11 +15,12 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from nas.errors import IdempotencyConflict
 from nas.planning.request import SearchRequest
 from nas.service.answers import get_best, get_frontier
-from nas.store import Leases, Store, upgrade
+from nas.store import Leases, Store, migrate, upgrade
 from nas.store.backup import backup, restore
 from nas.store.engine import open_engine
 from nas.store.migrate import downgrade_within, known_revisions, migrating, upgrade_within
@@ -289,6 +290,8 @@ def test_every_step_keeps_what_is_stored(database_url: str, file: Path, before: 
     expected = of_old(url, before)
     assert [len(rows) for rows in expected.values()][1:3] == [20, 105]
     revisions = known_revisions()
+    scripts = ScriptDirectory(str(Path(migrate.__file__).with_name("migrations")))
+    assert revisions == tuple(s.revision for s in scripts.walk_revisions())[::-1]
     assert revisions[:4] == ("0001", "0002", "0003", "0004")
     there_and_back = [*revisions[1:], *revisions[-2::-1], *revisions[1:]]
     at = revisions[0]

@@ -130,6 +130,7 @@ def test_a_session_is_no_better_than_its_key(store: Store, keys: Keys) -> None:
     key, _ = made(keys, scopes=["read", "submit", "admin"])
     session, secret = keys.sign_in(key, 3600)
     assert (session.scopes, session.parent, session.tenant) == (("read", "submit"), key.id, "a")
+    assert keys.sign_in(key, 3600, admin=True)[0].scopes == key.scopes
     assert [k.id for k in keys.list()] == [key.id]
     assert found(keys, secret).refusal is None
     set_times(store, key, expires_at=time.time() - 1)
@@ -166,6 +167,9 @@ def test_a_key_that_sees_nothing_opens_no_session(keys: Keys) -> None:
     key, _ = made(keys, scopes=["admin"])
     with pytest.raises(InvalidInput, match="scope read"):
         keys.sign_in(key, 3600)
+    reader, _ = made(keys, scopes=["read"])
+    with pytest.raises(InvalidInput, match="scope admin"):
+        keys.sign_in(reader, 3600, admin=True)
 
 
 def test_a_session_without_its_key_opens_nothing(store: Store, keys: Keys) -> None:

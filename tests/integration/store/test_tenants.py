@@ -258,7 +258,7 @@ def test_another_tenants_search_is_as_if_it_were_not_there(store: Store) -> None
         lambda: mine.curve_points(search_id=theirs),
         lambda: answers.get_best(mine, search_id=theirs, train_flops=1e12),
         lambda: answers.get_frontier(mine, search_id=theirs),
-        lambda: answers.get_best(mine, task="text", train_flops=1e12),
+        lambda: answers.get_best(mine, task="text", train_flops=1e12, published=False),
         lambda: answers.get_frontier(mine, task="text@f1"),
         lambda: create_confirmation(mine, theirs, wanted),
     ]  # fmt: skip

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from nas.planning.request import SearchRequest
 from nas.store import Store, Trial, upgrade
-from tests.support.services import PATIENCE, service_environment, wait_for
+from tests.support.services import PATIENCE, start_worker, wait_for
 from tests.support.small import TINY
 from tests.support.tiers import FULL
 
@@ -22,22 +20,13 @@ from tests.support.tiers import FULL
 #: is proposed.
 REQUEST = SearchRequest.checked(
     {
-        "train_flops": 1e10, "trials": 2, "references": 3, "replicates": 2, "seed": 2,
-        "overrides": TINY,
+        "train_flops": 5e9, "trials": 2, "references": 3, "replicates": 2, "seed": 2,
+        "overrides": {**TINY, "depth": 1},
     }
 )  # fmt: skip
 
 #: Long enough that a busy machine lets the heartbeat through.
 LEASE_SECONDS = 15
-
-
-def start_worker(home: Path) -> subprocess.Popen[bytes]:
-    environment = service_environment(home, concurrency="1", lease_seconds=str(LEASE_SECONDS))
-    with (home / "log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
-            env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
 
 
 def open_store(home: Path) -> Store:
@@ -64,9 +53,9 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(
     expected_id, search_id = (
         s.create_search(REQUEST, data_path=str(text_folder))[0].id for s in (whole, broken)
     )
-    undisturbed = start_worker(tmp_path / "whole")
+    undisturbed = start_worker(tmp_path / "whole", LEASE_SECONDS)
 
-    victim = start_worker(tmp_path / "broken")
+    victim = start_worker(tmp_path / "broken", LEASE_SECONDS)
     await_trials(broken, search_id, complete=4, running=1)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
@@ -77,7 +66,7 @@ def test_kill_nine_loses_no_trial_and_changes_no_proposal(
     assert interrupted
 
     time.sleep(LEASE_SECONDS + 1)  # an idle worker would end before the lease does
-    heir = start_worker(tmp_path / "broken")
+    heir = start_worker(tmp_path / "broken", LEASE_SECONDS)
     assert heir.wait(PATIENCE) == 0, (tmp_path / "broken" / "log").read_text()
     assert undisturbed.wait(PATIENCE) == 0, (tmp_path / "whole" / "log").read_text()
 
@@ -135,7 +124,7 @@ def test_a_killed_trial_process_is_replaced_and_its_run_is_the_same(
     search_id = store.create_search(
         REQUEST.model_copy(update={"trials": 1, "train_flops": 5e10}), data_path=str(text_folder)
     )[0].id
-    worker = start_worker(tmp_path / "home")
+    worker = start_worker(tmp_path / "home", LEASE_SECONDS)
     await_trials(store, search_id, complete=1, running=1)
 
     def trains() -> bool:  # its process has begun it, and not only been given it
@@ -164,7 +153,7 @@ def test_a_search_that_is_paused_within_a_pack_goes_on_with_it(
 ) -> None:
     store = open_store(tmp_path / "home")
     search_id = store.create_search(REQUEST, data_path=str(text_folder))[0].id
-    worker = start_worker(tmp_path / "home")
+    worker = start_worker(tmp_path / "home", LEASE_SECONDS)
     await_trials(store, search_id, complete=2, running=2)
     store.pause(search_id)
     assert worker.wait(PATIENCE) == 0, (tmp_path / "home" / "log").read_text()
@@ -173,7 +162,7 @@ def test_a_search_that_is_paused_within_a_pack_goes_on_with_it(
     assert "running" not in paused.trial_counts
     finished = [t for t in store.trials(search_id) if t.state == "complete"]
     store.resume(search_id)
-    assert start_worker(tmp_path / "home").wait(PATIENCE) == 0
+    assert start_worker(tmp_path / "home", LEASE_SECONDS).wait(PATIENCE) == 0
     assert store.search(search_id).trial_counts == {"complete": 10}
     for before in finished:
         assert store.trial(before.id) == before
@@ -188,7 +177,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_search_back_at_any_moment(
     search_id = store.create_search(REQUEST, data_path=str(text_folder))[0].id
 
     def stop_once(ready: Callable[[], bool]) -> None:
-        worker = start_worker(tmp_path / "home")
+        worker = start_worker(tmp_path / "home", LEASE_SECONDS)
         deadline = time.monotonic() + PATIENCE
         while not ready():
             assert time.monotonic() < deadline

@@ -71,9 +71,9 @@ def search_with(
 def test_what_befalls_a_trial_is_its_own_and_no_other_trials_end(
     tmp_path: Path, text_folder: Path, faults: tuple[str, ...]
 ) -> None:
-    overrides = {**TINY, "min_steps": 16}  # room for so many widths
+    overrides = {**TINY, "min_steps": 16, "depth": 1}  # room for so many widths
     store, ended, of = search_with(
-        tmp_path, text_folder, faults, train_flops=3e10, references=len(faults) + 1,
+        tmp_path, text_folder, faults, train_flops=1e10, references=len(faults) + 1,
         overrides=overrides,
     )  # fmt: skip
     assert ended.state == "succeeded"

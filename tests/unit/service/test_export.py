@@ -118,7 +118,8 @@ def rows_of_trials(store: Store, search_id: str) -> list[dict[str, Any]]:
                 "width", "depth", "steps", "train_flops_per_step", "train_flops", "seed", "key",
                 "loss", "forward_flops_per_token", "error", "reused_from", "attempts",
                 "environment", "unseen", "created_at", "started_at", "finished_at", "model",
-                "confirms", "seconds_per_step", "peak_memory_bytes", "failure",
+                "confirms", "seconds_per_step", "peak_memory_bytes", "failure", "until_step",
+                "trained_steps", "trained_flops",
             )
         }  # fmt: skip
         about = {"task": "text", "fingerprint": FINGERPRINT, "trial_id": t.id}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from statistics import fmean
 from typing import Any
@@ -16,37 +15,22 @@ from hypothesis import strategies as st
 import workers.session
 from nas.errors import QuotaExceeded
 from nas.planning.request import SearchRequest
-from nas.search import PastTrial
-from nas.search import propose as propose_one
+from nas.search import PastTrial, Proposer
 from nas.service.catalogue import get_preview
 from nas.service.clone import create_clone
 from nas.service.confirm import ConfirmRequest, create_confirmation
-from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial, upgrade
+from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial
 from nas.store.evidence import Standings
 from nas.store.quotas import Quotas
 from tests.support.tiers import only
-from workers.session import Pack, SearchSession, Signals
+from workers.packs import Pack, plan_of_trial
+from workers.session import SearchSession, Signals
 
 FINGERPRINT = "f" * 16
 FIELDS: dict[str, Any] = {
     "train_flops": 2e11, "trials": 4, "references": 3, "replicates": 3, "sampler": "random",
     "seed": 5,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    url = f"sqlite:///{tmp_path_factory.mktemp('packs') / 's.db'}"
-    upgrade(url)
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def store(database: Store, request: pytest.FixtureRequest) -> Store:
-    """A view of a tenant of the test's own: nothing is shared with other tests."""
-    return database.view(f"t{abs(hash(request.node.nodeid)) % 10**9}")
 
 
 @pytest.fixture(autouse=True)
@@ -189,12 +173,13 @@ def seen_by_the_sampler(
 ) -> list[list[PastTrial]]:
     """What each ask from now on is told of earlier candidates."""
     told: list[list[PastTrial]] = []
+    own = Proposer.propose
 
-    def listening(request: Any, recipe: Any, place: int, past: Any, is_known: Any) -> Any:
-        told.append(list(past))
-        return propose_one(request, recipe, place, past, is_known)
+    def listening(proposer: Proposer, *asked: Any) -> Any:
+        told.append(list(proposer._past.values()))
+        return own(proposer, *asked)
 
-    monkeypatch.setattr("workers.session.propose", listening)
+    monkeypatch.setattr(Proposer, "propose", listening)
     return told
 
 
@@ -253,7 +238,7 @@ def test_a_candidate_that_repeats_a_running_one_shares_the_results_of_its_runs(
     packs = [session.next_pack() for _ in range(4)]
     first = packs[-1]
     assert first is not None
-    twins = session._add(4, workers.session.plan_of_trial(first.trials[0]), kind="candidate")
+    twins = session._add(plan_of_trial(first.trials[0]), kind="candidate")
     session._waiting.extend(session._packs(twins))
     assert session.next_pack() is None
     assert not session.exhausted

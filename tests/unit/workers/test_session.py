@@ -14,7 +14,8 @@ from nas.planning.request import SearchRequest
 from nas.service.answers import get_best
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.store import Lease, Leases, Renewal, Search, Store, StoredPoint, Trial, upgrade
-from workers.session import SearchSession, Signals, grouped
+from workers.reasons import grouped
+from workers.session import SearchSession, Signals
 
 FINGERPRINT = "f" * 16
 
@@ -162,7 +163,7 @@ def test_the_same_search_again_runs_nothing(store: Store) -> None:
 def test_a_twin_waits_for_the_running_one_and_shares_its_result(store: Store) -> None:
     session, _, search = begin(store, trials=1)
     session.prepare()
-    (twin,) = session._add(3, _plan_of(store.trials(search.id)[0], session), kind="candidate")
+    (twin,) = session._add(_plan_of(store.trials(search.id)[0], session), kind="candidate")
     session._waiting.extend(session._packs([twin]))
     running = [next_trial(session) for _ in range(3)]
     assert all(running)

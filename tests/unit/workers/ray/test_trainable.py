@@ -33,6 +33,7 @@ def actor(
     key: str = "k",
     design: str = "monarch",
     seeds: Sequence[int] = (0,),
+    until: int | None = None,
 ) -> ProxyTrainable:
     """An actor that has been given its run."""
     made = ProxyTrainable.__new__(ProxyTrainable)  # Tune's own set-up wants a cluster
@@ -40,16 +41,20 @@ def actor(
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
     made._memory = None
-    give(made, recipe, key, design, seeds)
+    give(made, recipe, key, design, seeds, until)
     return made
 
 
-def give(made: ProxyTrainable, recipe: Recipe, key: str, design: str, seeds: Sequence[int]) -> None:
+def give(
+    made: ProxyTrainable, recipe: Recipe, key: str, design: str, seeds: Sequence[int],
+    until: int | None = None,
+) -> None:  # fmt: skip
     """Give an actor its next runs."""
     plan = plan_of_steps(recipe, parse_design(design), 16, 24)
     run = {
         "plan": plan.as_dict(),
         "recipe": recipe.as_dict(), "seeds": list(seeds), "seconds": 3600.0, "key": key,
+        "until": until,
     }  # fmt: skip
     made.reset_config({"run": json.dumps(run)})
     assert report(made).keys() == {"begun"}
@@ -91,6 +96,32 @@ def test_an_actor_goes_on_where_the_last_one_stood(tmp_path: Path) -> None:
     assert reports(actor(tmp_path / "two")) == whole
     assert not state.exists()  # the result is the store's now
     assert not list((tmp_path / "one").iterdir())
+
+
+def test_a_slice_leaves_its_state_to_the_next(tmp_path: Path) -> None:
+    whole = reports(actor(tmp_path / "one"))
+    first = reports(actor(tmp_path / "two", until=12))
+    assert first[:-1] == whole[:2]
+    assert list(first[-1]) == ["ended"]
+    (state,) = (tmp_path / "two").iterdir()
+    shorter = reports(actor(tmp_path / "two", until=8))
+    assert (shorter[:-1], state.exists()) == (whole[:1], True)
+    assert reports(actor(tmp_path / "two")) == whole
+    assert not state.exists()
+
+
+def test_evaluations_that_follow_one_another_soon_are_told_together(tmp_path: Path) -> None:
+    whole = reports(actor(tmp_path / "one"))
+    made = actor(tmp_path / "two")
+    made._report_seconds = 3600.0
+    step = made.step()
+    assert step["done"]
+    told = json.loads(step["report"])["batch"]
+    for part in told:
+        for each in part.get("runs", {}).values():
+            each["point"].pop("seconds")
+    told[-1]["ended"].pop("cost")
+    assert told == whole
 
 
 def test_a_run_ends_with_where_it_ran_and_what_it_cost(tmp_path: Path) -> None:
