@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge bench-gpu serve clean browser
+.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge bench-gpu bench-search einbench serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -82,8 +82,15 @@ bench-edge: $(VENV)/.dev  ## hostile clients beside others, and ten thousand fuz
 	$(BIN)/python -m benchmarks.service.edge
 	$(BIN)/python -m benchmarks.service.fuzz
 
+bench-search: $(VENV)/.dev  ## simulated searches on EinBench, every method: SEARCH_OUT=FOLDER keeps figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.search $(if $(SEARCH_OUT),--out $(SEARCH_OUT))
+
 bench-gpu:  ## one GPU: plans, layers, mixtures, steps, a study; eight minutes; PYTHON with torch is enough
 	$(PYTHON) -m benchmarks.gpu --out gpu-results $(ARGUMENTS)
+
+einbench: $(VENV)/.dev  ## collects what EinBench lacks into EINSUM_NAS_HOME, and writes its files: hours
+	$(BIN)/python -m benchmarks.einbench collect
+	$(BIN)/python -m benchmarks.einbench write
 
 # The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
 browser:

@@ -8,12 +8,13 @@ from importlib.metadata import version
 
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 
 from api import auth, problems
 from api.caching.cache import AnswerCache
 from api.caching.following import Follower
-from api.dashboard import pages, signin
-from api.declared import read_declarations
+from api.dashboard import pages, plotly_js, service_pages, signin, views
+from api.declared import NotAllowed, read_declarations
 from api.limits.rates import Rates
 from api.middleware import access, bodies, headers, hosts
 from api.readiness import Readiness, SchemaGate
@@ -83,6 +84,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         redoc_url=None,
         exception_handlers=problems.HANDLERS,
     )
+    app.add_exception_handler(NotAllowed, service_pages.not_allowed)
     app.state.access_control = access_control
     # from here on: each middleware is outside of those before it
     app.add_middleware(bodies.BodyLimit)
@@ -95,11 +97,16 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     app.add_middleware(
         CorrelationIdMiddleware, header_name="X-Request-ID", validator=access.usable_id
     )
+    # the level: half of the time of the highest for a few per cent more bytes
+    app.add_middleware(
+        GZipMiddleware, minimum_size=1000, compresslevel=5,
+        exclude_content_types=(*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/vnd.apache.parquet"),
+    )  # fmt: skip
     headers.install(app)
     for router in (
         health.router, metrics.router, searches.changing, searches.router, trials.router,
         answers.router, catalogue.router, events.router, exports.router, admin.router,
-        pages.router, signin.router,
+        pages.router, views.router, service_pages.router, plotly_js.router, signin.router,
     ):  # fmt: skip
         app.include_router(router)
     app.mount("/static", pages.Files(), name="static")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Header, Path, Query, Request, Response
@@ -34,6 +34,10 @@ SearchId = Annotated[str, Path(pattern=TEXT, min_length=1, max_length=64)]
 Text = Annotated[
     Annotated[str, Field(pattern=TEXT, min_length=1, max_length=200)] | Absent, Query()
 ]
+SearchText = Annotated[
+    Annotated[str, Field(pattern=TEXT, min_length=1, max_length=200)] | Absent,
+    Query(description="part of a search's name or tags, or how its id begins"),
+]
 Device = Annotated[
     Annotated[str, Field(pattern=TEXT, min_length=1, max_length=200)] | Absent,
     Query(
@@ -62,6 +66,8 @@ State = Annotated[SearchState | Absent, Query(description=" | ".join(get_args(Se
 Failure = Annotated[SearchFailure | Absent, Query(description=" | ".join(get_args(SearchFailure)))]
 Axis = Annotated[str, Query(description=" | ".join(AXES), json_schema_extra={"enum": list(AXES)})]
 Budget = Annotated[float, Field(gt=0, allow_inf_nan=False), REAL] | Absent
+#: A truth value: nothing but JSON's own words.
+Flag = Literal["true", "false"]
 #: Side of a layer.
 Dimension = Annotated[int, Field(ge=1, le=MAX_DIMENSION), WHOLE, Query()]
 PAGE = Query(description="the `next` of an earlier page")

@@ -145,7 +145,8 @@ def _invalid_parameter(request: Request, error: RequestValidationError) -> JSONR
     # a location is (where, name, …); the rest names the types that were tried
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else "request"
     given = "nothing" if first["type"] == "missing" else echo(first.get("input"))
-    accepted = _PARAMETER_ACCEPTS.get(field.lower()) or _in_words(request, field) or first["msg"]
+    told = first["msg"].removeprefix("Value error, ")
+    accepted = _PARAMETER_ACCEPTS.get(field.lower()) or _in_words(request, field) or told
     return _invalid(request, InvalidInput(field, given, accepted))
 
 

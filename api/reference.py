@@ -9,6 +9,7 @@ from nas.planning.accepted import schema_of
 from nas.planning.recipe import SETTINGS
 from nas.planning.request import SearchRequest
 from nas.service.confirm import ConfirmRequest
+from nas.service.labels import Labels
 
 
 def _body(schema: dict[str, Any], *, required: bool = True, **examples: Any) -> dict[str, Any]:
@@ -28,12 +29,17 @@ SEARCH_BODY = _body(
     text=_SMALL,
     settings={"task": "regression", "train_flops": 2e11, "overrides": {"depth": 6}},
     space={**_SMALL, "space": {"families": ["einsum", "btt-moe"], "factors": [2, 3]}},
+    total={"task": "text", "train_flops": 2e11, "total_train_flops": 1e13},
     limits={**_SMALL, "limits": {"seconds": 3600, "total_train_flops": 2e12}, "priority": 5},
 )
 CONFIRM_BODY = _body(schema_of(ConfirmRequest), top={"top": 1, "seeds": 2})
 CLONE_BODY = _body(
     _CHANGES, required=False, same={}, longer={"trials": 32}, again={"seed": 2, "priority": -1}
 )
+LABELS_BODY = _body(
+    schema_of(Labels), named={"name": "text, widths 64 to 128", "tags": ["paper"]},
+    archived={"archived": True},
+)  # fmt: skip
 PRIORITY_BODY = _body(schema_of(PriorityIn), first={"priority": 10})
 
 #: Rules between several fields, which a schema cannot express.
@@ -48,16 +54,30 @@ SEARCH_RULES = {
     "min_width, max_width": "multiples of head_dim",
     "active": "at most `experts`",
     "space.heads": "aligned only for models with attention",
+    "stopping": "not none with a total budget; none for candidates that are given, and for recipes "
+    "whose schedule is not constant",
+    "sampler": "surrogate with stopping frontier",
+    "trials": "the number of `candidates`, where these are given",
+    "candidates": "designs that can be read, at widths of the recipe that the budget admits; null "
+    "for a confirmation",
+    "total_train_flops": "at least the train FLOPs of the references, three candidates and six "
+    "runs that confirm, and neither total_seconds nor limits.total_train_flops beside it",
+    "total_seconds": "no total_train_flops and no limits.total_train_flops beside it",
     "limits.total_train_flops": "at least the train FLOPs of the references and one candidate",
 }
 CLONE_RULES = {**SEARCH_RULES, "changes": "only limits and priority for a confirmation"}
+LABELS_RULES = {
+    "name": "printable characters, not all of them spaces",
+    "tags": "different printable texts without commas",
+    "labels": "at least one of them",
+}
 CONFIRM_RULES = {
     **_KEY,
     "top": "at most the number of distinct completed candidates",
     "longer": "no run may exceed the greatest accepted budget",
 }
 
-_ACTS = ("cancel", "pause", "resume", "retry", "priority", "clone", "confirm")
+_ACTS = ("cancel", "pause", "resume", "retry", "priority", "labels", "clone", "confirm")
 
 
 def link(method: str, path: str, **parameters: str) -> dict[str, Any]:

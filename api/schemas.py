@@ -8,8 +8,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from nas.planning.request import MAX_PRIORITY, WHOLE, SearchRequest
+from nas.records.progress import Overview, SearchProgress
 from nas.records.search import Search
 from nas.records.trial import StoredPoint, Trial
+from nas.service.dividing import BudgetParts
 
 
 class _Out(BaseModel):
@@ -18,6 +20,15 @@ class _Out(BaseModel):
 
 class SearchOut(Search):
     """A search and its progress."""
+
+
+class SearchDetail(SearchOut):
+    """A search, and how far it has come."""
+
+    overview: Overview
+    progress: SearchProgress | None = Field(
+        None, description="null for a search whose runs all train to their end"
+    )
 
 
 class SearchPage(_Out):
@@ -72,8 +83,20 @@ class Preview(_Out):
     trials: int
     references: list[ReferenceOut]
     replicates: int
-    total_runs: int = Field(description="of every candidate and reference with each of its seeds")
+    total_runs: int | None = Field(
+        description="of every candidate and reference with each of its seeds; null where a "
+        "stopping rule decides how many there will be"
+    )
     total_train_flops_at_most: float
+    train_seconds_at_most: float | None = Field(
+        description="estimate of training these, one run after another, at the median speed of "
+        "this service's newest runs on the task; null where none was timed"
+    )
+    stopping_rule: str
+    parts: BudgetParts | None = Field(
+        description="how a budget for the whole search is divided; null without one, and for one "
+        "in seconds while no run on the task was timed here"
+    )
     train_flops_unit: str
     minimum_train_flops: float = Field(description="smallest budget accepted for this request")
     widths: dict[str, list[tuple[int, int]]]
@@ -169,6 +192,7 @@ class FingerprintOut(_Out):
     recipe: str
     overrides: dict[str, bool | int | float | str] | None
     data: str | None
+    loss_unit: str
 
 
 class TaskOut(_Out):

@@ -23,9 +23,18 @@ from urllib.request import proxy_bypass
 
 import httpx2 as httpx
 
-from nas.errors import Conflict, EinsumNasError, IdempotencyConflict, InvalidInput, NotFound, echo
+from nas.errors import (
+    Conflict,
+    EinsumNasError,
+    IdempotencyConflict,
+    InvalidInput,
+    NotFound,
+    echo,
+    span,
+)
 from nas.logs import masked
 from nas.records.answers import Answer, FrontierAnswer
+from nas.records.notebook import table
 from nas.settings import TENANT, is_loopback
 
 _TERMINAL = ("succeeded", "failed", "cancelled")
@@ -185,6 +194,12 @@ class _Stored:
     id: str
     #: the search as the service describes it
     data: dict[str, Any]
+    client: Client | AsyncClient
+
+    @property
+    def page(self) -> str:
+        """Address of its page on the dashboard."""
+        return f"{self.client.url}/searches/{quote(self.id, safe='')}"
 
     @property
     def state(self) -> str:
@@ -194,6 +209,22 @@ class _Stored:
     @property
     def finished(self) -> bool:
         return self.state in _TERMINAL
+
+    def _repr_html_(self) -> str:
+        """Its state, and what it has found so far, as a table for notebooks."""
+        counts = ", ".join(f"{n:,} {state}" for state, n in self.data["trial_counts"].items())
+        rows = [("state", self.state), ("task", self.data["task"]), ("runs", counts or "none yet")]
+        asked, overview = self.data["request"], self.data.get("overview") or {}
+        rows.append(("budget of a run", f"{asked['train_flops']:.4g} train FLOPs"))
+        for kind in ("structured", "dense"):
+            if overview.get(kind) is not None:
+                rows.append((f"lowest loss, {kind}", f"{overview[kind]:.4f} measured"))
+        if overview.get("seconds_left") is not None and not self.finished:
+            rows.append(("time left", f"about {span(overview['seconds_left'])} (estimate)"))
+        if self.data["error"]:
+            rows.append(("error", self.data["error"]))
+        title = self.data.get("name") or f"Search {self.id[:8]}"
+        return table(title, rows, link=self.page)
 
     def _budgets(self, budgets: Mapping[str, float | None]) -> dict[str, Any]:
         """The given budget; by default the search's own."""
@@ -287,6 +318,10 @@ class RemoteSearch(_Stored):
         """Set the priority of the search; searches of higher priority run first."""
         return self.client._become(f"{_search(self.id)}/priority", {"priority": priority})
 
+    def set_labels(self, /, **labels: Any) -> RemoteSearch:
+        """Change what the search is called: name, tags, notes, archived; others stay."""
+        return self.client._become(f"{_search(self.id)}/labels", labels)
+
     def clone(self, /, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
         """Submit a copy of this search with some fields changed."""
         return self.client._become(f"{_search(self.id)}/clone", changes, _once(idempotency_key))
@@ -348,8 +383,9 @@ class Client(_Connection[httpx.Client]):
         idempotency_key
             Makes a repeated submission return the first one's search; a fresh key by default.
         fields
-            data, recipe, overrides, trials, objective, sampler, seed, references, replicates,
-            space, limits, priority.
+            data, recipe, overrides, trials, objective, sampler, stopping, total_train_flops,
+            total_seconds, warm_start, seed, references, replicates, space, limits, priority,
+            candidates.
 
         Raises
         ------
@@ -394,6 +430,7 @@ class Client(_Connection[httpx.Client]):
         train_flops: float | None = None,
         train_seconds: float | None = None,
         device: str | None = None,
+        published: bool = True,
         **budgets: float | None,
     ) -> Answer:
         """The best structure of a task within one budget.
@@ -406,14 +443,19 @@ class Client(_Connection[httpx.Client]):
         device
             Of a measured budget (seconds or memory), the device whose runs are read, or a part of
             its name; by default the one with the most runs.
+        published
+            Whether a published table may answer, marked so, where the service has measured nothing
+            within the budget.
 
         Raises
         ------
         NotFound
-            Nothing is measured within the budget.
+            Nothing is measured within the budget, and no table answers.
         """
         query = {"train_flops": train_flops, "train_seconds": train_seconds, **budgets}
-        return self.send(_get("/v1/best", _best, task=task, device=device, **query))
+        refused = None if published else "false"
+        call = _get("/v1/best", _best, task=task, device=device, published=refused, **query)
+        return self.send(call)
 
     def structure(
         self, theta: str, d_in: int, d_out: int, sizing: str = "least-waste"
@@ -493,6 +535,7 @@ class AsyncRemoteSearch(_Stored):
     resume = _awaited_search(RemoteSearch.resume)
     retry = _awaited_search(RemoteSearch.retry)
     set_priority = _awaited_search(RemoteSearch.set_priority)
+    set_labels = _awaited_search(RemoteSearch.set_labels)
     clone = _awaited_search(RemoteSearch.clone)
 
     async def wait(

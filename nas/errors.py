@@ -23,6 +23,19 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def span(seconds: float) -> str:
+    """A time span in its greatest unit, for reading.
+
+    >>> span(42), span(400), span(9000), span(400_000)
+    ('42 s', '6.7 min', '2.5 h', '4.6 days')
+    """
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size or (unit == "min" and seconds >= size):
+            digits = 1 if seconds < 10 * size else 0
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def one_line(said: object) -> str:
     """A message, such as another library's error, with every run of white space as one space."""
     return " ".join(str(said).split())

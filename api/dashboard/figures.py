@@ -1,6 +1,7 @@
-"""The dashboard's figures: each has a function for its data, which is tested, and one to draw it.
+"""The dashboard's figures: each has a function for its data and one to draw it, as plotly's JSON.
 
-plotly is imported on first use, so that the service starts without it.
+They are written as that JSON, for plotly's own objects check every point of every trace, which
+takes seconds where there are thousands; a test has plotly check what is drawn.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import exp, isfinite, log
+from textwrap import wrap
 from typing import Any
 
 from nas.analysis import frontier
@@ -22,6 +25,7 @@ from nas.analysis.style import (
     plain_text,
 )
 from nas.designs.design import parse_design
+from nas.records.answers import Law
 from nas.store import AXES, CurvePoint
 
 #: Marker of each kind of design; see `nas.designs.design.Design.kind`.
@@ -32,9 +36,18 @@ _SYMBOLS = {
 }  # fmt: skip
 #: Marker of kinds that other packages add.
 _OTHER = "hexagon"
+#: Characters of a line beside the axis of losses, and the height of one, pixels.
+_AXIS_LINE, _AXIS_LINE_HEIGHT = 26, 15
 #: Height of a row of the legend, pixels, and the entries that leave room for the title.
 _LEGEND_ROW, _SERIES_OF_ONE_KIND = 22, 4
-_SHOWN_CURVES = 200  # more lines cannot be distinguished, and slow down the page
+#: Half width of a 95% interval in standard errors, and points of the line of a power law.
+_NORMAL_95, _LAW_POINTS = 1.96, 24
+#: Zoom and selection survive the live updates.
+_KEPT = {"uirevision": "keep"}
+#: Lines that do not cover each other, so that none has to shine through.
+_FEW = 8
+#: More lines cannot be distinguished, and slow down the page.
+SHOWN_CURVES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,10 @@ class Series:
     labels: tuple[str, ...]
     #: marker of each point
     symbols: tuple[str, ...] = ()
+    #: trial of each point, which a click leads to
+    trials: tuple[int, ...] = ()
+    #: standard error of each point's loss over the validation samples
+    errors: tuple[float, ...] = ()
 
 
 def _label(p: CurvePoint) -> str:
@@ -62,6 +79,8 @@ def _series(name: str, points: Sequence[CurvePoint], axis: str) -> Series:
         tuple(p.loss for p in points),
         tuple(_label(p) for p in points),
         tuple(_SYMBOLS.get(_kind(p.run.design), _OTHER) for p in points),
+        tuple(p.run.trial_id for p in points),
+        tuple(p.loss_stderr for p in points),
     )
 
 
@@ -103,11 +122,11 @@ def scatter_data(points: Sequence[CurvePoint], axis: str = "train_flops") -> dic
 
 
 def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
-    """One curve a trial in steps, with whether it is dense; the lowest `_SHOWN_CURVES`."""
+    """One curve a trial in steps, with whether it is dense; the lowest `SHOWN_CURVES`."""
     runs: dict[int, list[CurvePoint]] = {}
     for p in sorted(points, key=lambda p: p.step):
         runs.setdefault(p.run.trial_id, []).append(p)
-    lowest = sorted(runs.values(), key=lambda run: min(p.loss for p in run))[:_SHOWN_CURVES]
+    lowest = sorted(runs.values(), key=lambda run: min(p.loss for p in run))[:SHOWN_CURVES]
     return [
         (
             Series(
@@ -115,6 +134,7 @@ def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
                 tuple(float(p.step) for p in run),
                 tuple(p.loss for p in run),
                 tuple(_label(p) for p in run),
+                trials=tuple(p.run.trial_id for p in run),
             ),
             run[0].run.dense,
         )
@@ -122,67 +142,123 @@ def curves_data(points: Sequence[CurvePoint]) -> list[tuple[Series, bool]]:
     ]
 
 
-def _layout(title: str, x_title: str, unit: str) -> dict[str, Any]:
-    return figure_layout(
+def loss_layout(title: str, x_title: str, unit: str, **more: Any) -> dict[str, Any]:
+    """The layout of losses against something, on logarithmic axes; `more` is added on top."""
+    # in several lines, for the longest units are longer than a figure is high
+    lines = wrap(unit, _AXIS_LINE)
+    layout = figure_layout(
         title,
         log_axis(x_title),
-        loss_axis(f"validation loss ({plain_text(unit)})"),
-        margin={"l": 64, "r": 16, "t": 72, "b": 48},
+        loss_axis("<br>".join(map(plain_text, ["validation loss", *lines]))),
+        margin={"l": 61 + _AXIS_LINE_HEIGHT * len(lines), "r": 16, "t": 92, "b": 48},
         legend={"orientation": "h", "y": 1.0, "x": 1.0, "xanchor": "right", "yanchor": "bottom"},
-        uirevision="keep",  # zoom and selection survive the live updates
+        **more,
     )
+    layout["title"] |= {"y": 0.98, "yanchor": "top"}  # above the legend, of up to two rows
+    return layout
 
 
 def draw_scatter(
     data: Mapping[str, Series], axis: str, budget: float, unit: str, device: str | None = None
 ) -> dict[str, Any]:
-    """Loss against an axis, both fronts as lines; on train FLOPs the budget as a dotted line.
+    """Loss against an axis, both fronts as steps; on train FLOPs the budget as a dotted line.
 
     Parameters
     ----------
     device
         That of the runs, on a measured axis.
     """
-    import plotly.graph_objects as go
-
     shown = AXES[axis]
     measured = f", measured on {plain_text(device)}" if device else ""
     x_title = f"{shown.unit.partition(':')[0]}{measured}"
-    figure = go.Figure(layout=_layout(f"Loss against {shown.meaning}", x_title, unit))
+    layout = loss_layout(f"Loss against {shown.meaning}", x_title, unit, **_KEPT)
     if len(data) > _SERIES_OF_ONE_KIND:  # the legend grows upwards, into the title
-        figure.layout.margin.t += _LEGEND_ROW * (len(data) - _SERIES_OF_ONE_KIND)
-        figure.layout.title.update(y=0.98, yanchor="top")
+        layout["margin"]["t"] += _LEGEND_ROW * (len(data) - _SERIES_OF_ONE_KIND)
+    traces = []
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
-        front = data[f"{key}_front"]
-        for points in (s for name, s in data.items() if name.partition(":")[0] == key):
-            figure.add_scatter(
-                x=points.x, y=points.y, text=points.labels, hoverinfo="text", mode="markers",
-                name=points.name,
+        traces += [
+            _trace(
+                points, mode="markers",
                 marker={"color": colour, "size": 6, "opacity": 0.45, "symbol": points.symbols},
-            )  # fmt: skip
-        figure.add_scatter(
-            x=front.x, y=front.y, text=front.labels, hoverinfo="text", mode="lines+markers",
-            name=front.name, line={"color": colour, "width": 2},
-            marker={"size": 8, "color": colour, "symbol": front.symbols},
+            )
+            for name, points in data.items()
+            if name.partition(":")[0] == key
+        ]  # fmt: skip
+        front = data[f"{key}_front"]
+        # steps: between two budgets the best is what the smaller one reached
+        traces += _band(front, colour)
+        traces.append(
+            _trace(
+                front, mode="lines+markers", line={"color": colour, "width": 2, "shape": "hv"},
+                marker={"size": 8, "color": colour, "symbol": front.symbols},
+            )
         )  # fmt: skip
     if axis == "train_flops":
-        figure.add_vline(x=budget, line={"dash": "dot", "color": MARK, "width": 1})
-    return dict(figure.to_plotly_json())
+        line = {"dash": "dot", "color": MARK, "width": 1}
+        layout["shapes"] = [
+            {"type": "line", "x0": budget, "x1": budget, "yref": "y domain", "y0": 0, "y1": 1,
+             "line": line}
+        ]  # fmt: skip
+    return {"data": traces, "layout": layout}
+
+
+def _band(front: Series, colour: str) -> list[dict[str, Any]]:
+    """95% intervals of a front's losses over the sampling of the validation data, as an area."""
+    if len(front.x) < 2 or not all(map(isfinite, front.errors)):
+        return []
+    half = [_NORMAL_95 * e for e in front.errors]
+    edge = {"mode": "lines", "line": {"width": 0, "shape": "hv"}, "hoverinfo": "skip",
+            "type": "scatter", "x": front.x, "showlegend": False,
+            "name": f"95% interval of the {front.name}"}  # fmt: skip
+    low = [max(y - h, y * 1e-3) for y, h in zip(front.y, half, strict=True)]
+    high = [y + h for y, h in zip(front.y, half, strict=True)]
+    fill = {"fill": "tonexty", "fillcolor": f"{colour}22"}
+    return [{**edge, "y": low}, {**edge, "y": high, **fill}]
+
+
+def draw_laws(structured: Law | None, dense: Law | None) -> list[dict[str, Any]]:
+    """A broken line for each power law that was fitted to a front."""
+    found = (("structured", structured, STRUCTURED), ("dense", dense, DENSE))
+    return [_law(law, key, colour) for key, law, colour in found if law is not None]
+
+
+def _law(law: Law, key: str, colour: str) -> dict[str, Any]:
+    low, high = (log(x) for x in law.fitted)
+    x = [exp(low + (high - low) * i / _LAW_POINTS) for i in range(_LAW_POINTS + 1)]
+    offset = f"{law.offset:.4g} + " if law.offset else ""
+    said = (
+        f"{key}: {offset}{law.a:.4g} · C^−{law.b:.3g}, fitted to {law.points} points of the front"
+    )
+    return {
+        "type": "scatter", "mode": "lines", "name": f"{key} law", "x": x,
+        "y": [law.offset + law.a * c**-law.b for c in x], "text": [said] * len(x),
+        "hoverinfo": "text", "line": {"color": colour, "width": 1, "dash": "dash"},
+    }  # fmt: skip
+
+
+def _trace(series: Series, **more: Any) -> dict[str, Any]:
+    return {
+        "type": "scatter", "name": series.name, "x": series.x, "y": series.y,
+        "text": series.labels, "hoverinfo": "text", "customdata": series.trials, **more,
+    }  # fmt: skip
 
 
 def draw_curves(data: Sequence[tuple[Series, bool]], unit: str) -> dict[str, Any]:
     """Learning curves: loss against steps, one line a trial."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout=_layout("Learning curves", "training steps", unit))
+    traces: list[dict[str, Any]] = []
     seen = set()
     for series, dense in data:
         group = "dense" if dense else "structured"
-        figure.add_scatter(
-            x=series.x, y=series.y, text=series.labels, hoverinfo="text", mode="lines",
-            name=group, legendgroup=group, showlegend=group not in seen,
-            opacity=0.9 if dense else 0.55,
-            line={"color": DENSE if dense else STRUCTURED, "width": 2.5 if dense else 1.5},
-        )  # fmt: skip
+        traces.append(
+            _trace(series, mode="lines", legendgroup=group, showlegend=group not in seen)
+            | {
+                "name": group,
+                "opacity": 0.9 if dense or len(data) <= _FEW else 0.55,
+                "line": {"color": DENSE if dense else STRUCTURED, "width": 2.5 if dense else 1.5},
+            }
+        )
         seen.add(group)
-    return dict(figure.to_plotly_json())
+    return {
+        "data": traces,
+        "layout": loss_layout("Learning curves", "training steps", unit, **_KEPT),
+    }

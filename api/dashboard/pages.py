@@ -3,42 +3,85 @@
 from __future__ import annotations
 
 import json
-import re
-from functools import lru_cache
-from importlib.metadata import distribution
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathField
+from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
+from pydantic import Field
 
-from api.dashboard import figures
-from api.declared import PUBLIC, READ, WITHOUT_STORE, Declared
-from api.deps import Axis, SearchId, StoreDep, describe
+from api.dashboard import detail, figures, listing, plotly_js, table
+from api.dashboard.listing import SEARCH_STATES, Filter, ListingDep
+from api.declared import READ, Declared
+from api.deps import MAX_ID, TEXT, Axis, Budget, Dimension, SearchId, StoreDep, describe
+from api.middleware.bodies import WHOLE
 from api.middleware.prefix import root_of
+from nas.analysis.diagram import network, svg
+from nas.designs.design import design_forms, inspect_design, parse_design, proposals
 from nas.errors import InvalidInput, NotFound
+from nas.planning.cost import linears, structures_of
+from nas.planning.recipe import TASKS
+from nas.planning.request import Objective, Sampler, SearchRequest, Stopping
 from nas.records.device import OnDevice
 from nas.service import answers
-from nas.store import AXES, Standings
+from nas.service.catalogue import checked_filters, search_detail
+from nas.store import AXES, CurvePoint, Run, Standings, Store
 from nas.store.processes import LIVE_SECONDS, Processes
+from nas.store.searches import Cloud
 
 router = APIRouter(include_in_schema=False)
+#: The search whose request a form begins with.
+Source = Annotated[
+    Annotated[str, Field(pattern=TEXT, min_length=1, max_length=64)] | None, Query(alias="from")
+]
+TrialId = Annotated[int, Field(ge=0, le=MAX_ID), WHOLE, PathField()]
+DesignText = Annotated[str, Query(pattern=TEXT, min_length=1, max_length=4096)]
+_CHOICES = {"samplers": Sampler, "rules": Stopping, "objectives": Objective}
 _HERE = Path(__file__).parent
 STATIC = _HERE / "static"
 templates = Jinja2Templates(
     _HERE / "templates", context_processors=[lambda request: {"root": root_of(request.scope)}]
 )
-#: Trials that the page's table shows.
-_TABLE_ROWS = 500
-_CACHE = {"Cache-Control": "public, max-age=86400"}
+templates.env.globals["plotly_styles"] = plotly_js.styles
+#: Runs of a model that the page of one of them lists.
+_REPEATS = 20
 
 
 @router.get("/", dependencies=[READ], response_class=HTMLResponse)
-def index(request: Request, store: StoreDep) -> Response:
-    found = [describe(s).model_dump() for s in store.searches(limit=100)]
-    return templates.TemplateResponse(request, "index.html", {"searches": found})
+def index(request: Request, store: StoreDep, wanted: ListingDep) -> Response:
+    shown = {"listing": listing.page(store, wanted), "states": SEARCH_STATES, "tasks": TASKS}
+    return templates.TemplateResponse(request, "index.html", shown)
+
+
+@router.get("/searches", dependencies=[READ])
+def index_live(store: StoreDep, wanted: ListingDep) -> Response:
+    """The cells of the index that change."""
+    found = listing.page(store, wanted)
+    rows = {row.id: row.cells for row in found.rows}
+    return Response(json.dumps(rows), media_type="application/json")
+
+
+@router.get("/new", dependencies=[READ], response_class=HTMLResponse)
+def new_search(
+    request: Request, store: StoreDep, source: Source = None, task: Filter = ""
+) -> Response:
+    """A form for a search, empty, of a task, or with the request of another one."""
+    given = (
+        checked_filters(**{"task": task} if task else {})
+        if source is None
+        else store.search(source).request.model_dump(mode="json", exclude_defaults=True)
+    )
+    given.pop("confirm", None)
+    shown = {
+        "tasks": TASKS, "families": list(proposals()), "given": given, "source": source,
+        **{name: get_args(kind) for name, kind in _CHOICES.items()},
+    }  # fmt: skip
+    return templates.TemplateResponse(request, "new.html", shown)
 
 
 @router.get("/searches/{search_id}", dependencies=[READ], response_class=HTMLResponse)
@@ -47,45 +90,160 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
     recipe = search.request.settings
     shown = {
         "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name,
-        "axes": AXES, "plotly_styles": plotly_styles(),
+        "axes": AXES, "rule": search.request.stopping_rule,
+        "columns": table.COLUMNS, "trial_states": table.TRIAL_STATES,
     }  # fmt: skip
     return templates.TemplateResponse(request, "search.html", shown)
 
 
+@router.get("/searches/{search_id}/rows", dependencies=[READ])
+def search_rows(search_id: SearchId, store: StoreDep, wanted: table.RowsDep) -> Response:
+    """A page of the table of a search's trials."""
+    found = wanted.of(store, search_id)
+    return Response(json.dumps(found, allow_nan=False), media_type="application/json")
+
+
 @router.get("/searches/{search_id}/live", dependencies=[READ])
-def search_live(search_id: SearchId, store: StoreDep, x: Axis = "train_flops") -> Response:
-    """Everything that the page of a search shows, as one JSON document."""
+def search_live(
+    search_id: SearchId,
+    store: StoreDep,
+    x: Axis = "train_flops",
+    budget: Annotated[Budget, Query()] = None,
+) -> Response:
+    body = live_document(store, search_id, x, budget)
+    return Response(json.dumps(body, allow_nan=False), media_type="application/json")
+
+
+def live_document(
+    store: Store, search_id: str, x: str = "train_flops", budget: float | None = None
+) -> dict[str, Any]:
+    """What the page of a search shows but for its table: plain values, among them figures as
+    plotly's JSON.
+
+    Parameters
+    ----------
+    budget
+        Train FLOPs of a run within which the best is asked for; by default the search's own.
+    """
     answers.checked_axis(x)
     search = store.search(search_id)
-    points, standings = store.curve_points(search_id=search_id), Standings(store)
-    budget, unit = search.request.train_flops, search.request.settings.loss_unit
-    place, shown = answers.measured_on(standings, search.id, x), points
+    standings, along = Standings(store), store.cloud(search_id, "train_flops")
+    unit = search.request.settings.loss_unit
+    budget = search.request.train_flops if budget is None else budget
+    place, cloud = answers.measured_on(standings, search.id, x), along
+    if x != "train_flops":
+        cloud = store.cloud(search_id, x)
     if AXES[x].measured:
         on_device = standings.trials_on(search.id, place.device) if place.device else set()
-        shown = [p for p in points if p.run.trial_id in on_device]
+        cloud = cloud[np.isin(cloud["trial_id"], list(on_device))]
+    dots = places(cloud[detail.shown(cloud)])
+    lines = places(along[detail.lowest_runs(along, figures.SHOWN_CURVES)])
+    points = store.curve_points(search_id=search_id, at=dots | lines)
     try:
         found = answers.get_best(store, search_id=search_id, train_flops=budget)
         best: dict[str, Any] | None = found.model_dump(mode="json")
     except (NotFound, InvalidInput):
-        best = None  # nothing has completed yet, or nothing near the budget
-    from plotly.utils import PlotlyJSONEncoder  # on first use: importing plotly is slow
-
-    body = {
-        "search": describe(search).model_dump(),
+        # nothing has completed yet, or nothing near the budget
+        best = None if len(along) else _published(search.request)
+    return {
+        "search": search_detail(store, search),
+        "budget": budget,
+        "budgets": _budgets(along, search.request.train_flops),
         "can_retry": store.can_retry(search_id),
         "best": best,
         "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
         "measured": OnDevice(**place.shown).model_dump(),
         "scatter": figures.draw_scatter(
-            figures.scatter_data(shown, x), x, budget, unit, place.device
+            figures.scatter_data(_at(points, dots), x), x, budget, unit, place.device
         ),
-        "curves": figures.draw_curves(figures.curves_data(points), unit),
-        "trials_total": sum(search.trial_counts.values()),
-        "trials": [t.model_dump() for t in store.trials(search_id, limit=_TABLE_ROWS)],
+        "points_shown": len(dots),
+        "points_total": len(cloud),
+        "curves": figures.draw_curves(figures.curves_data(_at(points, lines)), unit),
+        "curves_total": len(np.unique(along["trial_id"])),
     }
-    return Response(
-        json.dumps(body, cls=PlotlyJSONEncoder, allow_nan=False), media_type="application/json"
-    )
+
+
+@router.get("/searches/{search_id}/laws", dependencies=[READ])
+def search_laws(search_id: SearchId, store: StoreDep) -> Response:
+    """The lines of the power laws of the fronts, which take longer than all the rest."""
+    front = answers.get_frontier(store, search_id=search_id)
+    traces = figures.draw_laws(front.structured_law, front.dense_law)
+    return Response(json.dumps(traces), media_type="application/json")
+
+
+def _budgets(along: Cloud, own: float) -> tuple[float, float] | None:
+    """The least and the greatest budget that completed runs answer for; None before the first."""
+    reached = along["x"][along["complete"]]
+    if not len(reached):
+        return None
+    low, high = float(reached.min()), max(own, float(reached.max()))
+    return (low, high) if low < high else None
+
+
+def places(cloud: Cloud) -> set[tuple[int, int]]:
+    """(trial, step) of points."""
+    return set(zip(cloud["trial_id"].tolist(), cloud["step"].tolist(), strict=True))
+
+
+def _at(points: Sequence[CurvePoint], places: set[tuple[int, int]]) -> list[CurvePoint]:
+    return [p for p in points if (p.run.trial_id, p.step) in places]
+
+
+def _published(request: SearchRequest) -> dict[str, Any] | None:
+    """What a published table says of a search on a task's default data, until it has own runs."""
+    if request.data is not None:
+        return None
+    try:
+        found = answers.published_answer(request.task, "train_flops", request.train_flops)
+    except NotFound:
+        return None
+    return found.model_dump(mode="json")
+
+
+@router.get("/trials/{trial_id}", dependencies=[READ], response_class=HTMLResponse)
+def trial_page(trial_id: TrialId, request: Request, store: StoreDep) -> Response:
+    trial = store.trial(trial_id)
+    search, curve = store.search(trial.search_id), store.curve(trial_id)
+    recipe = search.request.settings
+    run = Run.of(trial)
+    points = [CurvePoint(p.step, p.train_flops, p.loss, p.loss_stderr, p.train_seconds, run=run)
+              for p in curve]  # fmt: skip
+    design = parse_design(trial.design)
+    shown = {
+        "trial": trial.model_dump(), "search": search, "unit": recipe.loss_unit, "curve": curve,
+        "layers": [
+            {"name": role.name, "d_in": role.d_in, "d_out": role.d_out, "macs": s.macs,
+             "params": s.params, "dense_macs": role.d_in * role.d_out}
+            for role, s in zip(
+                linears(recipe, trial.width), structures_of(recipe, design, trial.width),
+                strict=True,
+            )
+        ],
+        "figure": figures.draw_curves(figures.curves_data(points), recipe.loss_unit),
+        "others": [t for t in store.repeats_of(trial, _REPEATS) if t.id != trial.id],
+        }  # fmt: skip
+    return templates.TemplateResponse(request, "trial.html", shown)
+
+
+@router.get("/structures", dependencies=[READ], response_class=HTMLResponse)
+def structure_page(
+    request: Request, theta: DesignText = "btt", d_in: Dimension = 64, d_out: Dimension = 256
+) -> Response:
+    """A structure of one layer: its network, sizes and costs, and code that uses it."""
+    found = inspect_design(parse_design(theta), d_in, d_out)
+    shown = {
+        "theta": theta, "d_in": d_in, "d_out": d_out, "found": found, "forms": design_forms(),
+        "drawn": network(found) is not None,
+    }  # fmt: skip
+    return templates.TemplateResponse(request, "structure.html", shown)
+
+
+@router.get("/structures/network.svg", dependencies=[READ])
+def structure_network(theta: DesignText, d_in: Dimension, d_out: Dimension) -> Response:
+    drawn = network(inspect_design(parse_design(theta), d_in, d_out))
+    if drawn is None:
+        raise NotFound(f"no network of {theta!r}: it is no product of factors")
+    return Response(svg(drawn, f"{theta}, {d_in} → {d_out}"), media_type="image/svg+xml")
 
 
 class Files(StaticFiles):
@@ -101,23 +259,3 @@ class Files(StaticFiles):
         # files keep their names over upgrades, so browsers must not cache them for long
         response.headers["Cache-Control"] = "public, max-age=3600"
         return response
-
-
-@router.get("/static/plotly.min.js", dependencies=[PUBLIC, WITHOUT_STORE])
-def plotly_script() -> Response:
-    return FileResponse(_plotly(), media_type="text/javascript", headers=_CACHE)
-
-
-def _plotly() -> Path:
-    return Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js")))
-
-
-@lru_cache(maxsize=1)
-def plotly_styles() -> tuple[str, ...]:
-    """Ids of the <style> elements that plotly.js would add for its maps.
-
-    It adds none that is there already, and the pages' policy refuses inline styles, so the page has
-    empty elements with these ids.  The ids are digests that change with plotly's version.
-    """
-    script = _plotly().read_text(encoding="utf-8")
-    return tuple(dict.fromkeys(re.findall(r'getElementById\("([0-9a-f]{64})"\)', script)))

@@ -73,10 +73,13 @@ async def login(request: Request) -> Response:
     rates: Rates = request.app.state.rates
     if rates.spend("sign_in", found.key.id) is not None:
         return _page(request, target, "This key has signed in too often; try again later.", 429)
+    admin = bool(fields.get("admin"))
     if "read" not in found.key.scopes:
         return _page(request, target, "The dashboard needs a key with scope `read`.", 403)
+    if admin and "admin" not in found.key.scopes:
+        return _page(request, target, "This key has no scope `admin`: leave the box empty.", 403)
     seconds = _SECONDS_PER_HOUR * settings.session_hours
-    session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds)
+    session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds, admin=admin)
     response = RedirectResponse(inside(target, root_of(request.scope)), 303)
     response.set_cookie(
         COOKIE, secret, path=_cookie_path(request), httponly=True, samesite="strict",

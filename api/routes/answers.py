@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from api.declared import READ
-from api.deps import STRICT, Axis, Budget, Device, StoreDep, Text, answered
+from api.deps import STRICT, Axis, Budget, Device, Flag, StoreDep, Text, answered
 from api.problems import refusals
 from nas.records.answers import Answer, FrontierAnswer
 from nas.service import answers
@@ -65,6 +65,13 @@ async def read_best(
     task: Text = None,
     search: Text = None,
     device: Device = None,
+    published: Annotated[
+        Flag,
+        Query(
+            description="whether a published table answers, marked so, about a task that has no "
+            "completed run within the budget here"
+        ),
+    ] = "true",
 ) -> Response:
     axis, budget = answers.checked_budget(
         {
@@ -78,5 +85,5 @@ async def read_best(
     )
     return await answered(
         request, store, answers.get_best, task=task, search_id=search, device=device,
-        **{axis: budget},
+        published=published == "true", **{axis: budget},
     )  # fmt: skip

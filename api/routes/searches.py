@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from anyio import CapacityLimiter, from_thread, to_thread
 from asgi_correlation_id import correlation_id
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
@@ -21,12 +21,15 @@ from api.deps import (
     STRICT,
     Cursor,
     Failure,
+    Flag,
     IdempotencyKey,
     Limit,
     SearchId,
+    SearchText,
     State,
     StoreDep,
     TenantFilter,
+    Text,
     describe,
     paged,
 )
@@ -34,7 +37,7 @@ from api.limits.fair_queue import release_slot
 from api.middleware.bodies import Absent, read_json, read_json_if_any
 from api.middleware.prefix import root_of
 from api.problems import OF_BODIES, refusals
-from api.schemas import Preview, PriorityIn, SearchOut, SearchPage
+from api.schemas import Preview, PriorityIn, SearchDetail, SearchOut, SearchPage
 from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
 from nas.planning.request import MAX_PRIORITY, SearchRequest
@@ -42,6 +45,7 @@ from nas.service import catalogue
 from nas.service.clone import create_clone
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.service.data_folder import data_inside
+from nas.service.labels import Labels, set_labels
 from nas.settings import Settings
 from nas.store import Search, Store
 from nas.tasks import check_data
@@ -154,7 +158,7 @@ async def create_search(
 )
 async def preview_search(body: RequestDep, request: Request, store: StoreDep) -> dict[str, Any]:
     _, recipe = await usable_data(request, body, store)
-    return await to_thread.run_sync(catalogue.get_preview, body, recipe, limiter=_PREVIEWS)
+    return await to_thread.run_sync(catalogue.get_preview, body, recipe, store, limiter=_PREVIEWS)
 
 
 @router.get(
@@ -170,8 +174,14 @@ async def list_searches(
     state: State = None,
     failure: Failure = None,
     tenant: TenantFilter = None,
+    task: Text = None,
+    text: SearchText = None,
+    archived: Annotated[Flag | Absent, Query(description="true | false: archived or not")] = None,
 ) -> Response:
-    filters = catalogue.checked_filters(state=state, failure=failure, tenant=tenant)
+    filters = catalogue.checked_filters(
+        state=state, failure=failure, tenant=tenant, task=task, text=text,
+        archived=None if archived is None else archived == "true",
+    )  # fmt: skip
     read = partial(store.searches, before=cursor, limit=limit, **filters)
     return await paged(read, limit, attrgetter("sequence"))
 
@@ -179,8 +189,8 @@ async def list_searches(
 @router.get(
     "/{search_id}", responses={**refusals(404), **reference.SEARCH_FOUND}, summary="Get a search"
 )
-def read_search(search_id: SearchId, store: StoreDep) -> SearchOut:
-    return describe(store.search(search_id))
+def read_search(search_id: SearchId, store: StoreDep) -> SearchDetail:
+    return SearchDetail(**catalogue.search_detail(store, store.search(search_id)))
 
 
 @changing.post(
@@ -240,6 +250,17 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
         accepted = f"an object with a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
         raise InvalidInput("priority", error.errors()[0]["input"], accepted) from None
     return describe(await run_in_threadpool(store.set_priority, search_id, wanted.priority))
+
+
+@changing.post(
+    "/{search_id}/labels",
+    openapi_extra=reference.LABELS_BODY,
+    responses=refusals(404, *OF_BODIES, rules=reference.LABELS_RULES),
+    summary="Change the name, tags or notes of a search, or archive it",
+)
+async def label_search(search_id: SearchId, request: Request, store: StoreDep) -> SearchOut:
+    wanted = Labels.checked(await read_json(request))
+    return describe(await run_in_threadpool(set_labels, store, search_id, wanted))
 
 
 @changing.post(

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from nas.cli.common import Json, Overwrite, Server, amount, count, local_store, opened, show
+from nas.cli.common import (
+    Json,
+    Overwrite,
+    Server,
+    amount,
+    count,
+    local_store,
+    opened,
+    show,
+    whole_id,
+)
 from nas.cli.terminal import show_best, show_frontier, show_structure
 
 if TYPE_CHECKING:
@@ -88,6 +98,13 @@ def best(
     task: Task = "text",
     search_id: OneSearch = None,
     device: OnDevice = None,
+    published: Annotated[
+        bool,
+        typer.Option(
+            help="Whether the table that comes with einsum-nas answers, marked so, about a task of "
+            "which nothing has been measured here."
+        ),
+    ] = True,
     snippet: Annotated[
         bool,
         typer.Option(
@@ -109,7 +126,7 @@ def best(
         if search_id:
             answer = place.get_search(search_id).best(device=device, **{axis: value})
         else:
-            answer = place.best(task=task, device=device, **{axis: value})
+            answer = place.best(task=task, device=device, published=published, **{axis: value})
     if snippet and not as_json:
         print(answer.snippet, end="")
     else:
@@ -137,10 +154,12 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write every trial, or every evaluation, to a file or an Optuna study."""
+    from nas.cli.local import Local
     from nas.service.export import STANDARD_OUTPUT
     from nas.service.export import export as write
 
     with local_store() as store:
+        search_id = whole_id(Local(store), search_id) if search_id else None
         done = write(
             store, file_format, out, task=task, search_id=search_id, rows=rows, study=study,
             overwrite=overwrite,

@@ -79,6 +79,15 @@ def named_values(option: str, pairs: list[str] | None, example: str) -> dict[str
     return dict(pair.split("=", 1) for pair in pairs or [])
 
 
+def whole_id(place: Local | Remote, given: str) -> str:
+    """The id of the one search whose id begins as given; see `nas.service.compare.whole_id`."""
+    from nas.service import compare
+
+    return compare.whole_id(
+        given, lambda text: (s["id"] for s in place.newest(limit=500, text=text))
+    )
+
+
 @contextmanager
 def local_store() -> Iterator[Store]:
     """Open the settings' database for the settings' tenant, and upgrade its schema."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nas.cli.common import Json, count, print_json
+from nas.cli.progress import study_progress
 from nas.cli.serve import Port
 from nas.cli.submit import show_outcome
-from nas.cli.terminal import console, study_progress
+from nas.cli.terminal import console
 from nas.errors import EinsumNasError
 from nas.processes import exit_on_signals, free_port, spawn, stop_child
 from nas.settings import settings
@@ -35,9 +36,8 @@ def demo(port: Port = None) -> None:
         with Client(url) as client:
             _await_ready(client, service)
             remote = client.search(train_flops=7e10, trials=16, sampler="tpe", seed=0, replicates=3)
-            console.print(f"search {remote.id}\nlive at {url}/searches/{remote.id}")
             show_outcome(remote, "", wait=True, as_json=False)
-        console.print(f"\ndashboard: {url}/searches/{remote.id}")
+        console.print(f"\ndashboard: {remote.page}")
         if sys.stdin.isatty() and sys.stdout.isatty():
             console.print("serving until Ctrl-C")
             service.wait()

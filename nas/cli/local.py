@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nas.cli.common import whole_id
 from nas.errors import EinsumNasError, InvalidInput
 from nas.planning.request import SearchRequest
 from nas.processes import BAD_INPUT, exit_on_signals, spawn, stop_child
 from nas.records.answers import Answer, FrontierAnswer
 from nas.service.answers import get_best, get_frontier
-from nas.service.catalogue import checked_filters, search_dict
+from nas.service.catalogue import checked_filters, get_preview, search_detail, search_dict
 from nas.service.clone import create_clone
 from nas.service.confirm import ConfirmRequest, create_confirmation
+from nas.service.labels import Labels, set_labels
 from nas.store import Search, Store
 from nas.store.processes import Processes
 
@@ -36,6 +38,9 @@ class LocalSearch:
     data: dict[str, Any]
     store: Store
 
+    #: a database has no pages
+    page = None
+
     def wait(
         self, *, poll_seconds: float = 0.5, progress: Callable[[LocalSearch], object] | None = None
     ) -> LocalSearch:
@@ -46,7 +51,7 @@ class LocalSearch:
         try:
             while True:
                 found = self.store.search(self.id)
-                current = self._as(found)
+                current = _detailed(self.store, found)
                 if progress is not None:
                     progress(current)
                 if found.finished_at is not None:
@@ -61,6 +66,10 @@ class LocalSearch:
                 time.sleep(poll_seconds)
         finally:
             stop_child(child)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Every trial, in the order of their numbers."""
+        return [trial.model_dump(mode="json") for trial in self.store.trials(self.id)]
 
     def frontier(self, x: str = "train_flops", device: str | None = None) -> FrontierAnswer:
         """Pareto fronts of this search against an axis."""
@@ -90,6 +99,10 @@ class LocalSearch:
         """Set the priority of the search."""
         return self._as(self.store.set_priority(self.id, priority))
 
+    def set_labels(self, /, **labels: Any) -> LocalSearch:
+        """Change what the search is called."""
+        return self._as(set_labels(self.store, self.id, Labels.checked(labels)))
+
     def _as(self, search: Search) -> LocalSearch:
         return LocalSearch(search.id, search_dict(search), self.store)
 
@@ -109,12 +122,24 @@ class Local:
         created, _ = self._store.create_search(request, data_path=checked_data(request))
         return _submitted(self._store, created)
 
-    def get_search(self, search_id: str) -> LocalSearch:
-        """A search by its id."""
-        return LocalSearch(search_id, search_dict(self._store.search(search_id)), self._store)
+    def preview(self, **fields: Any) -> dict[str, Any]:
+        """What a search would run, without running it."""
+        request = SearchRequest.checked(fields)
+        checked_data(request)
+        return get_preview(request, store=self._store)
 
-    def newest(self, *, limit: int, **filters: str | None) -> list[dict[str, Any]]:
-        """The newest searches; filters are state, failure and tenant."""
+    def get_search(self, search_id: str) -> LocalSearch:
+        """A search by its id, or by the beginning of it."""
+        return _detailed(self._store, self._store.search(whole_id(self, search_id)))
+
+    def live(self, search_id: str) -> dict[str, Any]:
+        """What the dashboard shows of a search, figures among it."""
+        from api.dashboard.pages import live_document
+
+        return live_document(self._store, search_id)
+
+    def newest(self, *, limit: int, **filters: Any) -> list[dict[str, Any]]:
+        """The newest searches; filters are state, failure, tenant, task, text and archived."""
         known = checked_filters(**filters)
         return [search_dict(found) for found in self._store.searches(limit=limit, **known)]
 
@@ -122,13 +147,22 @@ class Local:
         """Pareto fronts of a task over all its searches, against an axis."""
         return get_frontier(self._store, task=task, x=x, device=device)
 
-    def best(self, *, task: str, device: str | None = None, **budgets: float | None) -> Answer:
+    def best(
+        self, *, task: str, device: str | None = None, published: bool = True,
+        **budgets: float | None,
+    ) -> Answer:  # fmt: skip
         """The best structure of a task within one budget."""
-        return get_best(self._store, task=task, search_id=None, device=device, **budgets)
+        return get_best(
+            self._store, task=task, search_id=None, device=device, published=published, **budgets
+        )
 
     def workers(self) -> list[dict[str, Any]]:
         """Workers and services that were seen recently."""
         return [asdict(process) for process in Processes(self._store).alive()]
+
+
+def _detailed(store: Store, search: Search) -> LocalSearch:
+    return LocalSearch(search.id, search_detail(store, search), store)
 
 
 def _submitted(store: Store, created: Search) -> LocalSearch:

@@ -5,9 +5,12 @@ Everything heavy is imported inside the command that needs it.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
-from nas.cli import answers, db, demo, keys, searches, serve, submit
+from nas.cli import answers, db, demo, keys, looking, searches, serve, submit
 from nas.cli.common import Commands, escape_unprintable
 
 app = typer.Typer(
@@ -19,15 +22,33 @@ app = typer.Typer(
 )
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
+app.command("show")(looking.show_one)
 for _command in (
-    searches.searches, searches.pause, searches.resume, searches.cancel, searches.retry,
-    searches.clone, searches.workers, searches.priority, keys.tenants, keys.audit, answers.inspect,
-    submit.search, answers.frontier, answers.best, submit.confirm, serve.worker, serve.doctor,
-    serve.api, serve.serve, demo.demo, demo.reproduce, answers.export,
+    looking.trials, looking.compare, looking.report, submit.preview, searches.searches,
+    searches.pause, searches.resume, searches.cancel, searches.retry,
+    searches.clone, searches.workers, searches.priority, searches.label, keys.tenants, keys.audit,
+    answers.inspect, submit.search, answers.frontier, answers.best, submit.confirm,
+    serve.worker, serve.doctor, serve.api, serve.serve, demo.demo, demo.reproduce, answers.export,
 ):  # fmt: skip
     # so that a negative number, of the one command that takes one, is not taken for an option
     negative = {"ignore_unknown_options": True} if _command is searches.priority else None
     app.command(context_settings=negative)(_command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"einsum-nas {version('einsum-nas')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

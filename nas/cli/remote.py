@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nas.client import Client
+from nas.cli.common import whole_id
+from nas.client import Client, RemoteSearch
 
 
 class Remote(Client):
@@ -13,9 +14,18 @@ class Remote(Client):
     #: what is to be done before a queued search runs
     then = ""
 
-    def newest(self, *, limit: int, **filters: str | None) -> list[dict[str, Any]]:
-        """The newest searches; filters are state, failure and tenant."""
-        return list(self.get("/v1/searches", limit=limit, **filters)["items"])
+    def get_search(self, search_id: str) -> RemoteSearch:
+        """A search by its id, or by the beginning of it."""
+        return super().get_search(whole_id(self, search_id))
+
+    def live(self, search_id: str) -> dict[str, Any]:
+        """What the dashboard shows of a search, figures among it."""
+        return self.get(f"/searches/{search_id}/live")
+
+    def newest(self, *, limit: int, **filters: Any) -> list[dict[str, Any]]:
+        """The newest searches; filters are state, failure, tenant, task, text and archived."""
+        plain = {k: str(v).lower() if isinstance(v, bool) else v for k, v in filters.items()}
+        return list(self.get("/v1/searches", limit=limit, **plain)["items"])
 
     def workers(self) -> list[dict[str, Any]]:
         """Workers and services that were seen recently."""

@@ -1,4 +1,4 @@
-"""Commands on existing searches: list, pause, resume, cancel, retry, clone, priority."""
+"""Commands on existing searches: list, pause, resume, cancel, retry, clone, priority, label."""
 
 from __future__ import annotations
 
@@ -33,13 +33,23 @@ def searches(
     tenant: Annotated[
         str | None, typer.Option(help="Only searches of this tenant; by default of all.")
     ] = None,
+    task: Annotated[str | None, typer.Option(help="Only searches of this task.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Only searches with this in their name, tags or id's begin.")
+    ] = None,
+    archived: Annotated[
+        bool, typer.Option("--archived", help="Archived searches instead of the others.")
+    ] = False,
     limit: Limit = 20,
     server: Server = None,
     as_json: Json = False,
 ) -> None:
     """List the newest searches, with the reason of each failure."""
     with opened(server) as place:
-        found = place.newest(limit=limit, state=state, failure=failure, tenant=tenant)
+        found = place.newest(
+            limit=limit, state=state, failure=failure, tenant=tenant, task=task, text=text,
+            archived=archived,
+        )  # fmt: skip
     show(found, as_json, show_searches)
 
 
@@ -79,6 +89,31 @@ def priority(
         accepted = f"a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
         raise InvalidInput("priority", value, accepted)
     _change(search_id, server, as_json, lambda s: s.set_priority(value))
+
+
+def label(
+    search_id: SearchId,
+    name: Annotated[
+        str | None, typer.Option(help="What it is called; an empty text for nothing.")
+    ] = None,
+    tags: Annotated[
+        list[str] | None,
+        typer.Option("--tag", help="A word to find it by; repeatable; one empty text for none."),
+    ] = None,
+    notes: Annotated[str | None, typer.Option(help="Any text; an empty one for none.")] = None,
+    archived: Annotated[
+        bool | None, typer.Option("--archive/--unarchive", help="Whether lists leave it out.")
+    ] = None,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Change what a search is called: its name, tags and notes, or archive it."""
+    given = {
+        "name": name, "tags": None if tags is None else [t for t in tags if t],
+        "notes": notes, "archived": archived,
+    }  # fmt: skip
+    changed = {k: (v if v != "" else None) for k, v in given.items() if v is not None}
+    _change(search_id, server, as_json, lambda s: s.set_labels(**changed))
 
 
 def _change(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +20,7 @@ from nas.cli.common import (
     show,
     whole,
 )
-from nas.cli.terminal import search_progress, show_best, show_frontier
+from nas.cli.terminal import show_best, show_frontier, show_preview
 from nas.errors import NotFound
 
 if TYPE_CHECKING:
@@ -42,8 +44,34 @@ def search(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change a recipe setting; repeatable."),
     ] = None,
-    trials: Annotated[int, count("N", "Candidates, besides the dense references.")] = 16,
-    sampler: Annotated[str, typer.Option(help="tpe | nsga2 | random | qmc | gp")] = "tpe",
+    trials: Annotated[
+        int | None,
+        count(
+            "N",
+            "Candidates, besides the dense references: by default 16, or as many as a budget "
+            "for the whole search pays for.",
+        ),
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="surrogate | tpe | nsga2 | random | qmc | gp")
+    ] = "surrogate",
+    stopping: Annotated[
+        str | None,
+        typer.Option(
+            help="Rule by which runs are paused, go on and are stopped early: none | median | "
+            "mo-asha | frontier; by default frontier with a budget for the whole search, else none."
+        ),
+    ] = None,
+    total_train_flops: Annotated[
+        float | None,
+        amount("FLOPS", "Budget of the whole search, which divides it and confirms its best."),
+    ] = None,
+    total_seconds: Annotated[
+        float | None, amount("S", "The same in seconds that workers hold the search.")
+    ] = None,
+    warm_start: Annotated[
+        str, typer.Option(help="auto: begin with what earlier searches have measured | none")
+    ] = "auto",
     objective: Annotated[
         str, typer.Option(help="budget: lowest loss at the budget | pareto: loss and train FLOPs")
     ] = "budget",
@@ -81,10 +109,14 @@ def search(
         float | None, amount("S", "Most seconds of one attempt at a trial.")
     ] = None,
     seconds: Annotated[float | None, amount("S", "Most seconds of the search on workers.")] = None,
-    total_train_flops: Annotated[
-        float | None, amount("FLOPS", "Most train FLOPs of all runs together.")
+    most_train_flops: Annotated[
+        float | None,
+        amount("FLOPS", "Most train FLOPs of all runs together, each of which trains to its end."),
     ] = None,
     priority: Annotated[int, count("N", "Searches of higher priority run first.")] = 0,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what it would run, and submit nothing.")
+    ] = False,
     wait: Wait = False,
     server: Server = None,
     as_json: Json = False,
@@ -93,20 +125,46 @@ def search(
     from nas.planning.request import SearchRequest
 
     fields: dict[str, Any] = {
-        "task": task, "data": data, "recipe": recipe, "train_flops": train_flops, "trials": trials,
-        "sampler": sampler, "objective": objective, "seed": seed, "references": references,
+        "task": task, "data": data, "recipe": recipe, "train_flops": train_flops,
+        "sampler": sampler, "stopping": stopping, "total_train_flops": total_train_flops,
+        "total_seconds": total_seconds, "warm_start": warm_start,
+        "objective": objective, "seed": seed, "references": references,
         "replicates": replicates,
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, heads=heads
         ),
         "limits": _given(
-            trial_seconds=trial_seconds, seconds=seconds, total_train_flops=total_train_flops
+            trial_seconds=trial_seconds, seconds=seconds, total_train_flops=most_train_flops
         ),
         "priority": priority, "overrides": named_values("set", overrides, "depth=6") or None,
+        **(_given(trials=trials) or {}),
     }  # fmt: skip
     SearchRequest.checked(fields)
     with opened(server) as place:
+        if preview:
+            show(place.preview(**fields), as_json, show_preview)
+            return
         show_outcome(place.search(**fields), place.then, wait, as_json)
+
+
+def _with_options_of(
+    command: Callable[..., None], *left_out: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of a command that takes the options of another one, some left out."""
+    signature = inspect.signature(command, eval_str=True)
+    kept = [p for name, p in signature.parameters.items() if name not in left_out]
+
+    def declare(own: Callable[..., None]) -> Callable[..., None]:
+        own.__dict__["__signature__"] = signature.replace(parameters=kept)
+        return own
+
+    return declare
+
+
+@_with_options_of(search, "preview", "wait")
+def preview(**options: Any) -> None:
+    """Show what a search with these options would run, and submit nothing."""
+    search(**options, preview=True)
 
 
 def _given(**values: float | None) -> dict[str, float] | None:
@@ -161,13 +219,18 @@ def show_outcome(
     submitted: LocalSearch | RemoteSearch, then: str, wait: bool, as_json: bool
 ) -> None:
     """Show that a search is queued, or wait for its end and show its answer."""
+    page = f"\nits page: {submitted.page}" if submitted.page else ""
     if not wait:
-        queued = f"search {submitted.id} is queued{then}"
+        queued = f"search {submitted.id} is queued{then}{page}"
         show(submitted.data, as_json, lambda _: print(queued))
         return
+    # at once, so that whoever stops waiting can find it again
+    print(f"search {submitted.id}{page}", file=sys.stderr if as_json else sys.stdout, flush=True)
     if as_json:
         ended = submitted.wait()
     else:
+        from nas.cli.progress import search_progress
+
         with search_progress() as advance:
             ended = submitted.wait(poll_seconds=0.5, progress=lambda s: advance(s.data))
     data = ended.data

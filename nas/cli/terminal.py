@@ -1,19 +1,16 @@
-"""Tables and progress of the command line."""
+"""Tables of the command line."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from nas.errors import counted
+from nas.errors import counted, span
 
 if TYPE_CHECKING:
     from nas.records.answers import (
@@ -29,57 +26,16 @@ if TYPE_CHECKING:
     from nas.store.quotas import Use
 
 console = Console()
-_FINISHED = ("complete", "failed", "stopped")
 
 
-@contextmanager
-def _bar(first: str) -> Iterator[Callable[..., None]]:
-    """A progress bar over runs; call it with what of it changes."""
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        yield partial(progress.update, progress.add_task(first, total=None))
-
-
-@contextmanager
-def study_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over the runs of a study; call it with (finished, total, current step)."""
-    with _bar("") as update:
-
-        def show(done: int, total: int, what: str) -> None:
-            update(completed=done, total=total or None, description=what)
-            if not console.is_terminal:
-                console.print(f"{done} of {total} runs: {what}", markup=False)
-
-        yield show
-
-
-@contextmanager
-def search_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A progress bar over the runs of a search; call it with the search in REST's form."""
-    with _bar("waiting for a worker") as update:
-        seen = -1
-
-        def show(search: Mapping[str, Any]) -> None:
-            nonlocal seen
-            done = sum(search["trial_counts"].get(state, 0) for state in _FINISHED)
-            total = search["runs_total"]
-            update(completed=done, total=total, description=search["state"])
-            if not console.is_terminal and total and done != seen:
-                console.print(f"{search['state']}: {done} of {counted(total, 'run')} finished")
-            seen = done
-
-        yield show
-
-
-def _described(design: str) -> str:
+def described(design: str) -> str:
+    """A design as people read it."""
     from nas.designs.design import parse_design  # numpy, which it needs, takes time to import
 
     return parse_design(design).described
 
 
-def _print_rows(
-    rows: Sequence[Mapping[str, str]], if_none: str, table: Table | None = None
-) -> None:
+def print_rows(rows: Sequence[Mapping[str, str]], if_none: str, table: Table | None = None) -> None:
     """Print rows, of which the first has every column's heading; a text if there are none."""
     if not rows:
         console.print(if_none)
@@ -100,7 +56,7 @@ def show_frontier(front: FrontierAnswer) -> None:
     columns: dict[str, Callable[[Point], str]] = {
         "train FLOPs": lambda p: f"{p.train_flops:.3e}",
         "loss": lambda p: f"{p.loss:.4f}",
-        "structure": lambda p: _described(p.design),
+        "structure": lambda p: described(p.design),
         "width": lambda p: str(p.width),
         "steps": lambda p: str(p.steps),
         "trial": lambda p: f"#{p.number}",
@@ -142,8 +98,9 @@ def _left_out(answer: Answer | FrontierAnswer) -> Iterator[str]:
 
 def show_best(best: Answer) -> None:
     """Print the best structured and the best dense model side by side, with intervals."""
-    unit = "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
-    table = Table(title=f"Best within {best.budget:.4g} {unit}: {best.kind}", title_justify="left")
+    at = best.budget if best.published is None else min(best.budget, best.published.read_at)
+    title = f"Best within {at:.4g} {_unit(best)}: {best.kind}"
+    table = Table(title=title, title_justify="left")
     table.caption = f"validation loss in {best.loss_unit}"
     for heading in ("", "structured", "dense"):
         table.add_column(heading)
@@ -153,15 +110,44 @@ def show_best(best: Answer) -> None:
     if len({r.device for r in runs if r is not None}) > 1:
         table.add_row("measured on", *((r and r.device) or "–" for r in runs))
     console.print(table)
-    for line in _best_lines(best):
+    for line in best_lines(best):
         console.print(line, markup=False, highlight=False)
     for line in _small_print(best):
         console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _best_lines(best: Answer) -> Iterator[str]:
-    interval = _range(best.interval, ".4f") if best.interval else "no interval: one seed"
-    yield f"best: {_described(best.design)}, width {best.width}, {counted(best.steps, 'step')}"
+def _published_lines(best: Answer) -> Iterator[str]:
+    """What a published answer rests on, before anything that it says."""
+    table = best.published
+    if table is None:
+        return
+    settings = "".join(f", {name} {value}" for name, value in table.settings.items())
+    yield (
+        f"PUBLISHED, by no run of this service: {table.name} (einsum-nas {table.version}, "
+        f"{table.date}), recipe {table.recipe}{settings}, width "
+        f"{', '.join(map(str, table.widths))}, {counted(len(table.seeds), 'seed')}, on "
+        f"{table.machine}. Models of another size or data may rank otherwise: `einsum-nas search "
+        f"--task {best.task.partition('@')[0]}` measures yours"
+    )
+    if best.budget > table.read_at:
+        yield (
+            f"the answer is of {table.read_at:.4g} {_unit(best)}, the table's greatest budget, for "
+            f"{best.budget:.4g} is beyond it"
+        )
+
+
+def _unit(best: Answer) -> str:
+    return "train FLOPs" if best.budget_axis == "train_flops" else best.budget_unit
+
+
+_SHOWN_RIVALS = 6
+
+
+def best_lines(best: Answer, rivals: int | None = _SHOWN_RIVALS) -> Iterator[str]:
+    """What an answer says, a line each; at most so many rivals, all for None."""
+    yield from _published_lines(best)
+    interval = range_text(best.interval, ".4f") if best.interval else "no interval: one seed"
+    yield f"best: {described(best.design)}, width {best.width}, {counted(best.steps, 'step')}"
     yield f"verdict: {best.verdict} ({best.verdict_reason})"
     yield f"expected loss {best.expected_loss:.4f} {best.loss_unit} ({interval})"
     unsure = ", unconfirmed" if best.verdict == "unconfirmed" else ""
@@ -169,17 +155,17 @@ def _best_lines(best: Answer) -> Iterator[str]:
     if gap is not None:
         yield (
             f"dense − structured: {gap.difference:+.4f} {best.loss_unit}{unsure} "
-            f"({_range(gap.difference_interval, '+.4f')}{_of_samples(best)})"
+            f"({range_text(gap.difference_interval, '+.4f')}{_of_samples(best)})"
         )
     if best.structured_multiplier is not None:
-        ratio = _multiplier(best.structured_multiplier, unsure)
+        ratio = multiplier_text(best.structured_multiplier, unsure)
         yield f"compute multiplier over dense: {ratio}"
     realised = best.structured_realised_multiplier
     if realised is not None:
-        told = _multiplier(realised, unsure)
+        told = multiplier_text(realised, unsure)
         where = f", in seconds on {realised.device}" if realised.value is not None else ""
         yield f"realised multiplier over dense: {told}{where}{_shares(realised)}"
-    yield from _rivals(best)
+    yield from _rivals(best, rivals)
     if best.extrapolation is not None:
         out = best.extrapolation
         yield (
@@ -193,10 +179,12 @@ def _best_lines(best: Answer) -> Iterator[str]:
                 f"{out.left_out:,} measured {were} left out: no law can be fitted at widths that "
                 "would be run at this budget"
             )
-    yield _tau_line(best)
+    if best.published is None:
+        yield _tau_line(best)
 
 
-def _multiplier(found: Multiplier, unsure: str) -> str:
+def multiplier_text(found: Multiplier, unsure: str = "") -> str:
+    """A multiplier with its interval, or why it is unknown; `unsure` stands behind its value."""
     if found.value is None:
         return f"unknown ({found.reason})"
     sign = {"at_least": "≥ ", "less_than": "< "}.get(found.kind, "")
@@ -221,11 +209,11 @@ def _ratio(value: float) -> str:
 
 def _of_samples(best: Answer) -> str:
     """What intervals of differences are of, where they are not over seeds."""
-    alone = best.kind == "measured" and best.evidence.noise is None
+    alone = best.kind != "predicted" and best.evidence.noise is None
     return ", of the validation samples alone" if alone else ""
 
 
-def _rivals(best: Answer) -> Iterator[str]:
+def _rivals(best: Answer, most: int | None) -> Iterator[str]:
     count = best.evidence.compared
     if not count:
         yield "no other structure was run within this budget to compare with"
@@ -234,21 +222,17 @@ def _rivals(best: Answer) -> Iterator[str]:
         others = "the one other structure" if count == 1 else f"the {count:,} next best"
         yield f"clearly different from {others}{_of_samples(best)}"
         return
-    together = " (simultaneous intervals)" if best.kind == "measured" and count > 1 else ""
+    together = " (simultaneous intervals)" if best.kind != "predicted" and count > 1 else ""
     yield (
         f"not clearly different from the best, of {count:,} compared{together}{_of_samples(best)}:"
     )
-    for r in best.indistinguishable[:_SHOWN_RIVALS]:
+    for r in best.indistinguishable[:most]:
         yield (
-            f"  {_described(r.design)}, width {r.width}: {r.difference:+.4f} "
-            f"({_range(r.difference_interval, '+.4f')})"
+            f"  {described(r.design)}, width {r.width}: {r.difference:+.4f} "
+            f"({range_text(r.difference_interval, '+.4f')})"
         )
-    more = len(best.indistinguishable) - _SHOWN_RIVALS
-    if more > 0:
+    if more := len(best.indistinguishable[most:] if most else ()):
         yield f"  and {more:,} more (--json)"
-
-
-_SHOWN_RIVALS = 6
 
 
 def _tau_line(best: Answer) -> str:
@@ -259,11 +243,12 @@ def _tau_line(best: Answer) -> str:
     return (
         f"confirmed: {counted(found.candidates, 'run')} with "
         f"{counted(found.seeds, 'fresh seed')} each at {found.longer:g}× their compute; Kendall's "
-        f"τ of the ranking {tau} ({_range(found.interval, '.2f')})"
+        f"τ of the ranking {tau} ({range_text(found.interval, '.2f')})"
     )
 
 
-def _range(interval: tuple[float, float] | None, form: str) -> str:
+def range_text(interval: tuple[float, float] | None, form: str) -> str:
+    """A 95% interval, its ends in the format `form`."""
     if interval is None:
         return "interval unknown"
     return f"95%: {interval[0]:{form}} to {interval[1]:{form}}"
@@ -271,9 +256,11 @@ def _range(interval: tuple[float, float] | None, form: str) -> str:
 
 def _small_print(best: Answer) -> Iterator[str]:
     evidence = best.evidence
+    whose = counted(evidence.searches, "search", "searches")
+    if best.published is not None:
+        whose = best.published.name
     yield (
-        f"{best.kind} on {best.task}: {counted(evidence.trials, 'completed run')} of "
-        f"{counted(evidence.searches, 'search', 'searches')}, "
+        f"{best.kind} on {best.task}: {counted(evidence.trials, 'completed run')} of {whose}, "
         f"{counted(evidence.seeds, 'seed')} behind the best"
     )
     yield f"intervals: {best.interval_means}"
@@ -288,7 +275,7 @@ def _small_print(best: Answer) -> Iterator[str]:
             f"95% interval of the loss over the sampling of the validation data: {low:.4f} to "
             f"{high:.4f}"
         )
-    if not best.confirmed and best.kind == "measured":
+    if not best.confirmed and best.kind != "predicted":
         yield "the loss comes from the runs that the best was selected by, so it is biased low"
 
 
@@ -365,6 +352,54 @@ _STRUCTURE_ROWS = (
 )  # fmt: skip
 
 
+def show_preview(preview: Mapping[str, Any]) -> None:
+    """Print what a search would run."""
+    table = Table(title="What this search would run", title_justify="left", show_header=False)
+    for label, text in _preview_rows(preview):
+        table.add_row(label, text)
+    console.print(table)
+
+
+def _preview_rows(preview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "recipe", f"{preview['recipe']['name']}, losses in {preview['loss_unit']}"
+    widths = ", ".join(_with_steps(r["width"], r["steps"]) for r in preview["references"])
+    yield "dense references", f"{counted(len(preview['references']), 'width')}: {widths}"
+    known = preview["total_runs"] is not None
+    yield "candidates", f"{'' if known else 'at most '}{preview['trials']:,}"
+    for name, plans in preview["widths"].items():
+        if plans and name != "dense":
+            ends = dict.fromkeys((tuple(plans[0]), tuple(plans[-1])))
+            yield "such as", f"{name}: width {' to '.join(_with_steps(*end) for end in ends)}"
+    yield "stopping rule", preview["stopping_rule"]
+    if known:
+        yield "runs", f"{preview['total_runs']:,}"
+    yield "train FLOPs", f"at most {preview['total_train_flops_at_most']:.4g}"
+    parts, seconds = preview["parts"], preview["train_seconds_at_most"]
+    if parts is None:
+        about = _NOT_TIMED if seconds is None else f"about {span(seconds)} at most, {_ONE_BY_ONE}"
+        yield "training time", about
+        if preview["request"]["total_seconds"] is not None:
+            yield "division", _NOT_TIMED
+        return
+    yield "references take", f"{parts['references']:.4g}"
+    range_ = f"{parts['least_candidates']:,} to {parts['most_candidates']:,}"
+    yield "exploring", f"{parts['exploring']:.4g}, for {range_} candidates"
+    yield "of which racing", f"{parts['racing']:.4g}, to take the best to their end"
+    confirmed = counted(parts["confirmed"], "candidate")
+    seeds = counted(parts["fresh_seeds"], "fresh seed")
+    yield "confirming", f"{parts['confirming']:.4g}, for {confirmed} and dense, {seeds} each"
+    if parts["train_seconds"] is not None:
+        yield "training time", f"about {span(parts['train_seconds'])}, {_ONE_BY_ONE}"
+
+
+_NOT_TIMED = "not known before a run on this task was timed here"
+_ONE_BY_ONE = "one run after another (predicted from the newest runs of the task)"
+
+
+def _with_steps(width: int, steps: int) -> str:
+    return f"{width} ({counted(steps, 'step')})"
+
+
 def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
     """Print searches, newest first, with full ids, which other commands take."""
     rows: list[dict[str, str]] = []
@@ -375,15 +410,26 @@ def show_searches(found: Sequence[Mapping[str, Any]]) -> None:
             "search": s["id"],
             "state": s["state"],
             "task": escape(s["task"] + whose),
-            "budget": f"{s['request']['train_flops']:.3g}",
+            "budget": f"{s['request']['train_flops']:.3g}" + _of_total(s["request"]),
             "runs": f"{s['trial_counts'].get('complete', 0)}{total}",
             "priority": str(s["priority"]),
         }
         rows.append(row)
+        tags = " ".join(f"#{tag}" for tag in s.get("tags", ()))
+        if called := ", ".join(filter(None, (s.get("name"), tags))):
+            rows.append({"search": f"  {escape(called)}"})
         failed = f"{s['failure']}: {s['error']}" if s["failure"] else s["error"] or ""
         if why := s["limit_reached"] or failed:
             rows.append({"search": f"  {escape(why)}"})
-    _print_rows(rows, "no search matches these filters")
+    print_rows(rows, "no search matches these filters")
+
+
+def _of_total(request: Mapping[str, Any]) -> str:
+    """The budget of the whole search, behind that of a run."""
+    for name, unit in (("total_train_flops", ""), ("total_seconds", " s")):
+        if request.get(name) is not None:
+            return f" of {request[name]:.3g}{unit}"
+    return ""
 
 
 def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
@@ -400,7 +446,7 @@ def show_workers(found: Sequence[Mapping[str, Any]]) -> None:
         for p in found
     ]
     none = "no worker or service was seen recently; `einsum-nas worker` starts one"
-    _print_rows(rows, none, Table())
+    print_rows(rows, none, Table())
 
 
 def show_keys(found: Sequence[Key]) -> None:
@@ -416,7 +462,7 @@ def show_keys(found: Sequence[Key]) -> None:
         }
         for key in found
     ]
-    _print_rows(rows, "there is no key; `einsum-nas keys create --name NAME` creates one")
+    print_rows(rows, "there is no key; `einsum-nas keys create --name NAME` creates one")
 
 
 def key_ends(key: Key) -> str:
@@ -441,7 +487,7 @@ def show_tenants(found: Sequence[Use]) -> None:
         }
         for use in found
     ]
-    _print_rows(rows, "no tenant has a search or a quota")
+    print_rows(rows, "no tenant has a search or a quota")
 
 
 def _or_any(limit: float | None) -> str:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from nas.errors import InvalidInput
@@ -98,12 +99,13 @@ class Theta:
     @property
     def values(self) -> tuple[float, ...]:
         """The seven exponents in the order of `AXES`."""
-        return astuple(self)
+        # not `astuple`, whose deep copies are most of the time of planning a candidate
+        return self.alpha, self.beta, self.gamma, self.delta, self.epsilon, self.phi, self.rho
 
     @property
     def exponents(self) -> tuple[float, ...]:
         """The seven exponents in the order of `AXES`."""
-        return astuple(self)
+        return self.values
 
     @property
     def text(self) -> str:
@@ -170,10 +172,7 @@ class Theta:
         A tie goes to the lexicographically larger (alpha, epsilon, gamma, phi); every θ with an
         absorbed factor is dense.
         """
-        if self.is_dense:
-            return DENSE
-        other = self.swapped()
-        return max(self, other, key=_rank_of_labels)
+        return _canonical(self)
 
     @property
     def is_canonical(self) -> bool:
@@ -181,6 +180,11 @@ class Theta:
 
     def __str__(self) -> str:
         return ",".join(format_exponent(v) for v in self.values)
+
+
+@lru_cache(maxsize=4096)  # a plan asks for that of one θ at many widths
+def _canonical(theta: Theta) -> Theta:
+    return DENSE if theta.is_dense else max(theta, theta.swapped(), key=_rank_of_labels)
 
 
 def _rank_of_labels(theta: Theta) -> tuple[float, ...]:

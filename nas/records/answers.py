@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from nas.designs.design import AT_HEADS, family_of, parse_design
+from nas.records import notebook
 from nas.records.base import DESIGN, SECONDS, THETA, Record
 from nas.records.device import DEVICE, OnDevice
 from nas.records.run import CurvePoint, OfRun
@@ -70,6 +71,10 @@ class FrontierAnswer(OnDevice):
     hypervolume: Hypervolume | None = Field(description="null for an empty front")
     points: int = Field(description="evaluations of completed runs")
     trials: int = Field(description="completed runs")
+
+    def _repr_html_(self) -> str:
+        """The front as a table, for notebooks."""
+        return notebook.front(self)
 
 
 class Law(Record):
@@ -206,14 +211,48 @@ class Extrapolation(Record):
     )  # fmt: skip
 
 
+class PublishedTable(Record):
+    """The published table of runs that an answer rests on, where this service has none.
+
+    Its runs are of another recipe and scale than a search of this service, on one machine.
+    """
+
+    name: str
+    version: str = Field(description="of einsum-nas, whose runs they are")
+    date: str = Field(description="when it was written, ISO 8601")
+    recipe: str = Field(description="named recipe of its runs")
+    settings: dict[str, bool | int | float | str] = Field(
+        description="settings in which its runs differ from that recipe"
+    )
+    fingerprint: str = Field(
+        description="of its data and recipe; searches of this service have another one unless they "
+        "set the same"
+    )
+    machine: str = Field(description=f"{DEVICE} of its runs")
+    entries: int = Field(description="designs at a width, dense ones included")
+    widths: list[int] = Field(description="of its structured models")
+    dense_widths: list[int]
+    seeds: list[int] = Field(description="with which every entry was run")
+    budgets: Pair = Field(description="least and greatest budget that it answers at")
+    read_at: float = Field(
+        description="budget that the answer holds for: the asked one, or the table's greatest"
+    )
+    axis_unit: str = Field(description="unit of the budgets")
+
+
 class Answer(OnDevice):
     """The best structure within a budget.
 
     Where the budget is measured, it is of the runs of one device.  A predicted one is a run that a
-    search with this budget could make: its width and steps are within the recipe's.
+    search with this budget could make: its width and steps are within the recipe's.  A published
+    one is of no run of this service; ids of its runs are negative and name rows of the table.
     """
 
-    kind: Literal["measured", "predicted"]
+    kind: Literal["measured", "predicted", "published"] = Field(
+        description="measured: by runs of this service | predicted: extrapolated from them | "
+        "published: by a table that comes with einsum-nas, because this service has no completed "
+        "run within the budget"
+    )
     budget: float
     budget_axis: str
     budget_unit: str
@@ -268,7 +307,10 @@ class Answer(OnDevice):
     )
     base_lr: float = Field(description="learning rate of the runs at that width")
     evidence: Evidence
-    extrapolation: Extrapolation | None = Field(description="null for a measured answer")
+    extrapolation: Extrapolation | None = Field(description="null unless it is predicted")
+    published: PublishedTable | None = Field(
+        None, description="what a published answer rests on; null for others"
+    )
 
     def layer(self, d_in: int, d_out: int, **options: Any) -> StructuredLinear:
         """A layer of this structure; options as of `nas.layers.layer_of`, among them the heads
@@ -283,6 +325,10 @@ class Answer(OnDevice):
         from nas.layers import replace_linears
 
         return replace_linears(model, self.design, **options)
+
+    def _repr_html_(self) -> str:
+        """The verdict and the best runs as a table, for notebooks."""
+        return notebook.answer(self)
 
     @property
     def keeps_dense(self) -> bool:

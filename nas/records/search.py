@@ -34,11 +34,14 @@ class Search(Record):
     cancel_requested: bool
     error: str | None
     worker: str | None
+    rounds: int = Field(
+        0, description="rounds that it has begun under its stopping rule; 0 without one"
+    )
     epoch: int = Field(description="number of times that a worker claimed it")
     trial_counts: dict[str, int] = Field(description="trial state → number of trials")
     runs_total: int | None = Field(
         description="runs of the whole search, references and every seed included; null until "
-        "they are planned"
+        "they are planned, and where a stopping rule decides how many there will be"
     )
     tenant: str
     priority: int = Field(description="searches of higher priority run first")
@@ -59,6 +62,10 @@ class Search(Record):
         description="refused writes of workers from which another worker had taken the search over"
     )
     cloned_from: str | None
+    name: str | None = Field(None, description="what people call it")
+    tags: list[str] = Field([], description="words to find it by")
+    notes: str | None = None
+    archived: bool = Field(False, description="whether lists leave it out")
     #: grows with creation; the key of pagination
     sequence: int = Field(0, exclude=True)
     #: runs of dense references planned; 0 before a worker has begun the search

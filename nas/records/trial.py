@@ -13,7 +13,7 @@ from nas.records.base import BYTES, DESIGN, FLOPS, LOSS, SECONDS, STEPS, THETA, 
 #: Why a trial has no result: its own doing, its process died, its time or its memory was used up,
 #: or it was stopped with its search.
 TrialFailure = Literal["run", "process", "timeout", "memory", "search"]
-TrialState = Literal["planned", "running", "complete", "stopped", "failed"]
+TrialState = Literal["planned", "running", "paused", "complete", "stopped", "failed"]
 TrialKind = Literal["candidate", "reference", "confirmation"]
 
 
@@ -69,7 +69,22 @@ class Trial(Record):
     reused_from: int | None = Field(
         description="trial with an equal run, from which this result was copied"
     )
-    attempts: int = Field(description="times that it was started")
+    attempts: int = Field(
+        description="times that it was started; a paused run is started again when it goes on"
+    )
+    until_step: int | None = Field(
+        None,
+        description="step at which it is paused next, or was paused last; null if it trains to its "
+        "last step at once", json_schema_extra=STEPS,
+    )  # fmt: skip
+    trained_steps: int = Field(
+        0, description="optimiser steps that it had trained when it last paused or ended; a reused "
+        "result has none", json_schema_extra=STEPS,
+    )  # fmt: skip
+    trained_flops: int = Field(
+        0, description="training FLOPs of these steps, exact: what a stopped run has cost",
+        json_schema_extra=FLOPS,
+    )  # fmt: skip
     environment: dict[str, Any] | None = Field(
         description="where it ran: device, threads, versions"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,10 @@ OF_LAW = (
 )
 
 
+class NothingMeasured(NotFound):
+    """No run of a task or a search has completed, or none within the budget."""
+
+
 def resolve_task(store: Store, task: str) -> tuple[str, str]:
     """(name, fingerprint) of `name` or `name@fingerprint`.
 
@@ -86,7 +91,7 @@ def resolve_task(store: Store, task: str) -> tuple[str, str]:
         found = store.default_fingerprint(name)
         if found is None:
             others = ", ".join(f"{name}@{f[0]}" for f in store.task_fingerprints(name)[:8])
-            raise NotFound(
+            raise NothingMeasured(
                 f"no search on the default data and recipe of task {name!r} has begun here"
                 + (f"; there are results for {others}" if others else "")
                 + f"; run `einsum-nas search --task {name} --train-flops 2e11 --wait`"
@@ -147,8 +152,8 @@ def resolve_scope(store: Store, task: str | None, search_id: str | None) -> Scop
     return Scope(scope, name, fingerprint, newest.settings)
 
 
-def _nothing_yet(where: str, task: str) -> NotFound:
-    return NotFound(
+def _nothing_yet(where: str, task: str) -> NothingMeasured:
+    return NothingMeasured(
         f"nothing is measured on {where} yet: no run has completed; "
         f"run `einsum-nas search --task {task} --train-flops 2e11 --wait`"
     )
@@ -280,7 +285,16 @@ def _optimal(points: Sequence[CurvePoint]) -> list[int]:
 
 def _law(points: Sequence[CurvePoint]) -> Law | None:
     optimal = [points[i] for i in _optimal(points)]
-    law = choose_law([_columns(optimal)]) if optimal else None
+    return _fitted(tuple((p.train_flops, p.loss) for p in optimal))
+
+
+@lru_cache(maxsize=256)
+def _fitted(optimal: tuple[tuple[float, float], ...]) -> Law | None:
+    """Kept, because a fit takes a second, and a front stays while most runs end."""
+    if not optimal:
+        return None
+    flops, losses = zip(*optimal, strict=True)
+    law = choose_law([(np.array(flops), np.array(losses))])
     if law is None:
         return None
     return Law(a=law.a, b=law.b, offset=law.offset, points=law.points, fitted=law.measured)
@@ -344,6 +358,7 @@ def get_best(
     task: str | None = None,
     search_id: str | None = None,
     device: str | None = None,
+    published: bool = True,
     **budgets: float | None,
 ) -> Answer:
     """The best structure within a budget, against dense.
@@ -354,6 +369,9 @@ def get_best(
         Exactly one of the two: over all searches on a task's data and recipe, or one search.
     device
         Of a budget that is measured, the device whose runs are read; see `measured_on`.
+    published
+        Whether the table of `nas.service.published` answers about a task, by its bare name, that
+        has no completed run within the budget here; such an answer is marked.
     budgets
         Exactly one: train_flops, train_seconds (of training, evaluation left out), inference_flops
         (per token), params, step_seconds or peak_memory (bytes).
@@ -368,6 +386,22 @@ def get_best(
         be fitted.
     """
     axis, budget = checked_budget(budgets)
+    try:
+        return _own_best(store, task, search_id, device, axis, budget)
+    except NothingMeasured as error:
+        if task is None or not published or device is not None:
+            raise
+        try:
+            return published_answer(task, axis, budget)
+        except NotFound as refused:
+            raise NothingMeasured(f"{error}; {refused}") from None
+
+
+def _own_best(
+    store: Store, task: str | None, search_id: str | None, device: str | None, axis: str,
+    budget: float,
+) -> Answer:  # fmt: skip
+    """The best by the runs of this service; raises `NothingMeasured` where there are none."""
     scope = resolve_scope(store, task, search_id)
     standings = Standings(store)
     where = f"search {search_id}" if search_id else f"task {scope.label}"
@@ -383,7 +417,7 @@ def get_best(
     except NotFound:
         least = standings.least(place.scope, axis)
         there = f" on {place.device}" if place.device else ""
-        raise NotFound(
+        raise NothingMeasured(
             f"no completed run on {where} within {axis}={budget:.4g}{there}: "
             + (f"the least measured is {least:.6g}" if least else "none was measured")
         ) from None
@@ -413,6 +447,35 @@ def _is_usable(point: StoredPoint) -> bool:
     return math.isfinite(point.loss) and math.isfinite(point.train_flops) and point.loss > 0
 
 
+def published_answer(task: str, axis: str, budget: float) -> Answer:
+    """The answer of the published table of a task, by its bare name or the table's own data.
+
+    Raises
+    ------
+    NotFound
+        There is no such table, or the budget is below all of it.
+    """
+    name, _, fingerprint = task.partition("@")
+    # which read Parquet, and take long to import where no table answers
+    from nas.service.published import best_published, table_of
+
+    bench = table_of(name)
+    if bench is None or fingerprint not in ("", bench.about["task_fingerprint"]):
+        raise NotFound(f"no published table has runs on {task}")
+    got = best_published(bench, axis, budget)
+    scope = Scope("", name, got.about.fingerprint, bench.recipe)
+    state = ScopeState(0, got.runs, got.points, 0, *got.about.budgets)
+    return Answer(
+        kind="published",
+        **_common(got.found, scope, axis, budget),
+        **_of_runs(got.found),
+        confirmation=None,
+        device=got.found.best.device if AXES[axis].measured else None,
+        evidence=_to_evidence(state, got.found, 0),
+        published=got.about,
+    )
+
+
 def _measured(
     found: BestFound,
     standings: Standings,
@@ -423,34 +486,37 @@ def _measured(
     budget: float,
     left_out: int,
 ) -> Answer:
-    verdict, reason = judge(found)
-    noise = found.noise.sd if found.noise else None
     return Answer(
         kind="measured",
-        **_common(found, standings, scope, axis, budget),
+        **_common(found, scope, axis, budget),
+        **_of_runs(found),
+        confirmation=rank_correlation(standings.confirmed(scope.name)),
         **place.shown,
-        realised_multiplier_over_dense=found.realised,
-        structured_realised_multiplier=found.structured_realised,
-        interval=found.interval,
-        interval_means=OVER_SEEDS if found.noise else UNKNOWN,
-        validation_interval=found.validation_interval,
-        verdict=verdict,
-        verdict_reason=reason,
-        comparisons_mean=found.basis,
-        dense_minus_structured=found.dense_difference,
-        evidence=_to_evidence(state, found.best.seeds, found.compared, noise, left_out),
-        extrapolation=None,
+        evidence=_to_evidence(state, found, left_out),
     )
 
 
+def _of_runs(found: BestFound) -> dict[str, Any]:
+    """The fields of an answer that rests on runs at the budget."""
+    verdict, reason = judge(found)
+    return {
+        "realised_multiplier_over_dense": found.realised,
+        "structured_realised_multiplier": found.structured_realised,
+        "interval": found.interval,
+        "interval_means": OVER_SEEDS if found.noise else UNKNOWN,
+        "validation_interval": found.validation_interval,
+        "verdict": verdict,
+        "verdict_reason": reason,
+        "comparisons_mean": found.basis,
+        "dense_minus_structured": found.dense_difference,
+        "extrapolation": None,
+    }
+
+
 def _common(
-    found: BestFound | PredictedAnswer,
-    standings: Standings,
-    scope: Scope,
-    axis: str,
-    budget: float,
+    found: BestFound | PredictedAnswer, scope: Scope, axis: str, budget: float
 ) -> dict[str, Any]:
-    """The fields that a measured and a predicted answer have from the same place."""
+    """The fields that answers of every kind have from the same place."""
     best, structured, dense = found.best.candidate, found.best_structured, found.best_dense
     of_best = ("name", "theta", "design", "width", "steps", "train_flops", "confirmed")
     return {
@@ -470,16 +536,14 @@ def _common(
         "indistinguishable": found.indistinguishable,
         "best_structured": structured and structured.candidate,
         "best_dense": dense and dense.candidate,
-        "confirmation": rank_correlation(standings.confirmed(scope.name)),
     }
 
 
-def _to_evidence(
-    state: ScopeState, seeds: int, compared: int, noise: float | None, left_out: int
-) -> Evidence:
+def _to_evidence(state: ScopeState, found: BestFound | PredictedAnswer, left_out: int) -> Evidence:
+    noise = found.noise.sd if isinstance(found, BestFound) and found.noise else None
     return Evidence(
-        trials=state.trials, points=state.points, searches=state.searches, seeds=seeds,
-        compared=compared, noise=noise, not_finite=left_out,
+        trials=state.trials, points=state.points, searches=state.searches,
+        seeds=found.best.seeds, compared=found.compared, noise=noise, not_finite=left_out,
     )  # fmt: skip
 
 
@@ -502,7 +566,8 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
         kind="predicted",
         realised_multiplier_over_dense=found.multiplier and NOT_REALISED,
         structured_realised_multiplier=found.structured_multiplier and NOT_REALISED,
-        **_common(found, standings, scope, "train_flops", budget),
+        **_common(found, scope, "train_flops", budget),
+        confirmation=rank_correlation(standings.confirmed(scope.name)),
         interval=best.interval,
         interval_means=OF_LAW,
         validation_interval=None,
@@ -510,7 +575,7 @@ def _predicted(standings: Standings, scope: Scope, state: ScopeState, budget: fl
         verdict_reason=PREDICTED if dense else f"{PREDICTED}; {NO_DENSE}",
         comparisons_mean=OF_LAW,
         dense_minus_structured=predicted_rival(structured, dense) if structured and dense else None,
-        evidence=_to_evidence(state, best.seeds, found.compared, None, left_out),
+        evidence=_to_evidence(state, found, left_out),
         extrapolation=Extrapolation(
             measured=(least, greatest),
             beyond=budget / greatest,

@@ -14,25 +14,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from gzip import GzipFile
 from itertools import chain, islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO, Literal, cast, get_args, get_type_hints
+from typing import Any, BinaryIO, Literal, get_args, get_type_hints
 
 from pydantic.fields import FieldInfo
 
 from nas.designs.theta import AXES
-from nas.errors import EinsumNasError, InvalidInput, NotFound
+from nas.errors import InvalidInput, NotFound
 from nas.records.base import LOSS
 from nas.service.answers import resolve_task
+from nas.service.files import GZIP, checked_place, replaced
 from nas.store import Store, StoredPoint, Trial
 from nas.store.dump import StoredRun, iterate_runs
 
@@ -40,7 +37,6 @@ FORMATS = ("csv", "parquet", "json", "optuna")
 ROWS = ("trials", "points")
 #: Stands for standard output where a file is named.
 STANDARD_OUTPUT = "-"
-_GZIP = ".gz"
 #: Ends of names that promise what is not written.
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".zst", ".lz4", ".br", ".zip", ".7z", ".tgz")
 _LARGEST_INTEGER = 2**63 - 1
@@ -176,24 +172,11 @@ def _check(file_format: str, out: str, rows: str, study: str | None, overwrite: 
         return
     path = Path(out)
     suffix = path.suffix.lower()
-    if file_format == "parquet" and suffix == _GZIP:
+    if file_format == "parquet" and suffix == GZIP:
         raise InvalidInput("out", out, "a name without .gz: Parquet is compressed by itself")
     if suffix in _OTHER_COMPRESSIONS:
         raise InvalidInput("out", out, "a name that ends in .gz, or that promises no compression")
-    if not out or "\0" in out or path.name in ("", ".."):
-        raise InvalidInput("out", out, "the path of a file")
-    if not path.parent.is_dir():
-        raise InvalidInput("out", out, f"a file in a folder that exists; {path.parent} does not")
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:  # such as a name that is too long
-        raise InvalidInput("out", out, f"the path of a file: {error.strerror}") from None
-    if not path.is_file():
-        raise InvalidInput("out", out, "the path of a file; this is something else")
-    if not overwrite:
-        raise InvalidInput("out", out, "a file that does not exist, or any with --overwrite")
+    checked_place(out, overwrite=overwrite)
 
 
 def _resolved(store: Store, task: str, search_id: str | None) -> _Scope:
@@ -237,7 +220,7 @@ def _export_study(store: Store, url: str, scope: _Scope, name: str | None) -> Ex
         f"wrote study {written.name!r} to {written.shown}: {written.trials} trials "
         f"({written.complete} complete, {written.shortened} shortened runs of the front, "
         f"{written.failed} failed, {written.stopped} stopped); left out: "
-        f"{written.unfinished} planned or running, {written.repeats} repeated; "
+        f"{written.unfinished} planned, running or paused, {written.repeats} repeated; "
         f"loss in {recipe.loss_unit}"
     )
     return Exported(written.trials, written.shown, recipe.loss_unit, summary)
@@ -262,10 +245,10 @@ def _export_file(store: Store, file_format: str, out: Path, scope: _Scope, rows:
         count = _written_out(partial(write, wide=wide))
     else:
         try:
-            count = _replaced(out, write)
+            count = replaced(out, write)
         except OverflowError:
             # a run of 2^63 FLOPs or more: 64 bits are for everyone else, whose tools know them
-            count = _replaced(out, partial(write, wide=True))
+            count = replaced(out, partial(write, wide=True))
     what = "trials" if rows == "trials" else "evaluations"
     where = "standard output" if str(out) == STANDARD_OUTPUT else out
     summary = f"wrote {count} rows to {where}: {what} of {scope}; loss in {unit}"
@@ -428,42 +411,3 @@ def _written_out(write: Callable[[BinaryIO], int]) -> int:
     count = write(sys.stdout.buffer)
     sys.stdout.buffer.flush()
     return count
-
-
-def _replaced(out: Path, write: Callable[[BinaryIO], int]) -> int:
-    """What `write` gives, once all that it has written stands under the name `out`."""
-    with _beside(out) as part:
-        try:
-            with part.open("wb") as file:
-                if out.suffix.lower() == _GZIP:
-                    with GzipFile(out.stem, "wb", 6, file) as packed:
-                        count = write(cast("BinaryIO", packed))
-                else:
-                    count = write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(out)
-        except OSError as error:
-            raise EinsumNasError(f"cannot write {out}: {error.strerror or error}") from None
-    return count
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A name for a temporary file in the folder of `out`, gone at the end.
-
-    Raises
-    ------
-    InvalidInput
-        The folder cannot be written.
-    """
-    part = out.with_name(f".einsum-nas-{uuid.uuid4().hex}.part")
-    try:
-        part.touch(exist_ok=False)
-    except OSError as error:
-        accepted = f"a file in a folder that can be written: {error.strerror}"
-        raise InvalidInput("out", str(out), accepted) from None
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)

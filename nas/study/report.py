@@ -84,7 +84,7 @@ def analyse(records: Sequence[Mapping[str, Any]], *, scale: str) -> Json:
     for record in records:
         tasks.setdefault(record["task"], []).append(record)
     analysed = {task: Task(task, rows) for task, rows in tasks.items()}
-    environments = {_environment(r["environment"]) for r in records}
+    environments = {environment_text(r["environment"]) for r in records}
     return {
         "scale": scale,
         "confidence": 0.95,
@@ -97,7 +97,8 @@ def analyse(records: Sequence[Mapping[str, Any]], *, scale: str) -> Json:
     }
 
 
-def _environment(environment: Mapping[str, Any]) -> str:
+def environment_text(environment: Mapping[str, Any]) -> str:
+    """Where a run ran, as text: what of it is a single value."""
     plain = {k: v for k, v in environment.items() if isinstance(v, str | int | float | bool)}
     return ", ".join(f"{k} {v}" for k, v in sorted(plain.items()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from nas.client import RemoteSearch
 from tests.support.browser import chromium, needs_chromium
 from tests.support.services import Service
-from tests.support.small import SMALL_SEARCH
+from tests.support.small import SMALL_SEARCH, TINY
 
 pytestmark = needs_chromium
 
@@ -89,10 +90,88 @@ def test_pausing_resuming_and_cancelling_from_the_page(
     click("pause", "paused")
     assert "running" not in search.refresh().data["trial_counts"]
     click("resume", "running")
+    page.on("dialog", lambda dialog: dialog.accept())
     click("cancel", "cancelled")
     assert search.refresh().data["failures"] == 0
     assert page.locator("button[data-act=retry]").is_visible()
     assert page.locator("#cancel").is_hidden()
+
+
+def test_a_search_is_filled_in_previewed_and_submitted(
+    page: Any, service: Service, finished_search: RemoteSearch
+) -> None:
+    page.goto(f"{service.url}/new?from={finished_search.id}")
+    page.wait_for_selector("#new[data-ready]")
+    fields = {name: page.input_value(f"[name={name}]") for name in ("data", "train_flops", "seed")}
+    assert fields == {"data": "texts", "train_flops": "10000000000", "seed": "1"}
+    assert "7" in page.inner_text("#preview")  # runs, references included
+    assert "one run after another" in page.inner_text("#preview")
+    page.fill("[name=more]", '{"references": 3,')
+    page.wait_for_selector("#refusal:text('more fields')")
+    assert page.is_disabled("#submit")
+    page.fill("[name=more]", json.dumps({"references": 3, "overrides": TINY}))
+    page.fill("[name=priority]", "7")
+    page.wait_for_selector("#submit:enabled")
+    page.click("summary")
+    command = page.inner_text("#cli")
+    assert "--train-flops 1e10" in command
+    assert "--priority 7" in command
+    page.click("#submit")
+    page.wait_for_selector("#search[data-ready]")
+    made = finished_search.client.get_search(page.get_attribute("#search", "data-id"))
+    assert made.data["request"] == finished_search.data["request"] | {"priority": 7}
+    body = page.evaluate("location.pathname")
+    assert made.id in body
+
+
+def test_a_search_gets_a_name_by_which_it_is_found(
+    page: Any, service: Service, finished_search: RemoteSearch
+) -> None:
+    page.goto(f"{service.url}/searches/{finished_search.id}")
+    page.wait_for_selector("#search[data-ready]")
+    page.click("summary")
+    page.fill("#labels [name=name]", "A <b>bold</b> one")
+    page.fill("#labels [name=tags]", "first, second")
+    with page.expect_navigation():
+        page.click("#labels button")
+    assert page.inner_text("h1").startswith("A <b>bold</b> one")
+    page.click("a.tag:text-is('second')")
+    rows = page.locator("#searches tbody tr")
+    assert rows.count() == 1
+    assert rows.first.get_attribute("data-id") == finished_search.id
+    assert page.inner_text("[data-cell=structured]") == f"{best_loss(finished_search):.4f}"
+    page.fill("[name=text]", "nothing like it")
+    page.click(".filters button")
+    assert "No search matches" in page.inner_text("main")
+
+
+def test_a_point_leads_to_its_trial_and_the_trial_to_its_structures(
+    page: Any, service: Service, finished_search: RemoteSearch
+) -> None:
+    page.goto(f"{service.url}/searches/{finished_search.id}")
+    page.wait_for_selector("#search[data-ready=succeeded]")
+    dot = page.locator("#scatter .trace.scatter .points path").first.bounding_box()
+    page.mouse.click(dot["x"] + dot["width"] / 2, dot["y"] + dot["height"] / 2)
+    page.wait_for_selector("#curve[data-ready]")
+    assert page.locator("#curve .scatterlayer path.js-line").count() == 1
+    page.click("text=network and sizes >> nth=0")
+    drawn = page.locator("img.network")
+    drawn.wait_for()
+    assert drawn.evaluate("n => n.complete && n.naturalWidth > 0")
+
+
+def best_loss(search: RemoteSearch) -> float:
+    return float(search.best()["best_structured"]["loss"])
+
+
+@pytest.mark.parametrize("path", ["/", "/new", "/structures", "/trials/1"])
+def test_other_pages_fit_a_narrow_screen(
+    browser: Any, service: Service, finished_search: RemoteSearch, path: str
+) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 800})
+    page.goto(service.url + path)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.close()
 
 
 def test_a_narrow_screen_scrolls_only_inside_tables(

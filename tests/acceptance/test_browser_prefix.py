@@ -86,7 +86,8 @@ def test_the_dashboard_lives_below_a_path(service: Service, proxy: str) -> None:
     store.close()
     with Client(proxy, api_key=key) as client:
         search = client.search(train_flops=2e11, trials=2)
-    with chromium() as browser, watched(browser, proxy) as (context, seen):
+    asked = "Cancel this search?"
+    with chromium() as browser, watched(browser, proxy, accept=asked) as (context, seen):
         page = context.new_page()
         page.goto(f"{proxy}/searches/{search.id}")
         assert page.url.startswith(f"{proxy}/login?next=")

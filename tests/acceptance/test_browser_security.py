@@ -65,6 +65,14 @@ MARKUP = r"""() => [...document.querySelectorAll('*')].filter((e) =>
       (name) => /^\s*(javascript|data):/i.test(e.getAttribute(name) || ''))
   ).map((e) => e.outerHTML.slice(0, 200))"""
 
+#: Points at the last trace of a figure whose points are of runs.
+HOVER = """(figure) => Plotly.Fx.hover(figure, [{
+  curveNumber: document.getElementById(figure).data.findLastIndex((t) => t.customdata?.length),
+  pointNumber: 0,
+}])"""
+#: Whether every figure that a page brings along is drawn.
+DRAWN = "[...document.querySelectorAll('[data-figure]')].every((e) => e.dataset.ready)"
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -170,17 +178,22 @@ def test_stored_markup_stays_text(
           document.querySelector('#trials tr td:nth-child(2)').title,
           document.querySelector('#trials tr:last-child td:nth-child(3)').title,
           document.querySelector('#trials tr:last-child .state').textContent,
-          document.querySelector('#trials tr:last-child .state').title]""")
+          document.querySelector('#trials tr:last-child .why').textContent]""")
         assert shown == [payload] * len(shown)
         assert payload in page.text_content("#structured-note")
         for figure in ("scatter", "curves"):
-            page.evaluate(f"Plotly.Fx.hover('{figure}', [{{curveNumber: 1, pointNumber: 0}}])")
+            page.evaluate(HOVER, figure)
             page.wait_for_selector(f"#{figure} .hovertext")
             _nothing_got_through(page, seen)
         for axis in AXES:
             with page.expect_response(lambda r, axis=axis: r.url.endswith(f"?x={axis}")):
                 page.select_option("#axis", axis)
         _nothing_got_through(page, seen)
+
+        for path in (f"/space?search={finished}", "/tasks", "/workers", "/admin"):
+            page.goto(f"{service.url}{path}")
+            page.wait_for_function(DRAWN)
+            _nothing_got_through(page, seen)
 
         page.goto(f"{service.url}/searches/{twisted}")
         page.wait_for_selector("#search[data-ready]")
@@ -205,7 +218,7 @@ def test_tags_of_figures_are_shown_as_they_stand(
         page = context.new_page()
         page.goto(f"{service.url}/searches/{planted['text of figures'][0]}")
         page.wait_for_selector("#search[data-ready=succeeded]")
-        page.evaluate("Plotly.Fx.hover('scatter', [{curveNumber: 1, pointNumber: 0}])")
+        page.evaluate(HOVER, "scatter")
         told = page.text_content("#scatter .hovertext")
         for part in ('<a class=evil href="javascript:hit(6)">', "<b>bold</b>", "<sup>up</sup>"):
             assert part in told

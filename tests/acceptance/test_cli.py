@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,11 @@ BAD_COMMANDS: list[tuple[list[str], list[str]]] = [
     (["search", "--train-flops", "2e11", "--trials", "2.5"], ["--trials", "got 2.5", "whole"]),
     (["search", "--train-flops", "2e11", "--task", "nope"], ["task", "nope", "text"]),
     (["search", "--train-flops", "2e11", "--sampler", "cma"], ["sampler", "cma", "tpe | nsga2"]),
+    (["search", "--train-flops", "2e11", "--stopping", "rungs"], ["stopping", "rungs", "mo-asha"]),
+    (["search", "--train-flops", "2e11", "--total-train-flops", "1e11"],
+     ["total_train_flops", "at least", "six runs that confirm"]),
+    (["search", "--train-flops", "2e11", "--total-seconds", "60", "--sampler", "tpe"],
+     ["sampler", "tpe", "surrogate with stopping frontier"]),
     (["search", "--train-flops", "2e11", "--objective", "x"], ["objective", "budget | pareto"]),
     (["search", "--train-flops", "2e11", "--trials", "0"], ["trials", "0", "from 1 to"]),
     (["search", "--train-flops", "2e11", "--data", "/no/such/file"], ["data", "does not exist"]),
@@ -98,7 +105,7 @@ def test_inspect_shows_what_sizes_waste_and_what_paper_sizing_loses() -> None:
 
 
 def test_reading_an_empty_store_says_so(tmp_path: Path) -> None:
-    done = invoke(tmp_path, "best", "--train-flops", "1e12")
+    done = invoke(tmp_path, "best", "--no-published", "--train-flops", "1e12")
     assert done.returncode == 1
     assert "no search on the default data and recipe of task 'text' has begun here" in done.stderr
 
@@ -123,7 +130,29 @@ def test_a_search_is_queued_without_wait(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["state"] == "queued"
     (listed,) = json.loads(invoke(tmp_path, "searches", "--json").stdout)
     assert listed["request"]["replicates"] == 3
-    assert "schema at revision 0005" in invoke(tmp_path, "db", "upgrade").stdout
+    assert "schema at revision 0007" in invoke(tmp_path, "db", "upgrade").stdout
+
+
+def test_a_search_is_labelled_and_found_by_its_labels(tmp_path: Path) -> None:
+    made = json.loads(invoke(tmp_path, "search", "--train-flops", "2e11", "--json").stdout)["id"]
+    done = invoke(tmp_path, "label", made, "--name", "first [try]", "--tag", "a", "--tag", "b")
+    assert done.returncode == 0, done.stderr
+    listed = invoke(tmp_path, "searches", "--text", "TRY").stdout
+    assert made in listed
+    assert "first [try], #a #b" in listed
+    for words in (("--text", "second"), ("--task", "images"), ("--archived",)):
+        assert "no search matches" in invoke(tmp_path, "searches", *words).stdout
+    emptied = invoke(tmp_path, "label", made, "--name", "", "--tag", "", "--archive", "--json")
+    found = json.loads(emptied.stdout)
+    assert (found["name"], found["tags"], found["archived"]) == (None, [], True)
+    assert made in invoke(tmp_path, "searches", "--archived", "--text", made[:4]).stdout
+    refused = invoke(tmp_path, "label", made, "--tag", "a,b")
+    assert refused.returncode == 2
+    assert "tags" in refused.stderr
+
+
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"einsum-nas {version('einsum-nas')}\n"
 
 
 def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSearch) -> None:
@@ -149,6 +178,42 @@ def test_best_agrees_on_every_way_in(service: Service, finished_search: RemoteSe
     front = json.loads(invoke(service.home, *command).stdout)["frontier"]
     assert best["expected_loss"] <= front[-1]["loss"]
     assert best["train_flops"] <= float(budget)
+
+
+def test_looking_at_a_search_agrees_on_both_ways(
+    service: Service, finished_search: RemoteSearch, tmp_path: Path
+) -> None:
+    there = ["--server", service.url]
+    short = finished_search.id[:10]
+    for words in (["show", short], ["trials", short, "--sort", "loss", "--limit", "3"]):
+        local, remote = (
+            json.loads(invoke(service.home, *words, "--json", *where).stdout)
+            for where in ([], there)
+        )
+        page = f"{service.url}/searches/{finished_search.id}"
+        expected = {**local, "page": page} if isinstance(local, dict) else local
+        assert remote == expected
+    shown = invoke(service.home, "show", short, *there).stdout
+    assert shown.startswith("verdict: ")
+    assert "about" not in shown  # it has ended
+    pages = []
+    for name, where in (("local.html", []), ("remote.html", there)):
+        done = invoke(service.home, "report", short, "-o", str(tmp_path / name), *where)
+        assert done.returncode == 0, done.stderr
+        page = (tmp_path / name).read_text(encoding="utf-8")
+        pages.append([line for line in page.splitlines() if not line.startswith("<p class=")])
+    own = [line for line in pages[1] if line not in pages[0]]
+    assert len(own) == 1, own
+    assert f"{service.url}/searches/{finished_search.id}" in own[0]
+    other = ["search", "--train-flops", "2e11", "--priority", "-9", *there]
+    queued = invoke(service.home, *other).stdout
+    told = r"search ([0-9a-f]{32}) is queued\nits page: (.*)/searches/\1\n"
+    found = re.fullmatch(told, queued)
+    assert found is not None
+    assert found[2] == service.url
+    compared = ["compare", short, found[1], "--json", *there]
+    assert "train_flops" in json.loads(invoke(service.home, *compared).stdout)["differ"]
+    invoke(service.home, "cancel", found[1], *there)
 
 
 @FULL

@@ -43,7 +43,7 @@ def test_the_answer_is_the_lowest_loss(finished_search: RemoteSearch) -> None:
 
 def test_the_client_raises_what_the_service_says(service: Service) -> None:
     with Client(service.url) as client:
-        with pytest.raises(InvalidInput, match=r"sampler: got cma; accepted: tpe \| nsga2"):
+        with pytest.raises(InvalidInput, match=r"sampler: got cma; accepted: surrogate \| tpe"):
             client.search(train_flops=2e11, sampler="cma")
         with pytest.raises(NotFound, match="no search 'x'"):
             client.get_search("x")

@@ -52,8 +52,16 @@ class Seen:
 
 
 @contextmanager
-def watched(browser: Any, *origins: str, **options: Any) -> Iterator[tuple[Any, Seen]]:
-    """A browser context that tells what its pages do; only `origins` are no news."""
+def watched(
+    browser: Any, *origins: str, accept: str | None = None, **options: Any
+) -> Iterator[tuple[Any, Seen]]:
+    """A browser context that tells what its pages do; only `origins` are no news.
+
+    Parameters
+    ----------
+    accept
+        How a question begins that is answered with yes, and is no news either.
+    """
     seen = Seen()
     context = browser.new_context(viewport={"width": 1360, "height": 1400}, **options)
     context.expose_binding("hit", lambda _source, *what: seen.hits.append(str(what)))
@@ -61,6 +69,9 @@ def watched(browser: Any, *origins: str, **options: Any) -> Iterator[tuple[Any, 
     context.add_init_script(_LISTENING)
 
     def dialog(shown: Any) -> None:
+        if accept is not None and shown.message.startswith(accept):
+            shown.accept()
+            return
         seen.dialogs.append(shown.message)
         shown.dismiss()
 

@@ -36,7 +36,10 @@ def refusals_follow_a_rule(ctx: CheckContext, response: Response, case: Case[Any
     field = str(problem.get("field"))
     if problem["type"] == "urn:einsum-nas:idempotency-conflict":
         field = "Idempotency-Key"
-    if not any(field == rule or field.startswith(f"{rule}.") for rule in documented["x-rules"]):
+    if not any(
+        field == rule or field.startswith((f"{rule}.", f"{rule}["))
+        for rule in documented["x-rules"]
+    ):
         raise UndocumentedRefusal(
             operation=case.operation.label,
             title="Refused without a documented rule",

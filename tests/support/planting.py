@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from nas.store.standings import rebuild
 
 @dataclass(frozen=True, slots=True)
 class PlantedRun:
-    """A completed run: what it was and the (step, loss) of its evaluations."""
+    """A run: what it was and the (step, loss) of its evaluations."""
 
     design: Design
     width: int
@@ -35,6 +36,14 @@ class PlantedRun:
     environment: Mapping[str, Any] | None = field(
         default_factory=lambda: {"device": "cpu", "threads": 1}
     )
+    #: candidate or reference by its design, unless it is given
+    kind: str | None = None
+    state: str = "complete"
+    error: str | None = None
+    #: place, among the runs of its search, of the one that it confirms
+    confirms: int | None = None
+    #: of the whole run, where it was stopped or paused before its end
+    steps: int | None = None
 
 
 def open_store(url: str) -> Store:
@@ -50,19 +59,23 @@ def plant(
     fingerprint: str,
     budget: float,
     overrides: dict[str, Any] | None = None,
+    **asked: Any,
 ) -> str:
-    """One finished search on `text` with the given runs; its id."""
-    asked = {"task": "text", "train_flops": budget, "overrides": overrides}
-    request = SearchRequest.checked(asked)
+    """One finished search, on `text` by default, with the given runs; its id."""
+    given = {"task": "text", "train_flops": budget, "overrides": overrides, **asked}
+    request = SearchRequest.checked(given)
     search, _ = store.create_search(request)
     with writing(store.engine) as session:
         row = session.get(SearchRow, search.id)
         assert row is not None
-        number = 0
-        for number, run in enumerate(runs, start=1):
-            _add(session, search.id, number - 1, run, fingerprint)
+        states: Counter[str] = Counter()
+        ids: list[int] = []
+        for number, run in enumerate(runs):
+            confirms = None if run.confirms is None else ids[run.confirms]
+            ids.append(_add(session, search.id, number, run, fingerprint, confirms))
+            states[run.state] += 1
         row.task_fingerprint, row.state = fingerprint, "succeeded"
-        row.tally, row.finished_at = {"complete": number}, row.created_at
+        row.tally, row.finished_at = dict(states), row.created_at
     return search.id
 
 
@@ -72,21 +85,27 @@ def stand(store: Store) -> None:
         rebuild(session)
 
 
-def _add(session: Session, search_id: str, number: int, run: PlantedRun, fingerprint: str) -> None:
+def _add(
+    session: Session, search_id: str, number: int, run: PlantedRun, fingerprint: str,
+    confirms: int | None,
+) -> int:  # fmt: skip
     dense = run.design.kind == "dense"
     structures = [f"{run.width}:{run.design.text}"]
-    steps, last = run.curve[-1]
+    trained, last = run.curve[-1]
+    steps = run.steps or trained
     values: dict[str, Any] = {
-        "search_id": search_id, "number": number, "kind": "reference" if dense else "candidate",
-        "state": "complete", "params": None, "sampler_state": {}, "unseen": [],
+        "search_id": search_id, "number": number,
+        "kind": run.kind or ("reference" if dense else "candidate"),
+        "state": run.state, "error": run.error, "confirms": confirms,
+        "params": None, "sampler_state": {}, "unseen": [],
         "theta": list(run.design.exponents), "design": stored_design(run.design),
         "name": run.design.name, "structures": structures,
-        "dense": dense, "width": run.width, "depth": 2, "steps": steps,
+        "dense": dense, "width": run.width, "depth": 2, "steps": steps, "trained_steps": trained,
         "train_flops_per_step": run.train_flops_per_step,
         "train_flops": float(steps * run.train_flops_per_step),
         "forward_flops_per_token": 2.0 * run.params, "model_params": run.params,
         "seed": run.seed, "key": f"{search_id}-{number}", "attempts": 1, "epoch": 1,
-        "loss": last, "created_at": 0.0,
+        "loss": last if run.state == "complete" else None, "created_at": 0.0,
         "model": digest_of_model(fingerprint, 2, run.width, structures),
         "environment": None if run.environment is None else dict(run.environment),
         "seconds_per_step": run.step_seconds,
@@ -106,3 +125,4 @@ def _add(session: Session, search_id: str, number: int, run: PlantedRun, fingerp
             for step, loss in run.curve
         ],
     )  # fmt: skip
+    return int(trial_id)

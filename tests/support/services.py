@@ -56,6 +56,16 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE
         time.sleep(0.05)
 
 
+def start_worker(home: Path, lease_seconds: int) -> subprocess.Popen[bytes]:
+    """A worker of one run at a time, until nothing is left to do; its output is in `log`."""
+    environment = service_environment(home, concurrency="1", lease_seconds=str(lease_seconds))
+    with (home / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nas.cli", "worker", "--until-idle"],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
 class Service:
     """`einsum-nas serve`, or `api`, which runs no searches; its output is in `log`.
 
@@ -76,10 +86,16 @@ class Service:
         self.home, self.port, self.log = home, free_port(), home / "log"
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = service_environment(home, patches=patches, **{**UNLIMITED, **options})
+        self.words = words
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again where it was stopped, on the same port."""
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                self.command(*words), env=self.environment, stdout=log, stderr=subprocess.STDOUT
-            )
+                self.command(*self.words), env=self.environment, stdout=log,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
     def command(self, *words: str) -> list[str]:
         """What is run."""

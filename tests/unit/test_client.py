@@ -172,7 +172,8 @@ def test_every_call_is_the_same_from_both_clients() -> None:
         client.trial(3)
         assert client.tasks() == []
         found.confirm(top=2)
-        found.refresh().cancel().pause().resume().retry().set_priority(3).clone(trials=2)
+        found.refresh().cancel().pause().resume().retry().set_priority(3)
+        found.set_labels(name="n").clone(trials=2)
         with pytest.raises(NotFound, match="none"):
             client.structure("monarch", 8, 8)
 
@@ -190,10 +191,11 @@ def test_every_call_is_the_same_from_both_clients() -> None:
             for change in (found.cancel, found.pause, found.resume, found.retry):
                 assert type(await change()) is AsyncRemoteSearch
             await found.set_priority(3)
+            await found.set_labels(name="n")
             await found.clone(trials=2)
             with pytest.raises(NotFound, match="none"):
                 await client.structure("monarch", 8, 8)
 
     asyncio.run(ask())
     assert seen["sync"] == seen["async"]
-    assert len(seen["sync"]) == 13
+    assert len(seen["sync"]) == 14

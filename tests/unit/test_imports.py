@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nas.designs.design import parse_design
 from tests.support.paths import ROOT
+from tests.support.planting import PlantedRun, open_store, plant, stand
+from tests.support.services import service_environment
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
@@ -58,3 +61,36 @@ def test_preview_needs_no_torch() -> None:
         "print(len(p['references']), 'torch' in sys.modules)"
     )
     assert _python(code).stdout.split() == ["5", "False"]
+
+
+#: What a question to a database of this machine has no use for, and what takes long to import.
+HEAVY = [
+    "alembic", "api", "fastapi", "httpx2", "jinja2", "optuna", "pandas", "plotly", "psycopg",
+    "pyarrow", "ray", "sklearn", "torch", "workers",
+]  # fmt: skip
+
+
+def test_best_imports_nothing_heavy(tmp_path: Path) -> None:
+    """Of a search that was run here; a published table would need pyarrow."""
+    store = open_store(f"sqlite:///{tmp_path / 'einsum-nas.db'}")
+    runs = [
+        PlantedRun(parse_design(text), 32, 0, 2 * 10**9, 1000, [(50, loss + 0.5), (100, loss)])
+        for text, loss in (("dense", 2.5), ("monarch", 2.25))
+    ]
+    search = plant(store, runs, fingerprint="f1", budget=2e11)
+    stand(store)
+    store.close()
+    words = ["best", "--search", search, "--train-flops", "2e11"]
+    code = (
+        f"import sys; sys.argv = ['einsum-nas', *{words!r}]\n"
+        "from nas.cli.main import main\n"
+        "try: main()\n"
+        f"finally: print('loaded', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False,
+        env=service_environment(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "best: monarch" in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded []"

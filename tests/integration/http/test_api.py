@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import pickle
+import re
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 from fastapi.testclient import TestClient
 
 import nas.tasks
+from api.dashboard import plotly_js
 from api.dashboard.figures import draw_scatter, scatter_data
 from api.routes import searches
 from api.schemas import SearchPage, TrialPage
@@ -22,10 +26,12 @@ from nas.designs.theta import Theta
 from nas.planning.recipe import RECIPES
 from nas.planning.request import SearchRequest
 from nas.planning.runs import RunPlan, plan_at, plan_of_steps, references
+from nas.records.answers import Answer
 from nas.settings import Settings
-from nas.store import CurvePoint, Leases, Run, Store, StoredPoint, TrialDraft
+from nas.store import AXES, CurvePoint, Leases, Run, Store, StoredPoint, TrialDraft
 from nas.tasks import corpus
 from tests.support.services import PATIENCE
+from tests.support.tables import small_table
 
 BUDGET = 2e11
 GOOD: dict[str, Any] = {"train_flops": BUDGET, "trials": 2}
@@ -83,7 +89,10 @@ def test_create_read_list_and_cancel(client: TestClient) -> None:
     search = made.json()
     assert made.headers["location"] == f"/v1/searches/{search['id']}"
     assert search["state"] == "queued"
-    assert client.get(f"/v1/searches/{search['id']}").json() == search
+    detail = client.get(f"/v1/searches/{search['id']}").json()
+    overview = detail.pop("overview")
+    assert (overview["trained_flops"], overview["seconds_left"]) == (0, None)
+    assert detail == {**search, "progress": None}
     assert client.get("/v1/searches").json()["items"] == [search]
     assert client.post(f"/v1/searches/{search['id']}/cancel").json()["state"] == "cancelled"
     again = client.post(f"/v1/searches/{search['id']}/cancel")
@@ -328,9 +337,9 @@ def test_fronts_on_other_axes(client: TestClient) -> None:
     assert live["measured"] == {"device": "cpu, float32", "other_devices": [], "not_timed": 0}
     x_axis = live["scatter"]["layout"]["xaxis"]["title"]["text"]
     assert x_axis == "seconds of training, measured on cpu, float32"
-    assert set(live["scatter"]["data"][2]["x"]) >= {p["train_seconds"] for p in timed["dense"]}
+    assert set(drawn(live)["dense"]["x"]) >= {p["train_seconds"] for p in timed["dense"]}
     live = client.get(f"/searches/{search}/live?x=params").json()
-    assert set(live["scatter"]["data"][2]["x"]) >= {p["params"] for p in front["dense"]}
+    assert set(drawn(live)["dense"]["x"]) >= {p["params"] for p in front["dense"]}
     refused = client.get(f"/v1/frontier?search={search}&x=parsecs").json()
     assert (refused["field"], refused["value"]) == ("x", "parsecs")
     assert "params" in refused["accepted"]
@@ -649,7 +658,8 @@ def test_the_openapi_document_describes_every_route(client: TestClient) -> None:
         "/healthz", "/readyz", "/v1/best", "/v1/frontier", "/v1/searches", "/v1/searches/preview",
         "/v1/searches/{search_id}", "/v1/searches/{search_id}/cancel",
         "/v1/searches/{search_id}/clone", "/v1/searches/{search_id}/confirm",
-        "/v1/searches/{search_id}/pause", "/v1/searches/{search_id}/priority",
+        "/v1/searches/{search_id}/labels", "/v1/searches/{search_id}/pause",
+        "/v1/searches/{search_id}/priority",
         "/v1/searches/{search_id}/resume", "/v1/searches/{search_id}/retry", "/v1/workers",
         "/v1/audit", "/v1/searches/{search_id}/export",
         "/v1/searches/{search_id}/events", "/v1/searches/{search_id}/trials", "/v1/structures",
@@ -670,6 +680,9 @@ def test_pages_need_nothing_from_elsewhere(client: TestClient) -> None:
         assert "http://" not in page.text
         assert "https://" not in page.text
     assert len(client.get("/static/plotly.min.js").content) > 1_000_000
+    heads = [plotly_js.file_of(s).read_text()[:300] for s in ("plotly", "plotly-basic")]
+    versions = [re.findall(r"plotly.js (?:\(basic - minified\) )?v([\d.]+)", h) for h in heads]
+    assert versions[0] == versions[1] != []  # figures are drawn by one version
 
 
 def test_a_picture_tells_kinds_of_designs_apart() -> None:
@@ -698,12 +711,230 @@ def curve_point(
     return CurvePoint(1, flops, loss, 0.03, 1.0, run=run)
 
 
+def drawn(live: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The traces of the scatter by name."""
+    return {trace["name"]: trace for trace in live["scatter"]["data"]}
+
+
 def test_the_live_document_holds_the_figures(client: TestClient) -> None:
     search = plant(client)
     live = client.get(f"/searches/{search}/live").json()
-    names = [trace["name"] for trace in live["scatter"]["data"]]
-    assert names == ["structured", "structured front", "dense", "dense front (reference)"]
-    assert len(live["curves"]["data"]) == 6
-    assert len(live["trials"]) == 7
+    fronts = {"structured front", "dense front (reference)"}
+    bands = {f"95% interval of the {front}" for front in fronts}
+    assert drawn(live).keys() == {"structured", "dense", *fronts, *bands}
+    for front in fronts:  # its losses lie in the middle of their intervals
+        low, high = (t for t in live["scatter"]["data"] if t["name"].endswith(f"of the {front}"))
+        middle = [(a + b) / 2 for a, b in zip(low["y"], high["y"], strict=True)]
+        assert middle == pytest.approx(drawn(live)[front]["y"])
+        assert all(a < b for a, b in zip(low["y"], high["y"], strict=True))
+    assert len(live["curves"]["data"]) == live["curves_total"] == 6
+    assert live["points_shown"] == live["points_total"] > 6
+    for name in ("scatter", "curves"):  # plotly refuses what it does not know
+        assert go.Figure(live[name]).to_dict()["data"]
+
+
+@pytest.mark.parametrize("x", AXES)
+def test_a_large_search_is_drawn_from_few_of_its_points(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, x: str
+) -> None:
+    search = plant(client)
+    whole = client.get(f"/searches/{search}/live?x={x}").json()
+    monkeypatch.setattr("api.dashboard.detail.MOST", 1)
+    monkeypatch.setattr("api.dashboard.detail._GRID", (2, 2))
+    monkeypatch.setattr("api.dashboard.figures.SHOWN_CURVES", 2)
+    few = client.get(f"/searches/{search}/live?x={x}").json()
+    assert few["points_total"] == whole["points_total"]
+    if x == "train_flops":  # on others all points are on a front
+        assert few["points_shown"] < whole["points_shown"]
+    for then, now in zip(whole["scatter"]["data"], few["scatter"]["data"], strict=True):
+        assert set(now["x"]) <= set(then["x"])
+        if "front" in then["name"]:
+            assert now == then
+    assert (len(few["curves"]["data"]), few["curves_total"]) == (2, 6)
+
+
+def test_of_too_few_points_no_power_law_is_drawn(client: TestClient) -> None:
+    search = plant(client)
+    front = client.get(f"/v1/frontier?search={search}").json()
+    assert front["structured_law"] is front["dense_law"] is None
+    assert client.get(f"/searches/{search}/laws").json() == []
+
+
+def test_the_answer_of_a_search_is_asked_for_at_any_budget(client: TestClient) -> None:
+    search = plant(client)
+    live = client.get(f"/searches/{search}/live").json()
+    low, high = live["budgets"]
+    assert live["budget"] == high == live["search"]["request"]["train_flops"]
+    for budget in (low, (low * high) ** 0.5, high):
+        live = client.get(f"/searches/{search}/live?budget={budget}").json()
+        asked = client.get(f"/v1/best?search={search}&train_flops={budget}").json()
+        assert (live["budget"], live["best"]) == (budget, asked)
+        assert live["scatter"]["layout"]["shapes"][0]["x0"] == budget
+    for wrong in ("0", "-1", "nan", "much"):
+        assert client.get(f"/searches/{search}/live?budget={wrong}").status_code == 422
+
+
+def test_the_table_of_trials_is_sorted_and_filtered(client: TestClient) -> None:
+    search = plant(client)
+    every = client.get(f"/v1/searches/{search}/trials").json()["items"]
+
+    def rows(query: str) -> list[dict[str, Any]]:
+        found = client.get(f"/searches/{search}/rows{query}").json()
+        assert found["total"] == len(found["trials"])
+        assert found["pages"] == 1
+        return found["trials"]  # type: ignore[no-any-return]
+
+    assert [t["number"] for t in rows("")] == [t["number"] for t in every]
+    losses = [t["loss"] for t in rows("?sort=loss")]
+    measured = sorted(t["loss"] for t in every if t["loss"] is not None)
+    assert losses == [*measured, *[None] * (len(every) - len(measured))]
+    assert [t["loss"] for t in rows("?sort=-loss")][: len(measured)] == measured[::-1]
+    failed = [t for t in every if t["state"] == "failed"]
+    assert failed
+    assert [t["number"] for t in rows("?state=failed")] == [t["number"] for t in failed]
+    assert [t["number"] for t in rows(f"?text={failed[0]['error'][:5]}")] == [failed[0]["number"]]
+    assert rows("?text=100%25") == rows("?text=nowhere") == []
+    assert client.get(f"/searches/{search}/rows?page=2").json()["trials"] == []
+    for query, field in (("sort=colour", "sort"), ("state=tired", "state")):
+        refused = client.get(f"/searches/{search}/rows?{query}")
+        assert (refused.status_code, refused.json()["field"]) == (422, field)
+        assert query.partition("=")[2] in refused.text
+
+
+def test_a_search_has_an_analysis_and_a_log(client: TestClient) -> None:
+    search = plant(client)
+    page = client.get(f"/searches/{search}/analysis")
+    figures = [
+        json.loads(html.unescape(t)) for t in re.findall(r'data-figure="([^"]+)"', page.text)
+    ]
+    titles = [figure["layout"]["title"]["text"] for figure in figures]
+    assert titles == ["Hypervolume over cost", "Timeline"]  # of one candidate there is no order
+    for figure in figures:
+        assert go.Figure(figure).to_dict()["data"]
+    log = client.get(f"/searches/{search}/log").text
+    for event in client.app.state.store.events(search):  # type: ignore[attr-defined]
+        assert f"<td>{event.kind}</td>" in log
     empty = client.post("/v1/searches", json=GOOD).json()["id"]
-    assert client.get(f"/searches/{empty}/live").json()["best"] is None
+    assert "No run has begun yet" in client.get(f"/searches/{empty}/analysis").text
+    assert "queued" in client.get(f"/searches/{empty}/log").text
+    for page_of in ("analysis", "log", "rows"):
+        assert client.get(f"/searches/nowhere/{page_of}").status_code == 404
+
+
+def test_searches_are_compared_side_by_side(client: TestClient) -> None:
+    one, two = plant(client), plant(client)
+    other = client.post("/v1/searches", json={**GOOD, "seed": 77}).json()["id"]
+    for query in (f"ids={one},{two},{other}", f"id={one}&id={two}&id={other}",
+                  f"ids={one[:12]}+{two[:12]}+{other[:12]}"):  # fmt: skip
+        page = client.get(f"/compare?{query}").text
+        rows = re.findall(r'<tr( class="differs")?><th scope="row">([^<]+)</th>(.*?)</tr>', page)
+        cells = {name: (bool(d), re.findall("<td>(.*?)</td>", rest)) for d, name, rest in rows}
+        assert cells["seed"][0]
+        assert cells["seed"][1][-1] == "77"
+        assert cells["verdict"][1][-1] == "nothing measured yet"
+        assert not cells["train FLOPs"][0] or len(set(cells["train FLOPs"][1])) > 1
+        figure = json.loads(html.unescape(re.findall(r'data-figure="([^"]+)"', page)[0]))
+        assert go.Figure(figure).to_dict()["data"]
+        assert len({t["name"] for t in figure["data"]}) == 4  # two fronts of two searches
+    assert client.get("/compare").status_code == client.get(f"/compare?id={one}").status_code == 200
+    refused = client.get("/compare?ids=" + ",".join([one, two, other, *("x" * 9,) * 3]))
+    assert refused.status_code == 404
+    many = [client.post("/v1/searches", json=GOOD).json()["id"] for _ in range(6)]
+    refused = client.get("/compare", params={"id": many})
+    assert (refused.status_code, refused.json()["field"]) == (422, "ids")
+    assert "2 to 5" in refused.json()["accepted"]
+
+
+def test_every_trial_has_a_page(client: TestClient) -> None:
+    search = plant(client)
+    trials = client.get(f"/v1/searches/{search}/trials").json()["items"]
+    for trial in trials:
+        page = client.get(f"/trials/{trial['id']}")
+        assert page.status_code == 200
+        shown = "–" if trial["loss"] is None else f"{trial['loss']:.4f}"
+        assert f'<p class="big">{shown}</p>' in page.text
+        assert page.text.count("network and sizes") == 6
+        if trial["error"]:
+            assert trial["error"] in page.text
+    assert client.get("/trials/123456").status_code == 404
+
+
+def test_a_structure_has_a_page_with_its_network(client: TestClient) -> None:
+    page = client.get("/structures?theta=btt:rho=1/4&d_in=64&d_out=256")
+    assert "9,216 MACs per token" in page.text
+    source = re.search(r'src="([^"]+network.svg[^"]+)"', page.text)
+    assert source is not None
+    drawn = client.get(html.unescape(source[1]))
+    assert drawn.headers["content-type"] == "image/svg+xml"
+    assert "γ 8" in drawn.text
+    assert "network.svg" not in client.get("/structures?theta=ffn-moe&d_in=64&d_out=64").text
+    missing = client.get("/structures/network.svg?theta=convolution&d_in=64&d_out=64")
+    assert missing.status_code == 404
+    refused = client.get("/structures?theta=nonsense&d_in=64&d_out=64")
+    assert (refused.status_code, refused.json()["field"]) == (422, "theta")
+
+
+def test_what_is_large_is_compressed_where_the_client_accepts_it(client: TestClient) -> None:
+    search = plant(client)
+    for path in ("/", f"/searches/{search}/live", "/openapi.json", "/static/plotly-basic.min.js"):
+        sizes = {}
+        for encoding in ("gzip", "identity"):
+            with client.stream("GET", path, headers={"Accept-Encoding": encoding}) as response:
+                sizes[encoding] = sum(map(len, response.iter_raw()))
+                assert response.headers.get("content-encoding", "identity") == encoding
+                assert "accept-encoding" in response.headers["vary"].lower()
+        assert sizes["gzip"] < sizes["identity"] / 2
+
+
+def test_until_a_search_has_runs_its_page_shows_what_was_published(
+    client: TestClient, tmp_path: Path
+) -> None:
+    with small_table(tmp_path / "data"):
+        for task, shown in (("text", None), ("regression", "published")):
+            made = client.post("/v1/searches", json={**GOOD, "task": task}).json()["id"]
+            best = client.get(f"/searches/{made}/live").json()["best"]
+            assert (best and best["kind"]) == shown
+
+
+def test_before_any_run_the_published_table_answers_unless_it_is_refused(
+    client: TestClient, tmp_path: Path
+) -> None:
+    path = "/v1/best?task=regression&train_flops=1e11"
+    with small_table(tmp_path / "data"):
+        best = Answer.model_validate(client.get(path).json())
+        assert (best.kind, best.evidence.searches) == ("published", 0)
+        assert best.published is not None
+        assert best.published.name == "EinBench regression"
+        assert client.get(f"{path}&published=true").json() == best.model_dump(mode="json")
+        refused = client.get(f"{path}&published=false")
+        assert (refused.status_code, refused.json()["title"]) == (404, "Not found")
+        odd = client.get(f"{path}&published=1")
+        assert (odd.status_code, odd.json()["field"]) == (422, "published")
+
+
+def test_a_search_with_a_total_shows_how_it_is_divided_and_how_far_it_is(
+    client: TestClient,
+) -> None:
+    body = {"train_flops": BUDGET, "total_train_flops": 50 * BUDGET, "references": 3}
+    preview = client.post("/v1/searches/preview", json=body).json()
+    assert (preview["stopping_rule"], preview["total_runs"]) == ("frontier", None)
+    assert preview["total_train_flops_at_most"] == 50 * BUDGET
+    parts = preview["parts"]
+    whole = parts["references"] + parts["exploring"] + parts["confirming"]
+    assert whole == pytest.approx(50 * BUDGET)
+    assert parts["racing"] <= parts["exploring"]
+    assert parts["confirmed"] >= 2
+    assert parts["fresh_seeds"] >= 2
+    assert 10 < parts["least_candidates"] < parts["most_candidates"]
+    assert parts["train_seconds"] is None
+    in_seconds = {**body, "total_train_flops": None, "total_seconds": 60.0}
+    assert client.post("/v1/searches/preview", json=in_seconds).json()["parts"] is None
+    search = client.post("/v1/searches", json=body).json()
+    assert search["runs_total"] is None
+    told = client.get(f"/v1/searches/{search['id']}").json()["progress"]
+    assert told == {
+        "round": 0, "phase": None, "spent": 0.0, "total": 50 * BUDGET, "unit": "train FLOPs",
+        "trained_flops": 0, "stopped_flops": 0,
+    }  # fmt: skip
+    page = client.get(f"/searches/{search['id']}")
+    assert "<b>1e+13</b> in total" in page.text

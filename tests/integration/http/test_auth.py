@@ -119,6 +119,11 @@ def operations() -> list[tuple[str, str]]:
     ]  # fmt: skip
     besides = [("GET", "/"), ("GET", "/searches/{search_id}"), ("GET", "/metrics"),
                ("GET", "/searches/{search_id}/live"), ("POST", "/logout"),
+               ("GET", "/searches/{search_id}/analysis"), ("GET", "/searches/{search_id}/log"),
+               ("GET", "/searches/{search_id}/rows"), ("GET", "/searches/{search_id}/laws"),
+               ("GET", "/compare"),
+               ("GET", "/tasks"), ("GET", "/space"), ("GET", "/workers"), ("GET", "/admin"),
+               ("GET", "/reference"),
                ("GET", "/v1/nothing"), ("PUT", "/v1/searches"),
                ("DELETE", "/v1/searches/{search_id}"),
                ("TRACE", "/v1/searches"), ("GET", "/docs"), ("GET", "/static2")]  # fmt: skip
@@ -139,7 +144,7 @@ def request_for(path: str, method: str = "GET") -> dict[str, Any]:
 
 CLOSED = [o for o in operations() if scopes_of(*o) is not None]
 OPEN = ("/healthz", "/readyz", "/openapi.json", "/login")
-ADMIN = ("/metrics", "/v1/workers", "/v1/audit")
+ADMIN = ("/metrics", "/v1/workers", "/v1/audit", "/admin")
 
 
 def filled(path: str, ids: dict[str, str]) -> str:
@@ -177,7 +182,7 @@ def test_every_route_declares_one_permission() -> None:
     }
     assert len(declared) >= 30
     assert {path for (_, path), scopes in declared.items() if scopes is None} == {
-        *OPEN, "/static", "/static/plotly.min.js",
+        *OPEN, "/static", "/static/plotly.min.js", "/static/plotly-basic.min.js",
     }  # fmt: skip
     unsafe = {path: scopes for (method, path), scopes in declared.items() if method == "POST"}
     others = {"/login": None, "/logout": (), "/v1/searches/preview": ("read",)}
@@ -188,7 +193,7 @@ def test_every_route_declares_one_permission() -> None:
         if not (found := declared_of(request_for(path), APP)).needs_store
     } == {
         "/healthz": (False, True), "/readyz": (False, True), "/metrics": (False, True),
-        "/static/plotly.min.js": (False, False),
+        "/static/plotly.min.js": (False, False), "/static/plotly-basic.min.js": (False, False),
     }  # fmt: skip
 
 
@@ -255,7 +260,12 @@ def test_a_key_does_what_its_scopes_say_and_no_more(house: House, method: str, p
 
 
 #: Bodies that are read after the search has been found; other operations read none.
-BODIES = {"/priority": {"priority": 1}, "/confirm": {"top": 1, "seeds": 1}, "/clone": {}}
+BODIES = {
+    "/priority": {"priority": 1},
+    "/labels": {"name": "n"},
+    "/confirm": {"top": 1, "seeds": 1},
+    "/clone": {},
+}
 #: Operations that name a search or a trial.
 OF_IDS = [o for o in CLOSED if "{" in o[1] and o[0] in ("GET", "POST")]
 

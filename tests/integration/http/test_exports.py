@@ -53,8 +53,13 @@ def test_each_format_holds_every_trial(client: TestClient, search_id: str) -> No
         disposition = response.headers["content-disposition"]
         assert disposition == f'attachment; filename="trials-{search_id[:8]}.{kind}"'
         assert response.headers["x-content-type-options"] == "nosniff"
-        assert int(response.headers["content-length"]) == len(response.content)
     assert plain.headers["content-disposition"].startswith("attachment;")
+    # Parquet is compressed already
+    assert int(columns.headers["content-length"]) == len(columns.content)
+    assert "content-encoding" not in columns.headers
+    whole = client.get(path, headers={"Accept-Encoding": "identity"})
+    assert int(whole.headers["content-length"]) == len(whole.content)
+    assert whole.content == table.content
 
 
 @pytest.mark.parametrize("query", ["format=optuna", "format=../x", "rows=all", "out=x"])

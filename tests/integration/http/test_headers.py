@@ -89,6 +89,7 @@ def test_every_route_and_every_method(app: FastAPI, client: TestClient) -> None:
     known = client.post("/v1/searches", json=SEARCH).json()["id"]
     paths = [*client.get("/openapi.json").json()["paths"], "/", "/searches/{search_id}", "/login",
              "/searches/{search_id}/live", "/logout", "/metrics", "/openapi.json", "/nowhere",
+             "/tasks", "/tasks/{task}", "/space", "/workers", "/admin", "/reference",
              "/static/search.js", "/static/plotly.min.js", "/static/none", "/broken",
              "/other"]  # fmt: skip
     statuses = set()
@@ -206,6 +207,25 @@ def test_templates_have_no_scripts_and_no_styles_of_their_own() -> None:
     wrong = "<script>x</script><p style='a' onclick=b><a href='javascript:c'>{{ d | safe }}"
     assert inline(wrong) == ["script", "style", "onclick", "javascript:c", "| safe"]
     found = sorted((dashboard.STATIC.parent / "templates").glob("*.html"))
-    assert [t.stem for t in found] == ["base", "index", "login", "search"]
+    assert [t.stem for t in found] == [
+        "admin",
+        "analysis",
+        "base",
+        "compare",
+        "index",
+        "log",
+        "login",
+        "new",
+        "plotly",
+        "reference",
+        "refused",
+        "search",
+        "space",
+        "structure",
+        "task",
+        "tasks",
+        "trial",
+        "workers",
+    ]
     for template in found:
         assert inline(template.read_text(encoding="utf-8")) == [], template.name

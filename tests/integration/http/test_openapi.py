@@ -81,7 +81,7 @@ def test_every_object_of_a_body_is_closed_and_every_number_bounded(
     document: dict[str, Any],
 ) -> None:
     bodies = _bodies(document)
-    assert len(bodies) == 5
+    assert len(bodies) == 6
     for path, content in bodies.items():
         validator_for(content["schema"], Draft202012Validator).check_schema(content["schema"])
         for node in _schemas(content["schema"]):
@@ -161,6 +161,10 @@ def test_rules_that_no_schema_says_are_listed(client: TestClient, document: dict
         {"train_flops": 2e11, "overrides": {"side": 8}},
         {"train_flops": 2e11, "space": {"families": ["btt-moe"], "experts": [2], "active": [3]}},
         {"train_flops": 2e11, "limits": {"total_train_flops": 1.0}},
+        {"train_flops": 2e11, "total_train_flops": 1.0},
+        {"train_flops": 2e11, "total_train_flops": 1e13, "total_seconds": 9.0},
+        {"train_flops": 2e11, "total_train_flops": 1e13, "stopping": "none"},
+        {"train_flops": 2e11, "total_seconds": 9.0, "sampler": "tpe"},
         {"train_flops": 2e11, "task": "regression", "space": {"heads": ["aligned"]}},
     ]  # fmt: skip
     for body in refused:

@@ -130,8 +130,9 @@ def test_every_address_of_a_page_leads_back(proxied: Proxied) -> None:
             seen |= new
             waiting += new
     ends = {link.removeprefix(PREFIX).partition("?")[0] for link in seen}
-    assert ends >= {"/", "/static/search.js", "/static/style.css", "/v1/tasks", "/openapi.json",
-                    f"/searches/{search}", "/static/plotly.min.js"}  # fmt: skip
+    assert ends >= {"/", "/static/search.js", "/static/style.css", "/tasks", "/tasks/text",
+                    "/space", "/workers", "/reference", "/openapi.json", f"/searches/{search}",
+                    "/static/plotly-basic.min.js"}  # fmt: skip
     assert proxied.ask("GET", f"{PREFIX}/searches/{search}/live", headers=cookie).status_code == 200
 
     proxied.ask("POST", f"{at}/cancel", headers=cookie)
@@ -191,7 +192,9 @@ def test_a_prefix_is_believed_of_trusted_proxies_only(home: Path) -> None:
 def test_no_path_of_the_service_can_be_a_prefix(home: Path) -> None:
     app = create_app(Settings(home=home))
     routes = app.openapi()["paths"]
-    pages = ("/", "/searches/{id}", "/login", "/logout", "/static/x", "/metrics", "/openapi.json")
+    pages = ("/", "/new", "/searches/{id}", "/trials/{id}", "/structures", "/login", "/logout",
+             "/compare", "/tasks", "/tasks/{task}", "/space", "/workers", "/admin", "/reference",
+             "/static/x", "/metrics", "/openapi.json")  # fmt: skip
     assert {path.split("/")[1] for path in [*routes, *pages]} - {""} == own_segments(app)
 
 

@@ -14,12 +14,13 @@ from tests.support.faults.databases import Database, decoded
 from tests.support.faults.worker import read_tag
 
 TERMINAL = ("succeeded", "failed", "cancelled")
-UNFINISHED = ("planned", "running")
+UNFINISHED = ("planned", "running", "paused")
 #: Events after which nobody holds the search.
 _LET_GO = ("lease_lost", "handed_back", "requeued", "paused", "queued", *TERMINAL)
 #: Events of writes that only a holder may do.
 _HELD = (
-    "trial_planned", "trial_started", "point", "trial_complete", "trial_failed", "trial_stopped",
+    "trial_planned", "trial_started", "point", "trial_paused", "trial_complete", "trial_failed",
+    "trial_stopped",
 )  # fmt: skip
 
 Row = dict[str, Any]
