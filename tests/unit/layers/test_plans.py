@@ -298,6 +298,7 @@ def test_compiled_without_a_graph_break(name: str) -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own
 def test_compiled_by_inductor() -> None:
     torch._dynamo.reset()
