@@ -6,7 +6,8 @@ takes seconds where there are thousands; a test has plotly check what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, isfinite, log
@@ -44,6 +45,11 @@ _LEGEND_ROW, _SERIES_OF_ONE_KIND = 22, 4
 _NORMAL_95, _LAW_POINTS = 1.96, 24
 #: Zoom and selection survive the live updates.
 _KEPT = {"uirevision": "keep"}
+#: `meta` of traces whose points each belong to the run in `customdata`, under a `uid` that is the
+#: same in every version of the figure.
+OF_RUNS = "runs"
+#: What such a trace has for each point.
+_OF_POINTS = ("x", "y", "text", "customdata")
 #: Lines that do not cover each other, so that none has to shine through.
 _FEW = 8
 #: More lines cannot be distinguished, and slow down the page.
@@ -178,8 +184,10 @@ def draw_scatter(
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):
         traces += [
             _trace(
-                points, mode="markers",
-                marker={"color": colour, "size": 6, "opacity": 0.45, "symbol": points.symbols},
+                points, mode="markers", meta=OF_RUNS,
+                uid=_uid("structured: two factors" if name == "structured" else name),
+                marker={"color": colour, "size": 6, "opacity": 0.45,
+                        "symbol": points.symbols[0] if points.symbols else "circle"},
             )
             for name, points in data.items()
             if name.partition(":")[0] == key
@@ -236,6 +244,11 @@ def _law(law: Law, key: str, colour: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _uid(said: str) -> str:
+    """A name that plotly can use as a class of elements."""
+    return re.sub(r"\W+", "-", said)
+
+
 def _trace(series: Series, **more: Any) -> dict[str, Any]:
     return {
         "type": "scatter", "name": series.name, "x": series.x, "y": series.y,
@@ -250,7 +263,14 @@ def draw_curves(data: Sequence[tuple[Series, bool]], unit: str) -> dict[str, Any
     for series, dense in data:
         group = "dense" if dense else "structured"
         traces.append(
-            _trace(series, mode="lines", legendgroup=group, showlegend=group not in seen)
+            _trace(
+                series,
+                mode="lines",
+                legendgroup=group,
+                showlegend=group not in seen,
+                meta=OF_RUNS,
+                uid=_uid(f"run {series.trials[0]}"),
+            )
             | {
                 "name": group,
                 "opacity": 0.9 if dense or len(data) <= _FEW else 0.55,
@@ -262,3 +282,15 @@ def draw_curves(data: Sequence[tuple[Series, bool]], unit: str) -> dict[str, Any
         "data": traces,
         "layout": loss_layout("Learning curves", "training steps", unit, **_KEPT),
     }
+
+
+def only_of(figure: Mapping[str, Any], runs: Set[int]) -> dict[str, Any]:
+    """A figure with the points of some runs alone in its traces of runs; the others are whole."""
+
+    def cut(trace: dict[str, Any]) -> dict[str, Any]:
+        if trace.get("meta") != OF_RUNS:
+            return trace
+        kept = [i for i, run in enumerate(trace["customdata"]) if run in runs]
+        return trace | {name: [trace[name][i] for i in kept] for name in _OF_POINTS}
+
+    return {**figure, "data": [cut(trace) for trace in figure["data"]]}

@@ -97,9 +97,11 @@ def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Respo
 
 
 @router.get("/searches/{search_id}/rows", dependencies=[READ])
-def search_rows(search_id: SearchId, store: StoreDep, wanted: table.RowsDep) -> Response:
+def search_rows(
+    search_id: SearchId, store: StoreDep, wanted: table.RowsDep, since: table.Since = None
+) -> Response:
     """A page of the table of a search's trials."""
-    found = wanted.of(store, search_id)
+    found = wanted.of(store, search_id, since)
     return Response(json.dumps(found, allow_nan=False), media_type="application/json")
 
 
@@ -109,13 +111,18 @@ def search_live(
     store: StoreDep,
     x: Axis = "train_flops",
     budget: Annotated[Budget, Query()] = None,
+    since: table.Since = None,
 ) -> Response:
-    body = live_document(store, search_id, x, budget)
+    body = live_document(store, search_id, x, budget, since)
     return Response(json.dumps(body, allow_nan=False), media_type="application/json")
 
 
 def live_document(
-    store: Store, search_id: str, x: str = "train_flops", budget: float | None = None
+    store: Store,
+    search_id: str,
+    x: str = "train_flops",
+    budget: float | None = None,
+    since: int | None = None,
 ) -> dict[str, Any]:
     """What the page of a search shows but for its table: plain values, among them figures as
     plotly's JSON.
@@ -124,9 +131,13 @@ def live_document(
     ----------
     budget
         Train FLOPs of a run within which the best is asked for; by default the search's own.
+    since
+        The `last` of an earlier document: of traces of runs the points of the runs in `changed`
+        alone, which are all that may differ from it.  Where more may, `changed` is None.
     """
     answers.checked_axis(x)
     search = store.search(search_id)
+    last, changed = table.news_of(store, search_id, since)
     standings, along = Standings(store), store.cloud(search_id, "train_flops")
     unit = search.request.settings.loss_unit
     budget = search.request.train_flops if budget is None else budget
@@ -145,7 +156,15 @@ def live_document(
     except (NotFound, InvalidInput):
         # nothing has completed yet, or nothing near the budget
         best = None if len(along) else _published(search.request)
+    scatter = figures.draw_scatter(
+        figures.scatter_data(_at(points, dots), x), x, budget, unit, place.device
+    )
+    curves = figures.draw_curves(figures.curves_data(_at(points, lines)), unit)
+    if changed is not None:
+        scatter, curves = (figures.only_of(figure, changed) for figure in (scatter, curves))
     return {
+        "last": last,
+        "changed": None if changed is None else sorted(changed),
         "search": search_detail(store, search),
         "budget": budget,
         "budgets": _budgets(along, search.request.train_flops),
@@ -153,12 +172,10 @@ def live_document(
         "best": best,
         "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
         "measured": OnDevice(**place.shown).model_dump(),
-        "scatter": figures.draw_scatter(
-            figures.scatter_data(_at(points, dots), x), x, budget, unit, place.device
-        ),
+        "scatter": scatter,
         "points_shown": len(dots),
         "points_total": len(cloud),
-        "curves": figures.draw_curves(figures.curves_data(_at(points, lines)), unit),
+        "curves": curves,
         "curves_total": len(np.unique(along["trial_id"])),
     }
 

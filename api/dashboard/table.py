@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 from fastapi import Depends, Query
+from pydantic import Field
 
-from api.deps import TEXT
+from api.deps import MAX_ID, TEXT
 from api.middleware.bodies import WHOLE
 from nas.errors import InvalidInput
 from nas.records.trial import TrialState
 from nas.store import Store
+from nas.store.following import changed_runs, read_heads
 from nas.store.table import SORTS, trial_page
 
 TRIAL_STATES = get_args(TrialState)
@@ -30,8 +32,25 @@ COLUMNS = {
     "params": ("Parameters", "", "params", True),
     "seconds": ("Time of a step", "ms, measured", "seconds_per_step", True),
 }
+#: Events after which a page is told all, instead of what changed.
+_MOST_EVENTS = 2000
+#: The newest event that a page knows of.
+Since = Annotated[Annotated[int, Field(ge=0, le=MAX_ID), WHOLE] | None, Query()]
 Text = Annotated[str, Query(pattern=TEXT, max_length=200)]
 Page = Annotated[int, Query(ge=1, le=1_000_000), WHOLE]
+
+
+def news_of(store: Store, search_id: str, since: int | None) -> tuple[int, set[int] | None]:
+    """The newest event of a search, and the runs that may differ since an earlier one.
+
+    None of them where all may.  To be asked before anything else is read: what comes later is then
+    told the next time.
+    """
+    heads = read_heads(store, [search_id])
+    last = heads[search_id].last if heads else 0
+    if since is None or since > last:  # later: of a database that is there no more
+        return last, None
+    return last, changed_runs(store, search_id, since, last, limit=_MOST_EVENTS)
 
 
 @dataclass(frozen=True)
@@ -44,14 +63,23 @@ class Rows:
     text: str | None
     page: int
 
-    def of(self, store: Store, search_id: str) -> dict[str, Any]:
-        """The trials of the page that is wanted, and how many there are."""
+    def of(self, store: Store, search_id: str, since: int | None = None) -> dict[str, Any]:
+        """The trials of the page that is wanted, and how many there are.
+
+        Parameters
+        ----------
+        since
+            The `last` of an earlier page: of the trials in `order` those that changed alone.
+        """
+        last, changed = news_of(store, search_id, since)
         found, total = trial_page(
             store, search_id, sort=self.sort, down=self.down, state=self.state, text=self.text,
             offset=(self.page - 1) * _ROWS, limit=_ROWS,
         )  # fmt: skip
         return {
-            "trials": [t.model_dump() for t in found],
+            "last": last,
+            "order": [t.id for t in found],
+            "trials": [t.model_dump() for t in found if changed is None or t.id in changed],
             "total": total,
             "pages": max(1, -(-total // _ROWS)),
         }

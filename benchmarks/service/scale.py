@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -52,50 +53,70 @@ def opened(folder: Path) -> Iterator[Store]:
         store.close()
 
 
-def planted(store: Store, trials: int, **fields: Any) -> Search:
-    """A search of which `trials` candidates and all references have ended; more may be proposed."""
+def planted(
+    store: Store, trials: int, *, designs: int = _DESIGNS, points: int = 12, **fields: Any
+) -> Search:
+    """A search of which `trials` candidates and all references have ended; more may be proposed.
+
+    The loss of a run falls with the steps by a power law, whose height and exponent differ from run
+    to run without a pattern.
+
+    Parameters
+    ----------
+    designs
+        Distinct ones among the candidates.
+    """
     asked = {**_FIELDS, "trials": min(trials + 500, 10_000), **fields}
     request = SearchRequest.checked(asked)
     search, _ = store.create_search(request)
     recipe = request.settings
     dense = references(recipe, request.train_flops, request.references)
-    found = [propose(request, recipe, i, [], lambda _: False) for i in range(_DESIGNS)]
-    rows, points = [], []
-    first = search.sequence * 1_000_000
-    for number in range(len(dense) + trials):
-        is_dense = number < len(dense)
-        proposal = None if is_dense else found[number % _DESIGNS]
-        plan = dense[number] if proposal is None else proposal.plan
-        seed = number  # so that their keys differ
-        rows.append({
-            "id": first + number, "search_id": search.id, "number": number,
-            "kind": "reference" if is_dense else "candidate", "state": "complete",
-            "params": None if proposal is None else proposal.params,
-            "sampler_state": {} if proposal is None else proposal.sampler_state, "unseen": [],
-            "theta": list(plan.design.exponents), "design": None, "name": plan.name,
-            "structures": list(plan.structures), "dense": plan.dense, "width": plan.width,
-            "depth": plan.depth, "steps": plan.steps,
-            "train_flops_per_step": plan.train_flops_per_step,
-            "train_flops": float(plan.train_flops),
-            "forward_flops_per_token": plan.forward_flops_per_token, "model_params": plan.params,
-            "seed": seed, "key": run_key(recipe, _FINGERPRINT, plan, seed), "attempts": 1,
-            "epoch": 1, "environment": {"device": "cpu"}, "loss": 2.0 + number % 97 / 100,
-            "created_at": 0.0, "model": model_digest(search.id, plan),
-            "trained_steps": plan.steps, "charged_steps": plan.steps,
-        })  # fmt: skip
-        for i in range(12):
-            step = max(1, round(plan.steps / 2 ** (i / 2)))
-            points.append({
-                "trial_id": first + number, "step": step, "seconds": step / 100,
-                "train_flops": float(step * plan.train_flops_per_step),
-                "loss": 2.0 + number % 97 / 100 + i / 10,
-                "loss_stderr": 0.01, "window_losses": pack_floats([2.0] * 64),
+    drawn = request.model_copy(update={"sampler": "random"}) if designs > _DESIGNS else request
+    found = [propose(drawn, recipe, i, [], lambda _: False) for i in range(designs)]
+    chosen = random.Random(1)
+    first = search.sequence * 10_000_000
+    losses = pack_floats([2.0] * 64)
+    total = len(dense) + trials
+    for begin in range(0, total, 10_000):
+        rows, evaluations = [], []
+        for number in range(begin, min(begin + 10_000, total)):
+            is_dense = number < len(dense)
+            proposal = None if is_dense else found[number % designs]
+            plan = dense[number] if proposal is None else proposal.plan
+            seed = number  # so that their keys differ
+            least, height = 1.8 + chosen.lognormvariate(-1.5, 0.5), chosen.lognormvariate(0, 0.3)
+            power = chosen.uniform(0.3, 0.6)
+            rows.append({
+                "id": first + number, "search_id": search.id, "number": number,
+                "kind": "reference" if is_dense else "candidate", "state": "complete",
+                "params": None if proposal is None else proposal.params,
+                "sampler_state": {} if proposal is None else proposal.sampler_state,
+                "unseen": [], "theta": list(plan.design.exponents), "design": None,
+                "name": plan.name, "structures": list(plan.structures), "dense": plan.dense,
+                "width": plan.width, "depth": plan.depth, "steps": plan.steps,
+                "train_flops_per_step": plan.train_flops_per_step,
+                "train_flops": float(plan.train_flops),
+                "forward_flops_per_token": plan.forward_flops_per_token,
+                "model_params": plan.params, "seed": seed,
+                "key": run_key(recipe, _FINGERPRINT, plan, seed), "attempts": 1, "epoch": 1,
+                "environment": {"device": "cpu"}, "loss": least, "created_at": 0.0,
+                "model": model_digest(search.id, plan), "trained_steps": plan.steps,
+                "charged_steps": plan.steps,
             })  # fmt: skip
+            for i in range(points):
+                step = max(1, round(plan.steps / 2 ** (i / 2)))
+                evaluations.append({
+                    "trial_id": first + number, "step": step, "seconds": step / 100,
+                    "train_flops": float(step * plan.train_flops_per_step),
+                    "loss": least + height * (2 ** (power * i / 2) - 1),
+                    "loss_stderr": 0.01, "window_losses": losses,
+                })  # fmt: skip
+        with writing(store.engine) as session:
+            for table, values in ((TrialRow, rows), (PointRow, evaluations)):
+                for part in pieces(values):
+                    session.execute(insert(table), list(part))
+    tally = {"complete": total, "references": len(dense)}
     with writing(store.engine) as session:
-        for table, values in ((TrialRow, rows), (PointRow, points)):
-            for part in pieces(values):
-                session.execute(insert(table), list(part))
-        tally = {"complete": len(rows), "references": len(dense)}
         session.execute(update(SearchRow).where(SearchRow.id == search.id).values(tally=tally))
     return search
 
@@ -121,7 +142,7 @@ def resumed(folder: Path, trials: int) -> dict[str, Any]:
     """Seconds until a worker that takes the search over can hand out its next trial."""
     took = {}
     for name, scheduler in (("prepare", None), ("with_curves_and_view", Nothing())):
-        fields = {"stopping": "median", "sampler": "random"} if scheduler else {}
+        fields: dict[str, Any] = {"stopping": "median", "sampler": "random"} if scheduler else {}
         with opened(folder / f"{name}-{trials}") as store:
             search = planted(store, trials, **fields)
             started = time.perf_counter()

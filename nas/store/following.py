@@ -16,8 +16,15 @@ from sqlalchemy import func, select
 from nas.records.search import SearchState
 from nas.store.engine import pieces, reading
 from nas.store.records import TERMINAL, Event
-from nas.store.schema import EventRow, SearchRow
+from nas.store.schema import EventRow, SearchRow, TrialRow
 from nas.store.searches import Store
+
+#: Kinds of events after which the points of no other run than the one that they name differ, or of
+#: none.
+_OF_A_RUN = {
+    "point", "trial_planned", "trial_started", "trial_paused", "trial_complete", "trial_stopped",
+    "trial_failed", "round", "labels", "priority",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +90,29 @@ def read_news(
             )
             news[search_id] = [Event(**row._mapping) for row in session.execute(query)]
         return news
+
+
+def changed_runs(
+    store: Store, search_id: str, since: int, last: int, *, limit: int
+) -> set[int] | None:
+    """Ids of the trials whose points may differ from those at an event of the search's log.
+
+    None where more than the runs that the log names may differ, and after more than `limit` events.
+
+    Parameters
+    ----------
+    since, last
+        Ids of that event, and of the newest one that is looked at.
+    """
+    news = read_news(store, {search_id: (since, last)}, limit=limit + 1)[search_id]
+    if len(news) > limit or any(e.kind not in _OF_A_RUN for e in news):
+        return None
+    numbers = {e.data["number"] for e in news if "number" in e.data}
+    found: set[int] = set()
+    with reading(store.engine) as session:
+        for asked in pieces(sorted(numbers)):
+            query = select(TrialRow.id).where(
+                TrialRow.search_id == search_id, TrialRow.number.in_(asked)
+            )
+            found |= set(session.scalars(query))
+    return found

@@ -14,6 +14,9 @@ from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH, TINY
 
 pytestmark = needs_chromium
+#: The points of every trace of both figures, in an order of their own.
+_DRAWN = """() => ['scatter', 'curves'].map((n) => document.getElementById(n).drawn.data.map((t) =>
+  [t.name, t.uid, t.x.map((x, i) => [x, t.y[i], t.text?.[i], t.customdata?.[i]].join()).sort()]))"""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,14 @@ def test_a_search_is_followed_live(page: Any, service: Service, finished_search:
     assert page.inner_text("#progress") != first
     assert "5 of 5 runs finished" in page.inner_text("#progress")
     assert page.locator("#cancel").is_hidden()
+    # what came run by run is what a page shows that is opened now
+    page.wait_for_selector("#search[data-ready=succeeded]")
+    followed, rows = page.evaluate(_DRAWN), page.inner_text("#trials")
+    page.reload()
+    page.wait_for_selector("#search[data-ready=succeeded]")
+    assert page.evaluate(_DRAWN) == followed
+    assert page.inner_text("#trials") == rows
+    assert len(followed[0]) > 4
 
 
 def test_pausing_resuming_and_cancelling_from_the_page(

@@ -88,6 +88,7 @@ def test_the_blocker_blocks() -> None:
     assert "No module named 'pydantic'" in found.stderr
 
 
+@FULL
 def test_a_study(tmp_path: Path) -> None:
     done, found = bench(tmp_path, "--device", "cpu", "--parts", "study")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -89,6 +89,24 @@ function tools(element) {
   element.after(bar);
 }
 
+// What a trace of runs has for each point.
+const OF_POINTS = ["x", "y", "text", "customdata"];
+
+// the figure of which only the points of runs that changed have come, whole again by those that were
+// drawn before; null where those are not enough
+export function whole(before, { data, layout }, changed) {
+  const drawn = new Map(before.data.map((trace) => [trace.uid, trace]));
+  const joined = data.map((trace) => {
+    if (trace.meta !== "runs") return trace;
+    const old = drawn.get(trace.uid);
+    if (!old) return trace;
+    const kept = old.customdata.flatMap((run, i) => (changed.has(run) ? [] : [i]));
+    return { ...trace, ...Object.fromEntries(OF_POINTS.map((name) => [name, [...kept.map((i) => old[name][i]), ...trace[name]]])) };
+  });
+  const lacking = joined.some((trace, i) => trace.meta === "runs" && !trace.x.length && !drawn.has(data[i].uid));
+  return lacking ? null : { data: joined, layout };
+}
+
 export async function draw(element, figure, open = null) {
   if (!element.drawn) tools(element);
   element.drawn = figure;

@@ -1,7 +1,7 @@
 // The page of one search: listens to its events and redraws from one JSON document.
 import { showBest, showLeftOut } from "./answer.js";
 import { ask, byId, counted, flops, keep, text } from "./common.js";
-import { draw } from "./figure.js";
+import { draw, whole } from "./figure.js";
 import { refreshTrials } from "./trials.js";
 
 const root = byId("search");
@@ -85,11 +85,28 @@ function drawScatter({ data, layout }, open) {
   return draw(byId("scatter"), { data: [...data, ...more], layout }, open);
 }
 
+// what was drawn last, with the axis it is of
+let shown = null;
+
+// the document of all that is shown, of which only what changed has come, where that is enough
+function completed(live, x, before) {
+  if (live.changed) {
+    const changed = new Set(live.changed);
+    for (const name of ["scatter", "curves"]) live[name] = whole(before.live[name], live[name], changed);
+  }
+  if (!live.scatter || !live.curves) return null;
+  shown = { live, x };
+  return live;
+}
+
 async function refresh() {
   const began = performance.now();
   const here = new URLSearchParams(location.search);
-  const asked = new URLSearchParams({ x: byId("axis").value });
+  const x = byId("axis").value;
+  const asked = new URLSearchParams({ x });
   if (here.get("budget")) asked.set("budget", here.get("budget"));
+  const before = shown;
+  if (before && before.x === x) asked.set("since", before.live.last);
   let response;
   try {
     response = await ask(service, `/searches/${id}/live?${asked}`);
@@ -99,8 +116,13 @@ async function refresh() {
     text("connection", response ? `Not up to date: ${error.message}` : "The service does not answer; the page shows what it said last, and tries again.");
     return;
   }
-  const live = await response.json();
+  const live = completed(await response.json(), x, before);
   text("connection", "");
+  if (!live) {
+    shown = null;
+    await refresh();
+    return;
+  }
   showSearch(live.search, live.workers, live.can_retry);
   showBudget(live);
   showBest(live.best, service);

@@ -69,16 +69,29 @@ function hide() {
   }
 }
 
+// what was shown last, by trial, and the newest event before it: only trials that changed come again
+let known = { last: null, trials: new Map() };
+
 export async function refreshTrials(chosen = best) {
   best = chosen;
   const asked = new URLSearchParams(NAMES.filter((n) => wanted.get(n)).map((n) => [n, wanted.get(n)]));
+  const before = known;
+  if (before.last !== null) asked.set("since", before.last);
   const response = await ask(service, `/searches/${id}/rows?${asked}`);
   const found = await response.json();
   if (!response.ok) { text("more", found.detail); return; }
-  const seeds = new Set(found.trials.map((t) => t.seed)).size;
+  const came = new Map(found.trials.map((t) => [t.id, t]));
+  const trials = found.order.map((i) => came.get(i) || before.trials.get(i));
+  known = { last: found.last, trials: new Map(trials.filter(Boolean).map((t) => [t.id, t])) };
+  if (!trials.every(Boolean)) {
+    known.last = null;
+    await refreshTrials();
+    return;
+  }
+  const seeds = new Set(trials.map((t) => t.seed)).size;
   const body = document.createElement("tbody");
   body.id = "trials";
-  for (const t of found.trials) fill(body.insertRow(), t, seeds);
+  for (const t of trials) fill(body.insertRow(), t, seeds);
   byId("trials").replaceWith(body);
   const page = Number(wanted.get("page") || 1);
   const filtered = wanted.get("state") || wanted.get("text");
@@ -100,6 +113,7 @@ function change(changes) {
     else wanted.delete(name);
   }
   keep(changes);
+  known.last = null;
   return refreshTrials();
 }
 

@@ -753,6 +753,39 @@ def test_a_large_search_is_drawn_from_few_of_its_points(
     assert (len(few["curves"]["data"]), few["curves_total"]) == (2, 6)
 
 
+def test_a_page_is_told_what_changed_since_an_event(client: TestClient) -> None:
+    search = plant(client)
+    whole = client.get(f"/searches/{search}/live").json()
+    rows = client.get(f"/searches/{search}/rows").json()
+    assert whole["changed"] is None
+    ends = {
+        e.data["number"]: e.id
+        for e in client.app.state.store.events(search, limit=1000)  # type: ignore[attr-defined]
+        if e.kind.startswith("trial_")
+    }
+    of = {t["number"]: t["id"] for t in rows["trials"]}
+    assert rows["order"] == list(of.values())
+    # the log ends with the end of the search, after which anything may differ
+    live = client.get(f"/searches/{search}/live?since={ends[6]}").json()
+    assert live["changed"] is None
+    assert live["last"] == whole["last"] > ends[6]
+    for page, part in (("live", "changed"), ("rows", "trials")):
+        same = client.get(f"/searches/{search}/{page}?since={whole['last']}").json()
+        assert same[part] == []
+        later = client.get(f"/searches/{search}/{page}?since={whole['last'] + 1}").json()
+        assert later == (whole if page == "live" else rows)
+        assert client.get(f"/searches/{search}/{page}?since=-1").status_code == 422
+    same = client.get(f"/searches/{search}/live?since={whole['last']}").json()
+    none = {key: [] for key in ("x", "y", "text", "customdata")}
+    for then, now in zip(whole["scatter"]["data"], same["scatter"]["data"], strict=True):
+        assert now == (then | none if then.get("meta") == "runs" else then)
+    assert [t["uid"] for t in same["curves"]["data"]] == [t["uid"] for t in whole["curves"]["data"]]
+    assert (
+        client.get(f"/searches/{search}/rows?since={whole['last']}").json()["order"]
+        == rows["order"]
+    )
+
+
 def test_of_too_few_points_no_power_law_is_drawn(client: TestClient) -> None:
     search = plant(client)
     front = client.get(f"/v1/frontier?search={search}").json()

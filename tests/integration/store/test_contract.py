@@ -18,6 +18,7 @@ from nas.designs.design import parse_design
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, LeaseLost, NotFound
 from nas.store import Lease, Leases, Search, Store, StoredPoint, upgrade
 from nas.store.evidence import Standings
+from nas.store.following import changed_runs
 from nas.store.leases import MAX_ATTEMPTS
 from nas.store.records import Renewal
 from nas.store.rows import pack_floats, unpack_floats
@@ -338,6 +339,32 @@ def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leas
     assert [store.trial(i).state for i in ids] == ["failed", "stopped", "running"]
     complete = [p for p in points if p.run.complete]
     assert store.window_losses([(p.run.trial_id, p.step) for p in complete]) == [(1.5, 2.5)]
+
+
+def test_the_log_tells_which_runs_changed(store: Store, leases: Leases) -> None:
+    search, _ = store.create_search(REQUEST)
+    got = leases.claim("w", 60, search_id=search.id)
+    assert got is not None
+    lease = got[0]
+    first, second = (leases.add_trial(lease, draft(number)) for number in (1, 2))
+
+    def newest() -> int:
+        return store.events(search.id)[-1].id
+
+    begun = newest()
+    for trial in (first, second):
+        leases.start_trial(lease, trial.id)
+    started = newest()
+    leases.add_point(lease, second.id, last_point(second))
+    leases.complete_trial(lease, second.id, None)
+    end = newest()
+    assert changed_runs(store, search.id, begun, end, limit=9) == {first.id, second.id}
+    assert changed_runs(store, search.id, started, end, limit=9) == {second.id}
+    assert changed_runs(store, search.id, end, end, limit=9) == set()
+    assert changed_runs(store, search.id, begun, end, limit=3) is None  # of four events
+    # the run of the other trial is handed back, and its points with it
+    leases.hand_back(lease)
+    assert changed_runs(store, search.id, end, newest(), limit=9) is None
 
 
 def test_tasks_are_told_apart_by_their_data(store: Store, leases: Leases) -> None:
