@@ -53,7 +53,7 @@ _OF_POINTS = ("x", "y", "text", "customdata")
 #: Lines that do not cover each other, so that none has to shine through.
 _FEW = 8
 #: More lines cannot be distinguished, and slow down the page.
-SHOWN_CURVES = 200
+SHOWN_CURVES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,9 @@ def loss_layout(title: str, x_title: str, unit: str, **more: Any) -> dict[str, A
 
 
 def draw_scatter(
-    data: Mapping[str, Series], axis: str, budget: float, unit: str, device: str | None = None
+    data: Mapping[str, Series], axis: str, unit: str, device: str | None = None
 ) -> dict[str, Any]:
-    """Loss against an axis, both fronts as steps; on train FLOPs the budget as a dotted line.
+    """Loss against an axis, both fronts as steps.
 
     Parameters
     ----------
@@ -201,13 +201,17 @@ def draw_scatter(
                 marker={"size": 8, "color": colour, "symbol": front.symbols},
             )
         )  # fmt: skip
-    if axis == "train_flops":
-        line = {"dash": "dot", "color": MARK, "width": 1}
-        layout["shapes"] = [
-            {"type": "line", "x0": budget, "x1": budget, "yref": "y domain", "y0": 0, "y1": 1,
-             "line": line}
-        ]  # fmt: skip
     return {"data": traces, "layout": layout}
+
+
+def at_budget(figure: Mapping[str, Any], axis: str, budget: float) -> dict[str, Any]:
+    """A figure of `draw_scatter` with a budget as a dotted line, where the axis is train FLOPs."""
+    shapes = [
+        {"type": "line", "x0": budget, "x1": budget, "yref": "y domain", "y0": 0, "y1": 1,
+         "line": {"dash": "dot", "color": MARK, "width": 1}}
+    ]  # fmt: skip
+    more = {"shapes": shapes} if axis == "train_flops" else {}
+    return {**figure, "layout": {**figure["layout"], **more}}
 
 
 def _band(front: Series, colour: str) -> list[dict[str, Any]]:

@@ -17,14 +17,16 @@ from nas.analysis.intervals import Interval
 from nas.analysis.style import DENSE, MARK, STRUCTURED, figure_layout, log_axis, plain_text
 from nas.designs.taxonomy import taxonomy
 from nas.designs.theta import Theta
-from nas.store import Trial
 from nas.store.searches import Cloud
+from nas.store.table import Outcome
 
 Floats = NDArray[np.float64]
 #: Trials that are read, the first by number.
 MOST = 10_000
 #: Points of a line over the course of a search, and lines of the parallel coordinates.
 _CHECKPOINTS, _LINES = 200, 500
+#: Bars of a timeline: the runs that began last.
+BARS = 1000
 #: Runs that are compared with each other in pairs, evenly spread over the search, at most.
 _PAIRED = 1000
 #: Fifths of the runs by their loss, and their colours.
@@ -51,7 +53,7 @@ class Quantities:
     left_out: int
 
 
-def quantities(trials: Sequence[Trial]) -> Quantities:
+def quantities(trials: Sequence[Outcome]) -> Quantities:
     """The quantities of completed candidates, (n,) each."""
     ended = [t for t in trials if t.state == "complete" and t.kind == "candidate"]
     ended = [t for t in ended if t.loss is not None]
@@ -168,7 +170,7 @@ class Course:
     dense: list[float] = field(default_factory=list)
 
 
-def course(trials: Sequence[Trial], along: Cloud) -> Course:
+def course(trials: Sequence[Outcome], along: Cloud) -> Course:
     """Hypervolume of the curves of completed runs over the compute of all ended ones.
 
     Parameters
@@ -198,7 +200,7 @@ def course(trials: Sequence[Trial], along: Cloud) -> Course:
     return found
 
 
-def _end(trial: Trial) -> float:
+def _end(trial: Outcome) -> float:
     return trial.finished_at or 0.0
 
 
@@ -221,8 +223,8 @@ def draw_course(found: Course, unit: str) -> dict[str, Any]:
     return {"data": traces, "layout": layout}
 
 
-def lanes(trials: Sequence[Trial], now: float) -> list[tuple[Trial, float, float, int]]:
-    """(trial, start, end, lane) of each run that was started, in seconds since the first.
+def lanes(trials: Sequence[Outcome], now: float) -> list[tuple[Outcome, float, float, int]]:
+    """(trial, start, end, lane) of the last `BARS` runs that began, in seconds since the first.
 
     Runs of one lane do not overlap, so that there are as many as ran at once.  Of a run that was
     paused the time between counts as its own.
@@ -239,10 +241,10 @@ def lanes(trials: Sequence[Trial], now: float) -> list[tuple[Trial, float, float
         lane = next((i for i, until in enumerate(free) if until <= start), len(free))
         free[lane : lane + 1] = [end]
         found.append((trial, start, end, lane))
-    return found
+    return found[-BARS:]
 
 
-def draw_timeline(found: Sequence[tuple[Trial, float, float, int]]) -> dict[str, Any]:
+def draw_timeline(found: Sequence[tuple[Outcome, float, float, int]]) -> dict[str, Any]:
     """One bar a run, from its start to its end, coloured by what became of it."""
     traces = []
     for state, colour in _COLOURS.items():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, get_args
+from urllib.parse import urlencode
 
 import numpy as np
+from cachetools import LRUCache, cached
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathField
 from fastapi.responses import HTMLResponse
@@ -48,6 +51,8 @@ templates = Jinja2Templates(
     _HERE / "templates", context_processors=[lambda request: {"root": root_of(request.scope)}]
 )
 templates.env.globals["plotly_styles"] = plotly_js.styles
+#: Searches on an axis whose figures are kept.
+_KEPT_FIGURES = 16
 #: Runs of a model that the page of one of them lists.
 _REPEATS = 20
 
@@ -88,7 +93,11 @@ def new_search(
 def search_page(search_id: SearchId, request: Request, store: StoreDep) -> Response:
     search = store.search(search_id)
     recipe = search.request.settings
+    x, budget = (request.query_params.get(name, "") for name in ("x", "budget"))
+    asked = {"x": x if x in AXES else next(iter(AXES))} | ({"budget": budget} if budget else {})
     shown = {
+        # what its script asks for first, so that the browser begins while it reads the scripts
+        "asked": urlencode(asked),
         "search": describe(search).model_dump(), "unit": recipe.loss_unit, "recipe": recipe.name,
         "axes": AXES, "rule": search.request.stopping_rule,
         "columns": table.COLUMNS, "trial_states": table.TRIAL_STATES,
@@ -138,44 +147,55 @@ def live_document(
     answers.checked_axis(x)
     search = store.search(search_id)
     last, changed = table.news_of(store, search_id, since)
-    standings, along = Standings(store), store.cloud(search_id, "train_flops")
-    unit = search.request.settings.loss_unit
     budget = search.request.train_flops if budget is None else budget
-    place, cloud = answers.measured_on(standings, search.id, x), along
-    if x != "train_flops":
-        cloud = store.cloud(search_id, x)
-    if AXES[x].measured:
-        on_device = standings.trials_on(search.id, place.device) if place.device else set()
-        cloud = cloud[np.isin(cloud["trial_id"], list(on_device))]
-    dots = places(cloud[detail.shown(cloud)])
-    lines = places(along[detail.lowest_runs(along, figures.SHOWN_CURVES)])
-    points = store.curve_points(search_id=search_id, at=dots | lines)
+    found = _figures(search.id, x, last, store, search.request)
     try:
-        found = answers.get_best(store, search_id=search_id, train_flops=budget)
-        best: dict[str, Any] | None = found.model_dump(mode="json")
+        answer = answers.get_best(store, search_id=search_id, train_flops=budget)
+        best: dict[str, Any] | None = answer.model_dump(mode="json")
     except (NotFound, InvalidInput):
         # nothing has completed yet, or nothing near the budget
-        best = None if len(along) else _published(search.request)
-    scatter = figures.draw_scatter(
-        figures.scatter_data(_at(points, dots), x), x, budget, unit, place.device
-    )
-    curves = figures.draw_curves(figures.curves_data(_at(points, lines)), unit)
+        best = None if found["curves_total"] else _published(search.request)
+    scatter, curves = figures.at_budget(found["scatter"], x, budget), found["curves"]
     if changed is not None:
         scatter, curves = (figures.only_of(figure, changed) for figure in (scatter, curves))
     return {
+        **found,
+        "scatter": scatter,
+        "curves": curves,
         "last": last,
         "changed": None if changed is None else sorted(changed),
         "search": search_detail(store, search),
         "budget": budget,
-        "budgets": _budgets(along, search.request.train_flops),
         "can_retry": store.can_retry(search_id),
         "best": best,
         "workers": sum(p.kind == "worker" for p in Processes(store).alive(LIVE_SECONDS)),
+    }
+
+
+@cached(LRUCache(_KEPT_FIGURES), key=lambda *given: given[:3], lock=Lock())
+def _figures(
+    search_id: str, x: str, last: int, store: Store, request: SearchRequest
+) -> dict[str, Any]:
+    """Both figures of a search, with what there is to tell of them: the same until its log grows
+    beyond `last`."""
+    standings, along = Standings(store), store.cloud(search_id, "train_flops")
+    place, cloud = answers.measured_on(standings, search_id, x), along
+    if x != "train_flops":
+        cloud = store.cloud(search_id, x)
+    if AXES[x].measured:
+        on_device = standings.trials_on(search_id, place.device) if place.device else set()
+        cloud = cloud[np.isin(cloud["trial_id"], list(on_device))]
+    dots = places(cloud[detail.shown(cloud)])
+    lines = places(along[detail.lowest_runs(along, figures.SHOWN_CURVES)])
+    points = store.curve_points(search_id=search_id, at=dots | lines)
+    shown, unit = figures.scatter_data(_at(points, dots), x), request.settings.loss_unit
+    return {
+        "budgets": _budgets(along, request.train_flops),
         "measured": OnDevice(**place.shown).model_dump(),
-        "scatter": scatter,
+        "scatter": figures.draw_scatter(shown, x, unit, place.device),
         "points_shown": len(dots),
         "points_total": len(cloud),
-        "curves": curves,
+        "curves": figures.draw_curves(figures.curves_data(_at(points, lines)), unit),
         "curves_total": len(np.unique(along["trial_id"])),
     }
 

@@ -143,7 +143,8 @@ def _front(store: Store, scope: answers.Scope, x: str, budget: float) -> dict[st
         task=scope.task, fingerprint=scope.fingerprint, at=places(cloud[detail.shown(cloud)])
     )
     data = figures.scatter_data(points, x)
-    figure = figures.draw_scatter(data, x, budget, scope.loss_unit, place.device)
+    figure = figures.draw_scatter(data, x, scope.loss_unit, place.device)
+    figure = figures.at_budget(figure, x, budget)
     return {"figure": figure, "points_shown": len(points), "place": place}
 
 

@@ -16,6 +16,7 @@ from api.deps import MAX_ID, TEXT, SearchId, StoreDep
 from api.middleware.bodies import WHOLE
 from nas.service.compare import FEWEST
 from nas.store import Store
+from nas.store.table import outcomes
 
 router = APIRouter(include_in_schema=False)
 #: Entries of a page of the log, and searches that the page of comparisons offers.
@@ -52,7 +53,7 @@ def analysis(search_id: SearchId, request: Request, store: StoreDep) -> Response
 
 def _figures(store: Store, search_id: str, unit: str) -> list[dict[str, Any]]:
     """Those of which there is something to show, each with what it means."""
-    trials = store.trials(search_id, limit=insight.MOST)
+    trials = outcomes(store, search_id, insight.MOST)
     found = insight.quantities(trials)
     related = insight.correlations(found)
     grown = insight.course(trials, store.cloud(search_id, "train_flops"))
@@ -64,6 +65,8 @@ def _figures(store: Store, search_id: str, unit: str) -> list[dict[str, Any]]:
         "timeline": insight.draw_timeline(begun) if begun else None,
     }
     means = dict(_MEANS)
+    if len(begun) == insight.BARS:
+        means["timeline"] += f" Shown are the {insight.BARS:,} runs that began last."
     if found.left_out:
         left_out = f" Left out: {found.left_out:,} completed candidates that are no product of two"
         for name in ("related", "parallel"):

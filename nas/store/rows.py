@@ -113,13 +113,13 @@ def to_run(
 
 
 def to_curve_points(found: Iterable[Row[Any]]) -> Iterator[CurvePoint]:
-    """Points from rows of the columns `RUN`, `POINT` and `COMPLETE`."""
+    """Points from rows of the columns `RUN`, `POINT` and `COMPLETE`, in this order."""
     runs: dict[int, Run] = {}
     for row in found:
         run = runs.get(row.trial_id)
         if run is None:
             run = runs[row.trial_id] = to_run(row, complete=row.complete)
-        yield CurvePoint(*(row._mapping[column] for column in POINT), run=run)
+        yield CurvePoint(*row[len(RUN) : len(RUN) + len(POINT)], run=run)
 
 
 def stored_design(design: Design) -> str | None:

@@ -85,6 +85,9 @@ function drawScatter({ data, layout }, open) {
   return draw(byId("scatter"), { data: [...data, ...more], layout }, open);
 }
 
+// not before the browser has shown what was drawn; a page in the background shows nothing
+const painted = () => new Promise((go) => (document.hidden ? go() : requestAnimationFrame(() => setTimeout(go))));
+
 // what was drawn last, with the axis it is of
 let shown = null;
 
@@ -130,10 +133,13 @@ async function refresh() {
   showDetail(live);
   const best = live.best && live.best.best_structured;
   const open = (trial) => location.assign(`${service}/trials/${trial}`);
-  await Promise.all([
-    refreshTrials(best && best.trial_id),
-    ...(live.curves_total ? [drawScatter(live.scatter, open), draw(byId("curves"), live.curves, open)] : []),
-  ]);
+  const rows = refreshTrials(best && best.trial_id);
+  if (live.curves_total) {
+    await drawScatter(live.scatter, open);
+    await painted();  // the front is seen while the curves are drawn
+    await draw(byId("curves"), live.curves, open);
+  }
+  await rows;
   root.dataset.ready = live.search.state;
   if (live.curves_total && byId("axis").value === "train_flops") {
     const fitted = await ask(service, `/searches/${id}/laws`).catch(() => null);

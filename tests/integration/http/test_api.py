@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import nas.tasks
-from api.dashboard import plotly_js
+from api.dashboard import pages, plotly_js
 from api.dashboard.figures import draw_scatter, scatter_data
 from api.routes import searches
 from api.schemas import SearchPage, TrialPage
@@ -693,7 +693,7 @@ def test_a_picture_tells_kinds_of_designs_apart() -> None:
     kinds = ["two factors", "three factors", "mixture of experts"]
     assert [data[f"structured: {kind}"].name for kind in kinds] == kinds
     assert data["structured_front"].symbols == ("circle", "diamond", "square")
-    drawn = draw_scatter(data, "train_flops", 1e3, "nats")
+    drawn = draw_scatter(data, "train_flops", "nats")
     assert [t["name"] for t in drawn["data"]][:3] == kinds
     alone = scatter_data(points[:1])
     assert set(alone) == {"structured", "dense", "structured_front", "dense_front"}
@@ -742,6 +742,7 @@ def test_a_large_search_is_drawn_from_few_of_its_points(
     monkeypatch.setattr("api.dashboard.detail.MOST", 1)
     monkeypatch.setattr("api.dashboard.detail._GRID", (2, 2))
     monkeypatch.setattr("api.dashboard.figures.SHOWN_CURVES", 2)
+    pages._figures.cache_clear()
     few = client.get(f"/searches/{search}/live?x={x}").json()
     assert few["points_total"] == whole["points_total"]
     if x == "train_flops":  # on others all points are on a front
@@ -776,7 +777,7 @@ def test_a_page_is_told_what_changed_since_an_event(client: TestClient) -> None:
         assert later == (whole if page == "live" else rows)
         assert client.get(f"/searches/{search}/{page}?since=-1").status_code == 422
     same = client.get(f"/searches/{search}/live?since={whole['last']}").json()
-    none = {key: [] for key in ("x", "y", "text", "customdata")}
+    none: dict[str, list[Any]] = {key: [] for key in ("x", "y", "text", "customdata")}
     for then, now in zip(whole["scatter"]["data"], same["scatter"]["data"], strict=True):
         assert now == (then | none if then.get("meta") == "runs" else then)
     assert [t["uid"] for t in same["curves"]["data"]] == [t["uid"] for t in whole["curves"]["data"]]

@@ -23,6 +23,7 @@ from nas.store.leases import MAX_ATTEMPTS
 from nas.store.records import Renewal
 from nas.store.rows import pack_floats, unpack_floats
 from nas.store.schema import Base
+from nas.store.table import Outcome, outcomes
 from tests.support.stored import LONG, PLANS, REQUEST, completed, draft, last_point, together
 
 
@@ -339,6 +340,23 @@ def test_answers_see_complete_and_running_trials_only(store: Store, leases: Leas
     assert [store.trial(i).state for i in ids] == ["failed", "stopped", "running"]
     complete = [p for p in points if p.run.complete]
     assert store.window_losses([(p.run.trial_id, p.step) for p in complete]) == [(1.5, 2.5)]
+
+
+def test_what_became_of_trials_is_that_of_the_trials(store: Store, leases: Leases) -> None:
+    search, _ = store.create_search(REQUEST)
+    got = leases.claim("w", 60, search_id=search.id)
+    assert got is not None
+    for number in range(4):
+        completed(leases, got[0], draft(number))
+    leases.start_trial(got[0], leases.add_trial(got[0], draft(4)).id)
+    for limit in (3, 9):
+        found = outcomes(store, search.id, limit)
+        trials = store.trials(search.id, limit=limit)
+        assert [tuple(o._replace(theta=tuple(o.theta))) for o in found] == [
+            tuple(getattr(t, name) for name in Outcome._fields) for t in trials
+        ]
+    with pytest.raises(NotFound):
+        outcomes(store, "f" * 32, 9)
 
 
 def test_the_log_tells_which_runs_changed(store: Store, leases: Leases) -> None:

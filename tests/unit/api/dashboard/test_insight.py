@@ -16,30 +16,30 @@ from api.dashboard.detail import fronts
 from nas.analysis.frontier import hypervolume
 from nas.designs.taxonomy import taxonomy
 from nas.designs.theta import Theta
-from nas.store import Trial
 from nas.store.searches import CLOUD
+from nas.store.table import Outcome
 from tests.support.strategies import thetas
 
 
 def trial(
     number: int, loss: float | None = 1.0, theta: Theta | None = None, **more: object
-) -> Trial:
+) -> Outcome:
     exponents = astuple(theta) if theta else (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25)
     given: dict[str, object] = {
         "id": number + 100, "number": number, "kind": "candidate", "theta": exponents,
         "state": "complete" if loss is not None else "failed", "loss": loss, "width": 32,
-        "params": 1000 + number, "name": "<b>einsum", "dense": False, "trained_flops": 10,
+        "params": 1000 + number, "name": "<b>einsum", "trained_flops": 10,
         "started_at": float(number), "finished_at": float(number) + 1.5,
     }  # fmt: skip
-    return Trial.model_construct(**{**given, **more})  # type: ignore[arg-type]
+    return Outcome(**{**given, **more})  # type: ignore[arg-type]
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(thetas(), min_size=2, max_size=12))
 def test_quantities_are_those_of_the_thetas(found: list[Theta]) -> None:
     trials = [trial(i, 1.0 + i, theta) for i, theta in enumerate(found)]
-    more = [trial(50, 1.0, kind="reference"), trial(51, None), trial(52, 2.0, design="x")]
-    more[2] = more[2].model_copy(update={"theta": (0.1,) * 14})
+    more = [trial(50, 1.0, kind="reference"), trial(51, None)]
+    more.append(trial(52, 2.0)._replace(theta=(0.1,) * 14))
     read = insight.quantities([*trials, *more])
     assert read.left_out == 1
     assert read.trials == [t.id for t in trials]
@@ -71,12 +71,12 @@ def test_what_decides_the_loss_comes_first() -> None:
 def test_hypervolume_grows_with_the_runs(monkeypatch: pytest.MonkeyPatch, checkpoints: int) -> None:
     monkeypatch.setattr(insight, "_CHECKPOINTS", checkpoints)
     drawn = np.random.default_rng(3)
-    trials = [trial(i, float(drawn.uniform(1, 2)), dense=i % 3 == 0) for i in range(30)]
+    trials = [trial(i, float(drawn.uniform(1, 2))) for i in range(30)]
     points = np.zeros(90, dtype=CLOUD)
     points["trial_id"] = np.repeat([t.id for t in trials], 3)
     points["x"] = np.tile([1e9, 1e10, 1e11], 30)
     points["loss"] = drawn.uniform(1, 3, 90)
-    points["dense"] = np.repeat([t.dense for t in trials], 3)
+    points["dense"] = np.repeat([t.number % 3 == 0 for t in trials], 3)
     points["complete"] = True
     found = insight.course(trials, points)
     assert found.spent[-1] == 300
