@@ -77,7 +77,7 @@ CONFIRM_RULES = {
     "longer": "no run may exceed the greatest accepted budget",
 }
 
-_ACTS = ("cancel", "pause", "resume", "retry", "priority", "labels", "clone", "confirm")
+_ACTS = ("cancel", "pause", "resume", "retry", "priority", "labels", "clone", "confirm", "delete")
 
 
 def link(method: str, path: str, **parameters: str) -> dict[str, Any]:

@@ -322,6 +322,10 @@ class RemoteSearch(_Stored):
         """Change what the search is called: name, tags, notes, archived; others stay."""
         return self.client._become(f"{_search(self.id)}/labels", labels)
 
+    def delete(self) -> RemoteSearch:
+        """Delete the ended search, which must have no completed run; as it was.  Scope admin."""
+        return self.client._become(f"{_search(self.id)}/delete")
+
     def clone(self, /, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:
         """Submit a copy of this search with some fields changed."""
         return self.client._become(f"{_search(self.id)}/clone", changes, _once(idempotency_key))
@@ -536,6 +540,7 @@ class AsyncRemoteSearch(_Stored):
     retry = _awaited_search(RemoteSearch.retry)
     set_priority = _awaited_search(RemoteSearch.set_priority)
     set_labels = _awaited_search(RemoteSearch.set_labels)
+    delete = _awaited_search(RemoteSearch.delete)
     clone = _awaited_search(RemoteSearch.clone)
 
     async def wait(

@@ -51,6 +51,8 @@ templates = Jinja2Templates(
     _HERE / "templates", context_processors=[lambda request: {"root": root_of(request.scope)}]
 )
 templates.env.globals["plotly_styles"] = plotly_js.styles
+# four digits, as the scripts and the command line take them: 2e11
+templates.env.filters["short"] = lambda value: f"{value:.4g}".replace("e+", "e")
 #: Searches on an axis whose figures are kept.
 _KEPT_FIGURES = 16
 #: Runs of a model that the page of one of them lists.

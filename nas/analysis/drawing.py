@@ -107,7 +107,9 @@ def figure_svg(figure: Mapping[str, Any]) -> str:
 
 def _points(trace: Mapping[str, Any]) -> Iterator[tuple[float, float, str, str]]:
     """(x, y, text, symbol) of the points that a logarithmic axis has a place for."""
-    symbols = trace.get("marker", {}).get("symbol") or [""] * len(trace["x"])
+    symbols = trace.get("marker", {}).get("symbol", "")
+    if isinstance(symbols, str):  # one for all
+        symbols = [symbols] * len(trace["x"])
     for a, b, text, symbol in zip(trace["x"], trace["y"], trace["text"], symbols, strict=True):
         if 0 < a < math.inf and 0 < b < math.inf:
             yield a, b, text, symbol

@@ -22,6 +22,7 @@ from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.service.labels import Labels, set_labels
 from nas.store import Search, Store
 from nas.store.processes import Processes
+from nas.store.retention import delete_search
 
 
 def _changed_by(change: Callable[[Store, str], Search]) -> Callable[[LocalSearch], LocalSearch]:
@@ -94,6 +95,7 @@ class LocalSearch:
     pause = _changed_by(Store.pause)
     resume = _changed_by(Store.resume)
     retry = _changed_by(Store.retry)
+    delete = _changed_by(delete_search)
 
     def set_priority(self, priority: int) -> LocalSearch:
         """Set the priority of the search."""

@@ -25,7 +25,7 @@ app.add_typer(keys.app, name="keys")
 app.command("show")(looking.show_one)
 for _command in (
     looking.trials, looking.compare, looking.report, submit.preview, searches.searches,
-    searches.pause, searches.resume, searches.cancel, searches.retry,
+    searches.pause, searches.resume, searches.cancel, searches.retry, searches.delete,
     searches.clone, searches.workers, searches.priority, searches.label, keys.tenants, keys.audit,
     answers.inspect, submit.search, answers.frontier, answers.best, submit.confirm,
     serve.worker, serve.doctor, serve.api, serve.serve, demo.demo, demo.reproduce, answers.export,

@@ -116,6 +116,18 @@ def label(
     _change(search_id, server, as_json, lambda s: s.set_labels(**changed))
 
 
+def delete(
+    search_id: SearchId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Delete an ended search that has no completed run; one that has can be archived."""
+    if not yes:
+        typer.confirm(f"Delete search {search_id} with its trials?", abort=True, err=True)
+    _change(search_id, server, as_json, lambda s: s.delete())
+
+
 def _change(
     search_id: str,
     server: str | None,

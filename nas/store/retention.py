@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy import Select, delete, func, select
 from sqlalchemy.orm import Session, aliased
 
-from nas.errors import InvalidInput
+from nas.errors import Conflict, InvalidInput
+from nas.records.search import Search
 from nas.store import rows
 from nas.store.audit import Audit
 from nas.store.engine import SECONDS_PER_DAY, reading, writing
@@ -83,6 +84,30 @@ def prune(
     if audit_days is not None:
         found = replace(found, audit=Audit(store).prune(audit_days, dry_run=dry_run))
     return found
+
+
+def delete_search(store: Store, search_id: str) -> Search:
+    """Delete an ended search that has no result, with all of its own; the search as it was.
+
+    Raises
+    ------
+    NotFound
+        No such search.
+    Conflict
+        It has not ended, holds a completed run, or another search refers to it.
+    """
+    with writing(store.engine) as session:
+        row = store.row(session, search_id, lock=True)
+        if row.finished_at is None:
+            raise Conflict(f"search {search_id} is {row.state}: cancel it before it is deleted")
+        if session.scalar(_with_result([search_id])) is not None:
+            accepted = "archive it, and lists leave it out"
+            raise Conflict(f"search {search_id} holds results, which are never deleted; {accepted}")
+        if _kept(session, [search_id]):
+            raise Conflict(f"search {search_id} is referred to by another one, and stays")
+        found = rows.to_search(row)
+        _delete_row(session, search_id)
+        return found
 
 
 # --- events
@@ -165,8 +190,12 @@ def _delete_search(store: Store, search_id: str, seconds: float) -> int | None:
         if has_result or row.finished_at >= rows.now(session) - seconds:
             return None
         trials = session.scalar(select(func.count()).where(TrialRow.search_id == search_id)) or 0
-        # its trials, points, standings and events go with it
-        session.execute(delete(SearchRow).where(SearchRow.id == search_id))
-        for table in (BarRow, ScopeRow):
-            session.execute(delete(table).where(table.scope == search_id))
+        _delete_row(session, search_id)
         return trials
+
+
+def _delete_row(session: Session, search_id: str) -> None:
+    """Delete a search; its trials, points, standings and events go with it."""
+    session.execute(delete(SearchRow).where(SearchRow.id == search_id))
+    for table in (BarRow, ScopeRow):
+        session.execute(delete(table).where(table.scope == search_id))

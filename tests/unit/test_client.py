@@ -174,6 +174,7 @@ def test_every_call_is_the_same_from_both_clients() -> None:
         found.confirm(top=2)
         found.refresh().cancel().pause().resume().retry().set_priority(3)
         found.set_labels(name="n").clone(trials=2)
+        found.delete()
         with pytest.raises(NotFound, match="none"):
             client.structure("monarch", 8, 8)
 
@@ -193,9 +194,10 @@ def test_every_call_is_the_same_from_both_clients() -> None:
             await found.set_priority(3)
             await found.set_labels(name="n")
             await found.clone(trials=2)
+            await found.delete()
             with pytest.raises(NotFound, match="none"):
                 await client.structure("monarch", 8, 8)
 
     asyncio.run(ask())
     assert seen["sync"] == seen["async"]
-    assert len(seen["sync"]) == 14
+    assert len(seen["sync"]) == 15

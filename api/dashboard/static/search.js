@@ -9,6 +9,11 @@ const id = root.dataset.id;
 // path below which the service is served; empty for most
 const service = root.dataset.service;
 const TERMINAL = ["succeeded", "failed", "cancelled"];
+//: What is asked before something is destroyed.
+const ASKED = {
+  cancel: "Cancel this search? Its running trials end without a result.",
+  delete: "Delete this search with its trials and its log? It has no completed run.",
+};
 //: Positions of the slider of budgets.
 const STEPS = 200;
 
@@ -21,6 +26,8 @@ function showSearch(search, workers, canRetry) {
     pause: ["queued", "running"].includes(search.state) && !search.pause_requested,
     resume: search.state === "paused" || search.pause_requested,
     retry: ended && canRetry,
+    // results are never deleted
+    delete: ended && !search.trial_counts.complete,
   };
   for (const button of document.querySelectorAll("button.act")) button.hidden = !possible[button.dataset.act];
   if (search.task_fingerprint) text("fingerprint", search.task_fingerprint);
@@ -201,8 +208,9 @@ byId("own").addEventListener("click", () => { keep({ budget: "" }); refresh(); }
 for (const button of document.querySelectorAll("button.act")) {
   button.addEventListener("click", async () => {
     const name = button.dataset.act;
-    if (name === "cancel" && !confirm("Cancel this search? Its running trials end without a result.")) return;
+    if (ASKED[name] && !confirm(ASKED[name])) return;
     if (!(await act(name))) return;
+    if (name === "delete") location.assign(`${service}/`);
     if (name === "retry") follow();
     soon();
   });

@@ -14,15 +14,15 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from nas.cli.db import app
-from nas.errors import InvalidInput, NotFound
+from nas.errors import Conflict, InvalidInput, NotFound
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.settings import settings
 from nas.store import Leases, Store, StoredPoint, selecting
 from nas.store import retention as module
 from nas.store.engine import writing
-from nas.store.retention import FINE_GRAINED, Pruned, prune
+from nas.store.retention import FINE_GRAINED, Pruned, delete_search, prune
 from nas.store.schema import Base, SearchRow
-from tests.support.stored import begun, draft, run_to_plan
+from tests.support.stored import REQUEST, begun, draft, run_to_plan
 
 DAY = 86_400.0
 
@@ -136,7 +136,37 @@ def test_what_a_request_confirms_stays(store: Store) -> None:
         session.execute(sa.text("UPDATE trials SET state = 'failed' WHERE state = 'complete'"))
         session.execute(sa.text("UPDATE searches SET state = 'failed' WHERE state = 'succeeded'"))
     assert prune(store, event_days=None, failed_days=7) == Pruned()
+    with pytest.raises(Conflict, match="referred to by another"):
+        delete_search(store, source)
     assert len(store.searches()) == 2
+
+
+def test_a_search_is_deleted_that_ended_without_a_result(store: Store) -> None:
+    ended(store, "succeeded", days_ago=0, completed=1, seed=9)
+    counts = rows_of(store)
+    goes = ended(store, "cancelled", days_ago=0)
+    before = store.search(goes)
+    assert delete_search(store, goes) == before
+    assert rows_of(store) == counts
+    with pytest.raises(NotFound):
+        delete_search(store, goes)
+    running = begun(store, seed=8).search_id
+    result = ended(store, "cancelled", days_ago=0, completed=1)
+    queued = store.create_search(REQUEST)[0].id
+    kept = {
+        queued: "cancel it before",
+        running: "cancel it before",
+        result: "which are never deleted",
+    }
+    counts = rows_of(store)
+    for search, why in kept.items():
+        with pytest.raises(Conflict, match=why):
+            delete_search(store, search)
+    with pytest.raises(NotFound):
+        delete_search(store.view("elsewhere", confined=True), store.cancel(queued).id)
+    assert {k: v for k, v in rows_of(store).items() if k != "events"} == {
+        k: v for k, v in counts.items() if k != "events"
+    }
 
 
 def test_a_search_that_is_retried_meanwhile_stays(
