@@ -323,7 +323,7 @@ class RemoteSearch(_Stored):
         return self.client._become(f"{_search(self.id)}/labels", labels)
 
     def delete(self) -> RemoteSearch:
-        """Delete the ended search, which must have no completed run; as it was.  Scope admin."""
+        """Delete the ended search, which must have no completed run; as it was."""
         return self.client._become(f"{_search(self.id)}/delete")
 
     def clone(self, /, *, idempotency_key: str | None = None, **changes: Any) -> RemoteSearch:

@@ -1,18 +1,17 @@
-"""Routes for operators: the service's processes, its audit log, and deletion."""
+"""Routes for operators, about all tenants: the service's processes and its audit log."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
 from api.declared import ADMIN
-from api.deps import STRICT, Cursor, Limit, SearchId, StoreDep, TenantFilter, describe
+from api.deps import STRICT, Cursor, Limit, TenantFilter
 from api.middleware.bodies import Absent
 from api.problems import refusals
-from api.schemas import AuditPage, SearchOut, WorkerList
+from api.schemas import AuditPage, WorkerList
 from nas.store import Store
 from nas.store.audit import Audit
 from nas.store.processes import LIVE_SECONDS, Processes
-from nas.store.retention import delete_search
 
 router = APIRouter(prefix="/v1", dependencies=[ADMIN, STRICT])
 
@@ -32,12 +31,3 @@ def list_audit(
     found = Audit(store).entries(before=cursor, limit=limit, tenant=tenant)
     after = str(found[-1].id) if len(found) == limit else None
     return AuditPage.model_validate({"items": found, "next": after}, from_attributes=True)
-
-
-@router.post(
-    "/searches/{search_id}/delete",
-    responses=refusals(404, 409),
-    summary="Delete an ended search that has no completed run; one that has can be archived",
-)
-def delete_one_search(search_id: SearchId, store: StoreDep) -> SearchOut:
-    return describe(delete_search(store, search_id))

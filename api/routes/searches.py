@@ -48,6 +48,7 @@ from nas.service.data_folder import data_inside
 from nas.service.labels import Labels, set_labels
 from nas.settings import Settings
 from nas.store import Search, Store
+from nas.store.retention import delete_search
 from nas.tasks import check_data
 
 router = APIRouter(prefix="/v1/searches", dependencies=[READ, STRICT])
@@ -261,6 +262,15 @@ async def prioritise_search(search_id: SearchId, request: Request, store: StoreD
 async def label_search(search_id: SearchId, request: Request, store: StoreDep) -> SearchOut:
     wanted = Labels.checked(await read_json(request))
     return describe(await run_in_threadpool(set_labels, store, search_id, wanted))
+
+
+@changing.post(
+    "/{search_id}/delete",
+    responses=refusals(404, 409),
+    summary="Delete an ended search that has no completed run; one that has can be archived",
+)
+def delete_one_search(search_id: SearchId, store: StoreDep) -> SearchOut:
+    return describe(delete_search(store, search_id))
 
 
 @changing.post(

@@ -18,6 +18,7 @@ from nas.records.search import Search
 from nas.store import rows
 from nas.store.audit import Audit
 from nas.store.engine import SECONDS_PER_DAY, reading, writing
+from nas.store.quotas import quotas_of
 from nas.store.records import TERMINAL
 from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow, database_now
 from nas.store.searches import Store
@@ -94,7 +95,8 @@ def delete_search(store: Store, search_id: str) -> Search:
     NotFound
         No such search.
     Conflict
-        It has not ended, holds a completed run, or another search refers to it.
+        It has not ended, holds a completed run, another search refers to it, or it still counts
+        for its tenant's quota of train FLOPs, which deletion must not give back.
     """
     with writing(store.engine) as session:
         row = store.row(session, search_id, lock=True)
@@ -105,6 +107,13 @@ def delete_search(store: Store, search_id: str) -> Search:
             raise Conflict(f"search {search_id} holds results, which are never deleted; {accepted}")
         if _kept(session, [search_id]):
             raise Conflict(f"search {search_id} is referred to by another one, and stays")
+        quotas = quotas_of(session, row.tenant, store.quotas)
+        left = row.finished_at + quotas.days * SECONDS_PER_DAY - rows.now(session)
+        if quotas.train_flops is not None and row.charged_flops > 0 and left > 0:
+            raise Conflict(
+                f"search {search_id} counts for the quota of train FLOPs of tenant {row.tenant} "
+                f"for {left / SECONDS_PER_DAY:.1f} more days, and stays until then"
+            )
         found = rows.to_search(row)
         _delete_row(session, search_id)
         return found

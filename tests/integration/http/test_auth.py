@@ -174,7 +174,7 @@ def test_nothing_else_is_open() -> None:
 
 
 def test_every_route_declares_one_permission() -> None:
-    """What changes anything needs scope submit, except for signing in and out and for deletion."""
+    """What changes anything needs scope submit, except for signing in and out."""
     declared = {
         (method, route.path): found.scopes
         for route, found in APP.state.declarations
@@ -185,10 +185,7 @@ def test_every_route_declares_one_permission() -> None:
         *OPEN, "/static", "/static/plotly.min.js", "/static/plotly-basic.min.js",
     }  # fmt: skip
     unsafe = {path: scopes for (method, path), scopes in declared.items() if method == "POST"}
-    others = {
-        "/login": None, "/logout": (), "/v1/searches/preview": ("read",),
-        "/v1/searches/{search_id}/delete": ("admin",),
-    }  # fmt: skip
+    others = {"/login": None, "/logout": (), "/v1/searches/preview": ("read",)}
     assert unsafe == {**dict.fromkeys(unsafe, ("submit",)), **others}
     assert {
         path: (found.needs_store, found.probe)

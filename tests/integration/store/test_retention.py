@@ -20,6 +20,7 @@ from nas.settings import settings
 from nas.store import Leases, Store, StoredPoint, selecting
 from nas.store import retention as module
 from nas.store.engine import writing
+from nas.store.quotas import Quotas
 from nas.store.retention import FINE_GRAINED, Pruned, delete_search, prune
 from nas.store.schema import Base, SearchRow
 from tests.support.stored import REQUEST, begun, draft, run_to_plan
@@ -167,6 +168,15 @@ def test_a_search_is_deleted_that_ended_without_a_result(store: Store) -> None:
     assert {k: v for k, v in rows_of(store).items() if k != "events"} == {
         k: v for k, v in counts.items() if k != "events"
     }
+
+
+def test_deletion_gives_no_quota_back(store: Store) -> None:
+    goes = ended(store, "cancelled", days_ago=29)
+    store.quotas = Quotas(train_flops=1e15)
+    with pytest.raises(Conflict, match=r"quota of train FLOPs of tenant default for 1\.0 more"):
+        delete_search(store, goes)
+    age(store, goes, 1.1)
+    assert delete_search(store, goes).id == goes
 
 
 def test_a_search_that_is_retried_meanwhile_stays(
