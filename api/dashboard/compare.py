@@ -20,7 +20,7 @@ from nas.store import Store
 from nas.store.course import overviews
 from nas.store.selecting import MAX_PAGE
 
-_COLOURS = ("#2563eb", "#d97706", "#15803d", "#9333ea", "#be123c")
+_COLOURS = ("#3b82f6", "#d97706", "#15803d", "#9333ea", "#be123c")
 
 
 @dataclass(frozen=True, slots=True)

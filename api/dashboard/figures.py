@@ -186,7 +186,7 @@ def draw_scatter(
             _trace(
                 points, mode="markers", meta=OF_RUNS,
                 uid=_uid("structured: two factors" if name == "structured" else name),
-                marker={"color": colour, "size": 6, "opacity": 0.45,
+                marker={"color": colour, "size": 6, "opacity": 0.6,
                         "symbol": points.symbols[0] if points.symbols else "circle"},
             )
             for name, points in data.items()
@@ -277,7 +277,7 @@ def draw_curves(data: Sequence[tuple[Series, bool]], unit: str) -> dict[str, Any
             )
             | {
                 "name": group,
-                "opacity": 0.9 if dense or len(data) <= _FEW else 0.55,
+                "opacity": 0.9 if dense or len(data) <= _FEW else 0.7,
                 "line": {"color": DENSE if dense else STRUCTURED, "width": 2.5 if dense else 1.5},
             }
         )

@@ -163,7 +163,10 @@ def _rivals(best: Answer) -> list[dict[str, Any]]:
 def space_page(
     request: Request, store: StoreDep, task: Text = None, search: Text = None
 ) -> Response:
-    """ω, ψ, ν and θ of the completed runs of a task or a search."""
+    """ω, ψ, ν and θ of the completed runs of a task or a search; by default of the first task that
+    has any."""
+    if task is None and search is None:
+        task = next((name for name in TASKS if _is_measured(store, name)), None)
     shown: dict[str, Any] = {"tasks": TASKS, "task": task, "search": search}
     if task is not None or search is not None:
         try:
@@ -178,6 +181,14 @@ def space_page(
                 "figures": space.figures_of(placed, scope.loss_unit) if placed else {},
             }  # fmt: skip
     return templates.TemplateResponse(request, "space.html", shown)
+
+
+def _is_measured(store: Store, task: str) -> bool:
+    try:
+        answers.resolve_scope(store, task, None)
+    except answers.NothingMeasured:
+        return False
+    return True
 
 
 @router.get("/workers", dependencies=[READ], response_class=HTMLResponse)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 #: Structured layers (in a study those of full rank that share nothing), and dense ones.
-STRUCTURED, DENSE = "#2563eb", "#d97706"
+STRUCTURED, DENSE = "#3b82f6", "#d97706"
 #: What runs are held against: a budget, the papers' numbers.
 MARK = "#94a3b8"
 
