@@ -22,7 +22,6 @@ from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.service.labels import Labels, set_labels
 from nas.store import Search, Store
 from nas.store.processes import Processes
-from nas.store.retention import delete_search
 
 
 def _changed_by(change: Callable[[Store, str], Search]) -> Callable[[LocalSearch], LocalSearch]:
@@ -95,7 +94,12 @@ class LocalSearch:
     pause = _changed_by(Store.pause)
     resume = _changed_by(Store.resume)
     retry = _changed_by(Store.retry)
-    delete = _changed_by(delete_search)
+
+    def delete(self) -> LocalSearch:
+        """Delete the ended search, which must have no completed run; as it was."""
+        from nas.store.retention import delete_search
+
+        return self._as(delete_search(self.store, self.id))
 
     def set_priority(self, priority: int) -> LocalSearch:
         """Set the priority of the search."""

@@ -5,7 +5,6 @@ Everything heavy is imported inside the command that needs it.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -37,6 +36,8 @@ for _command in (
 
 def _say_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         print(f"einsum-nas {version('einsum-nas')}")
         raise typer.Exit
 
