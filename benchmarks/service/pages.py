@@ -5,7 +5,8 @@
 A browser without a cache opens each page.  A search that runs is then followed for a minute, in
 which two evaluations a second are stored.  Beside it `optuna-dashboard`, where the path of its
 program is given, shows a study of as many trials with as many values, of two and of three
-objectives (three axes of ours).  With `--stored`, pages over all of a PostgreSQL store's trials.
+objectives (three axes of ours).  With `--stored`, pages over all trials of a PostgreSQL store, of
+four evaluations each.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def stored(browser: Any, folder: Path, trials: int) -> list[dict[str, Any]]:
     with size.databases("postgresql", home) as created:
         url = created("pages")
         store = open_store(url)
-        size.load(store, trials)
+        size.load(store, trials, points=4)
         stand(store)
         one = store.searches(limit=1)[0].id
         store.close()
@@ -267,7 +268,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", nargs="+", type=int, default=[10_000, 46_000])
+    parser.add_argument("--trials", nargs="*", type=int, default=[10_000, 46_000])
     parser.add_argument("--beside", help="the program optuna-dashboard")
     parser.add_argument("--beside-most", type=int, default=10_000, help="trials of it, at most")
     parser.add_argument("--objectives", nargs="+", type=int, default=[2, 3], help="of its studies")

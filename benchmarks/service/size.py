@@ -44,8 +44,8 @@ RAN = {"device": "cpu", "threads": 1}
 _BUDGETS = [10 ** (11 + 4.7 * i / 49) for i in range(50)]
 
 
-def load(store: Store, trials: int) -> None:
-    """`trials` completed trials with `POINTS` points each, in searches of `SEARCH_TRIALS`.
+def load(store: Store, trials: int, points: int = POINTS) -> None:
+    """`trials` completed trials with `points` points each, in searches of `SEARCH_TRIALS`.
 
     Every model has a structure of its own and `SEEDS` seeds; one in twenty is dense.  The loss of a
     model with N parameters after s of 100,000 steps is
@@ -88,7 +88,7 @@ def load(store: Store, trials: int) -> None:
         f"CASE WHEN {model} % 20 = 0 THEN '[0, 0, 1, 0, 0, 1, 0]' ELSE '[' || {exponents(7919)} "
         f"|| ', 0, ' || {exponents(104729).replace(', 0, ', ', ')} || ', 0.1]' END"
     )
-    step = f"CAST(100000 * power({number(2)}, (n.i - 20) / {number(2)}) AS bigint)"
+    step = f"CAST(100000 * power({number(2)}, (n.i - {points}) / {number(2)}) AS bigint)"
     index = f"((i - 1) / {SEARCH_TRIALS} + 1)"
     statements = [
         counted.format(trials // SEARCH_TRIALS)
@@ -109,7 +109,7 @@ def load(store: Store, trials: int) -> None:
         f"{number(2)} * {size}, {size}, {seed}, {digest('i')}, 1, 1, 0, {digest(model)}, "
         f"{number(0.001)} * (1 + {share('i', 104729)}), 1000 + i % 100003, "
         f"{as_json(repr_sql(json.dumps(RAN)))}, 1.0 FROM n",
-        counted.format(POINTS)
+        counted.format(points)
         + "INSERT INTO points (trial_id, step, train_flops, loss, loss_stderr, seconds, "
         f"window_losses) SELECT t.id, {step}, {step} * {number(1)} * t.train_flops_per_step, "
         f"1 + (1 + {number(0.05)} * {share('t.model_params', 48271)} "
