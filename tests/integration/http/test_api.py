@@ -658,6 +658,7 @@ def test_the_openapi_document_describes_every_route(client: TestClient) -> None:
         "/healthz", "/readyz", "/v1/best", "/v1/frontier", "/v1/searches", "/v1/searches/preview",
         "/v1/searches/{search_id}", "/v1/searches/{search_id}/cancel",
         "/v1/searches/{search_id}/clone", "/v1/searches/{search_id}/confirm",
+        "/v1/searches/{search_id}/delete",
         "/v1/searches/{search_id}/labels", "/v1/searches/{search_id}/pause",
         "/v1/searches/{search_id}/priority",
         "/v1/searches/{search_id}/resume", "/v1/searches/{search_id}/retry", "/v1/workers",
