@@ -16,7 +16,13 @@ from nas.planning.request import SearchRequest
 from nas.processes import BAD_INPUT, exit_on_signals, spawn, stop_child
 from nas.records.answers import Answer, FrontierAnswer
 from nas.service.answers import get_best, get_frontier
-from nas.service.catalogue import checked_filters, get_preview, search_detail, search_dict
+from nas.service.catalogue import (
+    checked_filters,
+    get_preview,
+    get_tasks,
+    search_detail,
+    search_dict,
+)
 from nas.service.clone import create_clone
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.service.labels import Labels, set_labels
@@ -161,6 +167,18 @@ class Local:
         return get_best(
             self._store, task=task, search_id=None, device=device, published=published, **budgets
         )
+
+    def trial(self, trial_id: int) -> dict[str, Any]:
+        """A trial with its curve."""
+        found = self._store.trial(trial_id).model_dump(mode="json")
+        curve = [asdict(point) for point in self._store.curve(trial_id)]
+        for point in curve:  # REST leaves them out, for they are many
+            del point["window_losses"]
+        return {**found, "curve": curve}
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Every task."""
+        return get_tasks(self._store)
 
     def workers(self) -> list[dict[str, Any]]:
         """Workers and services that were seen recently."""

@@ -65,7 +65,7 @@ def trials(
     """List the trials of a search, with the reason of each failure."""
     from nas.cli.shown import show_trials
 
-    chosen = _chosen(state, sort, text)
+    chosen = chosen_trials(state, sort, text)
     with opened(server) as place:
         found = place.get_search(search_id)
         every = found.trials()
@@ -76,7 +76,7 @@ def trials(
     show_trials(matching[:limit], len(matching), len(every))
 
 
-def _chosen(
+def chosen_trials(
     state: str | None, sort: str, text: str | None
 ) -> Callable[[Sequence[Mapping[str, Any]]], list[Mapping[str, Any]]]:
     """Filters and sorts trials in REST's form; `InvalidInput` for an unknown state or order."""

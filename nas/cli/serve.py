@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.common import Json, show, whole
-from nas.errors import InvalidInput
+from nas.cli.common import Json, Server, opened, show, whole
+from nas.errors import EinsumNasError, InvalidInput
 from nas.processes import end_with, exit_on_signals, keep_worker
 from nas.settings import settings
 
@@ -34,6 +34,18 @@ def worker(
     configure(used)
     end_with(parent)
     main(used, until_idle=until_idle, search_id=search_id)
+
+
+def mcp(server: Server = None) -> None:
+    """Serve the tools of an agent over standard input and output (Model Context Protocol)."""
+    try:
+        from nas.cli.agents import server_of
+    except ModuleNotFoundError as error:
+        if error.name not in ("mcp", "mcp_types"):
+            raise
+        raise EinsumNasError("needs the package mcp: pip install 'einsum-nas[mcp]'") from None
+    with opened(server) as place:
+        server_of(place).run()
 
 
 def doctor(as_json: Json = False) -> None:
