@@ -36,9 +36,10 @@ of experts and others) that reach a lower loss than dense layers at the same com
 
 FLOPs are train FLOPs: 1 MAC = 2 FLOPs, training = 3 x forward. Begin with list_tasks.
 preview_search tells what a search would run and what it costs; submit_search queues it;
-wait_for_search waits for its end, in parts. best_structure answers with a verdict: "unconfirmed" means that other seeds may
-turn the result, and confirm_search runs the best again with fresh seeds. Report the verdict and the
-intervals with a loss, and whether the answer was measured, predicted or published.
+wait_for_search waits for its end, in parts. best_structure answers with a verdict: "unconfirmed"
+means that other seeds may turn the result, and confirm_search runs the best again with fresh seeds.
+Report the verdict and the intervals with a loss, and whether the answer was measured, predicted or
+published.
 """
 #: Seconds between two looks at a search that is waited for.
 _POLL_SECONDS = 1.0
