@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nas.client import RemoteSearch
-from tests.support.browser import chromium, needs_chromium
+from tests.support.browser import PATIENCE_MS, chromium, needs_chromium
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH, TINY
 
@@ -30,6 +30,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any, service: Service) -> Iterator[Any]:
     """A page that fails the test on any script error or request to somewhere else."""
     opened = browser.new_page(viewport={"width": 1360, "height": 1400})
+    opened.set_default_timeout(PATIENCE_MS)
     wrong: list[str] = []
     opened.on("pageerror", lambda e: wrong.append(str(e)))
     opened.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
@@ -71,10 +72,10 @@ def test_a_search_is_followed_live(page: Any, service: Service, finished_search:
     search = finished_search.client.search(**{**SMALL_SEARCH, "trials": 2, "seed": 4})
     page.goto(service.url)
     page.click(f"a[href='/searches/{search.id}']")
-    page.locator("#trials tr").nth(2).wait_for(timeout=60_000)
+    page.locator("#trials tr").nth(2).wait_for()
     first = page.inner_text("#progress")
     # no reload: events alone bring the page to the end
-    page.wait_for_selector("#state:text-is('succeeded')", timeout=180_000)
+    page.wait_for_selector("#state:text-is('succeeded')", timeout=2 * PATIENCE_MS)
     assert page.inner_text("#progress") != first
     assert "5 of 5 runs finished" in page.inner_text("#progress")
     assert page.locator("#cancel").is_hidden()
@@ -93,11 +94,11 @@ def test_pausing_resuming_and_cancelling_from_the_page(
 ) -> None:
     search = finished_search.client.search(train_flops=1e13, trials=50, seed=12, data="texts")
     page.goto(f"{service.url}/searches/{search.id}")
-    page.locator("#trials tr").first.wait_for(timeout=60_000)
+    page.locator("#trials tr").first.wait_for()
 
     def click(action: str, state: str) -> None:
         page.click(f"button[data-act={action}]")
-        page.wait_for_selector(f"#state:text-is('{state}')", timeout=90_000)
+        page.wait_for_selector(f"#state:text-is('{state}')")
 
     click("pause", "paused")
     assert "running" not in search.refresh().data["trial_counts"]
@@ -181,6 +182,7 @@ def test_other_pages_fit_a_narrow_screen(
     browser: Any, service: Service, finished_search: RemoteSearch, path: str
 ) -> None:
     page = browser.new_page(viewport={"width": 360, "height": 800})
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(service.url + path)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
@@ -190,6 +192,7 @@ def test_a_narrow_screen_scrolls_only_inside_tables(
     browser: Any, service: Service, finished_search: RemoteSearch
 ) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{service.url}/searches/{finished_search.id}")
     page.wait_for_selector("#search[data-ready=succeeded]")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from tests.support.browser import needs_chromium, watched
+from tests.support.browser import PATIENCE_MS, needs_chromium, watched
 from tests.support.dashboard import MORE, WHY, House, planted_house
 from tests.support.tiers import only
 
@@ -37,7 +37,7 @@ def expect_rows(page: Any, count: int) -> None:
     """Wait until the table of trials has that many."""
     from playwright.sync_api import expect
 
-    expect(page.locator("#trials tr")).to_have_count(count, timeout=30_000)
+    expect(page.locator("#trials tr")).to_have_count(count, timeout=PATIENCE_MS)
 
 
 def search_page(page: Any, house: House, query: str = "") -> None:
@@ -179,11 +179,11 @@ def test_a_page_outlives_a_restart_of_the_service(house: House) -> None:
         page.goto(f"{house.service.url}/searches/{made}")
         page.wait_for_selector("#search[data-ready=queued]")
         house.service.stop()
-        page.locator("#connection:has-text('does not answer')").wait_for(timeout=60_000)
+        page.locator("#connection:has-text('does not answer')").wait_for()
         assert page.inner_text("#state") == "queued"
         house.service.start()
         house.service.await_ready()
         assert httpx.post(f"{house.service.url}/v1/searches/{made}/cancel").is_success
-        page.wait_for_selector("#state:text-is('cancelled')", timeout=60_000)
+        page.wait_for_selector("#state:text-is('cancelled')")
         assert page.inner_text("#connection") == ""
         assert (seen.violations, seen.elsewhere, seen.hits) == ([], [], [])

@@ -16,6 +16,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
 )
+#: What a page is waited for at most, milliseconds: much, for tests run on slow machines too.
+PATIENCE_MS = 120_000
 #: Payloads call `hit`; the browser tells of what its policy refuses.
 _LISTENING = """addEventListener('securitypolicyviolation', (e) =>
   refused([e.effectiveDirective, e.blockedURI, e.sourceFile, e.sample].join(' ')))"""
@@ -64,6 +66,7 @@ def watched(
     """
     seen = Seen()
     context = browser.new_context(viewport={"width": 1360, "height": 1400}, **options)
+    context.set_default_timeout(PATIENCE_MS)
     context.expose_binding("hit", lambda _source, *what: seen.hits.append(str(what)))
     context.expose_binding("refused", lambda _source, what: seen.violations.append(what))
     context.add_init_script(_LISTENING)
