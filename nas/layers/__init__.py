@@ -4,6 +4,7 @@ from nas.layers.base import StructuredLinear
 from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
 from nas.layers.convolution import ConvolutionLinear
+from nas.layers.counting import forward_flops
 from nas.layers.einsum import EinsumLinear
 from nas.layers.kernels.machine import use_measured_rates
 from nas.layers.kernels.measuring import remember_plans, remembered_plans
@@ -29,6 +30,7 @@ __all__ = [
     "Surgery",
     "auxiliary_loss",
     "build_layer",
+    "forward_flops",
     "layer_of",
     "load",
     "param_groups",
