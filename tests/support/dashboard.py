@@ -14,7 +14,7 @@ from tests.support.planting import PlantedRun, open_store, plant, stand
 from tests.support.services import Service, api, running
 
 #: Searches beside the two with results.
-MORE = 60
+MORE = 200
 #: Why trial 7 of each of these two failed.
 WHY = "<img src=x onerror=hit(1)> the loss is not finite"
 FINGERPRINT = "0123456789abcdef"
