@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from dataclasses import dataclass
 from functools import partial, wraps
 from operator import itemgetter
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
+from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 from urllib.parse import quote
 from urllib.request import proxy_bypass
 
@@ -484,6 +484,18 @@ class Client(_Connection[httpx.Client]):
     def get(self, /, path: str, **query: Any) -> dict[str, Any]:
         """GET a JSON object; values that are None are left out."""
         return self.send(_get(path, _plain, **query))
+
+    def download(self, /, path: str, into: BinaryIO, **query: Any) -> int:
+        """GET a file into an open one, in parts; its bytes."""
+        call = _get(path, _plain, **query)
+        try:
+            with self._http.stream(call.method, call.path, **call.options) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _as_error(response)
+                return sum(into.write(part) for part in response.iter_bytes())
+        except httpx.HTTPError as error:
+            raise _unreachable(call, self.url, error) from error
 
     def _kept(self, search_id: str, data: dict[str, Any]) -> RemoteSearch:
         return RemoteSearch(search_id, data, self)

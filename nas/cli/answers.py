@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -20,6 +21,7 @@ from nas.cli.common import (
     whole_id,
 )
 from nas.cli.terminal import show_best, show_frontier, show_structure
+from nas.errors import InvalidInput
 
 if TYPE_CHECKING:
     from nas.designs.structure import Sizing
@@ -152,12 +154,19 @@ def export(
         str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
     ] = None,
     overwrite: Overwrite = False,
+    server: Server = None,
 ) -> None:
-    """Write every trial, or every evaluation, to a file or an Optuna study."""
+    """Write every trial, or every evaluation, to a file or an Optuna study.
+
+    With --server those of one search, to a file.
+    """
     from nas.cli.local import Local
     from nas.service.export import STANDARD_OUTPUT
     from nas.service.export import export as write
 
+    if server is not None:
+        _export_from(server, search_id, file_format, out, rows, study, overwrite)
+        return
     with local_store() as store:
         search_id = whole_id(Local(store), search_id) if search_id else None
         done = write(
@@ -165,3 +174,27 @@ def export(
             overwrite=overwrite,
         )  # fmt: skip
     print(done.summary, file=sys.stderr if out == STANDARD_OUTPUT else sys.stdout)
+
+
+def _export_from(
+    server: str, search_id: str | None, file_format: str, out: str, rows: str,
+    study: str | None, overwrite: bool,
+) -> None:  # fmt: skip
+    from nas.cli.remote import Remote
+    from nas.service.export import STANDARD_OUTPUT, check_export
+    from nas.service.files import replaced
+
+    if search_id is None:
+        raise InvalidInput("search", None, "the id of a search: of a service one is exported")
+    if file_format == "optuna":
+        raise InvalidInput("format", file_format, "csv | parquet | json, with --server")
+    check_export(file_format, out, rows, study, overwrite=overwrite)
+    with opened(server) as place:
+        assert isinstance(place, Remote)
+        path = f"/v1/searches/{whole_id(place, search_id)}/export"
+        wanted = {"format": file_format, "rows": rows}
+        if out == STANDARD_OUTPUT:
+            place.download(path, sys.stdout.buffer, **wanted)
+            return
+        size = replaced(Path(out), lambda file: place.download(path, file, **wanted))
+    print(f"wrote {out}: {size:,} bytes of {file_format}")

@@ -145,15 +145,17 @@ def export(
     EinsumNasError
         The file could not be written to its end.
     """
-    _check(file_format, out, rows, study, overwrite)
+    check_export(file_format, out, rows, study, overwrite=overwrite)
     scope = _resolved(store, task, search_id)
     if file_format == "optuna":
         return _export_study(store, out, scope, study)
     return _export_file(store, file_format, Path(out), scope, rows)
 
 
-def _check(file_format: str, out: str, rows: str, study: str | None, overwrite: bool) -> None:
-    """Everything that can be refused before the store is read."""
+def check_export(
+    file_format: str, out: str, rows: str, study: str | None = None, *, overwrite: bool = False
+) -> None:
+    """Everything that can be refused before the store is read; see `export`."""
     if file_format not in FORMATS:
         raise InvalidInput("format", file_format, " | ".join(FORMATS))
     if rows not in ROWS:

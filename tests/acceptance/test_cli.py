@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -217,6 +219,35 @@ def test_looking_at_a_search_agrees_on_both_ways(
 
 
 @FULL
+def test_a_service_exports_the_file_that_its_database_gives(
+    service: Service, finished_search: RemoteSearch, tmp_path: Path
+) -> None:
+    def export(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return execute(
+            service.home, "export", "--format", name.split(".")[1], "--out", str(tmp_path / name),
+            *options,
+        )  # fmt: skip
+
+    away = ("--server", service.url, "--search", finished_search.id[:12])
+    for name in ("t.csv", "t.json", "p.csv.gz"):
+        rows = ("--rows", "points" if name.startswith("p") else "trials")
+        assert export(name, *rows, *away).returncode == 0
+        assert export(f"own-{name}", *rows, "--search", finished_search.id).returncode == 0
+        got, own = ((tmp_path / n).read_bytes() for n in (name, f"own-{name}"))
+        assert got.startswith(b"\x1f\x8b") is name.endswith(".gz")
+        unpack = gzip.decompress if name.endswith(".gz") else bytes
+        assert unpack(got) == unpack(own)
+    for name, options, told in (
+        ("t.csv", away, "any with --overwrite"), ("n.csv", away[:2], "the id of a search"),
+        ("n.optuna", away, "csv | parquet | json"),
+        ("n.csv", (*away[:3], "f" * 32), "f" * 32), ("n.exe", away, "exe"),
+    ):  # fmt: skip
+        refused = export(name, *options)
+        assert refused.returncode != 0
+        assert told in refused.stderr
+    assert not list(tmp_path.glob("n.*"))
+
+
 def test_search_and_confirm_with_wait_run_their_own_workers(
     tmp_path: Path, text_folder: Path
 ) -> None:
