@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import anyio
 import pytest
 from mcp import Client, MCPError, StdioServerParameters, stdio_client
 
-from nas.client import RemoteSearch
+from nas.client import Client as Remote
 from nas.store import Store
 from nas.store.keys import Keys
 from tests.support.planting import open_store
@@ -53,7 +53,7 @@ def agent(use: Callable[[Client, Call], Awaitable[None]], *options: str, **setti
     anyio.run(run)
 
 
-def test_a_search_from_preview_to_answer(service: Service, finished_search: RemoteSearch) -> None:
+def test_a_search_from_preview_to_answer(service: Service) -> None:
     request = {**SMALL_SEARCH, "trials": 1, "seed": 21}
 
     async def use(client: Client, call: Call) -> None:
@@ -85,7 +85,7 @@ def test_a_search_from_preview_to_answer(service: Service, finished_search: Remo
         assert ended["search"]["state"] == "succeeded"
         assert sum(ended["search"]["trial_counts"].values()) == planned["total_runs"]
         assert seen == sorted(seen)
-        own = finished_search.client.get_search(made["id"])
+        own = Remote(service.url).get_search(made["id"])
         best = own.best(train_flops=request["train_flops"]).model_dump(mode="json")
         found = await call(
             "best_structure", search_id=made["id"], train_flops=request["train_flops"]
@@ -106,35 +106,34 @@ def test_a_search_from_preview_to_answer(service: Service, finished_search: Remo
     agent(use, "--server", service.url)
 
 
-@pytest.mark.parametrize(
-    ("tool", "given", "told"),
-    [
-        ("preview_search", {"request": {"train_flops": -1}}, ("train_flops", "-1", "accepted")),
-        ("preview_search", {"request": {"train_flops": 1e10, "task": "\x00<b>"}}, ("task",)),
-        ("preview_search", {"request": {"train_flops": 1e10, "wings": 2}}, ("wings",)),
-        ("submit_search", {"request": "rm -rf /"}, ("request",)),
-        ("get_search", {"search_id": "../../etc/passwd"}, ("../../etc/passwd",)),
-        ("get_search", {"search_id": "f" * 32}, ("f" * 32,)),
-        ("learning_curve", {"trial_id": 10**9}, (str(10**9),)),
-        ("best_structure", {"train_flops": 1e9, "params": 3}, ("params",)),
-        ("best_structure", {"train_flops": 1e9, "task": "'; DROP TABLE x"}, ("DROP TABLE",)),
-        ("inspect_structure", {"design": "nothing", "d_in": 4, "d_out": 4}, ("nothing",)),
-        ("list_trials", {"search_id": "0" * 32, "limit": 0}, ("limit",)),
-        ("no_such_tool", {}, ("no_such_tool",)),
-    ],
-)
-def test_what_is_wrong_is_told_and_nothing_is_done(
-    tmp_path: Path, tool: str, given: Mapping[str, Any], told: tuple[str, ...]
-) -> None:
+#: Tool, what it is given, and what of the refusal is said.
+WRONG: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("preview_search", {"request": {"train_flops": -1}}, ("train_flops", "-1", "accepted")),
+    ("preview_search", {"request": {"train_flops": 1e10, "task": "\x00<b>"}}, ("task",)),
+    ("preview_search", {"request": {"train_flops": 1e10, "wings": 2}}, ("wings",)),
+    ("submit_search", {"request": "rm -rf /"}, ("request",)),
+    ("get_search", {"search_id": "../../etc/passwd"}, ("../../etc/passwd",)),
+    ("get_search", {"search_id": "f" * 32}, ("f" * 32,)),
+    ("learning_curve", {"trial_id": 10**9}, (str(10**9),)),
+    ("best_structure", {"train_flops": 1e9, "params": 3}, ("params",)),
+    ("best_structure", {"train_flops": 1e9, "task": "'; DROP TABLE x"}, ("DROP TABLE",)),
+    ("inspect_structure", {"design": "nothing", "d_in": 4, "d_out": 4}, ("nothing",)),
+    ("list_trials", {"search_id": "0" * 32, "limit": 0}, ("limit",)),
+    ("no_such_tool", {}, ("no_such_tool",)),
+]
+
+
+def test_what_is_wrong_is_told_and_nothing_is_done(tmp_path: Path) -> None:
     """On a database of its own, with no service."""
     store = open_store(f"sqlite:///{tmp_path / 'einsum-nas.db'}")
 
     async def use(_: Client, call: Call) -> None:
-        with pytest.raises((Refused, MCPError)) as refused:
-            await call(tool, **given)
-        for text in told:
-            assert text in str(refused.value)
-        assert (await call("list_searches"))["searches"] == []  # it goes on
+        for tool, given, told in WRONG:
+            with pytest.raises((Refused, MCPError)) as refused:
+                await call(tool, **given)
+            for text in told:
+                assert text in str(refused.value), (tool, given)
+            assert (await call("list_searches"))["searches"] == []  # it goes on
 
     agent(use, home=str(tmp_path))
     assert store.searches() == []
