@@ -615,6 +615,18 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
             if cursor is None:
                 return
 
+    async def download(self, /, path: str, into: BinaryIO, **query: Any) -> int:
+        """GET a file into an open one, in parts; its bytes."""
+        call = _get(path, _plain, **query)
+        try:
+            async with self._http.stream(call.method, call.path, **call.options) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise _as_error(response)
+                return sum([into.write(part) async for part in response.aiter_bytes()])
+        except httpx.HTTPError as error:
+            raise _unreachable(call, self.url, error) from error
+
     async def send(self, call: _Call[_T]) -> _T:
         """One request; problems become the errors of `nas.errors`."""
         try:

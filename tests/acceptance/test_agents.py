@@ -85,7 +85,7 @@ def test_a_search_from_preview_to_answer(service: Service) -> None:
         assert ended["search"]["state"] == "succeeded"
         assert sum(ended["search"]["trial_counts"].values()) == planned["total_runs"]
         assert seen == sorted(seen)
-        own = Remote(service.url).get_search(made["id"])
+        own = remote.get_search(made["id"])
         best = own.best(train_flops=request["train_flops"]).model_dump(mode="json")
         found = await call(
             "best_structure", search_id=made["id"], train_flops=request["train_flops"]
@@ -103,7 +103,8 @@ def test_a_search_from_preview_to_answer(service: Service) -> None:
         sizes = await call("inspect_structure", design="monarch", d_in=64, d_out=64)
         assert sizes["macs"] == 2 * 8 * 64
 
-    agent(use, "--server", service.url)
+    with Remote(service.url) as remote:
+        agent(use, "--server", service.url)
 
 
 #: Tool, what it is given, and what of the refusal is said.

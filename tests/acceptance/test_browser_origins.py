@@ -320,14 +320,15 @@ def test_signing_in_and_out(browser: Any, locked_service: Service) -> None:
         assert httpx.get(f"{url}/v1/searches", headers=session).status_code == 200
 
         # a page that is open when the session ends leads back to where it was
+        page.select_option("#axis", "params")
+        left = f"/searches/{search}?x=params"  # with what was chosen there
+        page.wait_for_url(url + left)
         second = context.new_page()
         second.goto(url)
         second.get_by_role("button", name="Sign out").click()
         second.wait_for_url(f"{url}/login")
         assert context.cookies() == []
         assert httpx.get(f"{url}/v1/searches", headers=session).status_code == 401
-        page.select_option("#axis", "params")
-        left = f"/searches/{search}?x=params"  # with what was chosen there
         page.wait_for_url(f"{url}/login?next={quote(left, safe='')}")
         page.get_by_label("API key").fill(key)
         page.keyboard.press("Enter")

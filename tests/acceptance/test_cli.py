@@ -218,7 +218,6 @@ def test_looking_at_a_search_agrees_on_both_ways(
     invoke(service.home, "cancel", found[1], *there)
 
 
-@FULL
 def test_a_service_exports_the_file_that_its_database_gives(
     service: Service, finished_search: RemoteSearch, tmp_path: Path
 ) -> None:
@@ -248,6 +247,7 @@ def test_a_service_exports_the_file_that_its_database_gives(
     assert not list(tmp_path.glob("n.*"))
 
 
+@FULL
 def test_search_and_confirm_with_wait_run_their_own_workers(
     tmp_path: Path, text_folder: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -175,6 +176,8 @@ def test_every_call_is_the_same_from_both_clients() -> None:
         found.refresh().cancel().pause().resume().retry().set_priority(3)
         found.set_labels(name="n").clone(trials=2)
         found.delete()
+        file = io.BytesIO()
+        assert client.download("/v1/x", file, rows="points") == len(file.getvalue()) > 0
         with pytest.raises(NotFound, match="none"):
             client.structure("monarch", 8, 8)
 
@@ -195,9 +198,11 @@ def test_every_call_is_the_same_from_both_clients() -> None:
             await found.set_labels(name="n")
             await found.clone(trials=2)
             await found.delete()
+            file = io.BytesIO()
+            assert await client.download("/v1/x", file, rows="points") == len(file.getvalue()) > 0
             with pytest.raises(NotFound, match="none"):
                 await client.structure("monarch", 8, 8)
 
     asyncio.run(ask())
     assert seen["sync"] == seen["async"]
-    assert len(seen["sync"]) == 15
+    assert len(seen["sync"]) == 16
