@@ -20,7 +20,7 @@ pytestmark = needs_chromium
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with planted_house(tmp_path_factory.mktemp("planted")) as found:
+    with planted_house(tmp_path_factory.mktemp("planted"), others=MORE) as found:
         yield found
 
 

@@ -222,7 +222,7 @@ def test_a_service_exports_the_file_that_its_database_gives(
     service: Service, finished_search: RemoteSearch, tmp_path: Path
 ) -> None:
     def export(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-        return execute(
+        return invoke(
             service.home, "export", "--format", name.split(".")[1], "--out", str(tmp_path / name),
             *options,
         )  # fmt: skip

@@ -111,6 +111,7 @@ def test_a_study(tmp_path: Path) -> None:
     assert f"{least:.4f}" in done.stdout
 
 
+@FULL
 def test_a_part_that_raises_harms_no_other(tmp_path: Path) -> None:
     """Here for a pydantic that cannot be imported, which the first of both needs."""
     broken = tmp_path / "packages" / "pydantic"

@@ -46,14 +46,17 @@ def url_of(home: Path) -> str:
 
 
 @contextmanager
-def planted_house(home: Path, more: Callable[[Store], None] | None = None) -> Iterator[House]:
-    """A service on planted searches; `more` adds to its store before it starts."""
+def planted_house(
+    home: Path, more: Callable[[Store], None] | None = None, others: int = 0
+) -> Iterator[House]:
+    """A service on planted searches, `others` of them without runs; `more` adds to its store before
+    it starts."""
     store = open_store(url_of(home))
     large, small = (
         plant(store, runs(count), fingerprint=FINGERPRINT, budget=6.4e10, seed=count)
         for count in (150, 8)
     )  # fmt: skip
-    for i in range(MORE):
+    for i in range(others):
         plant(store, [], fingerprint=FINGERPRINT, budget=1e12, seed=i)
     stand(store)
     if more is not None:
