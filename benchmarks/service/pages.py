@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -31,6 +28,7 @@ from typing import Any
 from benchmarks.reporting import report
 from benchmarks.service import size
 from benchmarks.service.scale import claimed, planted
+from nas.processes import free_port
 from nas.store import Search, Store, StoredPoint, upgrade
 from nas.store.engine import writing
 from nas.store.schema import SearchRow
@@ -41,19 +39,11 @@ _PATIENCE = 600.0
 _FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
 @contextmanager
-def _served(command: list[str], url: str, environment: Mapping[str, str]) -> Iterator[None]:
+def _served(command: list[str], url: str) -> Iterator[None]:
     """A server, once it answers."""
-    process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
     try:
         deadline = time.monotonic() + _PATIENCE
         while True:
@@ -159,12 +149,8 @@ def _evaluating(store: Store, search: Search, stop: threading.Event) -> Iterator
 
 @contextmanager
 def _service(url: str, home: Path) -> Iterator[str]:
-    port = _free_port()
-    base = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "nas.cli", "api", "--port", str(port)]
-    variables = {"EINSUM_NAS_HOME": str(home), "EINSUM_NAS_DATABASE_URL": url}
-    with _served(command, f"{base}/readyz", variables):
-        yield base
+    with size.served(url, home) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def ours(browser: Any, folder: Path, trials: int, follow: float) -> list[dict[str, Any]]:
@@ -255,10 +241,10 @@ def beside(
         )
 
     study.add_trials([made() for _ in range(trials)])
-    port = _free_port()
+    port = free_port(8100)
     base = f"http://127.0.0.1:{port}"
     command = [program, url, "--port", str(port)]
-    with _served(command, base, {}):
+    with _served(command, base):
         found = opened(browser, f"{base}/dashboard/studies/1", _PICTURE, times=1)
     found |= {"all_seconds": "not known", "live_kB_a_minute": "not followed"}
     return {"page": f"optuna-dashboard, {objectives} objectives", "trials": trials, **found}

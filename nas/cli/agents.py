@@ -21,7 +21,7 @@ from mcp_types import ToolAnnotations
 from pydantic import BeforeValidator, Field
 from pydantic_core import to_jsonable_python
 
-from nas.cli.looking import best_of, chosen_trials
+from nas.cli.looking import chosen_trials, described
 from nas.errors import EinsumNasError
 from nas.planning.request import SearchRequest
 from nas.store.records import TERMINAL
@@ -115,7 +115,7 @@ def server_of(place: Local | Remote) -> MCPServer:
     @tool(_READS)
     def get_search(search_id: SearchId) -> dict[str, Any]:
         """A search: state, counts of runs, cost, estimate of the seconds left, and its best."""
-        return _described(place, search_id)
+        return described(place.get_search(search_id))
 
     @server.tool(annotations=_READS)
     async def wait_for_search(
@@ -127,7 +127,7 @@ def server_of(place: Local | Remote) -> MCPServer:
     ) -> dict[str, Any]:
         """Wait until a search has ended, and get it as get_search does."""
         deadline = time.monotonic() + seconds
-        look = _told(lambda: _described(place, search_id))
+        look = _told(lambda: described(place.get_search(search_id)))
         while True:
             found = await to_thread.run_sync(look)
             search = found["search"]
@@ -240,9 +240,3 @@ def _fields(request: SearchRequest) -> dict[str, Any]:
 def _json(found: Any) -> dict[str, Any]:
     plain: dict[str, Any] = to_jsonable_python(found)
     return plain
-
-
-def _described(place: Local | Remote, search_id: str) -> dict[str, Any]:
-    found = place.get_search(search_id)
-    best, reason = best_of(found)
-    return {"search": found.data, "best": best, "no_best": reason or None, "page": found.page}

@@ -32,18 +32,22 @@ def best_of(search: LocalSearch | RemoteSearch) -> tuple[Answer | None, str]:
         return None, str(error)
 
 
+def described(search: LocalSearch | RemoteSearch) -> dict[str, Any]:
+    """A search with its best, or with the reason why there is none yet, and its page."""
+    best, reason = best_of(search)
+    return {"search": search.data, "best": best, "no_best": reason or None, "page": search.page}
+
+
 def show_one(search_id: SearchId, server: Server = None, as_json: Json = False) -> None:
     """Show a search: its verdict, what was asked, its state, cost, labels, and its best."""
     from nas.cli.shown import show_search
 
     with opened(server) as place:
-        found = place.get_search(search_id)
-        best, reason = best_of(found)
+        found = described(place.get_search(search_id))
     if as_json:
-        print_json({"search": found.data, "best": best, "no_best": reason or None,
-                    "page": found.page})  # fmt: skip
+        print_json(found)
         return
-    show_search(found.data, best, reason, found.page)
+    show_search(found["search"], found["best"], found["no_best"] or "", found["page"])
 
 
 def trials(
@@ -117,14 +121,11 @@ def compare(
     with opened(server) as place:
         found = [place.get_search(search_id) for search_id in search_ids]
         checked_ids([search.id for search in found])
-        answers = [best_of(search) for search in found]
+        told = [described(search) for search in found]
     searches = [search.data for search in found]
     fields = side_by_side(searches)
     compared = {
-        "searches": [
-            {"search": search.data, "best": best, "no_best": reason or None, "page": search.page}
-            for search, (best, reason) in zip(found, answers, strict=True)
-        ],
+        "searches": told,
         "fields": fields,
         "differ": differing(fields),
         "losses_compare": losses_compare(searches),
