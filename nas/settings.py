@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     """`postgresql://user:password@host/database`; the default is a SQLite file in `home`."""
     data_dir: Path | None = None
     """Folder whose contents REST may name as data; with access control, a tenant's folder."""
+    task_modules: Names = ()
+    """Files of Python whose tasks can be searched, besides those of installed packages; separated
+    by commas."""
     host: str = "127.0.0.1"
     """Address that the service and a worker's metrics listen on."""
     port: int = Field(8000, ge=0, le=65535)

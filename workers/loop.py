@@ -26,6 +26,7 @@ from nas.service.prior import fixed_evidence
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store, upgrade
 from nas.tasks import TaskData, load_data
+from nas.tasks.data import LoadingStopped
 from workers import metrics
 from workers.presence import Presence
 from workers.ray.address import cluster_address
@@ -255,7 +256,14 @@ class Worker:
 
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
         wanted, name = search.request, search.request.data
-        data = load_data(wanted.settings, search.data_path, shown=name, root=search.data_root)
+        try:
+            data = load_data(
+                wanted.settings, search.data_path,
+                shown=name, root=search.data_root, stop=lambda: signals.stop,
+            )  # fmt: skip
+        except LoadingStopped as stopped:
+            self._end_unloaded(lease, search, signals, str(stopped))
+            return
         wanted.check_budget(data.recipe)
         _log.info("search %s: %s", search.id, data.summary)
         stored = self._leases.set_fingerprint(lease, data.fingerprint)
@@ -274,6 +282,17 @@ class Worker:
         if signals.lost.is_set():
             raise LeaseLost(f"search {search.id}: claimed by another worker")
         session.hand_back() if signals.hand_back else session.finish()
+
+    def _end_unloaded(self, lease: Lease, search: Search, signals: Signals, why: str) -> None:
+        """Give up a search that was to stop while its data was loaded."""
+        if signals.lost.is_set():
+            raise LeaseLost(f"search {search.id}: claimed by another worker")
+        if signals.cancel.is_set():
+            self._leases.release(lease, "cancelled")
+        elif signals.overtime.is_set():
+            self._leases.release(lease, "failed", why, failure="limit", limit_reached="seconds")
+        else:
+            self._leases.hand_back(lease)
 
     def _scheduler(self, lease: Lease, search: Search, data: TaskData) -> Scheduler | None:
         """What decides the rounds of a search, if it has any; it knows what was measured before."""

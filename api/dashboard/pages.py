@@ -28,7 +28,7 @@ from nas.analysis.diagram import network, svg
 from nas.designs.design import design_forms, inspect_design, parse_design, proposals
 from nas.errors import InvalidInput, NotFound
 from nas.planning.cost import linears, structures_of
-from nas.planning.recipe import TASKS
+from nas.planning.tasks import task_names
 from nas.planning.request import Objective, Sampler, SearchRequest, Stopping
 from nas.records.device import OnDevice
 from nas.service import answers
@@ -61,7 +61,7 @@ _REPEATS = 20
 
 @router.get("/", dependencies=[READ], response_class=HTMLResponse)
 def index(request: Request, store: StoreDep, wanted: ListingDep) -> Response:
-    shown = {"listing": listing.page(store, wanted), "states": SEARCH_STATES, "tasks": TASKS}
+    shown = {"listing": listing.page(store, wanted), "states": SEARCH_STATES, "tasks": task_names()}
     return templates.TemplateResponse(request, "index.html", shown)
 
 
@@ -85,7 +85,7 @@ def new_search(
     )
     given.pop("confirm", None)
     shown = {
-        "tasks": TASKS, "families": list(proposals()), "given": given, "source": source,
+        "tasks": task_names(), "families": list(proposals()), "given": given, "source": source,
         **{name: get_args(kind) for name, kind in _CHOICES.items()},
     }  # fmt: skip
     return templates.TemplateResponse(request, "new.html", shown)

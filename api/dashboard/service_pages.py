@@ -19,7 +19,7 @@ from api.middleware.bodies import Absent
 from api.problems import HANDLERS
 from nas.designs.design import parse_design
 from nas.errors import InvalidInput, NotFound, span
-from nas.planning.recipe import TASKS
+from nas.planning.tasks import task_names
 from nas.records.answers import Answer, Candidate
 from nas.service import answers, catalogue
 from nas.service.published import table_of
@@ -88,7 +88,7 @@ def tasks_page(request: Request, store: StoreDep) -> Response:
         for data in task["fingerprints"]
     }
     shown = {
-        "published": [task for task in TASKS if table_of(task) is not None],
+        "published": [task for task in task_names() if table_of(task) is not None],
         "tasks": found, "scopes": scopes, "states": standings.states(list(scopes.values())),
         "losses": standings.lowest_losses(list(scopes.values())),
     }  # fmt: skip
@@ -166,8 +166,8 @@ def space_page(
     """ω, ψ, ν and θ of the completed runs of a task or a search; by default of the first task that
     has any."""
     if task is None and search is None:
-        task = next((name for name in TASKS if _is_measured(store, name)), None)
-    shown: dict[str, Any] = {"tasks": TASKS, "task": task, "search": search}
+        task = next((name for name in task_names() if _is_measured(store, name)), None)
+    shown: dict[str, Any] = {"tasks": task_names(), "task": task, "search": search}
     if task is not None or search is not None:
         try:
             scope = answers.resolve_scope(store, task, search)

@@ -5,12 +5,15 @@ Everything heavy is imported inside the command that needs it.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nas.cli import answers, db, demo, keys, looking, searches, serve, submit
 from nas.cli.common import Commands, escape_unprintable
+from nas.errors import InvalidInput
 
 app = typer.Typer(
     name="einsum-nas",
@@ -49,8 +52,21 @@ def _options(
         bool,
         typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
     ] = False,
-) -> None:
-    pass
+    task_module: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task-module", metavar="FILE",
+            help="A file of Python whose tasks can be searched; repeatable. "
+            "In place of EINSUM_NAS_TASK_MODULES.",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    for file in task_module or ():
+        if "," in file or not Path(file).is_file():
+            raise InvalidInput("--task-module", file, "a file of Python, without commas")
+    if task_module:
+        # by the environment, which the processes of workers inherit
+        os.environ["EINSUM_NAS_TASK_MODULES"] = ",".join(str(Path(f).resolve()) for f in task_module)
 
 
 def main() -> None:

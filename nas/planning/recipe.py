@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -32,8 +32,8 @@ _MOST_TOKENS, _MOST_NUMBERS = 1 << 22, 1 << 28
 #: Widths that a recipe may have: dense references need three, and each is looked at when a budget
 #: is divided.
 _LEAST_WIDTHS, _MOST_WIDTHS = 3, 1024
-#: Fields that make a recipe what it is; they cannot be changed on their own.
-_FIXED = ("name", "task", "model", "bias")
+#: What a plug-in may call its task and its recipes.
+PLUGIN_NAME = r"^[a-z][a-z0-9-]{0,31}$"
 #: Settings that only some tasks have, and what the recipes of the others say in their place where
 #: they are stored or shown; fingerprints of tasks and runs depend on it.
 _OF_SOME = {
@@ -72,9 +72,12 @@ class Recipe:
     Source of the settings: arXiv:2410.02117 and arXiv:2406.06248, appendices.
     """
 
+    #: settings that make a recipe what it is; they cannot be changed on their own
+    fixed: ClassVar[tuple[str, ...]] = ("name", "task", "model", "bias")
+
     name: str
     task: str
-    #: gpt | pixels (autoregressive image transformer) | vit | mlp
+    #: gpt | pixels (autoregressive image transformer) | vit | mlp | own (a plug-in's)
     model: str
     #: residual blocks
     depth: _Whole = Field(3, ge=1, le=256)
@@ -153,7 +156,7 @@ class Recipe:
     @property
     def attends(self) -> bool:
         """Whether the model is a transformer."""
-        return self.model != "mlp"
+        return self.model not in ("mlp", "own")
 
     @property
     def tokens(self) -> int:
@@ -384,6 +387,54 @@ class VitRecipe(ClassesRecipe):
         return self.patch**2 * self.channels
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginRecipe(Recipe):
+    """A task that a plug-in adds; see `nas.tasks.task`.
+
+    Its model is counted at every width of the recipe: what changes the model is fixed.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = (
+        *Recipe.fixed, "depth", "base_width", "head_dim", "mlp_ratio", "ranks", "sharding",
+        "unit", "positions", "heads", "version", "counted",
+    )  # fmt: skip
+
+    task: str = Field(pattern=PLUGIN_NAME)
+    model: Literal["own"] = "own"
+    #: every layer of the model says so itself
+    bias: bool = False
+    normalize: Annotated[bool, Field(strict=True), BeforeValidator(_as_truth)] = False
+    head_dim: _Whole = Field(16, ge=1, le=1024)
+    beta2: _Decay = 0.999
+    validation_samples: _Samples = 1024
+    #: of the loss
+    unit: str = Field(min_length=1, max_length=64)
+    #: positions of one sample, over which FLOPs of a token are told
+    positions: _Size = 1
+    #: whether any layer makes or reads heads of attention
+    heads: bool = False
+    #: of the plug-in: another one trains otherwise, and its runs are not compared
+    version: str = Field("1", max_length=64)
+    #: digest of the sheets of the model, see `nas.planning.sheets`
+    counted: str = ""
+
+    def _check_own(self) -> None:
+        if self.ranks != 1:
+            raise InvalidInput("ranks", self.ranks, "1 for the task of a plug-in")
+
+    @property
+    def attends(self) -> bool:
+        return self.heads
+
+    @property
+    def tokens(self) -> int:
+        return self.positions
+
+    @property
+    def loss_unit(self) -> str:
+        return self.unit
+
+
 #: Every setting of any recipe, in the order of `Recipe.as_dict`, which may leave some out.
 SETTINGS = (*(f.name for f in fields(Recipe)), *_OF_SOME)
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -398,6 +449,9 @@ _STORED: TypeAdapter[Recipe] = TypeAdapter(
 
 def stored_recipe(values: Mapping[str, Any]) -> Recipe:
     """The recipe that `Recipe.as_dict` wrote; settings of other tasks are passed over."""
+    if values.get("model") == "own":
+        own = {f.name for f in fields(PluginRecipe)}
+        return PluginRecipe(**{name: value for name, value in values.items() if name in own})
     return _STORED.validate_python(values)
 
 
@@ -412,7 +466,7 @@ def with_overrides(recipe: AnyRecipe, overrides: Mapping[str, Any]) -> AnyRecipe
     >>> with_overrides(REGRESSION, {"input_dim": "16"}).features
     16
     """
-    free = [f.name for f in fields(recipe) if f.name not in _FIXED]
+    free = [f.name for f in fields(recipe) if f.name not in recipe.fixed]
     for name in overrides:
         if name not in free:
             accepted = f"settings of recipe {recipe.name}: {', '.join(free)}"
@@ -495,22 +549,3 @@ RECIPES: dict[str, Recipe] = {
         IMAGES, IMAGES_VIT, IMAGES_CIFAR, IMAGES_VIT_CIFAR, IMAGES_PAPER,
     )
 }  # fmt: skip
-
-
-def recipe_of(
-    task: str, name: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> Recipe:
-    """The recipe of a task: by name, by default its first, with some settings set anew.
-
-    Raises
-    ------
-    InvalidInput
-        No such task, no such recipe of it, or overrides that it cannot have.
-    """
-    own = [r for r in RECIPES.values() if r.task == task]
-    if not own:
-        raise InvalidInput("task", task, " | ".join(TASKS))
-    found = own[0] if name is None else next((r for r in own if r.name == name), None)
-    if found is None:
-        raise InvalidInput("recipe", name, " | ".join(r.name for r in own))
-    return with_overrides(found, overrides or {})

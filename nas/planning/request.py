@@ -16,13 +16,10 @@ from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 from nas.planning.accepted import validated
 from nas.planning.recipe import (
-    RECIPES,
     SETTINGS,
-    TASKS,
     ImageRecipe,
     Recipe,
     TextRecipe,
-    recipe_of,
 )
 from nas.planning.runs import (
     MAX_TRAIN_FLOPS,
@@ -32,6 +29,7 @@ from nas.planning.runs import (
     given_plan,
     least_budget,
 )
+from nas.planning.tasks import recipe_of, task_cards, task_names
 
 #: Families of designs that a search may propose; "einsum" has `Space.factors` factors.
 FAMILIES = tuple(proposals())
@@ -185,6 +183,10 @@ class Limits(BaseModel):
     )
 
 
+def _recipe_names() -> list[str]:
+    return [recipe.name for card in task_cards().values() for recipe in card.recipes]
+
+
 class SearchRequest(BaseModel):
     """A search: a task, a budget, and how to search.
 
@@ -197,9 +199,9 @@ class SearchRequest(BaseModel):
 
     task: str = Field(
         "text",
-        description=f"Task to train: {', '.join(TASKS)}.",
+        description="Task to train; `GET /v1/tasks` lists those there are.",
         examples=["text"],
-        json_schema_extra={"enum": list(TASKS)},
+        json_schema_extra=lambda schema: schema.update(enum=list(task_names())),
     )
     data: str | None = Field(
         None,
@@ -213,7 +215,7 @@ class SearchRequest(BaseModel):
         description="Named recipe of the task: model family and training settings; by "
         "default the task's first.",
         examples=["gpt-bpe-1"],
-        json_schema_extra={"enum": [*RECIPES, None]},
+        json_schema_extra=lambda schema: schema.update(enum=[*_recipe_names(), None]),
     )
     overrides: dict[str, bool | int | float | str] | None = Field(
         None,

@@ -29,8 +29,9 @@ from nas.designs.design import parse_design
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput, NotFound
 from nas.planning.cost import FLOPS_PER_MAC, TRAIN_OVER_FORWARD, train_flops_per_step
-from nas.planning.recipe import TASKS, Recipe
+from nas.planning.recipe import Recipe
 from nas.planning.runs import MAX_TRAIN_FLOPS, plans
+from nas.planning.tasks import task_names
 from nas.records.answers import (
     Answer,
     Evidence,
@@ -85,8 +86,9 @@ def resolve_task(store: Store, task: str) -> tuple[str, str]:
         No search on the task's default data has begun on this store.
     """
     name, _, fingerprint = task.partition("@")
-    if name not in TASKS:
-        raise InvalidInput("task", task, f"{' | '.join(TASKS)}, or one of them with @fingerprint")
+    if name not in task_names():
+        accepted = f"{' | '.join(task_names())}, or one of them with @fingerprint"
+        raise InvalidInput("task", task, accepted)
     if not fingerprint:
         found = store.default_fingerprint(name)
         if found is None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from nas.designs.design import Design, family_of, parse_design, proposals
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput
-from nas.planning.recipe import LOSS_UNITS, RECIPES, TASKS, Recipe
+from nas.planning.recipe import Recipe
 from nas.planning.request import SearchRequest, Space
 from nas.planning.runs import (
     MIN_REFERENCES,
@@ -21,6 +21,7 @@ from nas.planning.runs import (
     plans,
     references,
 )
+from nas.planning.tasks import task_cards, task_names
 from nas.records.search import SearchFailure, SearchState
 from nas.service.dividing import parts_of
 from nas.store import AXES, Search, Store
@@ -44,7 +45,11 @@ def search_detail(store: Store, search: Search) -> dict[str, Any]:
 
 def checked_filters(**given: Any) -> dict[str, Any]:
     """Filters of a list of searches, see `Store.searches`; `InvalidInput` for unknown ones."""
-    accepted = {"state": get_args(SearchState), "failure": get_args(SearchFailure), "task": TASKS}
+    accepted = {
+        "state": get_args(SearchState),
+        "failure": get_args(SearchFailure),
+        "task": task_names(),
+    }
     for name, known in accepted.items():
         if given.get(name) is not None and given[name] not in known:
             raise InvalidInput(name, given[name], " | ".join(known))
@@ -122,7 +127,9 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
     return [
         {
             "name": task,
-            "loss_unit": LOSS_UNITS[task],
+            "loss_unit": card.loss_unit,
+            # why a plug-in's cannot be used, or null
+            "refusal": card.refusal,
             "recipes": [
                 {
                     "name": recipe.name,
@@ -132,8 +139,7 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
                     "accepted_train_flops": accepted_budget(recipe),
                     "minimum_train_flops": minimum_train_flops(recipe),
                 }
-                for recipe in RECIPES.values()
-                if recipe.task == task
+                for recipe in card.recipes
             ],
             "minimum_references": MIN_REFERENCES,
             "default_fingerprint": store.default_fingerprint(task),
@@ -149,7 +155,7 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
                 for fingerprint, searches, newest in store.task_fingerprints(task)
             ],
         }
-        for task in TASKS
+        for task, card in task_cards().items()
     ]
 
 

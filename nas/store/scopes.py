@@ -15,7 +15,7 @@ import hashlib
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from nas.planning.recipe import TASKS
+from nas.planning.tasks import task_names
 from nas.settings import DEFAULT_TENANT
 from nas.store.engine import inserting
 from nas.store.schema import ScopeRow, SearchRow, TrialRow
@@ -28,7 +28,7 @@ def task_scope(task: str, fingerprint: str, tenant: str = DEFAULT_TENANT) -> str
 
 def of_tenant(name: str, tenant: str) -> str:
     """The scope for a search's id, a task's name or name@fingerprint, as one tenant uses them."""
-    is_search = name not in TASKS and "@" not in name
+    is_search = name not in task_names() and "@" not in name
     return name if is_search or tenant == DEFAULT_TENANT else f"{tenant}/{name}"
 
 

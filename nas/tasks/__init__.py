@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
-from nas.planning.recipe import ImageRecipe, Recipe, RegressionRecipe, TextRecipe
+from nas.planning.recipe import ImageRecipe, PluginRecipe, Recipe, RegressionRecipe, TextRecipe
 from nas.tasks.data import TaskData
+from nas.tasks.task import LinearFactory, Task
 
-__all__ = ["TaskData", "load_data"]
+__all__ = ["LinearFactory", "Task", "TaskData", "load_data"]
 
 
 def load_data(
@@ -16,6 +18,7 @@ def load_data(
     *,
     shown: str | None = None,
     root: str | os.PathLike[str] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TaskData:
     """The data of a recipe's task: its default, or a user's file or folder.
 
@@ -27,12 +30,21 @@ def load_data(
         What errors call the data; by default its path.
     root
         For data that was named over the network: the folder that its path leads into, over no link.
+    stop
+        Whether to stop loading; asked while the code of a plug-in loads.
 
     Raises
     ------
+    LoadingStopped
+        `stop` said so.
     InvalidInput
         The data is missing, unusable, too little or too much; nothing is ever unpickled.
     """
+    if isinstance(recipe, PluginRecipe):
+        from nas.tasks.plugged import load_plugged
+
+        path, inside = (None if p is None else os.fspath(p) for p in (data, root))
+        return load_plugged(recipe, path, shown=shown, root=inside, stop=stop)
     if isinstance(recipe, TextRecipe):
         from nas.tasks.corpus import load_text
 
@@ -52,9 +64,15 @@ def check_data(
 ) -> Recipe:
     """The recipe as data that was named over the network completes it, once that is looked at.
 
-    What can be known without learning tokens is known then: whether these are enough is not.
+    What can be known without learning tokens is known then: whether these are enough is not.  Of a
+    plug-in's data it is only whether it is there.
     Parameters and errors as of `load_data`.
     """
+    if isinstance(recipe, PluginRecipe):
+        from nas.tasks.plugged import check_place
+
+        check_place(recipe, os.fspath(data), shown=shown, root=os.fspath(root))
+        return recipe
     if isinstance(recipe, TextRecipe):
         from nas.tasks.corpus import load_text
 

@@ -28,7 +28,7 @@ Draw = Callable[[torch.Generator], Pair]
 Samples = Callable[[Tensor, torch.Generator | None], Pair]
 
 _IMAGES_AT_ONCE = 1024
-_VALIDATION_SEED = 20241002  # the same validation samples for every run of a task
+VALIDATION_SEED = 20241002  # the same validation samples for every run of a task
 
 
 def training_batches(recipe: Recipe, train: Arrays, device: torch.device | None = None) -> Draw:
@@ -54,7 +54,7 @@ def validation_set(recipe: Recipe, train: Arrays, validation: Arrays) -> Pair:
 
     Windows of a text are distinct and do not overlap, so that each counts once.
     """
-    generator = torch.Generator().manual_seed(_VALIDATION_SEED)
+    generator = torch.Generator().manual_seed(VALIDATION_SEED)
     count, samples = _samples(recipe, validation, train)
     step = recipe.context + 1 if isinstance(recipe, TextRecipe) else 1
     places = torch.randperm(math.ceil(count / step), generator=generator)

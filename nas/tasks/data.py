@@ -46,6 +46,10 @@ def is_there(path: str) -> bool:
     return os.path.exists(path)  # noqa: PTH110 (Path.exists raises for a long name)
 
 
+class LoadingStopped(Exception):
+    """The data is no longer wanted."""
+
+
 @dataclass
 class Reading:
     """What errors call the data that is read, and say that is accepted."""

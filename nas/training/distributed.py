@@ -31,13 +31,12 @@ from nas.layers.routing import Gated, auxiliary_loss, routing_statistics
 from nas.planning.cost import structures_of
 from nas.planning.recipe import Recipe
 from nas.planning.runs import RunPlan
-from nas.tasks.batches import sample_losses
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, EVALUATION_TOKENS, ROUTER_WEIGHT, Execution
 from nas.training.metering import CostMeter
-from nas.training.models import build_model, learning_rates
 from nas.training.run import LOOK_EVERY, Evaluations, train_with
+from nas.training.tasks import build_model, learning_rates, task_of
 
 #: What of a saved state lies on rank 0 alone, until it is loaded.
 _TENSORS = ("model", "optimizer")
@@ -144,7 +143,7 @@ class _RankEngine:
         self._trained.train()
         with self._execution.autocast():
             outputs = self._trained(inputs[0, part])
-        loss = sample_losses(self._recipe, outputs, targets[0, part]).mean()
+        loss = task_of(self._recipe).loss(self._recipe, outputs, targets[0, part]).mean()
         routing = auxiliary_loss(self._model)
         trained = loss if routing is None else loss + ROUTER_WEIGHT * routing
         trained.backward()  # type: ignore[no-untyped-call]
@@ -177,7 +176,7 @@ class _RankEngine:
             at = numbers.clamp(max=len(x) - 1)
             with self._execution.autocast():
                 outputs = self._model(x[at])
-            losses.append(sample_losses(self._recipe, outputs, y[at]))
+            losses.append(task_of(self._recipe).loss(self._recipe, outputs, y[at]))
         return self._gathered(torch.cat(losses))[: len(x)].double().cpu()[None]
 
     def _gathered(self, part: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from nas.designs.structure import LinearStructure
 from nas.errors import one_line
 from nas.layers.building import matrix_pays, plan_text
 from nas.planning.cost import structures_of
-from nas.planning.recipe import Recipe
+from nas.planning.recipe import PluginRecipe, Recipe
 from nas.planning.runs import RunPlan
-from nas.tasks.batches import sample_losses
-from nas.training.models import build_model, learning_rates
+from nas.training.separate import Separate
 from nas.training.stacked import STACKED, Stacked
+from nas.training.tasks import build_model, learning_rates, task_of
 
 _log = logging.getLogger(__name__)
 #: Weight of the auxiliary loss, averaged over gates.  Source: arXiv:2410.02117, section 5.
@@ -74,9 +74,10 @@ def execution_plans(plan: RunPlan, recipe: Recipe, execution: Execution = CPU) -
     of several layers or runs, which are computed as one, then choose by the cost model again.
     """
     where, tokens = torch.device(execution.device), recipe.tokens_per_step
+    stacks = not isinstance(recipe, PluginRecipe)
 
     def text(structure: LinearStructure) -> str:
-        if matrix_pays(structure, tokens, where):
+        if stacks and matrix_pays(structure, tokens, where):
             return STACKED
         return plan_text(structure, tokens, where, execution.dtype)
 
@@ -84,7 +85,7 @@ def execution_plans(plan: RunPlan, recipe: Recipe, execution: Execution = CPU) -
 
 
 class Engine:
-    """R runs of one plan, one seed each, computed as one model.
+    """R runs of one plan, one seed each, computed as one model, or those of a plug-in one by one.
 
     Parameters
     ----------
@@ -101,14 +102,22 @@ class Engine:
         layer_plans: Mapping[str, str],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._recipe, self._execution = recipe, execution
+        self._recipe, self._task = recipe, task_of(recipe)
         models = []
         for seed in seeds:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 models.append(build_model(recipe, plan.design, plan.width).to(dtype))
         groups = learning_rates(models[0], recipe, plan.width)
-        self.stacked = Stacked([m.to(execution.device) for m in models], groups, layer_plans)
+        models = [m.to(execution.device) for m in models]
+        self.stacked: Stacked | Separate
+        if isinstance(recipe, PluginRecipe):
+            # what code of others does is not known to compile, nor to be the same when replayed
+            execution = replace(execution, compile=False, graphs=False)
+            self.stacked = Separate(models, groups, layer_plans, seeds)
+        else:
+            self.stacked = Stacked(models, groups, layer_plans)
+        self._execution = execution
         self._rates = [group["lr"] for group in groups]
         on_gpu = execution.device.startswith("cuda")
         rates = [
@@ -155,7 +164,9 @@ class Engine:
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         losses, trained = self._forward(inputs, targets)
         parameters = self.stacked.parameters
-        gradients: Sequence[Tensor] = torch.autograd.grad(trained, parameters)
+        gradients: Sequence[Tensor] = torch.autograd.grad(
+            trained, parameters, materialize_grads=True
+        )
         if self._recipe.clip:
             gradients = _clipped(gradients, self._recipe.clip)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -175,8 +186,8 @@ class Engine:
 
     def _sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(R, batch)."""
-        each = sample_losses(self._recipe, outputs.flatten(0, 1), targets.flatten(0, 1))
-        return each.view(self.count, -1)
+        each = self._task.loss(self._recipe, outputs.flatten(0, 1), targets.flatten(0, 1))
+        return each.view(self.count, outputs.shape[1])
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor:
@@ -184,7 +195,7 @@ class Engine:
         positions = EVALUATION_TOKENS[torch.device(self._execution.device).type]
         piece = max(1, positions // (self._recipe.tokens * self.count))
         losses = []
-        with self._execution.autocast():
+        with self._execution.autocast(), self.stacked.evaluating():
             self.stacked.prepare()
             for inputs, targets in zip(torch.split(x, piece), torch.split(y, piece), strict=True):
                 outputs = self.stacked.run(inputs.expand(self.count, *inputs.shape))
@@ -203,6 +214,7 @@ class Engine:
         return {
             "parameters": [p.detach() for p in self.stacked.parameters],
             "optimizer": [dict(state[p]) for p in self.stacked.parameters],
+            **self.stacked.extra_state(),
         }
 
     @torch.no_grad()
@@ -225,6 +237,7 @@ class Engine:
             self.optimizer.state[parameter] = {
                 name: (t[at] if t.dim() else t).to(parameter.device) for name, t in state.items()
             }
+        self.stacked.load_extra_state(saved, runs)
 
 
 class _Captured:

@@ -18,11 +18,11 @@ from torch import Tensor
 from nas.errors import RunFailed
 from nas.planning.recipe import Recipe
 from nas.planning.runs import RunPlan, evaluation_steps
-from nas.tasks.batches import training_batches, validation_set
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, Engine, Execution, execution_plans
 from nas.training.metering import CostMeter
+from nas.training.tasks import task_of
 
 __all__ = [
     "CPU",
@@ -200,8 +200,9 @@ def train_with(
             engine = begin()
             state = _State.begin(seeds)
     device = torch.device(execution.device)
-    draw = training_batches(recipe, train_data, None if device.type == "cpu" else device)
-    x, y = (t.to(device) for t in validation_set(recipe, train_data, validation_data))
+    task = task_of(recipe)
+    draw = task.batches(recipe, train_data, None if device.type == "cpu" else device)
+    x, y = (t.to(device) for t in task.validation(recipe, train_data, validation_data))
     yield from state.past(last)
     if state.step >= last:  # its checkpoint is as far, or farther
         return dict.fromkeys(state.alive)

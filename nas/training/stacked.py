@@ -12,6 +12,7 @@ the others as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -264,6 +265,19 @@ class Stacked:
         axis = len(self._leading)
         rows = t.shape[axis] // len(stack.members)
         return list(torch.split(t, [size * rows for size in stack.parts], dim=axis))
+
+    # --- of models in general, see `nas.training.separate`
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The same: nothing in these models differs between training and evaluation."""
+        return nullcontext()
+
+    def extra_state(self) -> dict[str, Any]:
+        """None: they have no buffers."""
+        return {}
+
+    def load_extra_state(self, saved: Mapping[str, Any], runs: Sequence[int]) -> None:
+        """Nothing; see `extra_state`."""
 
     # --- operations
 

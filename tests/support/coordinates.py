@@ -13,7 +13,7 @@ from nas.layers import EinsumLinear
 from nas.planning.recipe import REGRESSION, Recipe
 from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
-from nas.training.models import build_model, learning_rates
+from nas.training.tasks import build_model, learning_rates
 
 #: Updates are compared once features are learned: at the first steps those of a layer of low rank
 #: are still small, for a random factor passes on only d^ρ of d directions.

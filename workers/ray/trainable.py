@@ -19,7 +19,7 @@ import ray
 import torch
 from ray import tune
 
-from nas.errors import RunFailed
+from nas.errors import InvalidInput, RunFailed, one_line
 from nas.layers.kernels.machine import machine_rates
 from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
@@ -119,6 +119,12 @@ class ProxyTrainable(tune.Trainable):
         self._seconds: float = run["seconds"]
         self._start_clock()
         limit_memory(self._memory)
+        try:
+            self._prepare(run)
+        except InvalidInput as error:  # such as a plug-in that is another one here
+            self._failure = {"reason": one_line(error), "kind": "run"}
+
+    def _prepare(self, run: dict[str, Any]) -> None:
         plan = RunPlan.from_dict(run["plan"])
         recipe = stored_recipe(run["recipe"])
         self._seeds: list[int] = run["seeds"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nas.designs.design import Design
 from nas.planning.recipe import Recipe
+from nas.tasks.task import LinearFactory
 from nas.training.models.ops import OWN, Ops
 from nas.training.models.parts import (
     NumberEmbedding,
@@ -23,11 +23,11 @@ from nas.training.models.parts import (
 class Block(nn.Module):
     """One feed-forward residual branch."""
 
-    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
+    def __init__(self, recipe: Recipe, width: int, linear: LinearFactory) -> None:
         super().__init__()
         self.branch_scale = branch_scale(recipe)
         self.norm = nn.LayerNorm(width)
-        self.linears = structured_linears(recipe, design, width)
+        self.linears = structured_linears(recipe, width, linear)
 
     def run(self, ops: Ops, x: Tensor) -> Tensor:
         """(..., width) → the same."""
@@ -38,10 +38,10 @@ class Block(nn.Module):
 class MLP(nn.Module):
     """Numbers (batch, features) → (batch, outputs)."""
 
-    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
+    def __init__(self, recipe: Recipe, width: int, linear: LinearFactory) -> None:
         super().__init__()
         self.embedding = NumberEmbedding(recipe.features, width)
-        self.blocks = nn.ModuleList(Block(recipe, design, width) for _ in range(recipe.depth))
+        self.blocks = nn.ModuleList(Block(recipe, width, linear) for _ in range(recipe.depth))
         self.norm = nn.LayerNorm(width)
         self.head = zero_head(recipe, width)
 

@@ -1,44 +1,39 @@
-"""What all models share: structured layers of a block, embeddings, heads and learning rates."""
+"""What all models share: structured layers of a block, embeddings and heads."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.designs.design import Design
-from nas.layers import build_layer, param_groups
 from nas.layers.mixture import MixtureFFN, MixtureLinear
-from nas.planning.cost import linears, structures_of
+from nas.planning.cost import linears
 from nas.planning.recipe import Recipe
+from nas.tasks.task import LinearFactory
 from nas.training.models.ops import Ops
 
 EMBEDDING_STD = 1.0
 #: Depth at which branches enter unscaled.
 BASE_DEPTH = 3
 _ZERO_INIT = ("attention_out", "mlp_out")
-_WITHOUT_GAIN = ("query", "key")  # their norms have one
 
 
-def structured_linears(recipe: Recipe, design: Design, width: int) -> nn.ModuleDict:
+def structured_linears(recipe: Recipe, width: int, linear: LinearFactory) -> nn.ModuleDict:
     """The structured layers of one block; the last of each branch starts as the zero map.
 
     By the names of their roles; experts that are feed-forward blocks are the one layer ``mlp``.
     """
-    layers: dict[str, nn.Module] = {
-        role.name: build_layer(
-            structure,
+    layers = {
+        role.name: linear(
+            role.d_in,
+            role.d_out,
             bias=recipe.bias,
             zero_init=role.name in _ZERO_INIT,
-            normalize=recipe.normalize,
-            gain=recipe.normalize and role.name not in _WITHOUT_GAIN,
-            d_in_base=role.d_in_base,
+            heads=role.heads,
+            side=role.side,
         )
-        for role, structure in zip(
-            linears(recipe, width), structures_of(recipe, design, width), strict=True
-        )
+        for role in linears(recipe, width)
     }
     first, second = layers["mlp_in"], layers["mlp_out"]
     match first, second:
@@ -77,9 +72,3 @@ def zero_head(recipe: Recipe, width: int) -> nn.Linear:
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return head
-
-
-def learning_rates(model: nn.Module, recipe: Recipe, width: int) -> list[dict[str, Any]]:
-    """Parameter groups with structure-aware learning rates; the head counts as a dense layer."""
-    head = model.get_parameter("head.weight")
-    return param_groups(model, recipe.lr, extra={head: recipe.base_width / width})

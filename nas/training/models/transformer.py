@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.designs.design import Design
 from nas.planning.recipe import Recipe
+from nas.tasks.task import LinearFactory
 from nas.training.models.ops import OWN, Ops
 from nas.training.models.parts import (
     EMBEDDING_STD,
@@ -27,7 +27,7 @@ from nas.training.models.parts import (
 class Block(nn.Module):
     """Attention and feed-forward, each on its own residual branch."""
 
-    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
+    def __init__(self, recipe: Recipe, width: int, linear: LinearFactory) -> None:
         super().__init__()
         self.heads, self.head_dim = width // recipe.head_dim, recipe.head_dim
         self.causal = recipe.is_token_model
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.query_norm = nn.LayerNorm(self.head_dim)
         self.key_norm = nn.LayerNorm(self.head_dim)
         self.mlp_norm = nn.LayerNorm(width)
-        self.linears = structured_linears(recipe, design, width)
+        self.linears = structured_linears(recipe, width, linear)
 
     def _attention(self, ops: Ops, x: Tensor) -> Tensor:
         *leading, tokens, width = x.shape
@@ -70,11 +70,11 @@ class Block(nn.Module):
 class _Transformer(nn.Module):
     """Blocks between an embedding and a head."""
 
-    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
+    def __init__(self, recipe: Recipe, width: int, linear: LinearFactory) -> None:
         super().__init__()
         self.position_embedding = nn.Embedding(recipe.tokens, width)
         nn.init.normal_(self.position_embedding.weight, std=EMBEDDING_STD)
-        self.blocks = nn.ModuleList(Block(recipe, design, width) for _ in range(recipe.depth))
+        self.blocks = nn.ModuleList(Block(recipe, width, linear) for _ in range(recipe.depth))
         self.norm = nn.LayerNorm(width)
         self.head = zero_head(recipe, width)
 
@@ -98,8 +98,8 @@ class TokenTransformer(_Transformer):
     after a token that begins it.
     """
 
-    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
-        super().__init__(recipe, design, width)
+    def __init__(self, recipe: Recipe, width: int, linear: LinearFactory) -> None:
+        super().__init__(recipe, width, linear)
         self.token_embedding = nn.Embedding(recipe.embedded_tokens, width)
         nn.init.normal_(self.token_embedding.weight, std=EMBEDDING_STD)
 
@@ -113,8 +113,8 @@ class TokenTransformer(_Transformer):
 class ViT(_Transformer):
     """Patches (batch, patches, features) → logits (batch, classes); the head sees their mean."""
 
-    def __init__(self, recipe: Recipe, design: Design, width: int) -> None:
-        super().__init__(recipe, design, width)
+    def __init__(self, recipe: Recipe, width: int, linear: LinearFactory) -> None:
+        super().__init__(recipe, width, linear)
         self.patch_embedding = NumberEmbedding(recipe.features, width)
 
     def run(self, ops: Ops, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from nas.layers import (
 )
 from nas.planning import cost, runs
 from nas.planning.recipe import IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
-from nas.training.models import build_model, learning_rates
+from nas.training.tasks import build_model, learning_rates
 
 DESIGNS = (
     "dense",

@@ -15,7 +15,7 @@ from nas.layers import EinsumLinear, forward_flops, replace_linears
 from nas.layers.mixture import MixtureFFN
 from nas.planning import cost
 from nas.planning.recipe import RECIPES
-from nas.training.models import build_model
+from nas.training.tasks import build_model
 from tests.support.tiers import thinned
 
 LAYERS, TOKENS, VOCABULARY, HEADS = 2, 16, 64, 4

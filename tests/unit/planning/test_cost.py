@@ -16,7 +16,7 @@ from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, Plan
 from nas.planning import cost, runs
 from nas.planning.recipe import IMAGES, IMAGES_VIT, PIXELS, REGRESSION, TEXT, Recipe
-from nas.training.models import build_model
+from nas.training.tasks import build_model
 from tests.support.strategies import thetas
 
 budgets = st.floats(runs.minimum_train_flops(TEXT), 1e14)

@@ -23,10 +23,10 @@ from nas.planning.recipe import (
     TEXT,
     TEXT_PAPER,
     Recipe,
-    recipe_of,
     stored_recipe,
     with_overrides,
 )
+from nas.planning.tasks import recipe_of
 
 
 def test_the_papers_settings() -> None:

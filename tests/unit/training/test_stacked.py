@@ -21,7 +21,7 @@ from nas.tasks import load_data
 from nas.tasks.batches import sample_losses
 from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, ROUTER_WEIGHT, Engine
-from nas.training.models import build_model, learning_rates
+from nas.training.tasks import build_model, learning_rates
 from nas.training.run import Point, train, train_replicates
 from nas.training.stacked import STACKED
 from tests.support.tiers import only
