@@ -18,8 +18,20 @@ from api.declared import NotAllowed, read_declarations
 from api.limits.rates import Rates
 from api.middleware import access, bodies, headers, hosts
 from api.readiness import Readiness, SchemaGate
-from api.routes import admin, answers, catalogue, events, exports, health, metrics, searches, trials
+from api.routes import (
+    admin,
+    answers,
+    asked,
+    catalogue,
+    events,
+    exports,
+    health,
+    metrics,
+    searches,
+    trials,
+)
 from nas.errors import InvalidInput
+from nas.planning.tasks import task_cards
 from nas.settings import Settings, is_loopback, settings
 from nas.store import Standings, Store
 from nas.store.quotas import Quotas
@@ -49,6 +61,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         Other origins are allowed without access control.
     """
     used = configured or settings()
+    task_cards()  # now: a plug-in that is not counted yet takes a while, and one may be missing
     access_control = used.access_control or not is_loopback(address)
     if used.allowed_origins and not access_control:
         raise InvalidInput(
@@ -105,7 +118,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     headers.install(app)
     for router in (
         health.router, metrics.router, searches.changing, searches.router, trials.router,
-        answers.router, catalogue.router, events.router, exports.router, admin.router,
+        answers.router, asked.router, catalogue.router, events.router, exports.router, admin.router,
         pages.router, views.router, service_pages.router, plotly_js.router, signin.router,
     ):  # fmt: skip
         app.include_router(router)

@@ -8,6 +8,7 @@ from api.schemas import PriorityIn, SearchOut
 from nas.planning.accepted import schema_of
 from nas.planning.recipe import SETTINGS
 from nas.planning.request import SearchRequest
+from nas.service.asking import Ask, Tell
 from nas.service.confirm import ConfirmRequest
 from nas.service.labels import Labels
 
@@ -40,6 +41,16 @@ LABELS_BODY = _body(
     schema_of(Labels), named={"name": "text, widths 64 to 128", "tags": ["paper"]},
     archived={"archived": True},
 )  # fmt: skip
+ASK_BODY = _body(schema_of(Ask), required=False, any={"holder": "node-7", "lease_seconds": 600})
+TELL_BODY = _body(
+    schema_of(Tell),
+    point={
+        "token": "0" * 32, "points": [{"step": 40, "losses": [0.4, 0.6], "seconds": 1.5}],
+    },
+    renewal={"token": "0" * 32},
+    end={"token": "0" * 32, "outcome": "complete"},
+    failure={"token": "0" * 32, "outcome": "failed", "error": "out of memory"},
+)  # fmt: skip
 PRIORITY_BODY = _body(schema_of(PriorityIn), first={"priority": 10})
 
 #: Rules between several fields, which a schema cannot express.
@@ -64,6 +75,7 @@ SEARCH_RULES = {
     "runs that confirm, and neither total_seconds nor limits.total_train_flops beside it",
     "total_seconds": "no total_train_flops and no limits.total_train_flops beside it",
     "limits.total_train_flops": "at least the train FLOPs of the references and one candidate",
+    "limits.trial_seconds": "null with trainer client",
 }
 CLONE_RULES = {**SEARCH_RULES, "changes": "only limits and priority for a confirmation"}
 LABELS_RULES = {
@@ -71,13 +83,30 @@ LABELS_RULES = {
     "tags": "different printable texts without commas",
     "labels": "at least one of them",
 }
+TELL_RULES = {
+    "step": "at most the last step of the trial",
+    "losses": "as many as for the other points of the search",
+    "outcome": "complete once the last step was told",
+    "error": "null unless the outcome is failed",
+}
 CONFIRM_RULES = {
     **_KEY,
     "top": "at most the number of distinct completed candidates",
     "longer": "no run may exceed the greatest accepted budget",
 }
 
-_ACTS = ("cancel", "pause", "resume", "retry", "priority", "labels", "clone", "confirm", "delete")
+_ACTS = (
+    "cancel",
+    "pause",
+    "resume",
+    "retry",
+    "priority",
+    "labels",
+    "clone",
+    "confirm",
+    "delete",
+    "ask",
+)
 
 
 def link(method: str, path: str, **parameters: str) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class TaskOut(_Out):
 
     name: str
     loss_unit: str
+    refusal: str | None = Field(description="why the task of a plug-in cannot be used, or null")
     recipes: list[RecipeOut]
     minimum_references: int
     default_fingerprint: str | None

@@ -7,16 +7,28 @@ if TYPE_CHECKING:
     from nas.client import Client
     from nas.layers import EinsumLinear, param_groups, replace_linears
     from nas.planning.request import SearchRequest
+    from nas.tasks.task import Task
 
 #: Public name → its module, imported when the name is asked for: layers need torch, the others not.
 _HOMES = {
     "Client": "nas.client",
     "EinsumLinear": "nas.layers",
     "SearchRequest": "nas.planning.request",
+    # does in the user's process what a worker does; nothing in this package imports it
+    "Study": "workers.study",
+    "Task": "nas.tasks.task",
     "param_groups": "nas.layers",
     "replace_linears": "nas.layers",
 }
-__all__ = ["Client", "EinsumLinear", "SearchRequest", "param_groups", "replace_linears"]
+__all__ = [
+    "Client",
+    "EinsumLinear",
+    "SearchRequest",
+    "Study",
+    "Task",
+    "param_groups",
+    "replace_linears",
+]
 
 
 def __getattr__(name: str) -> Any:

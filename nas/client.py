@@ -28,6 +28,7 @@ from nas.errors import (
     EinsumNasError,
     IdempotencyConflict,
     InvalidInput,
+    LeaseLost,
     NotFound,
     echo,
     span,
@@ -420,6 +421,29 @@ class Client(_Connection[httpx.Client]):
         """A trial with its curve."""
         return self.get(f"/v1/trials/{trial_id}")
 
+    def ask(
+        self, search_id: str, *, holder: str = "client", lease_seconds: float = 600.0
+    ) -> dict[str, Any]:
+        """Ask for the next trial of a search whose trials clients train, and for its token."""
+        body = {"holder": holder, "lease_seconds": lease_seconds}
+        return self.send(_post(f"{_search(search_id)}/ask", _plain, body))
+
+    def tell(self, trial_id: int, /, *, token: str, **told: Any) -> dict[str, Any]:
+        """Tell points of a trial that was asked for, that it goes on, or how it ended.
+
+        Parameters
+        ----------
+        told
+            points, outcome, error; see `nas.service.asking.Tell`.
+
+        Raises
+        ------
+        LeaseLost
+            The lease was lost: another process may train the trial now.
+        """
+        body = {"token": token, **told}
+        return self.send(_post(f"/v1/trials/{trial_id}/points", _plain, body))
+
     def frontier(
         self, task: str = "text", x: str = "train_flops", device: str | None = None
     ) -> FrontierAnswer:
@@ -590,6 +614,8 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
     preview = _awaited(Client.preview)
     get_search = _awaited_search(Client.get_search)
     trial = _awaited(Client.trial)
+    ask = _awaited(Client.ask)
+    tell = _awaited(Client.tell)
     frontier = _awaited(Client.frontier)
     best = _awaited(Client.best)
     structure = _awaited(Client.structure)
@@ -661,6 +687,8 @@ def _as_error(response: httpx.Response) -> EinsumNasError:
         return InvalidInput(problem["field"], problem["value"], problem["accepted"])
     if problem.get("type", "").endswith("idempotency-conflict"):
         return IdempotencyConflict(detail)
+    if problem.get("type", "").endswith("lease-lost"):
+        return LeaseLost(detail)
     if kind := _ERRORS.get(response.status_code):
         return kind(detail)
     return ServiceError(f"{response.status_code}: {detail}")

@@ -1,9 +1,6 @@
 """The worker: claims a search under a lease, runs it, releases it, and claims the next.
 
-A heartbeat thread renews the lease after a third of its length at most, and more often if that is
-long, because a renewal also returns requests to cancel or pause.  If no renewal has succeeded for
-two thirds of the length, the watchdog ends the process, since another worker may soon own the
-search.
+Beside it runs the keeper of the searches whose trials clients train; see `workers.asked`.
 """
 
 from __future__ import annotations
@@ -13,12 +10,11 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
-from typing import ParamSpec
+from functools import partial
 
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
-from nas.logs import bound, carried
+from nas.logs import bound
 from nas.records.evidence import Evidence
 from nas.search import scheduler_of
 from nas.search.scheduling import Scheduler
@@ -28,89 +24,17 @@ from nas.store import Lease, Leases, Search, Store, upgrade
 from nas.tasks import TaskData, load_data
 from nas.tasks.data import LoadingStopped
 from workers import metrics
+from workers.asked import Keeper
+from workers.holding import close, hold
 from workers.presence import Presence
 from workers.ray.address import cluster_address
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
-#: Most seconds between renewals, and so until a worker learns that its search is to be cancelled.
-_LONGEST_UNHEARD = 2.0
-#: Exit status of a process that its watchdog ended.
-WATCHDOG_STATUS = 75
-
-P = ParamSpec("P")
 Runner = Callable[[SearchSession, TaskData, Settings], None]
 Connect = Callable[[Settings], None]
 #: Seconds between attempts to join a cluster that is unavailable: at first, and at most.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
-
-
-class Heartbeat:
-    """Renews a lease in the background and ends the process when that is no longer possible.
-
-    Parameters
-    ----------
-    kill
-        Ends the process.  The default neither flushes nor cleans up, because nothing may be
-        written once another worker may hold the lease.
-    """
-
-    def __init__(
-        self,
-        leases: Leases,
-        lease: Lease,
-        signals: Signals,
-        kill: Callable[[int], object] = os._exit,
-    ) -> None:
-        self._leases, self._lease, self._signals, self._kill = leases, lease, signals, kill
-        self._renewed_at = time.monotonic()
-        self._done = threading.Event()
-        self._threads = [
-            threading.Thread(target=carried(self._renew), name="heartbeat", daemon=True),
-            threading.Thread(target=carried(self._watch), name="watchdog", daemon=True),
-        ]
-
-    def __enter__(self) -> Heartbeat:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-        self._threads[0].join(self._lease.seconds)
-
-    def end(self) -> None:
-        """Stop renewing and watching, without ending the process."""
-        self._done.set()
-
-    def _renew(self) -> None:
-        while not self._done.wait(min(self._lease.seconds / 3, _LONGEST_UNHEARD)):
-            asked_at = time.monotonic()
-            try:
-                self._signals.hear(self._leases.renew(self._lease))
-                self._renewed_at = asked_at
-                metrics.RENEWALS.labels("renewed").inc()
-                metrics.lease_renewed()
-            except LeaseLost:
-                metrics.RENEWALS.labels("lost").inc()
-                # either the run has just released it, or another worker has claimed the search
-                if not self._done.is_set():
-                    self._signals.lost.set()
-                return
-            except StoreUnavailable as error:
-                metrics.RENEWALS.labels("unavailable").inc()
-                _log.warning("lease not renewed: %s", error)
-            except Exception:  # if this thread ended, the lease would be lost
-                _log.exception("lease not renewed")
-
-    def _watch(self) -> None:
-        limit = self._lease.seconds * 2 / 3
-        while not self._done.wait(self._lease.seconds / 30):
-            away = time.monotonic() - self._renewed_at
-            if away > limit and not self._signals.lost.is_set():
-                _log.error("lease not renewed for %.1f s: ending this process", away)
-                self._kill(WATCHDOG_STATUS)
-                return
 
 
 class Worker:
@@ -164,7 +88,8 @@ class Worker:
         """
         with bound(worker=self.name):
             self._await_schema()
-        with bound(worker=self.name), self._presence:
+        keeper = Keeper(self._settings, self._store, self.name, search_id)
+        with bound(worker=self.name), self._presence, keeper:
             while not self._shutdown.is_set():
                 if not self._connected():
                     continue
@@ -228,29 +153,14 @@ class Worker:
         if self._shutdown.is_set():
             signals.shutdown.set()
         waits_for: str | None = None
-        ids = bound(search_id=search.id, epoch=lease.epoch)
-        with ids, Heartbeat(self._leases, lease, signals) as heartbeat:
-            _log.info("search %s claimed, epoch %d", search.id, lease.epoch)
-            metrics.lease_renewed()
-            try:
-                self._run_search(lease, search, signals)
-            except LeaseLost as error:
-                metrics.STALE_WRITES.inc()
-                _log.warning("%s", error)
-            except ClusterUnavailable as error:
-                waits_for = str(error)
-                _log.warning("search %s waits for its cluster: %s", search.id, error)
-                self._end(search, self._leases.hand_back, lease)
-            except InvalidInput as error:
-                said = str(error)
-                self._end(search, self._leases.release, lease, "failed", said, failure="input")
-            except Exception as error:
-                _log.exception("search %s: infrastructure error", search.id)
-                self._end(search, self._leases.requeue, lease, f"{type(error).__name__}: {error}")
-            finally:
-                heartbeat.end()
-                metrics.lease_ended()
-                self._signals = None
+        try:
+            work = partial(self._run_search, lease, search, signals)
+            hold(self._leases, lease, search, signals, work)
+        except ClusterUnavailable as error:
+            waits_for = str(error)
+            _log.warning("search %s waits for its cluster: %s", search.id, error)
+        finally:
+            self._signals = None
         if waits_for is not None:
             self._await_cluster(waits_for)
 
@@ -279,9 +189,7 @@ class Worker:
         )  # fmt: skip
         self._runner(session, data, self._settings)
         self._wait = _FIRST_WAIT
-        if signals.lost.is_set():
-            raise LeaseLost(f"search {search.id}: claimed by another worker")
-        session.hand_back() if signals.hand_back else session.finish()
+        close(session)
 
     def _end_unloaded(self, lease: Lease, search: Search, signals: Signals, why: str) -> None:
         """Give up a search that was to stop while its data was loaded."""
@@ -302,15 +210,6 @@ class Worker:
                 self._store, self._leases, lease, search, data.recipe, data.fingerprint
             )
         return scheduler_of(search.request, data.recipe, evidence)
-
-    def _end(
-        self, search: Search, write: Callable[P, None], *args: P.args, **named: P.kwargs
-    ) -> None:
-        """Do the last write to a search; if it fails, another worker takes over after the lease."""
-        try:
-            write(*args, **named)
-        except (LeaseLost, StoreUnavailable) as error:
-            _log.warning("search %s left to its lease: %s", search.id, error)
 
 
 def _join_cluster(settings: Settings) -> None:

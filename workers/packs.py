@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from nas.planning.recipe import Recipe
 from nas.planning.runs import RunPlan
@@ -52,8 +52,3 @@ def pack_key(keys: Sequence[str]) -> str:
 def each_apart(trials: Iterable[Trial]) -> list[Pack]:
     """Each trial as a pack of its own."""
     return [Pack((t,), t.key) for t in trials]
-
-
-def plan_of_trial(trial: Trial) -> RunPlan:
-    """A stored trial has the fields of its plan."""
-    return RunPlan.from_dict({f.name: getattr(trial, f.name) for f in fields(RunPlan)})

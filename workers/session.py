@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -41,7 +41,7 @@ from nas.store import (
 from nas.store.progress import TrialProgress, read_points, read_progress, told
 from nas.store.records import DUE
 from nas.training.replicates import pay
-from workers.packs import Pack, each_apart, pack_key, plan_of_trial, run_key
+from workers.packs import Pack, each_apart, pack_key, run_key
 from workers.progress import Progress, Proposals
 from workers.reasons import grouped
 from workers.rounds import Planner, view_of
@@ -131,6 +131,8 @@ class SearchSession:
         self._scheduler, self._rounds, self._decided_all = scheduler, search.rounds, False
         self._planner = Planner(self._progress, self.request, self._key, self._used_seeds)
         self._claimed_at = time.monotonic()
+        #: trials that others have gone on with meanwhile, which are not started anew
+        self.adopted: Set[int] = frozenset()
         #: told the key of a pack that never goes on
         self.forget: Callable[[str], None] = lambda key: None
 
@@ -223,7 +225,7 @@ class SearchSession:
         found: dict[str, Pack] = {}
         for trial in sorted(due, key=lambda t: t.number):
             keys = self._progress.together(trial)
-            together = self.recipe.ranks == 1 and pay(plan_of_trial(trial), self._device)
+            together = self.recipe.ranks == 1 and pay(RunPlan.of(trial), self._device)
             apart = len(keys) == 1 or not together
             key = trial.key if apart else pack_key(keys)
             # the runs of a pack train as far, and equal runs of a search are apart
@@ -289,7 +291,9 @@ class SearchSession:
         return None
 
     def _start(self, trial: Trial) -> None:
-        self._sql(self._leases.start_trial, self._lease, trial.id)
+        adopted = trial.id in self.adopted
+        start = self._leases.adopt_trial if adopted else self._leases.start_trial
+        self._sql(start, self._lease, trial.id)
         self._twins[trial.key] = []
         self._running[trial.id] = trial
         known = self._progress[trial.id]
@@ -299,6 +303,8 @@ class SearchSession:
 
     def _is_due(self, trial: Trial) -> bool:
         """Whether a trial has to run: no equal one is running or has a result."""
+        if trial.id in self.adopted:
+            return True
         if trial.key in self._twins:
             self._twins[trial.key].append(trial)
             return False
@@ -308,6 +314,11 @@ class SearchSession:
         points = self._sql(self._store.curve, trial.id) if self._scheduler is not None else ()
         self._progress.shared(trial.id, twin, points)
         return False
+
+    @property
+    def running(self) -> Mapping[int, Trial]:
+        """The trials that run, by id."""
+        return self._running
 
     def unfinished(self, pack: Pack) -> tuple[Trial, ...]:
         """Those of a pack that still run."""

@@ -28,8 +28,8 @@ from nas.analysis.diagram import network, svg
 from nas.designs.design import design_forms, inspect_design, parse_design, proposals
 from nas.errors import InvalidInput, NotFound
 from nas.planning.cost import linears, structures_of
-from nas.planning.tasks import task_names
 from nas.planning.request import Objective, Sampler, SearchRequest, Stopping
+from nas.planning.tasks import task_names
 from nas.records.device import OnDevice
 from nas.service import answers
 from nas.service.catalogue import checked_filters, search_detail

@@ -115,7 +115,7 @@ async def usable_data(
     InvalidInput
         The data cannot be used.
     """
-    if wanted.data is None:
+    if wanted.data is None or wanted.trainer == "client":
         return (None, None), wanted.settings
     tenant = store.tenant if store.confined else None
     settings: Settings = request.app.state.settings

@@ -202,7 +202,7 @@ def _no_other_data(request: SearchRequest) -> tuple[None, None]:
 
 def checked_data(request: SearchRequest) -> str | None:
     """Load the request's data to check it, and return its absolute path; None for the default."""
-    if request.data is None:
+    if request.data is None or request.trainer == "client":
         return None
     from nas.tasks import load_data
     from nas.tasks.data import HUB_PREFIX, hub_parts, is_there

@@ -66,7 +66,9 @@ def _options(
             raise InvalidInput("--task-module", file, "a file of Python, without commas")
     if task_module:
         # by the environment, which the processes of workers inherit
-        os.environ["EINSUM_NAS_TASK_MODULES"] = ",".join(str(Path(f).resolve()) for f in task_module)
+        os.environ["EINSUM_NAS_TASK_MODULES"] = ",".join(
+            str(Path(f).resolve()) for f in task_module
+        )
 
 
 def main() -> None:

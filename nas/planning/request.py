@@ -41,6 +41,7 @@ Heads = Literal["free", "aligned"]
 MAX_FACTORS = 4
 Sampler = Literal["surrogate", "tpe", "nsga2", "random", "qmc", "gp"]
 Objective = Literal["budget", "pareto"]
+Trainer = Literal["workers", "client"]
 WarmStart = Literal["auto", "none"]
 Stopping = Literal["none", "median", "mo-asha", "frontier"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
@@ -317,6 +318,11 @@ class SearchRequest(BaseModel):
         "is proposed then, and `trials` is their number.",
         examples=[[{"design": "btt:rho=1/4", "width": 64}]],
     )
+    trainer: Trainer = Field(
+        "workers",
+        description="workers: the service trains the trials. client: whoever asks for them "
+        "(`POST /v1/searches/{id}/ask`) trains them, on data of their own, which `data` names.",
+    )
     confirm: Confirm | None = Field(
         None,
         strict=False,
@@ -356,6 +362,7 @@ class SearchRequest(BaseModel):
         )  # fmt: skip
         left_out = {name for name in later if not getattr(self, name)}
         left_out |= {"replicates"} if self.replicates == 1 else set()
+        left_out |= {"trainer"} if self.trainer == "workers" else set()
         left_out |= {"warm_start"} if self.warm_start == "auto" else set()
         values = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(values, sort_keys=True, allow_nan=False)
@@ -412,9 +419,11 @@ class SearchRequest(BaseModel):
             raise InvalidInput("space.heads", list(self.designs.heads), accepted)
         if self.data is not None and (not self.data or not clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
-        if self.data is None and isinstance(recipe, ImageRecipe):
+        if self.trainer == "client":
+            self._check_asked(recipe)
+        elif self.data is None and isinstance(recipe, ImageRecipe):
             recipe.check_default_data()
-        if self.data is None and isinstance(recipe, TextRecipe):
+        elif self.data is None and isinstance(recipe, TextRecipe):
             recipe.check_bytes()
         self.check_budget(recipe)
         self._check_confirm(recipe)
@@ -423,6 +432,15 @@ class SearchRequest(BaseModel):
         self._check_limits()
         self._check_total()
         self._check_stopping(recipe)
+
+    def _check_asked(self, recipe: Recipe) -> None:
+        """Raise `InvalidInput` for what a search whose trials clients train cannot have."""
+        if self.stopping_rule != "none":
+            accepted = "none, and no budget of the whole search, with trainer=client"
+            raise InvalidInput("stopping", self.stopping_rule, accepted)
+        if self.limits is not None and self.limits.trial_seconds is not None:
+            accepted = "null with trainer=client: leases end trials"
+            raise InvalidInput("limits.trial_seconds", self.limits.trial_seconds, accepted)
 
     def _check_candidates(self, recipe: Recipe) -> None:
         if self.candidates is None:

@@ -67,6 +67,11 @@ class RunPlan:
         design, structures = parse_design(values["design"]), tuple(values["structures"])
         return cls(**{**values, "design": design, "structures": structures})
 
+    @classmethod
+    def of(cls, record: Any) -> RunPlan:
+        """The plan of a record that has its fields, such as a trial."""
+        return cls.from_dict({field.name: getattr(record, field.name) for field in fields(cls)})
+
 
 def evaluation_steps(plan: RunPlan, recipe: Recipe) -> list[int]:
     """The steps at which a run is evaluated: spaced by √2, the last one included.

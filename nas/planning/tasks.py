@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 GROUP = "einsum_nas.tasks"
 #: Seconds that a plug-in may take to be described.
 _PATIENCE = 900.0
+#: Tasks of this process itself.
+_OWN: dict[str, TaskCard] = {}
 #: Files of Python whose change makes a plug-in be described anew, at most.
 _MOST_FILES = 2000
 
@@ -52,9 +54,13 @@ class TaskCard:
     refusal: str | None = None
 
 
-@lru_cache(maxsize=1)
 def task_cards() -> Mapping[str, TaskCard]:
     """Every task by its name; those of plug-ins that cannot be used say why."""
+    return {**_OWN, **_installed()} if _OWN else _installed()
+
+
+@lru_cache(maxsize=1)
+def _installed() -> Mapping[str, TaskCard]:
     found = {
         name: TaskCard(name, unit, tuple(r for r in RECIPES.values() if r.task == name))
         for name, unit in LOSS_UNITS.items()
@@ -68,6 +74,15 @@ def task_cards() -> Mapping[str, TaskCard]:
                 _log.error("task %s of %s cannot be used: %s", card.name, source, card.refusal)
             found[card.name] = card
     return found
+
+
+def add_card(card: TaskCard) -> None:
+    """Add a task of this process's own; `InvalidInput` where another one has its name."""
+    known = task_cards().get(card.name)
+    if known is not None and known.recipes != card.recipes:
+        accepted = "a name that no installed task has, unless it is the same in every width"
+        raise InvalidInput("task", card.name, accepted)
+    _OWN.setdefault(card.name, card)
 
 
 def task_names() -> tuple[str, ...]:
@@ -135,7 +150,7 @@ def _cards(source: str, named: str) -> list[TaskCard]:
             written = kept.with_suffix(f".{id(described)}")
             written.write_text(json.dumps(described))
             written.replace(kept)
-    return [_card(source, values) for values in described]
+    return [card_of(source, values) for values in described]
 
 
 def _described(source: str, named: str) -> list[dict[str, Any]]:
@@ -157,7 +172,8 @@ def _described(source: str, named: str) -> list[dict[str, Any]]:
     return [{"name": named, "refusal": refusal}]
 
 
-def _card(source: str, values: Mapping[str, Any]) -> TaskCard:
+def card_of(source: str, values: Mapping[str, Any]) -> TaskCard:
+    """The card of a described task; see `nas.training.plugin.described`."""
     name, refusal = values["name"], values["refusal"]
     recipes: list[Recipe] = []
     if refusal is None:

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select, true
 from sqlalchemy.orm import Session
 
 from nas.errors import LeaseLost
+from nas.planning.request import Trainer
 from nas.records.search import Search, SearchFailure, SearchState
 from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure, TrialState
 from nas.store import lifecycle, queue, rounds, rows, scopes, standings
@@ -60,7 +61,12 @@ class Leases:
         self._tenant_concurrency = tenant_concurrency
 
     def claim(
-        self, worker: str, lease_seconds: float, *, search_id: str | None = None
+        self,
+        worker: str,
+        lease_seconds: float,
+        *,
+        search_id: str | None = None,
+        trainer: Trainer = "workers",
     ) -> tuple[Lease, Search] | None:
         """Claim the next search that is queued or whose lease has expired; None if there is none.
 
@@ -76,20 +82,24 @@ class Leases:
             Length of the lease, by the database's clock.
         search_id
             Claim this search or nothing.
+        trainer
+            Who trains the trials of the search.
         """
         while True:
-            found, got = self._claim_first(worker, lease_seconds, search_id)
+            found, got = self._claim_first(worker, lease_seconds, search_id, trainer)
             if got is not None or not found:
                 return got
             # the first was given up or paused just now: the next one may still be claimed
 
     def _claim_first(
-        self, worker: str, lease_seconds: float, search_id: str | None
+        self, worker: str, lease_seconds: float, search_id: str | None, trainer: Trainer
     ) -> tuple[bool, tuple[Lease, Search] | None]:
         """(whether there was a search to claim, the claim unless it was given up or paused)."""
         with writing(self._engine) as session:
             at = rows.now(session)
-            claimable = [queue.is_ready(at), *self._within_limits(session, at)]
+            claimable = [queue.is_ready(at), queue.is_trained_by(trainer)]
+            if trainer == "workers":  # those that clients train occupy no worker
+                claimable += self._within_limits(session, at)
             if search_id is not None:
                 claimable.append(SearchRow.id == search_id)
             row = None
@@ -256,6 +266,13 @@ class Leases:
                 {"number": row.number, "attempt": row.attempts},
             )  # fmt: skip
 
+    def adopt_trial(self, lease: Lease, trial_id: int) -> None:
+        """Mark a trial as running that others have gone on with; its points stay."""
+        with self._fenced(lease) as (session, search):
+            row = self._trial(session, lease, trial_id)
+            lifecycle.set_state(search, row, "running")
+            row.epoch = lease.epoch
+
     def _trial(self, session: Session, lease: Lease, trial_id: int) -> TrialRow:
         row = session.get(TrialRow, trial_id, with_for_update=True)
         if row is None or row.search_id != lease.search_id or row.state not in DUE:
@@ -384,16 +401,22 @@ class Leases:
         rows.add_event(session, row.search_id, f"trial_{state}", event)
 
     def reuse_result(self, lease: Lease, trial_id: int) -> bool:
-        """Complete a trial with the result of an equal run of its tenant, if there is one."""
+        """Complete a trial with the result of an equal run of its tenant, if there is one.
+
+        Of a search that clients train, with one of the search itself: what their code does
+        elsewhere is not known.
+        """
         with self._fenced(lease) as (session, search):
             row = self._unended(session, lease, trial_id, "complete")
             if row is None:
                 return True
+            of_clients = search.request.get("trainer") == "client"
             twin = session.scalars(
                 select(TrialRow)
                 .join(SearchRow, TrialRow.search_id == SearchRow.id)
                 .where(
                     SearchRow.tenant == search.tenant,
+                    SearchRow.id == search.id if of_clients else true(),
                     TrialRow.key == row.key,
                     TrialRow.state == "complete",
                     TrialRow.reused_from.is_(None),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
+from nas.planning.request import Trainer
 from nas.records.search import Search
 from nas.store import rows
 from nas.store.engine import reading
@@ -31,6 +32,12 @@ def is_ready(at: float) -> ColumnElement[bool]:
     """Whether a search could be claimed at a time: queued, or running under a lease that is out."""
     expired = (SearchRow.state == "running") & (SearchRow.lease_until < at)
     return or_((SearchRow.state == "queued") & (SearchRow.not_before <= at), expired)
+
+
+def is_trained_by(trainer: Trainer) -> ColumnElement[bool]:
+    """Whether workers, or clients that ask for them, train the trials of a search."""
+    given = func.coalesce(SearchRow.request["trainer"].as_string(), "workers")
+    return given == trainer
 
 
 def any_limit(session: Session, default: int | None) -> bool:

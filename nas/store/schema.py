@@ -210,6 +210,47 @@ class PointRow(Base):
     window_losses: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class OfferRow(Base):
+    """A trial that a process which is no worker may train, and how far it is."""
+
+    __tablename__ = "offers"
+
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True
+    )
+    search_id: Mapped[str] = mapped_column(
+        ForeignKey("searches.id", ondelete="CASCADE"), index=True
+    )
+    #: who trains it, and the secret of the lease under which it does; None while nobody does
+    holder: Mapped[str | None] = mapped_column(String(128))
+    token: Mapped[str | None] = mapped_column(String(64))
+    lease_seconds: Mapped[float | None] = mapped_column(Float)
+    lease_until: Mapped[float | None] = mapped_column(Float)
+    #: complete | failed, as the holder said
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    error: Mapped[str | None] = mapped_column(String(4096))
+    #: whether the search has taken the outcome over
+    settled: Mapped[bool] = mapped_column(default=False)
+
+
+class ToldRow(Base):
+    """An evaluation that the holder of an offer has told."""
+
+    __tablename__ = "told"
+
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey("offers.trial_id", ondelete="CASCADE"), primary_key=True
+    )
+    step: Mapped[int] = mapped_column(_BIG, primary_key=True)
+    loss: Mapped[float] = mapped_column(Float)
+    loss_stderr: Mapped[float] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+    #: loss of each validation sample, float32 little-endian
+    losses: Mapped[bytes] = mapped_column(LargeBinary)
+    #: whether the search has taken it over
+    taken: Mapped[bool] = mapped_column(default=False)
+
+
 class EventRow(Base):
     """Append-only log of the events of searches; a trigger refuses changes to its rows."""
 

@@ -264,9 +264,10 @@ class Store:
     def trial(self, trial_id: int) -> Trial:
         """One trial; `NotFound` if there is none with this id."""
         with reading(self.engine) as session:
-            return rows.to_trial(self._trial_row(session, trial_id))
+            return rows.to_trial(self.trial_row(session, trial_id))
 
-    def _trial_row(self, session: Session, trial_id: int) -> TrialRow:
+    def trial_row(self, session: Session, trial_id: int) -> TrialRow:
+        """The row of a trial of a search that this view shows; `NotFound` if there is none."""
         row = session.get(TrialRow, trial_id)
         search = None if row is None else session.get(SearchRow, row.search_id)
         if row is None or search is None or not self._shows(search):
@@ -293,7 +294,7 @@ class Store:
         query = select(PointRow).where(PointRow.trial_id == trial_id).order_by(PointRow.step)
         with reading(self.engine) as session:
             if self.confined:
-                self._trial_row(session, trial_id)
+                self.trial_row(session, trial_id)
             return [rows.to_point(r) for r in session.scalars(query)]
 
     def events(self, search_id: str, *, after: int = 0, limit: int = MAX_PAGE) -> list[Event]:
@@ -473,6 +474,8 @@ class Store:
                 SearchRow.request["overrides"].as_string().is_(None),
                 # a confirmation may run on older data
                 SearchRow.request["confirm"].as_string().is_(None),
+                # what clients train on is their own
+                func.coalesce(SearchRow.request["trainer"].as_string(), "workers") == "workers",
                 SearchRow.task_fingerprint.is_not(None),
             )
             .order_by(SearchRow.sequence.desc())

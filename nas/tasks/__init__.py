@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from nas.planning.recipe import ImageRecipe, PluginRecipe, Recipe, RegressionRecipe, TextRecipe
 from nas.tasks.data import TaskData
-from nas.tasks.task import LinearFactory, Task
 
-__all__ = ["LinearFactory", "Task", "TaskData", "load_data"]
+__all__ = ["TaskData", "load_data"]
 
 
 def load_data(

@@ -51,7 +51,7 @@ class StructuredFactory:
             layer is None or role is None
             or asked != (role.d_in, role.d_out, layer.bias, role.heads, role.side)
         ):  # fmt: skip
-            self._refuse(f"a layer {d_in}→{d_out}, the {self._made}th of the model")
+            self._refuse(f"{d_in}→{d_out} as layer {self._made} of the model")
         assert layer is not None
         normalize = self._recipe.normalize
         return build_layer(
@@ -119,9 +119,7 @@ class CountingFactory:
         return self.layers[-1]
 
 
-def counted_model(
-    task: Task, recipe: Recipe, width: int
-) -> tuple[nn.Module, list[CountedLinear]]:
+def counted_model(task: Task, recipe: Recipe, width: int) -> tuple[nn.Module, list[CountedLinear]]:
     """A task's model with stand-ins for its layers, without memory for any values."""
     linear = CountingFactory()
     with torch.device("meta"):

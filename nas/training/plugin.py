@@ -20,11 +20,12 @@ from torch import Tensor
 from nas.errors import InvalidInput, one_line
 from nas.layers import forward_flops
 from nas.planning.cost import FLOPS_PER_MAC
-from nas.planning.recipe import PLUGIN_NAME, PluginRecipe, Recipe, stored_recipe, with_overrides
+from nas.planning.recipe import PluginRecipe, Recipe, stored_recipe
 from nas.planning.sheets import ModelSheet, SheetLayer, as_values
+from nas.planning.tasks import add_card, card_of
 from nas.tasks.task import Task
 from nas.training.factory import CountedLinear, counted_model
-from nas.training.tasks import plugin_tasks
+from nas.training.tasks import own_tasks, plugin_tasks
 
 #: Samples of the two batches by which a model is counted; more than one, for batch norms.
 _FEW, _MORE = 2, 4
@@ -125,7 +126,9 @@ def _counted(
     for i, count in enumerate(of_each[1:]):
         if not count:
             role = layers[i].role
-            got = f"layer {i + 1}, {role.d_in}→{role.d_out}, which no sample passes at width {width}"
+            got = (
+                f"layer {i + 1}, {role.d_in}→{role.d_out}, which no sample passes at width {width}"
+            )
             raise InvalidInput("model", got, "layers that are used")
     return of_each[0], of_each[1:]
 
@@ -140,6 +143,21 @@ def _check_growth(sheets: Mapping[int, ModelSheet]) -> None:
         if more <= less:
             got = f"{less:,} MACs of a sample at width {narrow} and {more:,} at {wide}"
             raise InvalidInput("model", got, "a model that costs more the wider it is")
+
+
+def use_task(task: Task) -> None:
+    """Make a task of this process known to it; one that is installed stays what it is.
+
+    Raises
+    ------
+    InvalidInput
+        It cannot be searched, and why; another task has its name.
+    """
+    card = card_of("this process", json.loads(json.dumps(described(task))))
+    if card.refusal is not None:
+        raise InvalidInput("task", card.name, f"a task that can be searched; {card.refusal}")
+    add_card(card)
+    own_tasks[task.name] = task
 
 
 def _describe(source: str, out: str) -> None:
@@ -180,7 +198,10 @@ def _checked(split: str, arrays: Any) -> dict[str, Any]:
 def main() -> None:
     command, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    {"describe": _describe, "load": _load}[command](*arguments)
+    if command == "describe":
+        _describe(*arguments)
+    else:
+        _load(*arguments)
 
 
 if __name__ == "__main__":

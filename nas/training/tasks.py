@@ -59,6 +59,8 @@ class BuiltIn(Task):
         return validation_set(recipe, train, validation)
 
 
+#: Tasks that this process itself has, and no installed package.
+own_tasks: dict[str, Task] = {}
 _BUILT_IN: Mapping[str, Task] = {name: BuiltIn(name) for name in LOSS_UNITS}
 
 
@@ -72,6 +74,8 @@ def task_of(recipe: Recipe) -> Task:
     """
     if not isinstance(recipe, PluginRecipe):
         return _BUILT_IN[recipe.task]
+    if recipe.task in own_tasks:
+        return own_tasks[recipe.task]
     source = task_card(recipe.task).source
     assert source is not None
     return _by_name(source)[recipe.task]
@@ -147,7 +151,7 @@ def learning_rates(model: nn.Module, recipe: Recipe, width: int) -> list[dict[st
     in the base model) / (their inputs); see `nas.layers.param_groups`.
     """
     base = _inputs_at_base_width(recipe)
-    extra = {}
+    extra: dict[Tensor, float] = {}
     for name, fan_in in _inputs(model).items():
         growth = base.get(name, fan_in) / fan_in
         if growth != 1:

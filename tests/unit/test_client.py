@@ -171,6 +171,8 @@ def test_every_call_is_the_same_from_both_clients() -> None:
         assert type(found) is RemoteSearch
         client.preview(train_flops=1e9)
         client.trial(3)
+        client.ask("s1", holder="h")
+        client.tell(3, token="0" * 32, outcome="complete")
         assert client.tasks() == []
         found.confirm(top=2)
         found.refresh().cancel().pause().resume().retry().set_priority(3)
@@ -189,6 +191,8 @@ def test_every_call_is_the_same_from_both_clients() -> None:
             assert type(found) is AsyncRemoteSearch
             await client.preview(train_flops=1e9)
             await client.trial(3)
+            await client.ask("s1", holder="h")
+            await client.tell(3, token="0" * 32, outcome="complete")
             assert await client.tasks() == []
             await found.confirm(top=2)
             found = await found.refresh()
@@ -205,4 +209,4 @@ def test_every_call_is_the_same_from_both_clients() -> None:
 
     asyncio.run(ask())
     assert seen["sync"] == seen["async"]
-    assert len(seen["sync"]) == 16
+    assert len(seen["sync"]) == 18

@@ -40,12 +40,13 @@ from ray.tune.stopper import Stopper
 
 from nas.errors import EinsumNasError, counted
 from nas.logs import bound
+from nas.planning.runs import RunPlan
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
 from nas.training.checkpoint import forget, prune
 from workers import metrics
-from workers.packs import Pack, plan_of_trial
+from workers.packs import Pack
 from workers.ray import internals
 from workers.ray.spread import OF_TRIAL, SpreadTrainable
 from workers.ray.trainable import ProxyTrainable
@@ -448,7 +449,7 @@ def trial_config(
         By which the actor asks for the next pack.
     """
     run = {
-        "plan": plan_of_trial(pack.trials[0]).as_dict(),
+        "plan": RunPlan.of(pack.trials[0]).as_dict(),
         "recipe": session.recipe.as_dict(),
         "seeds": [t.seed for t in pack.trials],
         "seconds": seconds,

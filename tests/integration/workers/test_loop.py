@@ -15,7 +15,8 @@ from nas.store import Lease, Leases, Renewal, Search, Store, upgrade
 from nas.store.processes import Processes
 from nas.tasks import TaskData
 from tests.support.services import PATIENCE, wait_for
-from workers.loop import WATCHDOG_STATUS, Heartbeat, Worker
+from workers.holding import WATCHDOG_STATUS, Heartbeat
+from workers.loop import Worker
 from workers.ray import cluster
 from workers.ray.address import cluster_address
 from workers.session import SearchSession, Signals

@@ -14,7 +14,7 @@ from tests.support.faults.checker import Audit, Expected, audit
 from tests.support.faults.databases import Database
 from tests.support.faults.fleet import Fleet
 from tests.support.faults.worker import WorkerPlan, read_reports, small_request, write_text
-from workers.loop import WATCHDOG_STATUS
+from workers.holding import WATCHDOG_STATUS
 
 POINTS = 6
 _PATIENCE = 300.0

@@ -18,7 +18,7 @@ from tests.support.faults.fleet import Fleet
 from tests.support.faults.kills import POINTS, Queue, acknowledged, broken_by, summary
 from tests.support.faults.proxy_black_hole import BlackHoleProxy
 from tests.support.faults.worker import WorkerPlan
-from workers.loop import WATCHDOG_STATUS
+from workers.holding import WATCHDOG_STATUS
 
 Result = tuple[dict[str, Any], list[str]]
 _PATIENCE = 180.0

@@ -24,7 +24,7 @@ from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import StoredPoint, Trial
 from nas.tasks import TaskData
-from workers import loop
+from workers import holding, loop
 from workers.session import SearchSession
 
 #: Settings that make data of a few kilobytes enough, and planning cheap.
@@ -106,7 +106,7 @@ def work(plan: WorkerPlan) -> None:
         force=True,
     )
     if plan.late:
-        loop.Heartbeat = partial(loop.Heartbeat, kill=partial(_die_late, plan.late))  # type: ignore[assignment, misc]
+        holding.Heartbeat = partial(holding.Heartbeat, kill=partial(_die_late, plan.late))  # type: ignore[assignment, misc]
     report = _Report(plan.folder / f"{os.getpid()}-{time.time_ns()}.jsonl")
     worker = loop.Worker(plan.settings, runner=partial(_run, plan, report))
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())

@@ -21,9 +21,9 @@ from nas.tasks import load_data
 from nas.tasks.batches import sample_losses
 from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, ROUTER_WEIGHT, Engine
-from nas.training.tasks import build_model, learning_rates
 from nas.training.run import Point, train, train_replicates
 from nas.training.stacked import STACKED
+from nas.training.tasks import build_model, learning_rates
 from tests.support.tiers import only
 from tests.unit.training.test_run import TINY, TRAIN, VALIDATION
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import workers.session
 from nas.errors import QuotaExceeded
 from nas.planning.request import SearchRequest
+from nas.planning.runs import RunPlan
 from nas.search import PastTrial, Proposer
 from nas.service.catalogue import get_preview
 from nas.service.clone import create_clone
@@ -23,7 +24,7 @@ from nas.store import Lease, Leases, Search, Store, StoredPoint, Trial
 from nas.store.evidence import Standings
 from nas.store.quotas import Quotas
 from tests.support.tiers import only
-from workers.packs import Pack, plan_of_trial
+from workers.packs import Pack
 from workers.session import SearchSession, Signals
 
 FINGERPRINT = "f" * 16
@@ -238,7 +239,7 @@ def test_a_candidate_that_repeats_a_running_one_shares_the_results_of_its_runs(
     packs = [session.next_pack() for _ in range(4)]
     first = packs[-1]
     assert first is not None
-    twins = session._add(plan_of_trial(first.trials[0]), kind="candidate")
+    twins = session._add(RunPlan.of(first.trials[0]), kind="candidate")
     session._waiting.extend(session._packs(twins))
     assert session.next_pack() is None
     assert not session.exhausted
