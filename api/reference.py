@@ -77,6 +77,7 @@ SEARCH_RULES = {
     "limits.total_train_flops": "at least the train FLOPs of the references and one candidate",
     "limits.trial_seconds": "null with trainer client",
 }
+LIST_RULES = {"task": "a task that there is; see GET /v1/tasks"}
 CLONE_RULES = {**SEARCH_RULES, "changes": "only limits and priority for a confirmation"}
 LABELS_RULES = {
     "name": "printable characters, not all of them spaces",

@@ -21,7 +21,6 @@ from nas.store import Lease, Leases, Search, Store
 from nas.store.offers import Offers
 from nas.tasks.data import task_fingerprint
 from workers.holding import close, hold
-from workers.packs import each_apart
 from workers.session import SearchSession, Signals
 
 _log = logging.getLogger(__name__)
@@ -183,7 +182,6 @@ class AskedRuns:
 
     def _repeat(self, trial_id: int, holder: str | None) -> None:
         """Offer a trial anew whose holder is gone."""
-        trial = self._session.running[trial_id]
         attempts = self._store.trial(trial_id).attempts
         if attempts >= self._attempts:
             why = f"{attempts} leases on it ran out, the last one that of {holder}"
@@ -192,4 +190,5 @@ class AskedRuns:
         _log.warning(
             "trial %d: the lease of %s has run out, attempt %d", trial_id, holder, attempts
         )
-        self._session.retry(each_apart([trial])[0])
+        self._session.restart(trial_id)
+        self._offers.open(self._session.search.id, trial_id)

@@ -315,6 +315,11 @@ class SearchSession:
         self._progress.shared(trial.id, twin, points)
         return False
 
+    def restart(self, trial_id: int) -> None:
+        """Begin a running trial anew, for its process is gone."""
+        self._sql(self._leases.start_trial, self._lease, trial_id, anew=True)
+        self._progress[trial_id].points = {}
+
     @property
     def running(self) -> Mapping[int, Trial]:
         """The trials that run, by id."""

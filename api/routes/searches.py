@@ -164,7 +164,7 @@ async def preview_search(body: RequestDep, request: Request, store: StoreDep) ->
 
 @router.get(
     "",
-    responses={**refusals(), **reference.SEARCHES_FOUND},
+    responses={**refusals(rules=reference.LIST_RULES), **reference.SEARCHES_FOUND},
     response_model=SearchPage,
     summary="List searches, newest first",
 )

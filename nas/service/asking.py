@@ -17,7 +17,7 @@ from nas.records.trial import StoredPoint, Trial
 from nas.store import Store
 from nas.store.offers import LEAST_LEASE, MOST_LEASE, Offers
 
-MAX_LOSSES, MAX_POINTS, MAX_ERROR = 2048, 64, 2000
+MAX_LOSSES, MAX_POINTS, MAX_ERROR, MAX_STEP = 2048, 64, 2000, 1 << 40
 _FORBID = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _NAME = r"^[!-~]([ -~]*[!-~])?$"
 
@@ -47,14 +47,14 @@ class Told(BaseModel):
 
     model_config = _FORBID
 
-    step: int = Field(ge=1, description="Optimiser steps taken.")
+    step: int = Field(ge=1, le=MAX_STEP, description="Optimiser steps taken.")
     losses: list[float] = Field(
         min_length=2, max_length=MAX_LOSSES,
         description="Validation loss of each sample, or of each batch of samples: the same ones in "
         "the same order for every trial of a search. Their mean is the loss, and intervals and "
         "comparisons rest on them.",
     )  # fmt: skip
-    seconds: float = Field(ge=0.0, description="Seconds of training so far.")
+    seconds: float = Field(ge=0.0, le=1e9, description="Seconds of training so far.")
 
     @property
     def point(self) -> StoredPoint:
@@ -74,8 +74,9 @@ class Tell(BaseModel):
         pattern=r"^[0-9a-f]{32}$", description="Of the lease, as the answer to `ask` gave it."
     )
     points: list[Told] = Field(
-        [], max_length=MAX_POINTS, description="Evaluations; none of them renews the lease alone."
-    )
+        [], max_length=MAX_POINTS, description="Evaluations; with none of them the lease is renewed.",
+        json_schema_extra={"minItems": 0},
+    )  # fmt: skip
     outcome: Literal["complete", "failed"] | None = Field(
         None,
         description="complete: the last step was told | failed: no result | null: it goes on",

@@ -238,10 +238,15 @@ class Leases:
         with self._fenced(lease) as (session, search):
             return [rows.to_trial(row) for row in rounds.begin(session, search, round_)]
 
-    def start_trial(self, lease: Lease, trial_id: int) -> None:
+    def start_trial(self, lease: Lease, trial_id: int, *, anew: bool = False) -> None:
         """Mark a trial as dispatched and drop the points of an interrupted attempt.
 
         Of a run that goes on after a pause the points up to there stay.
+
+        Parameters
+        ----------
+        anew
+            It was started under this lease before: this is another attempt, and no repeated write.
         """
         with self._fenced(lease) as (session, search):
             row = self._trial(session, lease, trial_id)
@@ -250,7 +255,8 @@ class Leases:
                 .where(PointRow.trial_id == trial_id, PointRow.step > row.trained_steps)
                 .returning(PointRow.step)
             ).first()
-            if (row.state, row.epoch) == ("running", lease.epoch) and dropped is None:
+            started = (row.state, row.epoch) == ("running", lease.epoch)
+            if started and dropped is None and not anew:
                 return  # this same write, repeated because its response was lost
             lifecycle.set_state(search, row, "running")
             row.epoch = lease.epoch

@@ -43,7 +43,8 @@ OWNER, _OTHER = "owner", "other"
 #: against the rules that the document lists.
 _RULED = (
     "POST /v1/searches", "POST /v1/searches/preview", "POST /v1/searches/{search_id}/clone",
-    "POST /v1/searches/{search_id}/confirm", "GET /v1/best", "GET /v1/frontier",
+    "POST /v1/searches/{search_id}/confirm", "POST /v1/trials/{trial_id}/points",
+    "GET /v1/searches", "GET /v1/best", "GET /v1/frontier",
     "GET /v1/structures",
 )  # fmt: skip
 

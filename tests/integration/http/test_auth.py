@@ -265,6 +265,8 @@ BODIES = {
     "/labels": {"name": "n"},
     "/confirm": {"top": 1, "seeds": 1},
     "/clone": {},
+    "/ask": {},
+    "/points": {"token": "0" * 32},
 }
 #: Operations that name a search or a trial.
 OF_IDS = [o for o in CLOSED if "{" in o[1] and o[0] in ("GET", "POST")]

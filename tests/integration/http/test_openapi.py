@@ -81,7 +81,7 @@ def test_every_object_of_a_body_is_closed_and_every_number_bounded(
     document: dict[str, Any],
 ) -> None:
     bodies = _bodies(document)
-    assert len(bodies) == 6
+    assert len(bodies) == 8
     for path, content in bodies.items():
         validator_for(content["schema"], Draft202012Validator).check_schema(content["schema"])
         for node in _schemas(content["schema"]):
@@ -100,14 +100,17 @@ def test_every_object_of_a_body_is_closed_and_every_number_bounded(
 def test_examples_are_what_their_schemas_say_and_the_service_takes(
     client: TestClient, document: dict[str, Any]
 ) -> None:
-    search = client.post("/v1/searches", json={"train_flops": 2e11}).json()["id"]
+    asked = {"train_flops": 2e11, "trainer": "client"}
+    search = client.post("/v1/searches", json=asked).json()["id"]
     for path, content in _bodies(document).items():
         assert content["examples"]
         for name, example in content["examples"].items():
             Draft202012Validator(content["schema"]).validate(example["value"])
-            answer = client.post(path.replace("{search_id}", search), json=example["value"])
-            # there is nothing to confirm
-            expected = (409,) if path.endswith("/confirm") else (200, 201)
+            target = path.replace("{search_id}", search).replace("{trial_id}", "1")
+            answer = client.post(target, json=example["value"])
+            # there is nothing to confirm, and no trial yet
+            ends = {"/confirm": (409,), "/points": (404,)}
+            expected = next((s for e, s in ends.items() if path.endswith(e)), (200, 201))
             assert answer.status_code in expected, (path, name, answer.text)
 
 
