@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.einbench.designs import einbench_designs
 from nas.cli.local import LocalSearch
 from nas.planning.recipe import Recipe
-from nas.planning.tasks import recipe_of
 from nas.planning.request import SearchRequest
+from nas.planning.tasks import recipe_of
 from nas.store import Search, Store
 
 SEEDS = 3

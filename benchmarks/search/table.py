@@ -19,9 +19,9 @@ from nas.designs.design import Design
 from nas.designs.mixture import Mixture
 from nas.einbench import Curve, EinBench
 from nas.planning.recipe import Recipe
-from nas.planning.tasks import recipe_of
 from nas.planning.request import SearchRequest
 from nas.planning.runs import RunPlan, fit
+from nas.planning.tasks import recipe_of
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nas.errors import InvalidInput
 from nas.planning.accepted import validated
-from nas.planning.request import clean_text
+from nas.planning.request import WHOLE, clean_text
 from nas.planning.runs import RunPlan, evaluation_steps
 from nas.records.base import Record
 from nas.records.trial import StoredPoint, Trial
@@ -18,6 +18,8 @@ from nas.store import Store
 from nas.store.offers import LEAST_LEASE, MOST_LEASE, Offers
 
 MAX_LOSSES, MAX_POINTS, MAX_ERROR, MAX_STEP = 2048, 64, 2000, 1 << 40
+#: So that the mean and the variance of losses are finite.
+MAX_LOSS = 1e30
 _FORBID = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _NAME = r"^[!-~]([ -~]*[!-~])?$"
 
@@ -47,8 +49,10 @@ class Told(BaseModel):
 
     model_config = _FORBID
 
-    step: int = Field(ge=1, le=MAX_STEP, description="Optimiser steps taken.")
-    losses: list[float] = Field(
+    step: Annotated[int, Field(ge=1, le=MAX_STEP), WHOLE] = Field(
+        description="Optimiser steps taken."
+    )
+    losses: list[Annotated[float, Field(ge=-MAX_LOSS, le=MAX_LOSS)]] = Field(
         min_length=2, max_length=MAX_LOSSES,
         description="Validation loss of each sample, or of each batch of samples: the same ones in "
         "the same order for every trial of a search. Their mean is the loss, and intervals and "
@@ -74,7 +78,7 @@ class Tell(BaseModel):
         pattern=r"^[0-9a-f]{32}$", description="Of the lease, as the answer to `ask` gave it."
     )
     points: list[Told] = Field(
-        [], max_length=MAX_POINTS, description="Evaluations; with none of them the lease is renewed.",
+        [], max_length=MAX_POINTS, description="Evaluations; with none the lease is renewed.",
         json_schema_extra={"minItems": 0},
     )  # fmt: skip
     outcome: Literal["complete", "failed"] | None = Field(

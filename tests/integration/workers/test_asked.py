@@ -352,5 +352,6 @@ def test_offers_are_taken_once(store: Store, keeper: Keeper) -> None:
 
 def test_fields_of_a_point_are_what_was_told() -> None:
     point = asking.Told(step=3, losses=[1.0, 2.0, 3.0], seconds=2.5).point
-    assert (point.loss, point.loss_stderr) == (2.0, pytest.approx(1 / math.sqrt(3)))
+    assert point.loss == 2.0
+    assert point.loss_stderr == pytest.approx(1 / math.sqrt(3))
     assert replace(point, train_flops=0.0) == point
