@@ -48,7 +48,11 @@ def service(folder: Path) -> Iterator[Service]:
     data.mkdir()
     (data / "numbers").write_text("x")
     modules = f"{folder / 'mixer.py'},{FAULTS}"
-    options = {"task_modules": modules, "data_dir": str(data), "backoff_seconds": "0.1"}
+    options: dict[str, Any] = {
+        "task_modules": modules,
+        "data_dir": str(data),
+        "backoff_seconds": "0.1",
+    }
     with running(Service(folder / "home", "serve", **options)) as started:
         yield started
 
