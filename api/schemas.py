@@ -192,6 +192,7 @@ class FingerprintOut(_Out):
     recipe: str
     overrides: dict[str, bool | int | float | str] | None
     data: str | None
+    trainer: str = Field(description="workers | client: who trained it")
     loss_unit: str
 
 

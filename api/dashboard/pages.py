@@ -251,7 +251,7 @@ def trial_page(trial_id: TrialId, request: Request, store: StoreDep) -> Response
     shown = {
         "trial": trial.model_dump(), "search": search, "unit": recipe.loss_unit, "curve": curve,
         "layers": [
-            {"name": role.name, "d_in": role.d_in, "d_out": role.d_out, "macs": s.macs,
+            {"name": role.name or "linear", "d_in": role.d_in, "d_out": role.d_out, "macs": s.macs,
              "params": s.params, "dense_macs": role.d_in * role.d_out}
             for role, s in zip(
                 linears(recipe, trial.width), structures_of(recipe, design, trial.width),

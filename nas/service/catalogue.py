@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, get_args
 
 from nas.designs.design import Design, family_of, parse_design, proposals
@@ -21,7 +22,7 @@ from nas.planning.runs import (
     plans,
     references,
 )
-from nas.planning.tasks import task_cards, task_names
+from nas.planning.tasks import TaskCard, task_cards, task_names
 from nas.records.search import SearchFailure, SearchState
 from nas.service.dividing import parts_of
 from nas.store import AXES, Search, Store
@@ -143,20 +144,31 @@ def get_tasks(store: Store) -> list[dict[str, Any]]:
             ],
             "minimum_references": MIN_REFERENCES,
             "default_fingerprint": store.default_fingerprint(task),
-            "fingerprints": [
-                {
-                    "fingerprint": fingerprint,
-                    "searches": searches,
-                    "recipe": newest.settings.name,
-                    "overrides": newest.overrides,
-                    "data": newest.data,
-                    "loss_unit": newest.settings.loss_unit,
-                }
-                for fingerprint, searches, newest in store.task_fingerprints(task)
-            ],
+            "fingerprints": _fingerprints(store, card),
         }
         for task, card in task_cards().items()
     ]
+
+
+def _fingerprints(store: Store, card: TaskCard) -> list[dict[str, Any]]:
+    """The data of a task that searches here have used."""
+    found = []
+    for fingerprint, searches, newest in store.task_fingerprints(card.name):
+        name, unit = newest.recipe or "", card.loss_unit
+        with suppress(InvalidInput):  # a plug-in that is another one by now
+            name, unit = newest.settings.name, newest.settings.loss_unit
+        found.append(
+            {
+                "fingerprint": fingerprint,
+                "searches": searches,
+                "recipe": name,
+                "overrides": newest.overrides,
+                "data": newest.data,
+                "trainer": newest.trainer,
+                "loss_unit": unit,
+            }
+        )
+    return found
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
