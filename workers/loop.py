@@ -29,6 +29,7 @@ from workers.holding import close, hold
 from workers.presence import Presence
 from workers.ray.address import cluster_address
 from workers.session import SearchSession, Signals
+from workers.webhooks import Teller
 
 _log = logging.getLogger(__name__)
 Runner = Callable[[SearchSession, TaskData, Settings], None]
@@ -89,7 +90,7 @@ class Worker:
         with bound(worker=self.name):
             self._await_schema()
         keeper = Keeper(self._settings, self._store, self.name, search_id)
-        with bound(worker=self.name), self._presence, keeper:
+        with bound(worker=self.name), self._presence, keeper, Teller(self._store):
             while not self._shutdown.is_set():
                 if not self._connected():
                     continue

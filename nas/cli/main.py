@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli import answers, db, demo, keys, looking, searches, serve, submit
+from nas.cli import answers, db, demo, keys, looking, searches, serve, submit, webhooks
 from nas.cli.common import Commands, escape_unprintable
 from nas.errors import InvalidInput
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
+app.add_typer(webhooks.app, name="webhooks")
 app.command("show")(looking.show_one)
 for _command in (
     looking.trials, looking.compare, looking.report, submit.preview, searches.searches,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nas.store.audit import Entry
     from nas.store.keys import Key
     from nas.store.quotas import Use
+    from nas.store.webhooks import Webhook
 
 console = Console()
 
@@ -463,6 +464,24 @@ def show_keys(found: Sequence[Key]) -> None:
         for key in found
     ]
     print_rows(rows, "there is no key; `einsum-nas keys create --name NAME` creates one")
+
+
+def show_webhooks(found: Sequence[Webhook]) -> None:
+    """Print a table of webhooks."""
+    rows = [
+        {
+            "webhook": hook.id,
+            "tenant": hook.tenant,
+            "url": escape(hook.url),
+            "events": ", ".join(hook.events),
+            "taken": f"{hook.delivered:,}",
+            "waiting": f"{hook.waiting:,}",
+            "given up": f"{hook.given_up:,}",
+            "last error": escape(hook.error or ""),
+        }
+        for hook in found
+    ]
+    print_rows(rows, "there is no webhook; `einsum-nas webhooks add URL` adds one")
 
 
 def key_ends(key: Key) -> str:

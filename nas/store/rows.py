@@ -7,6 +7,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Row, select
@@ -22,9 +23,19 @@ from nas.records.run import NOT_STORED, OF_TRIAL, CurvePoint, Run
 from nas.records.search import Search
 from nas.records.trial import StoredPoint, Trial
 from nas.store.records import Event
-from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow, database_now
+from nas.store.schema import (
+    DeliveryRow,
+    EventRow,
+    PointRow,
+    SearchRow,
+    TrialRow,
+    WebhookRow,
+    database_now,
+)
 
 R = TypeVar("R", bound=Record)
+#: Events of searches that webhooks can be told of.
+TOLD = ("queued", "paused", "resumed", "retried", "succeeded", "failed", "cancelled")
 #: The tally's name for planned dense references, next to the states of trials.
 REFERENCES = "references"
 
@@ -35,8 +46,29 @@ def now(session: Session) -> float:
 
 
 def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, Any]) -> None:
-    """Append to the search's log, in the caller's transaction."""
-    session.add(EventRow(search_id=search_id, created_at=now(session), kind=kind, data=dict(data)))
+    """Append to the search's log, in the caller's transaction, and note who is to be told."""
+    at = now(session)
+    session.add(EventRow(search_id=search_id, created_at=at, kind=kind, data=dict(data)))
+    if kind in TOLD:
+        _tell(session, search_id, kind, data, at)
+
+
+def _tell(session: Session, search_id: str, kind: str, data: Mapping[str, Any], at: float) -> None:
+    """Note a delivery for each webhook of the search's tenant that wants this event."""
+    search = session.get_one(SearchRow, search_id)
+    hooks = session.scalars(select(WebhookRow).where(WebhookRow.tenant == search.tenant))
+    for hook in hooks:
+        if kind not in hook.events:
+            continue
+        body = {
+            "type": f"search.{kind}",
+            "timestamp": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"),
+            "data": {
+                "search_id": search_id, "task": search.task, "name": search.name,
+                "tenant": search.tenant, **data,
+            },
+        }  # fmt: skip
+        session.add(DeliveryRow(webhook_id=hook.id, body=body, attempts=0, due_at=at))
 
 
 def _read(record: type[R], row: Any, **special: Any) -> R:

@@ -251,6 +251,40 @@ class ToldRow(Base):
     taken: Mapped[bool] = mapped_column(default=False)
 
 
+class WebhookRow(Base):
+    """An address that is told of the events of a tenant's searches."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    url: Mapped[str] = mapped_column(String(2048))
+    #: by which deliveries are signed
+    secret: Mapped[str] = mapped_column(String(64))
+    events: Mapped[list[str]] = mapped_column(JSON)
+    #: whether it may be an address of this machine or of a private network
+    private: Mapped[bool]
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class DeliveryRow(Base):
+    """An event that is to be told, or was; written in the transaction of the event."""
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    webhook_id: Mapped[str] = mapped_column(
+        ForeignKey("webhooks.id", ondelete="CASCADE"), index=True
+    )
+    body: Mapped[dict[str, Any]] = mapped_column(JSON)
+    attempts: Mapped[int] = mapped_column(default=0)
+    #: when it is tried next; None once it was delivered or given up
+    due_at: Mapped[float | None] = mapped_column(Float, index=True)
+    delivered_at: Mapped[float | None] = mapped_column(Float)
+    #: of the last attempt
+    error: Mapped[str | None] = mapped_column(String(512))
+
+
 class EventRow(Base):
     """Append-only log of the events of searches; a trigger refuses changes to its rows."""
 
