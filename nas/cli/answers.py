@@ -136,13 +136,15 @@ def best(
 
 
 def export(
-    file_format: Annotated[str, typer.Option("--format", help="csv | parquet | json | optuna")],
+    file_format: Annotated[
+        str, typer.Option("--format", help="csv | parquet | json | optuna | mlflow | wandb")
+    ],
     out: Annotated[
         str,
         typer.Option(
             metavar="FILE|URL",
             help="File to write, compressed if its name ends in .gz; - for standard output; for "
-            "optuna, its storage URL.",
+            "optuna its storage URL, for mlflow its tracking URI, for wandb a folder.",
         ),
     ],
     task: Task = "text",
@@ -151,7 +153,11 @@ def export(
         str, typer.Option(help="One row for each: trials | points (evaluations).")
     ] = "trials",
     study: Annotated[
-        str | None, typer.Option(help="Name of the Optuna study; by default the task or search.")
+        str | None,
+        typer.Option(
+            help="Name of the Optuna study, the MLflow experiment or the wandb project; by default "
+            "the task or search, and einsum-nas."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     server: Server = None,
@@ -186,7 +192,7 @@ def _export_from(
 
     if search_id is None:
         raise InvalidInput("search", None, "the id of a search: of a service one is exported")
-    if file_format == "optuna":
+    if file_format in ("optuna", "mlflow", "wandb"):
         raise InvalidInput("format", file_format, "csv | parquet | json, with --server")
     check_export(file_format, out, rows, study, overwrite=overwrite)
     with opened(server) as place:

@@ -33,7 +33,9 @@ from nas.service.files import GZIP, checked_place, replaced
 from nas.store import Store, StoredPoint, Trial
 from nas.store.dump import StoredRun, iterate_runs
 
-FORMATS = ("csv", "parquet", "json", "optuna")
+FORMATS = ("csv", "parquet", "json", "optuna", "mlflow", "wandb")
+#: Formats that are no file: other programs have trials with their curves.
+_OF_TRIALS = FORMATS[3:]
 ROWS = ("trials", "points")
 #: Stands for standard output where a file is named.
 STANDARD_OUTPUT = "-"
@@ -149,6 +151,8 @@ def export(
     scope = _resolved(store, task, search_id)
     if file_format == "optuna":
         return _export_study(store, out, scope, study)
+    if file_format in _OF_TRIALS:
+        return _export_tracked(store, file_format, out, scope, study)
     return _export_file(store, file_format, Path(out), scope, rows)
 
 
@@ -160,14 +164,16 @@ def check_export(
         raise InvalidInput("format", file_format, " | ".join(FORMATS))
     if rows not in ROWS:
         raise InvalidInput("rows", rows, " | ".join(ROWS))
-    if file_format == "optuna":
+    if file_format in _OF_TRIALS:
         if rows != "trials":
-            raise InvalidInput("rows", rows, "trials with format optuna: they have their curves")
+            accepted = f"trials with format {file_format}: they have their curves"
+            raise InvalidInput("rows", rows, accepted)
         if overwrite:
             raise InvalidInput("overwrite", "true", "files only; name another --study")
         return
     if study is not None:
-        raise InvalidInput("study", study, "nothing, but with format optuna")
+        accepted = f"nothing, but with format {' | '.join(_OF_TRIALS)}"
+        raise InvalidInput("study", study, accepted)
     if out == STANDARD_OUTPUT:
         if overwrite:
             raise InvalidInput("overwrite", "true", "files only, not standard output")
@@ -226,6 +232,26 @@ def _export_study(store: Store, url: str, scope: _Scope, name: str | None) -> Ex
         f"loss in {recipe.loss_unit}"
     )
     return Exported(written.trials, written.shown, recipe.loss_unit, summary)
+
+
+def _export_tracked(
+    store: Store, file_format: str, out: str, scope: _Scope, name: str | None
+) -> Exported:
+    from nas.service import tracking
+
+    first = next(scope.runs(store), None)
+    if first is None:
+        raise _nothing(scope, "trial")
+    unit = store.search(first.trial.search_id).request.settings.loss_unit
+    named = f"einsum-nas {scope}" if name is None else name
+    if file_format == "mlflow":
+        about = {"task": first.task, "loss_unit": unit}
+        count = tracking.to_mlflow(scope.runs(store), out, named, about)
+        summary = f"wrote {count} runs that were not there to experiment {named!r} at {out}"
+    else:
+        count = tracking.to_wandb(scope.runs(store), out, name or "einsum-nas", str(scope))
+        summary = f"wrote {count} offline runs to {out}/wandb; `wandb sync` uploads them"
+    return Exported(count, out, unit, f"{summary}; loss in {unit}")
 
 
 def _export_file(store: Store, file_format: str, out: Path, scope: _Scope, rows: str) -> Exported:

@@ -185,7 +185,8 @@ def test_what_is_rolled_back_is_not_told(store: Store, receiver: Receiver) -> No
 @pytest.mark.parametrize(
     "host",
     ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254",
-     "0.0.0.0", "::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "100.64.0.1", "224.0.0.1", "2130706433"],
+     "0.0.0.0", "::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "100.64.0.1", "224.0.0.1",
+     "2130706433"],
 )  # fmt: skip
 def test_private_addresses_are_not_told(host: str) -> None:
     with pytest.raises(NotTold, match=r"no public address|has no address"):

@@ -281,7 +281,7 @@ def test_random_curves_read_back(local: Filling, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "accepted"),
     [
-        ({"file_format": "xlsx"}, "format", "csv | parquet | json | optuna"),
+        ({"file_format": "xlsx"}, "format", "csv | parquet | json | optuna | mlflow | wandb"),
         ({"rows": "curves"}, "rows", "trials | points"),
         ({"file_format": "optuna", "rows": "points"}, "rows", "trials with format optuna"),
         ({"file_format": "optuna", "overwrite": True}, "overwrite", "--study"),
