@@ -12,13 +12,15 @@ import threading
 from functools import partial
 from types import TracebackType
 
-from nas.errors import StoreUnavailable
+from nas.errors import EinsumNasError, StoreUnavailable
 from nas.logs import bound, carried
 from nas.planning.recipe import Recipe
+from nas.planning.tasks import usable_tasks
 from nas.records.trial import StoredPoint
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store
 from nas.store.offers import Offers
+from nas.store.progress import read_points
 from nas.tasks.data import task_fingerprint
 from workers.holding import close, hold
 from workers.session import SearchSession, Signals
@@ -28,6 +30,8 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.2
 #: Trials that are offered before anybody asks for them; more would be proposed knowing less.
 _AHEAD = 1
+#: Searches that one process keeps at most; others wait for another one, or for the end of these.
+_MOST_KEPT = 32
 
 
 def client_fingerprint(recipe: Recipe, data: str | None) -> str:
@@ -49,8 +53,9 @@ class Keeper:
     def __init__(
         self, settings: Settings, store: Store, name: str, search_id: str | None = None
     ) -> None:
-        self._settings, self._store, self._name = settings, store, name
-        self._search_id = search_id
+        self._settings, self._name, self._search_id = settings, name, search_id
+        # connections of its own: what it waits for must not keep a worker from renewing its lease
+        store = self._store = Store(settings.resolved_database_url, tenant=store.tenant)
         self._leases = Leases(
             store, max_attempts=settings.max_attempts, backoff_seconds=settings.backoff_seconds
         )
@@ -73,6 +78,7 @@ class Keeper:
             signals.shutdown.set()
         for thread in list(self._kept):
             thread.join(self._settings.lease_seconds)
+        self._store.close()
 
     def _claim(self) -> None:
         claim = partial(
@@ -82,7 +88,8 @@ class Keeper:
         while not self._done.is_set():
             claimed = None
             try:
-                claimed = claim()
+                if len(self._kept) < _MOST_KEPT:
+                    claimed = claim(tasks=usable_tasks())
             except StoreUnavailable as error:
                 _log.warning("no claim of what clients train: %s", error)
             except Exception:  # without this thread no client would get a trial
@@ -111,6 +118,8 @@ class Keeper:
         recipe = search.request.settings
         fingerprint = client_fingerprint(recipe, search.request.data)
         stored = self._leases.set_fingerprint(lease, fingerprint)
+        if stored != fingerprint:  # another process may have the version that it began with
+            raise EinsumNasError(f"task {search.task} is another version here than it began with")
         session = SearchSession(
             self._store, lease, search, recipe, stored, signals, leases=self._leases
         )
@@ -130,20 +139,24 @@ class AskedRuns:
     def __init__(self, session: SearchSession, store: Store, attempts: int) -> None:
         self._session, self._store, self._attempts = session, store, attempts
         self._offers = Offers(store)
+        #: retries while the database is unavailable
+        self._sql = session._sql
         self._done = threading.Event()
 
     def run(self) -> None:
         """Until the session is exhausted or is to stop."""
         session, search_id = self._session, self._session.search.id
-        left = set(self._offers.news(search_id).held)
-        session.adopted = frozenset(left)
+        held = set(self._sql(self._offers.news, search_id).held)
+        stored = self._sql(read_points, self._store, search_id)
+        session.adopted = {i: stored.get(i, {}) for i in held}
         session.prepare()
+        left = held & session.due
         while not session.exhausted:
-            news = self._offers.news(search_id)
+            news = self._sql(self._offers.news, search_id)
             free = sum(holder is None for holder in news.held.values())
             while (free < _AHEAD or left) and (pack := session.next_pack()) is not None:
                 for trial in pack.trials:
-                    self._offers.open(search_id, trial.id)
+                    self._sql(self._offers.open, search_id, trial.id)
                     free += trial.id not in left
                     left.discard(trial.id)
             if not session.signals.stop:
@@ -153,18 +166,19 @@ class AskedRuns:
     def _take_over(self) -> None:
         """Store what clients have told, and end or repeat the trials that they have left."""
         session = self._session
-        news = self._offers.news(session.search.id)
+        news = self._sql(self._offers.news, session.search.id)
         running = set(session.running)
         points = [(i, self._counted(i, p)) for i, p in news.points if i in running]
         if points:
             session.points(points)
-            self._offers.taken(points)
+            self._sql(self._offers.taken, points)
         for trial_id, error in news.ended.items():
             if trial_id in running:
                 self._end(trial_id, news.held[trial_id], error)
-            self._offers.settle(trial_id)
+            if trial_id not in session.due:
+                self._sql(self._offers.settle, trial_id)
         for trial_id in news.lost:
-            if trial_id in running and self._offers.withdraw(trial_id):
+            if trial_id in running and self._sql(self._offers.withdraw, trial_id):
                 self._repeat(trial_id, news.held[trial_id])
 
     def _counted(self, trial_id: int, point: StoredPoint) -> StoredPoint:
@@ -182,7 +196,7 @@ class AskedRuns:
 
     def _repeat(self, trial_id: int, holder: str | None) -> None:
         """Offer a trial anew whose holder is gone."""
-        attempts = self._store.trial(trial_id).attempts
+        attempts = self._sql(self._store.trial, trial_id).attempts
         if attempts >= self._attempts:
             why = f"{attempts} leases on it ran out, the last one that of {holder}"
             self._session.fail(trial_id, why, "process")
@@ -191,4 +205,4 @@ class AskedRuns:
             "trial %d: the lease of %s has run out, attempt %d", trial_id, holder, attempts
         )
         self._session.restart(trial_id)
-        self._offers.open(self._session.search.id, trial_id)
+        self._sql(self._offers.open, self._session.search.id, trial_id)

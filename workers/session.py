@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -131,8 +131,9 @@ class SearchSession:
         self._scheduler, self._rounds, self._decided_all = scheduler, search.rounds, False
         self._planner = Planner(self._progress, self.request, self._key, self._used_seeds)
         self._claimed_at = time.monotonic()
-        #: trials that others have gone on with meanwhile, which are not started anew
-        self.adopted: Set[int] = frozenset()
+        #: trials that others have gone on with meanwhile, which are not started anew, with what is
+        #: stored of them
+        self.adopted: Mapping[int, dict[int, tuple[float, float, float, float]]] = {}
         #: told the key of a pack that never goes on
         self.forget: Callable[[str], None] = lambda key: None
 
@@ -299,6 +300,8 @@ class SearchSession:
         known = self._progress[trial.id]
         kept = known.trained_steps
         known.points = {step: p for step, p in known.points.items() if step <= kept}
+        if adopted:
+            known.points = dict(self.adopted[trial.id])
         self._progress.set_state(trial.id, "running")
 
     def _is_due(self, trial: Trial) -> bool:
@@ -319,6 +322,11 @@ class SearchSession:
         """Begin a running trial anew, for its process is gone."""
         self._sql(self._leases.start_trial, self._lease, trial_id, anew=True)
         self._progress[trial_id].points = {}
+
+    @property
+    def due(self) -> set[int]:
+        """Ids of the trials that are to train now."""
+        return {trial.id for trial in self._progress if trial.state in DUE}
 
     @property
     def running(self) -> Mapping[int, Trial]:

@@ -91,11 +91,22 @@ class StudyTrial:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:  # fmt: skip
-        if error is not None and self.outcome is None:
-            self.fail(f"{type(error).__name__}: {error}")
-        elif error is None and self.outcome is None:
-            self.fail(f"its loop ended before the losses of step {self.steps} were told")
+        if self.outcome is None:
+            if error is None:
+                self.fail(f"its loop ended before the losses of step {self.steps} were told")
+            elif isinstance(error, Exception) and not isinstance(error, EinsumNasError):
+                self._fail_after(error)
+            # an interruption or a service out of reach says nothing of the run: its lease runs out
+            self._study._held.discard(self)
         return isinstance(error, RunFailed)
+
+    def _fail_after(self, error: Exception) -> None:
+        """Tell an error of the user's; it is the one that is raised, whatever comes of telling."""
+        said = f"{type(error).__name__}: {error}"
+        try:
+            self.fail("".join(c if c.isprintable() else " " for c in said))
+        except EinsumNasError as failed:
+            _log.warning("trial %d was not failed: %s", self.id, failed)
 
     def model(self) -> nn.Module:
         """The task's model in this trial's structure and width, drawn with its seed."""

@@ -90,6 +90,11 @@ def task_names() -> tuple[str, ...]:
     return tuple(task_cards())
 
 
+def usable_tasks() -> tuple[str, ...]:
+    """The names of the tasks that can be searched here."""
+    return tuple(name for name, card in task_cards().items() if card.refusal is None)
+
+
 def task_card(name: str) -> TaskCard:
     """A task that can be used.
 
@@ -99,7 +104,7 @@ def task_card(name: str) -> TaskCard:
         No such task, or one that cannot be used, and why.
     """
     cards = task_cards()
-    usable = " | ".join(n for n, card in cards.items() if card.refusal is None)
+    usable = " | ".join(usable_tasks())
     if name not in cards:
         raise InvalidInput("task", name, usable)
     refusal = cards[name].refusal

@@ -46,7 +46,7 @@ def tags_of(run: StoredRun) -> dict[str, str]:
     """Where a run comes from, and why it has no result."""
     trial = run.trial
     tags = {
-        _TAG: str(trial.id), "einsum_nas.search": trial.search_id,
+        _TAG: _name_of(trial), "einsum_nas.search": trial.search_id,
         "einsum_nas.number": str(trial.number), "einsum_nas.state": trial.state,
     }  # fmt: skip
     if trial.error is not None:
@@ -62,6 +62,11 @@ def metrics_of(
         yield point.step, {name: float(getattr(point, name)) for name in _OF_POINT}
     found = {name: getattr(trial, name) for name in _RESULTS}
     yield trial.steps, {f"final_{n}": float(v) for n, v in found.items() if v is not None}
+
+
+def _name_of(trial: Trial) -> str:
+    """Tells a trial from those of every other store."""
+    return f"{trial.search_id}-{trial.number}"
 
 
 def _ended(runs: Iterable[StoredRun]) -> Iterator[StoredRun]:
@@ -103,7 +108,7 @@ def to_mlflow(runs: Iterable[StoredRun], uri: str, experiment: str, about: dict[
         count = 0
         for run in _ended(runs):
             trial = run.trial
-            if str(trial.id) in there:
+            if _name_of(trial) in there:
                 continue
             begun = _milliseconds(trial.started_at or trial.created_at)
             made = client.create_run(
@@ -128,11 +133,17 @@ def to_mlflow(runs: Iterable[StoredRun], uri: str, experiment: str, about: dict[
 
 
 def _there(client: Any, experiment: str) -> set[str]:
-    """Trials that an experiment has."""
-    found, token = set(), None
+    """Trials that an experiment has; what an export that broke off has left of one is deleted."""
+    found: set[str] = set()
+    token = None
     while True:
         page = client.search_runs([experiment], max_results=1000, page_token=token)
-        found |= {run.data.tags.get(_TAG) for run in page}
+        for run in page:
+            name = run.data.tags.get(_TAG)
+            if name is not None and run.info.status not in _STATUS.values():
+                client.delete_run(run.info.run_id)
+            elif name is not None:
+                found.add(name)
         token = page.token
         if not token:
             return found

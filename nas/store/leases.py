@@ -67,6 +67,7 @@ class Leases:
         *,
         search_id: str | None = None,
         trainer: Trainer = "workers",
+        tasks: Sequence[str] | None = None,
     ) -> tuple[Lease, Search] | None:
         """Claim the next search that is queued or whose lease has expired; None if there is none.
 
@@ -84,24 +85,33 @@ class Leases:
             Claim this search or nothing.
         trainer
             Who trains the trials of the search.
+        tasks
+            Claim only searches on these; by default on any.
         """
+        which = [queue.is_trained_by(trainer)]
+        if search_id is not None:
+            which.append(SearchRow.id == search_id)
+        if tasks is not None:
+            which.append(SearchRow.task.in_(tasks))
         while True:
-            found, got = self._claim_first(worker, lease_seconds, search_id, trainer)
+            found, got = self._claim_first(worker, lease_seconds, which, trainer)
             if got is not None or not found:
                 return got
             # the first was given up or paused just now: the next one may still be claimed
 
     def _claim_first(
-        self, worker: str, lease_seconds: float, search_id: str | None, trainer: Trainer
+        self,
+        worker: str,
+        lease_seconds: float,
+        which: Sequence[ColumnElement[bool]],
+        trainer: Trainer,
     ) -> tuple[bool, tuple[Lease, Search] | None]:
         """(whether there was a search to claim, the claim unless it was given up or paused)."""
         with writing(self._engine) as session:
             at = rows.now(session)
-            claimable = [queue.is_ready(at), queue.is_trained_by(trainer)]
+            claimable = [queue.is_ready(at), *which]
             if trainer == "workers":  # those that clients train occupy no worker
                 claimable += self._within_limits(session, at)
-            if search_id is not None:
-                claimable.append(SearchRow.id == search_id)
             row = None
             for tenant in queue.turns(session, claimable, at):
                 query = (

@@ -259,7 +259,8 @@ class Offers:
                 )
                 .returning(OfferRow.trial_id)
             )
-            return gone.first() is not None
+            # a repeated write finds it gone
+            return gone.first() is not None or session.get(OfferRow, trial_id) is None
 
 
 def _point(row: ToldRow) -> StoredPoint:

@@ -58,7 +58,7 @@ def below_limits(at: float, default: int | None) -> list[ColumnElement[bool]]:
     full = (
         select(SearchRow.tenant)
         .outerjoin(TenantRow, TenantRow.name == SearchRow.tenant)
-        .where(SearchRow.state == "running", SearchRow.lease_until >= at)
+        .where(SearchRow.state == "running", SearchRow.lease_until >= at, is_trained_by("workers"))
         .group_by(SearchRow.tenant, TenantRow.concurrency)
         .having(func.count() >= most)  # without a limit this is NULL, and excludes no tenant
     )
@@ -79,7 +79,8 @@ def _ranks(
     session: Session, tenants: Sequence[str], claimable: Sequence[ColumnElement[bool]], at: float
 ) -> dict[str, tuple[Any, ...]]:
     """Tenant → (searches that it runs, when its last one began, its oldest one to claim)."""
-    runs = (SearchRow.state == "running") & (SearchRow.lease_until >= at)
+    held = (SearchRow.state == "running") & (SearchRow.lease_until >= at)
+    runs = held & is_trained_by("workers")
     had = (
         select(
             SearchRow.tenant,

@@ -56,7 +56,9 @@ def add_event(session: Session, search_id: str, kind: str, data: Mapping[str, An
 def _tell(session: Session, search_id: str, kind: str, data: Mapping[str, Any], at: float) -> None:
     """Note a delivery for each webhook of the search's tenant that wants this event."""
     search = session.get_one(SearchRow, search_id)
-    hooks = session.scalars(select(WebhookRow).where(WebhookRow.tenant == search.tenant))
+    # locked, or one that is removed meanwhile would take this transaction with it
+    mine = select(WebhookRow).where(WebhookRow.tenant == search.tenant)
+    hooks = session.scalars(mine.with_for_update(read=True, key_share=True))
     for hook in hooks:
         if kind not in hook.events:
             continue

@@ -91,7 +91,12 @@ class Webhooks:
         InvalidInput
             An address that is no http or https URL, or carries a password; unknown events.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+            (parts.hostname or "").encode("idna")
+        except ValueError:  # a port or a name that there is not
+            raise InvalidInput("url", url, "an http or https URL without a user") from None
         if (
             parts.scheme not in ("http", "https") or not parts.hostname or parts.username
             or len(url) > 2048 or not url.isascii() or not url.isprintable() or " " in url

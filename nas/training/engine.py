@@ -108,7 +108,11 @@ class Engine:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 models.append(build_model(recipe, plan.design, plan.width).to(dtype))
-        groups = learning_rates(models[0], recipe, plan.width)
+        groups = [
+            {**group, "params": trained}
+            for group in learning_rates(models[0], recipe, plan.width)
+            if (trained := [p for p in group["params"] if p.requires_grad])
+        ]
         models = [m.to(execution.device) for m in models]
         self.stacked: Stacked | Separate
         if isinstance(recipe, PluginRecipe):

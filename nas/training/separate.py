@@ -28,7 +28,7 @@ class Separate:
     Parameters
     ----------
     groups
-        Parameter groups of the first one: which parameters have which learning rate.
+        Parameter groups of the first one: which parameters that train have which learning rate.
     plans
         Execution plan of each structure by fingerprint.
     seeds
@@ -51,9 +51,7 @@ class Separate:
         self.parameters: list[nn.Parameter] = []
         every = [dict(model.named_parameters()) for model in models]
         for group in groups:
-            mine = [p for p in group["params"] if p.requires_grad]
-            if not mine:
-                continue
+            mine = group["params"]
             self._layout.append([(names[p], p.shape) for p in mine])
             rows = [
                 torch.cat([named[names[p]].detach().reshape(-1) for p in mine]) for named in every

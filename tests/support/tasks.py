@@ -20,7 +20,7 @@ from nas.tasks.task import LinearFactory, Splits, Task
 
 SETTINGS: dict[str, Any] = {
     "depth": 1, "lr": 3e-3, "batch": 16, "min_steps": 20, "max_steps": 4000, "warmup_steps": 5,
-    "min_width": 16, "max_width": 48, "validation_samples": 64,
+    "min_width": 16, "max_width": 96, "validation_samples": 64,
 }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ class Wrong(Plain):
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = dict.fromkeys(
         ("raises", "crashes", "hangs", "unfinished", "changes", "fails-in-training", "nan",
          "dies-in-training", "hangs-in-training", "shapes"),
-        SETTINGS,
+        SETTINGS | {"max_width": 48},
     )  # fmt: skip
 
     def load(self, recipe: Recipe, data: str | None) -> Splits:

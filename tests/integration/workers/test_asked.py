@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from nas.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from nas.planning.request import SearchRequest
 from nas.records.trial import Trial
 from nas.service import answers, asking
 from nas.settings import Settings
-from nas.store import Search, Store
+from nas.store import Leases, Search, Store
+from nas.store.engine import writing
 from nas.store.offers import Offers
+from nas.store.schema import OfferRow
 from tests.support.services import wait_for
 from workers.asked import Keeper
 
@@ -308,6 +311,62 @@ def test_a_trial_goes_on_while_its_search_is_paused_and_changes_hands(
     assert (after.state, after.attempts) == ("complete", 1)
     assert [p.step for p in store.curve(trial.id)] == [2, 4, 6, trial.steps]
     assert store.search(search_id).failures == 0
+
+
+def test_a_result_whose_points_were_taken_over_before_is_not_lost(
+    store: Store, settings: Settings
+) -> None:
+    search_id = submit(store)
+    with Keeper(settings, store, "one"):
+        trial, token = of(asked(store, search_id))
+        asking.tell(store, trial.id, told(trial, token, trial.steps))
+        wait_for(lambda: len(store.curve(trial.id)) == 1, "its point")
+    asking.tell(store, trial.id, told(trial, token, outcome="complete"))
+    with Keeper(settings, store, "other"):
+        wait_for(lambda: store.trial(trial.id).state == "complete", "its end")
+        train(store, search_id)
+        assert ended(store, search_id).state == "succeeded"
+    assert store.search(search_id).failures == 0
+    assert store.trial(trial.id).attempts == 1
+
+
+def test_what_was_not_settled_makes_nobody_propose_ahead(store: Store, settings: Settings) -> None:
+    search_id = submit(store, trials=20)
+    offers = Offers(store)
+    with Keeper(settings, store, "one"):
+        for _ in range(3):  # the references
+            trial, token = of(asked(store, search_id))
+            asking.tell(store, trial.id, told(trial, token, trial.steps, outcome="complete"))
+        wait_for(lambda: store.trial(trial.id).state == "complete", "their end")
+        wait_for(lambda: not offers.news(search_id).ended, "that they are settled")
+    with writing(store.engine) as session:  # as if the keeper had died a moment before
+        session.execute(update(OfferRow).where(OfferRow.trial_id == trial.id).values(settled=False))
+    before = len(store.trials(search_id))
+    with Keeper(settings, store, "other"):
+        wait_for(lambda: not offers.news(search_id).ended, "that it is settled")
+        assert len(store.trials(search_id)) <= before + 1
+
+
+def test_a_keeper_leaves_tasks_alone_that_it_does_not_have(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search_id = submit(store)
+    monkeypatch.setattr("workers.asked.usable_tasks", lambda: ("text",))
+    with Keeper(settings, store, "without"):
+        threading.Event().wait(0.5)
+        assert store.search(search_id).state == "queued"
+    monkeypatch.undo()
+    with Keeper(settings, store, "with"):
+        train(store, search_id)
+        assert ended(store, search_id).state == "succeeded"
+
+
+def test_searches_of_clients_take_no_place_of_a_tenant(store: Store, keeper: Keeper) -> None:
+    asked(store, submit(store))
+    waiting = submit(store, trainer="workers", sampler="random")
+    claimed = Leases(store, tenant_concurrency=1).claim("w", 30.0)
+    assert claimed is not None
+    assert claimed[0].search_id == waiting
 
 
 def test_a_keeper_that_was_replaced_writes_no_more(store: Store, settings: Settings) -> None:

@@ -171,6 +171,35 @@ def test_a_process_that_dies_while_it_tells_leaves_it_to_another(
         wait_for(lambda: hooks.all()[0].delivered == 1, "the delivery")
 
 
+def test_one_receiver_that_never_ends_its_answer_holds_up_no_other(
+    store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.webhooks._WHOLE_SECONDS", 1.0)
+    hooks = Webhooks(store)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        hooks.add("default", f"http://127.0.0.1:{silent.getsockname()[1]}/", private=True)
+        hooks.add("default", receiver.url, private=True)
+        ended(store)
+        with Teller(store, 0.05):
+            wait_for(lambda: hooks.all()[1].delivered == 1, "that of the other")
+            wait_for(lambda: "no whole answer" in str(hooks.all()[0].error), "its error")
+    assert hooks.all()[0].waiting == 1
+
+
+def test_what_a_library_raises_counts_as_an_attempt(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: object, **__: object) -> None:
+        raise UnicodeError("label too long")
+
+    monkeypatch.setattr("workers.webhooks.address_of", odd)
+    hooks = Webhooks(store)
+    hooks.add("default", "http://example.com/")
+    ended(store)
+    with Teller(store, 0.05):
+        wait_for(lambda: hooks.all()[0].error == "UnicodeError: label too long", "its error")
+
+
 def test_what_is_rolled_back_is_not_told(store: Store, receiver: Receiver) -> None:
     hooks = Webhooks(store)
     hooks.add("default", receiver.url, private=True)
@@ -186,7 +215,7 @@ def test_what_is_rolled_back_is_not_told(store: Store, receiver: Receiver) -> No
     "host",
     ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254",
      "0.0.0.0", "::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "100.64.0.1", "224.0.0.1",
-     "2130706433"],
+     "2130706433", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "::127.0.0.1", "fec0::1"],
 )  # fmt: skip
 def test_private_addresses_are_not_told(host: str) -> None:
     with pytest.raises(NotTold, match=r"no public address|has no address"):
@@ -222,7 +251,8 @@ def test_the_connection_goes_to_the_address_that_was_looked_at(
 @pytest.mark.parametrize(
     "url",
     ["ftp://example.com/", "example.com", "http://", "http://me:secret@example.com/", "file:///x",
-     "http://example.com/\n", "http://exämple.com/", "http://example.com/" + "x" * 3000],
+     "http://example.com/\n", "http://exämple.com/", "http://example.com/" + "x" * 3000,
+     "http://h:99999/", "http://[::1", "http://a..b/", f"http://{'a' * 64}.example/"],
 )  # fmt: skip
 def test_addresses_that_are_none_are_refused(store: Store, url: str) -> None:
     with pytest.raises(InvalidInput, match="url"):

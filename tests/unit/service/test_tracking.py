@@ -45,7 +45,7 @@ def test_a_run_has_every_evaluation_and_what_was_trained(ready: Filling) -> None
         assert all(math.isfinite(v) for _, found in [*curve, (last, final)] for v in found.values())
         params, tags = tracking.params_of(run), tracking.tags_of(run)
         assert (params["design"], params["width"]) == (run.trial.design, run.trial.width)
-        assert tags["einsum_nas.trial"] == str(run.trial.id)
+        assert tags["einsum_nas.trial"] == f"{run.trial.search_id}-{run.trial.number}"
         assert tags.get("einsum_nas.error") == run.trial.error
 
 
@@ -71,11 +71,23 @@ def test_mlflow_gets_each_trial_once(ready: Filling, tmp_path: Path) -> None:
     client = mlflow.MlflowClient(tracking_uri=uri)
     place = client.get_experiment_by_name("mine")
     found = {r.data.tags["einsum_nas.trial"]: r for r in client.search_runs([place.experiment_id])}
-    assert set(found) == {str(run.trial.id) for run in runs}
+    assert set(found) == {tracking.tags_of(run)["einsum_nas.trial"] for run in runs}
     for run in runs:
-        made = found[str(run.trial.id)]
+        made = found[tracking.tags_of(run)["einsum_nas.trial"]]
         history = client.get_metric_history(made.info.run_id, "loss") if run.points else []
         assert [(m.step, m.value) for m in history] == [(p.step, p.loss) for p in run.points]
+
+
+def test_what_an_export_that_broke_off_has_left_is_written_anew(
+    ready: Filling, tmp_path: Path
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    run = ended(ready)[0]
+    client.create_run(client.create_experiment("mine"), tags=tracking.tags_of(run))
+    assert tracking.to_mlflow([run], uri, "mine", {}) == 1
+    assert tracking.to_mlflow([run], uri, "mine", {}) == 0
 
 
 def test_wandb_is_written_offline(ready: Filling, tmp_path: Path) -> None:

@@ -139,6 +139,21 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
     assert points(plain, recipe, [5, 6], plan, checkpoint=kept) == whole  # dropout, norms and all
 
 
+def test_what_is_frozen_stays_and_the_rest_trains(
+    plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(recipe: Recipe, width: int, linear: LinearFactory) -> nn.Module:
+        made = Net(recipe, width, linear)
+        made.head.weight.requires_grad = False  # alone with its learning rate
+        return made
+
+    monkeypatch.setattr(plain, "model", model)
+    recipe = recipe_of(plain, base_width=16)
+    plan = plan_of_steps(recipe, parse_design("dense"), 32, 30)
+    (found,) = points(plain, recipe, [1], plan).values()
+    assert found[-1].loss < found[0].loss
+
+
 def test_a_plugin_with_a_built_in_model_trains_as_the_built_in_task(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
