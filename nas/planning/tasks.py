@@ -27,7 +27,6 @@ from pydantic import ValidationError
 from nas.errors import InvalidInput, one_line
 from nas.planning.recipe import LOSS_UNITS, RECIPES, PluginRecipe, Recipe, with_overrides
 from nas.planning.sheets import know_sheets
-from nas.settings import settings
 
 _log = logging.getLogger(__name__)
 #: Entry points that are tasks: their names are those of the tasks, their values ``module:Class``.
@@ -134,6 +133,8 @@ def _sources() -> Iterator[tuple[str, str]]:
     """Where plug-ins are, and what their task is called where they cannot say it themselves."""
     for point in entry_points(group=GROUP):
         yield point.value, point.name
+    from nas.settings import settings  # where it is used, for training without its library
+
     for given in settings().task_modules:
         path = Path(given).expanduser().resolve()
         if path.suffix != ".py" or not path.is_file():
@@ -144,6 +145,8 @@ def _sources() -> Iterator[tuple[str, str]]:
 
 def _cards(source: str, named: str) -> list[TaskCard]:
     """The tasks of one plug-in, from what it said when its code was last another."""
+    from nas.settings import settings
+
     folder = settings().resolved_home / "tasks"
     kept = folder / f"{_signature(source)}.json"
     try:

@@ -7,7 +7,6 @@ offline, into a folder that `wandb sync` uploads; an account is not needed here.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -73,12 +72,9 @@ def _ended(runs: Iterable[StoredRun]) -> Iterator[StoredRun]:
     return (run for run in runs if run.trial.state in _STATUS)
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        accepted = f"formats whose library is installed; `pip install 'einsum-nas[{name}]'`"
-        raise InvalidInput("format", name, accepted) from None
+def _missing(name: str) -> InvalidInput:
+    accepted = f"formats whose library is installed; `pip install {name}` beside einsum-nas"
+    return InvalidInput("format", name, accepted)
 
 
 def to_mlflow(runs: Iterable[StoredRun], uri: str, experiment: str, about: dict[str, str]) -> int:
@@ -98,8 +94,11 @@ def to_mlflow(runs: Iterable[StoredRun], uri: str, experiment: str, about: dict[
     EinsumNasError
         The server refused, or did not answer.
     """
-    mlflow = _library("mlflow")
-    entities = importlib.import_module("mlflow.entities")
+    try:
+        import mlflow
+        from mlflow import entities
+    except ImportError:
+        raise _missing("mlflow") from None
     client = mlflow.MlflowClient(tracking_uri=uri)
     with _of_library("MLflow", uri, mlflow.exceptions.MlflowException):
         known = client.get_experiment_by_name(experiment)
@@ -165,7 +164,10 @@ def to_wandb(runs: Iterable[StoredRun], folder: str, project: str, group: str) -
         The library failed.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
-    wandb = _library("wandb")
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("wandb") from None
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     count = 0

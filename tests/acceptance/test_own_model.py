@@ -47,13 +47,19 @@ def service(folder: Path) -> Iterator[Service]:
     data = folder / "data"
     data.mkdir()
     (data / "numbers").write_text("x")
-    modules = f"{folder / 'mixer.py'},{FAULTS}"
     options: dict[str, Any] = {
-        "task_modules": modules,
+        "task_modules": str(FAULTS),
         "data_dir": str(data),
         "backoff_seconds": "0.1",
     }
     with running(Service(folder / "home", "serve", **options)) as started:
+        yield started
+
+
+@pytest.fixture
+def mixing(folder: Path) -> Iterator[Service]:
+    modules = str(folder / "mixer.py")
+    with running(Service(folder / "mixing", "serve", task_modules=modules)) as started:
         yield started
 
 
@@ -81,8 +87,8 @@ def shown_pages(service: Service, search_id: str, task: str) -> None:
 
 
 @FULL
-def test_a_task_of_a_users_own_is_searched_over_rest(service: Service) -> None:
-    with Client(service.url) as client:
+def test_a_task_of_a_users_own_is_searched_over_rest(mixing: Service) -> None:
+    with Client(mixing.url) as client:
         mine = next(t for t in client.tasks() if t["name"] == "mixer")
         assert (mine["refusal"], mine["loss_unit"]) == (None, "nats per image")
         preview = client.preview(task="mixer", train_flops=BUDGET, trials=3, references=3)
@@ -99,7 +105,7 @@ def test_a_task_of_a_users_own_is_searched_over_rest(service: Service) -> None:
         assert best.expected_loss < 1.5  # ten classes: 2.3 for whoever knows nothing
         assert found.best().expected_loss == best.expected_loss
         assert found.frontier().frontier
-    shown_pages(service, search.id, "mixer")
+    shown_pages(mixing, search.id, "mixer")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_data_that_changes_between_runs_ends_the_search(service: Service) -> Non
 @pytest.mark.parametrize(
     ("recipe", "failure", "said"),
     [
-        ("fails-in-training", "run", "ZeroDivisionError: a reason"),
+        pytest.param("fails-in-training", "run", "ZeroDivisionError: a reason", marks=FULL),
         pytest.param("nan", "run", "loss is nan", marks=FULL),
         pytest.param("shapes", "run", "Error", marks=FULL),
         pytest.param("dies-in-training", "process", "failed", marks=FULL),
@@ -156,7 +162,7 @@ def test_data_that_changes_between_runs_ends_the_search(service: Service) -> Non
     ],
 )
 def test_runs_that_go_wrong_say_why(service: Service, recipe: str, failure: str, said: str) -> None:
-    limits: dict[str, Any] = {"trial_seconds": 5.0}
+    limits = {"trial_seconds": 10.0} if recipe.startswith("hangs") else None
     with Client(service.url) as client:
         search = client.search(
             task="wrong", recipe=recipe, train_flops=WRONG, trials=1, references=3, limits=limits
@@ -168,6 +174,7 @@ def test_runs_that_go_wrong_say_why(service: Service, recipe: str, failure: str,
             assert said in trial["error"]
 
 
+@FULL
 def test_a_task_that_cannot_be_searched_is_named_and_refused(folder: Path) -> None:
     bad = folder / "bad.py"
     bad.write_text(code_of("mixer.py").replace("linear(width, 4 * width)", "linear(8, 4 * width)"))
