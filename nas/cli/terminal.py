@@ -43,7 +43,9 @@ def print_rows(rows: Sequence[Mapping[str, str]], if_none: str, table: Table | N
         return
     table = table or Table(box=None, pad_edge=False)
     for heading in rows[0]:
-        table.add_column(heading)
+        # an id that is cut off is of no use
+        whole = len(rows[0][heading]) if heading == "webhook" else None
+        table.add_column(heading, overflow="fold", min_width=whole)
     for row in rows:
         table.add_row(*(row.get(heading, "") for heading in rows[0]))
     console.print(table)
