@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.2
 #: Seconds for which this process may be silent before another one proposes the search's trials.
 _KEEPER_SECONDS = 10.0
-#: Fields of requests that a study gives itself.
-_LONGEST_REASON = asking.MAX_ERROR
 
 
 class Place(Protocol):
@@ -169,7 +167,7 @@ class StudyTrial:
 
     def fail(self, reason: str) -> None:
         """End the trial without a result."""
-        told = one_line(reason)[:_LONGEST_REASON] or "no reason was given"
+        told = one_line(reason)[: asking.MAX_ERROR] or "no reason was given"
         self._tell(outcome="failed", error=told)
         self._ended("failed")
 

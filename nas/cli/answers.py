@@ -187,12 +187,12 @@ def _export_from(
     study: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     from nas.cli.remote import Remote
-    from nas.service.export import STANDARD_OUTPUT, check_export
+    from nas.service.export import OF_TRIALS, STANDARD_OUTPUT, check_export
     from nas.service.files import replaced
 
     if search_id is None:
         raise InvalidInput("search", None, "the id of a search: of a service one is exported")
-    if file_format in ("optuna", "mlflow", "wandb"):
+    if file_format in OF_TRIALS:
         raise InvalidInput("format", file_format, "csv | parquet | json, with --server")
     check_export(file_format, out, rows, study, overwrite=overwrite)
     with opened(server) as place:

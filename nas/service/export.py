@@ -35,7 +35,7 @@ from nas.store.dump import StoredRun, iterate_runs
 
 FORMATS = ("csv", "parquet", "json", "optuna", "mlflow", "wandb")
 #: Formats that are no file: other programs have trials with their curves.
-_OF_TRIALS = FORMATS[3:]
+OF_TRIALS = FORMATS[3:]
 ROWS = ("trials", "points")
 #: Stands for standard output where a file is named.
 STANDARD_OUTPUT = "-"
@@ -151,7 +151,7 @@ def export(
     scope = _resolved(store, task, search_id)
     if file_format == "optuna":
         return _export_study(store, out, scope, study)
-    if file_format in _OF_TRIALS:
+    if file_format in OF_TRIALS:
         return _export_tracked(store, file_format, out, scope, study)
     return _export_file(store, file_format, Path(out), scope, rows)
 
@@ -164,7 +164,7 @@ def check_export(
         raise InvalidInput("format", file_format, " | ".join(FORMATS))
     if rows not in ROWS:
         raise InvalidInput("rows", rows, " | ".join(ROWS))
-    if file_format in _OF_TRIALS:
+    if file_format in OF_TRIALS:
         if rows != "trials":
             accepted = f"trials with format {file_format}: they have their curves"
             raise InvalidInput("rows", rows, accepted)
@@ -172,7 +172,7 @@ def check_export(
             raise InvalidInput("overwrite", "true", "files only; name another --study")
         return
     if study is not None:
-        accepted = f"nothing, but with format {' | '.join(_OF_TRIALS)}"
+        accepted = f"nothing, but with format {' | '.join(OF_TRIALS)}"
         raise InvalidInput("study", study, accepted)
     if out == STANDARD_OUTPUT:
         if overwrite:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,19 +94,11 @@ def counted_sheet(
         raise InvalidInput("model", f"{len(layers)} at width {width}", accepted)
     macs, positions = _counted(model, layers, example, width)
     found = tuple(
-        SheetLayer(replaced(layer, other), positions[i], layer.has_bias)
+        SheetLayer(replace(layer.role, d_in_base=other.role.d_in), positions[i], layer.has_bias)
         for i, (layer, other) in enumerate(zip(layers, base, strict=True))
     )
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return ModelSheet(found, macs, params)
-
-
-def replaced(layer: CountedLinear, base: CountedLinear) -> Any:
-    """The role of a layer that has its inputs in the base model."""
-    role = layer.role
-    return type(role)(
-        role.name, role.d_in, role.d_out, base.role.d_in, heads=role.heads, side=role.side
-    )
 
 
 def _counted(
