@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nas.planning.request import MAX_PRIORITY, WHOLE, SearchRequest
 from nas.records.progress import Overview, SearchProgress
 from nas.records.search import Search
-from nas.records.trial import StoredPoint, Trial
+from nas.records.trial import KeptWeights, StoredPoint, Trial
 from nas.service.dividing import BudgetParts
 
 
@@ -58,10 +58,14 @@ class TrialDetail(TrialOut):
     """A trial with its learning curve."""
 
     curve: list[PointOut]
+    weights: KeptWeights | None = Field(
+        description="its trained weights, `GET /v1/trials/{id}/weights`; null if they are not kept"
+    )
 
     @classmethod
-    def with_curve(cls, trial: Trial, curve: list[StoredPoint]) -> TrialDetail:
-        return cls(**dict(trial), curve=[PointOut(**asdict(p)) for p in curve])
+    def of(cls, trial: Trial, curve: list[StoredPoint], weights: KeptWeights | None) -> TrialDetail:
+        points = [PointOut(**asdict(p)) for p in curve]
+        return cls(**dict(trial), curve=points, weights=weights)
 
 
 class ReferenceOut(_Out):

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from nas.layers import EinsumLinear, param_groups, replace_linears
     from nas.planning.request import SearchRequest
     from nas.tasks.task import Task
+    from nas.training.weights import load_model
 
 #: Public name → its module, imported when the name is asked for: layers need torch, the others not.
 _HOMES = {
@@ -17,6 +18,7 @@ _HOMES = {
     # does in the user's process what a worker does; nothing in this package imports it
     "Study": "workers.study",
     "Task": "nas.tasks.task",
+    "load_model": "nas.training.weights",
     "param_groups": "nas.layers",
     "replace_linears": "nas.layers",
 }
@@ -26,6 +28,7 @@ __all__ = [
     "SearchRequest",
     "Study",
     "Task",
+    "load_model",
     "param_groups",
     "replace_linears",
 ]

@@ -105,8 +105,15 @@ def _once(key: str | None) -> dict[str, str]:
 
 
 #: How answers are read.
-_frontier, _best = FrontierAnswer.model_validate, Answer.model_validate
+_frontier = FrontierAnswer.model_validate
 _items = cast("Callable[[dict[str, Any]], list[dict[str, Any]]]", itemgetter("items"))
+
+
+def _best(client: Client | AsyncClient, data: dict[str, Any]) -> Answer:
+    answer = Answer.model_validate(data)
+    if isinstance(client, Client):
+        answer._fetch = client.weights
+    return answer
 
 
 def _search(search_id: str) -> str:
@@ -287,7 +294,8 @@ class RemoteSearch(_Stored):
         """The best structure of this search within a budget, by default the search's own; the
         parameters are those of `Client.best`."""
         query = self._budgets({"train_flops": train_flops, **budgets})
-        return self.client.send(_get("/v1/best", _best, search=self.id, device=device, **query))
+        read = partial(_best, self.client)
+        return self.client.send(_get("/v1/best", read, search=self.id, device=device, **query))
 
     def confirm(self, /, *, idempotency_key: str | None = None, **fields: Any) -> RemoteSearch:
         """Run the best of this search again with fresh seeds.
@@ -390,7 +398,7 @@ class Client(_Connection[httpx.Client]):
         fields
             data, recipe, overrides, trials, objective, sampler, stopping, total_train_flops,
             total_seconds, warm_start, seed, references, replicates, space, limits, priority,
-            candidates.
+            candidates, keep_weights.
 
         Raises
         ------
@@ -420,6 +428,16 @@ class Client(_Connection[httpx.Client]):
     def trial(self, trial_id: int) -> dict[str, Any]:
         """A trial with its curve."""
         return self.get(f"/v1/trials/{trial_id}")
+
+    def weights(self, trial_id: int, into: BinaryIO) -> int:
+        """Write the trained weights of a trial into an open file, safetensors; its bytes.
+
+        Raises
+        ------
+        NotFound
+            No such trial, or its weights are not kept.
+        """
+        return self.download(f"/v1/trials/{trial_id}/weights", into)
 
     def ask(
         self, search_id: str, *, holder: str = "client", lease_seconds: float = 600.0
@@ -482,7 +500,8 @@ class Client(_Connection[httpx.Client]):
         """
         query = {"train_flops": train_flops, "train_seconds": train_seconds, **budgets}
         refused = None if published else "false"
-        call = _get("/v1/best", _best, task=task, device=device, published=refused, **query)
+        read = partial(_best, self)
+        call = _get("/v1/best", read, task=task, device=device, published=refused, **query)
         return self.send(call)
 
     def structure(
@@ -614,6 +633,7 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
     preview = _awaited(Client.preview)
     get_search = _awaited_search(Client.get_search)
     trial = _awaited(Client.trial)
+    weights = _awaited(Client.weights)
     ask = _awaited(Client.ask)
     tell = _awaited(Client.tell)
     frontier = _awaited(Client.frontier)

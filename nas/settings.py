@@ -140,6 +140,12 @@ class Settings(BaseSettings):
     """Days for which failed and cancelled searches without results are kept; default: for ever."""
     checkpoint_bytes: ByteSize = Field(ByteSize(10 * 2**30), ge=0)
     """Size of the checkpoint folder above which the oldest are deleted."""
+    weights_bytes: ByteSize = Field(ByteSize(64 * 2**20), ge=0)
+    """Size of a model above which the weights of its run are not kept."""
+    tenant_weights_bytes: ByteSize | None = Field(ByteSize(4 * 2**30), ge=0)
+    """Quota: size of all kept weights of one tenant, beyond which no more are kept."""
+    weights_days: float | None = Field(None, gt=0.0)
+    """Days after a search's end for which its weights are kept; default: for ever."""
     log_format: Literal["text", "json"] = "text"
     """`text`, or `json`: one object a line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -21,6 +21,7 @@ from nas.search.scheduling import Scheduler
 from nas.service.prior import fixed_evidence
 from nas.settings import Settings
 from nas.store import Lease, Leases, Search, Store, upgrade
+from nas.store.quotas import Quotas
 from nas.tasks import TaskData, load_data
 from nas.tasks.data import LoadingStopped
 from workers import metrics
@@ -54,7 +55,7 @@ class Worker:
         self, settings: Settings, *, runner: Runner | None = None, connect: Connect | None = None
     ) -> None:
         self._settings = settings
-        self._store = Store(settings.resolved_database_url)
+        self._store = Store(settings.resolved_database_url, quotas=Quotas.of(settings))
         self._leases = Leases(
             self._store,
             max_attempts=settings.max_attempts,

@@ -80,7 +80,7 @@ class Presence:
         used = self._settings
         deleted = prune(
             self._store, event_days=used.event_days, failed_days=used.failed_days,
-            audit_days=used.audit_days,
+            audit_days=used.audit_days, weights_days=used.weights_days,
         )  # fmt: skip
         self._processes.forget(_FORGOTTEN_SECONDS)
         _log.info("tidied up: %s", deleted)

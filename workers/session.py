@@ -131,6 +131,8 @@ class SearchSession:
         self._scheduler, self._rounds, self._decided_all = scheduler, search.rounds, False
         self._planner = Planner(self._progress, self.request, self._key, self._used_seeds)
         self._claimed_at = time.monotonic()
+        #: losses of runs whose weights have reached the store
+        self._kept: list[float] = []
         #: trials that others have gone on with meanwhile, which are not started anew, with what is
         #: stored of them
         self.adopted: Mapping[int, dict[int, tuple[float, float, float, float]]] = {}
@@ -445,18 +447,42 @@ class SearchSession:
         for i, point in new:
             self._progress[i].points[point.step] = told(point)
 
+    @property
+    def keeps(self) -> tuple[bool, float | None]:
+        """Whether a run that ends could keep its weights, and below which loss; None for any.
+
+        It spares runs that others have beaten the way of their weights; the store decides.
+        """
+        count, losses = self.request.keep_weights, sorted(self._kept)
+        return count > 0, losses[count - 1] if 0 < count <= len(losses) else None
+
     def complete(
-        self, trial_id: int, environment: Mapping[str, Any], cost: MeasuredCost | None = None
+        self,
+        trial_id: int,
+        environment: Mapping[str, Any],
+        cost: MeasuredCost | None = None,
+        weights: bytes | str | None = None,
     ) -> TrialState:
         """End a trial that reached its last step, and give its result to its twins; one that
-        reached the last step of its slice is paused.  Return its state."""
+        reached the last step of its slice is paused.  Return its state.
+
+        Parameters
+        ----------
+        weights
+            As of `Leases.complete_trial`.
+        """
         trial = self._progress[trial_id]
         paused = trial.until_step is not None
-        write = self._leases.pause_trial if paused else self._leases.complete_trial
-        self._sql(write, self._lease, trial_id, environment, cost)
+        if paused:
+            self._sql(self._leases.pause_trial, self._lease, trial_id, environment, cost)
+        else:
+            self._sql(
+                self._leases.complete_trial, self._lease, trial_id, environment, cost, weights
+            )
         trial.trained_steps = trial.until_step or trial.steps
         if not paused:
             trial.loss = trial.points[trial.steps][1]
+            self._kept += [trial.loss] if isinstance(weights, bytes) else []
         self._settle(trial_id, "paused" if paused else "complete")
         return "paused" if paused else "complete"
 

@@ -36,6 +36,7 @@ from nas.service.catalogue import checked_filters, search_detail
 from nas.store import AXES, CurvePoint, Run, Standings, Store
 from nas.store.processes import LIVE_SECONDS, Processes
 from nas.store.searches import Cloud
+from nas.store.weights import weights_of
 
 router = APIRouter(include_in_schema=False)
 #: The search whose request a form begins with.
@@ -259,6 +260,7 @@ def trial_page(trial_id: TrialId, request: Request, store: StoreDep) -> Response
             )
         ],
         "figure": figures.draw_curves(figures.curves_data(points), recipe.loss_unit),
+        "weights": weights_of(store, trial_id),
         "others": [t for t in store.repeats_of(trial, _REPEATS) if t.id != trial.id],
         }  # fmt: skip
     return templates.TemplateResponse(request, "trial.html", shown)

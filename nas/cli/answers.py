@@ -204,3 +204,22 @@ def _export_from(
             return
         size = replaced(Path(out), lambda file: place.download(path, file, **wanted))
     print(f"wrote {out}: {size:,} bytes of {file_format}")
+
+
+def download(
+    trial_id: Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Id of a trial.")],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", metavar="FILE", help="By default trial-TRIAL.safetensors."),
+    ] = None,
+    overwrite: Overwrite = False,
+    server: Server = None,
+) -> None:
+    """Write the trained weights of a trial, with its structures; `nas.load_model` reads them."""
+    from nas.service.files import checked_place, replaced
+
+    name = f"trial-{trial_id}.safetensors" if out is None else out
+    path = checked_place(name, overwrite=overwrite)
+    with opened(server) as place:
+        size = replaced(path, lambda file: place.weights(trial_id, file))
+    print(f"wrote {path}: {size:,} bytes; `nas.load_model({str(path)!r})` is the model")

@@ -89,12 +89,20 @@ def prune(
             "EINSUM_NAS_AUDIT_DAYS.",
         ),
     ] = None,
+    weights_days: Annotated[
+        float | None,
+        amount(
+            "N",
+            "Days after the end of a search until the weights of its runs are deleted. By default "
+            "EINSUM_NAS_WEIGHTS_DAYS.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete old events, old audit records, and old searches without any result."""
+    """Delete old events, audit records and weights, and old searches without any result."""
     from nas.store.retention import prune as delete
 
     used = settings()
@@ -104,12 +112,14 @@ def prune(
             event_days=used.event_days if event_days is None else event_days,
             failed_days=used.failed_days if failed_days is None else failed_days,
             audit_days=used.audit_days if audit_days is None else audit_days,
+            weights_days=used.weights_days if weights_days is None else weights_days,
             dry_run=dry_run,
         )
     verb = "would delete" if dry_run else "deleted"
     text = (
         f"{verb} {done.searches:,} searches with {done.trials:,} trials, {done.events:,} "
-        f"events of other searches, and {done.audit:,} records of the audit log"
+        f"events of other searches, {done.audit:,} records of the audit log, and the weights of "
+        f"{done.weights:,} runs"
     )
     show({**asdict(done), "dry_run": dry_run}, as_json, lambda _: print(text))
 

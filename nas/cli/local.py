@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nas.cli.common import whole_id
 from nas.errors import EinsumNasError, InvalidInput
@@ -28,6 +28,7 @@ from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.service.labels import Labels, set_labels
 from nas.store import Search, Store
 from nas.store.processes import Processes
+from nas.store.weights import read_weights
 
 
 def _changed_by(change: Callable[[Store, str], Search]) -> Callable[[LocalSearch], LocalSearch]:
@@ -167,6 +168,12 @@ class Local:
         return get_best(
             self._store, task=task, search_id=None, device=device, published=published, **budgets
         )
+
+    def weights(self, trial_id: int, into: BinaryIO) -> int:
+        """Write the trained weights of a trial into an open file; its bytes."""
+        kept, parts = read_weights(self._store, trial_id)
+        into.writelines(parts)
+        return kept.bytes
 
     def trial(self, trial_id: int) -> dict[str, Any]:
         """A trial with its curve."""

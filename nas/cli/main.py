@@ -32,7 +32,7 @@ for _command in (
     searches.clone, searches.workers, searches.priority, searches.label, keys.tenants, keys.audit,
     answers.inspect, submit.search, answers.frontier, answers.best, submit.confirm,
     serve.worker, serve.doctor, serve.api, serve.serve, serve.mcp, demo.demo, demo.reproduce,
-    answers.export,
+    answers.export, answers.download,
 ):  # fmt: skip
     # so that a negative number, of the one command that takes one, is not taken for an option
     negative = {"ignore_unknown_options": True} if _command is searches.priority else None

@@ -26,7 +26,9 @@ _ACCEPTED = "a .safetensors file, a folder with model.safetensors or its index, 
 _NAMES_LISTED = 6
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
+) -> None:
     """Write weights and structure of a model, for `load`.
 
     Parameters
@@ -34,6 +36,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path
         A ``.safetensors`` file, whose metadata tells the structure of each layer too; for a model
         of transformers a folder, which ``save_pretrained`` writes.
+    about
+        More metadata of a file, by names of your own.
 
     Raises
     ------
@@ -50,7 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             for name, module in model.named_modules()
             if isinstance(module, StructuredLinear)
         }
-        metadata = {"format": "pt", "einsum_nas": json.dumps(layers)}
+        metadata = {**(about or {}), "format": "pt", "einsum_nas": json.dumps(layers)}
         safetensors.torch.save_model(model, str(path), metadata)
     elif callable(save_pretrained := getattr(model, "save_pretrained", None)):
         # under the model's own names, not those of its class's first release

@@ -51,6 +51,7 @@ MAX_TRIALS = 10_000
 MAX_REFERENCES = 32
 MAX_REPLICATES = 16
 MAX_CONFIRM_SEEDS = 64
+MAX_KEPT = 16
 MAX_SEED = 2**31 - 1
 MAX_PRIORITY = 1000
 #: Longest limit of time, three years: an operating system's clock must be able to hold it.
@@ -323,6 +324,11 @@ class SearchRequest(BaseModel):
         description="workers: the service trains the trials. client: whoever asks for them "
         "(`POST /v1/searches/{id}/ask`) trains them, on data of their own, which `data` names.",
     )
+    keep_weights: Annotated[int, Field(ge=0, le=MAX_KEPT), WHOLE] = Field(
+        1,
+        description="Complete runs, those of the lowest losses, whose trained weights are kept for "
+        "download; those of trials that clients train stay with the clients.",
+    )
     confirm: Confirm | None = Field(
         None,
         strict=False,
@@ -363,6 +369,7 @@ class SearchRequest(BaseModel):
         left_out = {name for name in later if not getattr(self, name)}
         left_out |= {"replicates"} if self.replicates == 1 else set()
         left_out |= {"trainer"} if self.trainer == "workers" else set()
+        left_out |= {"keep_weights"} if self.keep_weights == 1 else set()
         left_out |= {"warm_start"} if self.warm_start == "auto" else set()
         values = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(values, sort_keys=True, allow_nan=False)
@@ -441,6 +448,9 @@ class SearchRequest(BaseModel):
         if self.limits is not None and self.limits.trial_seconds is not None:
             accepted = "null with trainer=client: leases end trials"
             raise InvalidInput("limits.trial_seconds", self.limits.trial_seconds, accepted)
+        if self.keep_weights > 1:
+            accepted = "0 or 1 with trainer=client, whose weights stay with the clients"
+            raise InvalidInput("keep_weights", self.keep_weights, accepted)
 
     def _check_candidates(self, recipe: Recipe) -> None:
         if self.candidates is None:

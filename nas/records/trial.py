@@ -122,6 +122,14 @@ class Trial(Record):
         return list(dict.fromkeys(structures))
 
 
+class KeptWeights(Record):
+    """The weights of a run at its last step, a safetensors file with its structures."""
+
+    trial_id: int = Field(description="trial that they were trained in")
+    bytes: int = Field(description="size of the file", json_schema_extra=BYTES)
+    sha256: str = Field(description="digest of the file, hex")
+
+
 @dataclass(frozen=True, slots=True)
 class MeasuredCost:
     """Measured cost of a training step; None where the run was too short to tell.

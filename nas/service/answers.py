@@ -54,6 +54,7 @@ from nas.store import (
     StoredPoint,
     task_scope,
 )
+from nas.store.weights import weights_of_model
 
 FLOPS_UNIT = AXES["train_flops"].unit
 UNKNOWN = "unknown: every model was run with one seed; `einsum-nas confirm` runs the best ones anew"
@@ -389,7 +390,8 @@ def get_best(
     """
     axis, budget = checked_budget(budgets)
     try:
-        return _own_best(store, task, search_id, device, axis, budget)
+        found = _own_best(store, task, search_id, device, axis, budget)
+        return found.model_copy(update={"weights": _weights(store, found)})
     except NothingMeasured as error:
         if task is None or not published or device is not None:
             raise
@@ -397,6 +399,18 @@ def get_best(
             return published_answer(task, axis, budget)
         except NotFound as refused:
             raise NothingMeasured(f"{error}; {refused}") from None
+
+
+def _weights(store: Store, found: Answer) -> int | None:
+    """The trial of a measured answer's model whose weights are kept."""
+    if found.kind != "measured":
+        return None
+    best = next(
+        c for c in (found.best_structured, found.best_dense)
+        if c is not None and (c.design, c.width) == (found.design, found.width)
+    )  # fmt: skip
+    kept = weights_of_model(store, best.trial_id)
+    return None if kept is None else kept.trial_id
 
 
 def _own_best(

@@ -25,6 +25,7 @@ from nas.store.engine import one_at_a_time, writing
 from nas.store.records import DUE, Lease, Renewal, Round, TrialDraft
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
 from nas.store.searches import Store
+from nas.store.weights import keep
 
 #: Lost leases and infrastructure errors after which a search is given up.
 MAX_ATTEMPTS = 5
@@ -56,7 +57,7 @@ class Leases:
         backoff_seconds: float = BACKOFF_SECONDS,
         tenant_concurrency: int | None = None,
     ) -> None:
-        self._engine = store.engine
+        self._engine, self._weights_bytes = store.engine, store.quotas.weights_bytes
         self._max_attempts, self._backoff_seconds = max_attempts, backoff_seconds
         self._tenant_concurrency = tenant_concurrency
 
@@ -341,8 +342,15 @@ class Leases:
         trial_id: int,
         environment: Mapping[str, Any] | None,
         cost: MeasuredCost | None = None,
+        weights: bytes | str | None = None,
     ) -> None:
-        """Complete a trial whose last point has been stored; from now on answers use it."""
+        """Complete a trial whose last point has been stored; from now on answers use it.
+
+        Parameters
+        ----------
+        weights
+            File of its weights, to be kept if its loss is among the lowest; or why there is none.
+        """
         with self._fenced(lease) as (session, search):
             row = self._unended(session, lease, trial_id, "complete")
             if row is None:
@@ -352,7 +360,12 @@ class Leases:
                 raise ValueError(f"trial {trial_id} has no point at its last step {row.steps}")
             row.loss, row.trained_steps = last.loss, row.steps
             _measured(row, environment, cost)
-            self._finish_trial(session, search, row, "complete", {"loss": last.loss})
+            data: dict[str, Any] = {"loss": last.loss}
+            if isinstance(weights, bytes):
+                data |= keep(session, search, row, weights, self._weights_bytes)
+            elif weights is not None:
+                data["weights_left"] = weights[: lifecycle.LONGEST_ERROR]
+            self._finish_trial(session, search, row, "complete", data)
             standings.enter(session, search, row)
 
     def pause_trial(

@@ -38,13 +38,15 @@ class Quotas:
     days: float = 30.0
     #: searches that run at once; see `nas.store.leases`
     concurrency: int | None = None
+    #: of all kept weights
+    weights_bytes: int | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Quotas:
         """The quotas of tenants that have none of their own, from the settings."""
         return cls(
             settings.tenant_searches, settings.tenant_train_flops, settings.quota_days,
-            settings.tenant_concurrency,
+            settings.tenant_concurrency, settings.tenant_weights_bytes,
         )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Deletion of old data: detailed events of ended searches, searches without results, audit records.
+"""Deletion of old data: detailed events of ended searches, searches without results, audit records,
+weights of runs.
 
 Results are never deleted: neither completed trials and their points, nor searches that have any.
 """
@@ -23,6 +24,7 @@ from nas.store.records import TERMINAL
 from nas.store.schema import BarRow, EventRow, ScopeRow, SearchRow, TrialRow, database_now
 from nas.store.searches import Store
 from nas.store.selecting import pages
+from nas.store.weights import prune_weights
 
 #: Events that repeat what a trial's row and curve hold; all others are milestones and stay.
 FINE_GRAINED = ("point", "trial_planned", "trial_started", "trial_paused")
@@ -43,6 +45,8 @@ class Pruned:
     trials: int = 0
     #: records of the audit log
     audit: int = 0
+    #: runs whose weights are no longer kept
+    weights: int = 0
 
 
 def prune(
@@ -51,6 +55,7 @@ def prune(
     event_days: float | None,
     failed_days: float | None,
     audit_days: float | None = None,
+    weights_days: float | None = None,
     dry_run: bool = False,
 ) -> Pruned:
     """Delete old data; safe to call from several processes at once.
@@ -64,6 +69,8 @@ def prune(
         trials has completed or anything refers to them; None for never.
     audit_days
         Days until records of the audit log are deleted, at least 90; None for never.
+    weights_days
+        Days after the end of a search until the weights of its runs are deleted; None for never.
     dry_run
         Only count.
 
@@ -72,7 +79,10 @@ def prune(
     InvalidInput
         A number of days is not finite, not above 0, or below 90 for the audit log.
     """
-    given = {"event_days": event_days, "failed_days": failed_days, "audit_days": audit_days}
+    given = {
+        "event_days": event_days, "failed_days": failed_days, "audit_days": audit_days,
+        "weights_days": weights_days,
+    }  # fmt: skip
     for name, days in given.items():
         if days is not None and not (math.isfinite(days) and days > 0):
             raise InvalidInput(name, days, "a number of days above 0")
@@ -84,6 +94,8 @@ def prune(
         found = replace(found, events=events)
     if audit_days is not None:
         found = replace(found, audit=Audit(store).prune(audit_days, dry_run=dry_run))
+    if weights_days is not None:
+        found = replace(found, weights=prune_weights(store, weights_days, dry_run=dry_run))
     return found
 
 

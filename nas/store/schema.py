@@ -210,6 +210,32 @@ class PointRow(Base):
     window_losses: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class WeightsRow(Base):
+    """The kept weights of a complete trial."""
+
+    __tablename__ = "weights"
+
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    created_at: Mapped[float] = mapped_column(Float)
+    #: of the file
+    bytes: Mapped[int] = mapped_column(_BIG)
+    sha256: Mapped[str] = mapped_column(String(64))
+
+
+class WeightsPartRow(Base):
+    """A part of a file of weights; all but the last are as long."""
+
+    __tablename__ = "weights_parts"
+
+    trial_id: Mapped[int] = mapped_column(
+        ForeignKey("weights.trial_id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class OfferRow(Base):
     """A trial that a process which is no worker may train, and how far it is."""
 

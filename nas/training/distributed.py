@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -37,6 +38,7 @@ from nas.training.engine import CPU, EVALUATION_TOKENS, ROUTER_WEIGHT, Execution
 from nas.training.metering import CostMeter
 from nas.training.run import LOOK_EVERY, Evaluations, train_with
 from nas.training.tasks import build_model, learning_rates, task_of
+from nas.training.weights import Keeping
 
 #: What of a saved state lies on rank 0 alone, until it is loaded.
 _TENSORS = ("model", "optimizer")
@@ -64,6 +66,7 @@ def train_on_rank(
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
     until: int | None = None,
+    keeping: Keeping | None = None,
 ) -> Evaluations:
     """Take part in the training of `plan` with one seed, as each of `recipe.ranks` processes.
 
@@ -80,6 +83,8 @@ def train_on_rank(
         Measures what this rank's steps cost.
     until
         As of `train_replicates`.
+    keeping
+        The same on every rank; that of rank 0 is given the weights.
 
     Raises
     ------
@@ -93,7 +98,7 @@ def train_on_rank(
     return train_with(
         partial(_RankEngine, plan, recipe, seed, execution),
         plan, recipe, train_data, validation_data, (seed,), execution,
-        None if checkpoint is None else _OfAllRanks(checkpoint, device), meter, until,
+        None if checkpoint is None else _OfAllRanks(checkpoint, device), meter, until, keeping,
     )  # fmt: skip
 
 
@@ -101,7 +106,7 @@ class _RankEngine:
     """A rank's part in the steps of one run; see `nas.training.engine.Engine`."""
 
     def __init__(self, plan: RunPlan, recipe: Recipe, seed: int, execution: Execution) -> None:
-        self._recipe, self._execution = recipe, execution
+        self._plan, self._recipe, self._execution = plan, recipe, execution
         self._rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -198,6 +203,17 @@ class _RankEngine:
                 routing_statistics(self._gathered(logits)[kept], self._gathered(chosen)[kept])
             )
         return [found]
+
+    def model_of(self, run: int) -> nn.Module | None:
+        """On rank 0 the whole model on the CPU; None elsewhere."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        found = get_model_state_dict(self._model, options=options)
+        if self._rank != 0:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            whole = build_model(self._recipe, self._plan.design, self._plan.width)
+        whole.load_state_dict(found)
+        return whole
 
     def state_dict(self) -> dict[str, Any]:
         """On rank 0 whole parameters and optimiser state, on the CPU; nothing elsewhere."""

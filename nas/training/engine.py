@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nas.designs.structure import LinearStructure
 from nas.errors import one_line
@@ -211,6 +211,10 @@ class Engine:
     def routers(self) -> list[list[dict[str, Any]]]:
         """What the gates of each run did with the last batch; see `routing_statistics`."""
         return self.stacked.routers()
+
+    def model_of(self, run: int) -> nn.Module:
+        """A model with the parameters of a run as they are now; until the next call."""
+        return self.stacked.model_of(run)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and optimiser state; the first axis of each tensor is that of the runs."""

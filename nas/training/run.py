@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nas.errors import RunFailed
 from nas.planning.recipe import Recipe
@@ -23,6 +23,7 @@ from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, Engine, Execution, execution_plans
 from nas.training.metering import CostMeter
 from nas.training.tasks import task_of
+from nas.training.weights import Keeping
 
 __all__ = [
     "CPU",
@@ -112,6 +113,7 @@ def train_replicates(
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
     until: int | None = None,
+    keeping: Keeping | None = None,
 ) -> Evaluations:
     """Train `plan` with several seeds together; at each evaluation yield what is new, by seed.
 
@@ -137,6 +139,8 @@ def train_replicates(
     until
         The last step that is trained, one at which the runs are evaluated; their state is then in
         the checkpoint, from which they go on.  By default all steps are.
+    keeping
+        Given the weights of the runs that reach their last step, as far as it wants them.
 
     Raises
     ------
@@ -148,7 +152,7 @@ def train_replicates(
     engine = partial(Engine, plan, recipe, seeds, execution, layer_plans)
     return train_with(
         engine, plan, recipe, train_data, validation_data, seeds, execution, checkpoint, meter,
-        until,
+        until, keeping,
     )  # fmt: skip
 
 
@@ -166,6 +170,8 @@ class Trainer(Protocol):
 
     def routers(self) -> list[list[dict[str, Any]]]: ...
 
+    def model_of(self, run: int) -> nn.Module | None: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, saved: Mapping[str, Any], runs: Sequence[int]) -> None: ...
@@ -182,6 +188,7 @@ def train_with(
     checkpoint: Checkpoint | None = None,
     meter: CostMeter | None = None,
     until: int | None = None,
+    keeping: Keeping | None = None,
 ) -> Evaluations:
     """As `train_replicates`, by what `begin` gives."""
     evaluations = set(evaluation_steps(plan, recipe))
@@ -232,6 +239,10 @@ def train_with(
             state.seconds += (time.perf_counter() - started) / len(seeds)
             checkpoint.save({**state.as_dict(), **engine.state_dict()})
             started = time.perf_counter()
+    if keeping is not None and last == plan.steps:
+        for i, seed in enumerate(seeds):
+            if seed in state.alive and keeping.wants(loss := state.points[seed][-1].loss):
+                keeping.take(seed, loss, engine.model_of(i))
     gates = engine.routers()
     return {seed: _routing(gates[i]) for i, seed in enumerate(seeds) if seed in state.alive}
 

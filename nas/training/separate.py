@@ -74,6 +74,18 @@ class Separate:
                 for (name, shape), piece in zip(layout, torch.split(row, sizes), strict=True):
                     values[name] = piece.view(shape)
 
+    @torch.no_grad()
+    def model_of(self, run: int) -> nn.Module:
+        """The model of a run with its parameters as they are now."""
+        named = dict(self._models[run].named_parameters())
+        for parameter, layout in zip(self.parameters, self._layout, strict=True):
+            sizes = [shape.numel() for _, shape in layout]
+            for (name, shape), piece in zip(
+                layout, torch.split(parameter[run], sizes), strict=True
+            ):
+                named[name].copy_(piece.view(shape))
+        return self._models[run]
+
     def run(self, x: Tensor) -> Tensor:
         """The models' outputs (R, ...) for inputs (R, ...)."""
         outputs = []

@@ -266,6 +266,18 @@ class Stacked:
         rows = t.shape[axis] // len(stack.members)
         return list(torch.split(t, [size * rows for size in stack.parts], dim=axis))
 
+    @torch.no_grad()
+    def model_of(self, run: int) -> nn.Module:
+        """A model with the parameters of a run as they are now; until the next call."""
+        named = dict(self.model.named_parameters())
+        for parameter, slots in zip(self.parameters, self._layout, strict=True):
+            for slot, piece in zip(
+                slots, torch.split(parameter[run], [s.numel for s in slots]), strict=True
+            ):
+                for name, value in zip(slot.names, piece.view(-1, *slot.shape), strict=True):
+                    named[name].copy_(value)
+        return self.model
+
     # --- of models in general, see `nas.training.separate`
 
     def evaluating(self) -> AbstractContextManager[None]:

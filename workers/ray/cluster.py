@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(16 * 2**20))
 os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "2")
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nas.errors import ClusterUnavailable, InvalidInput, one_line
@@ -47,6 +48,8 @@ _LOOK_SECONDS = 2.0
 #: Between two questions for what was not handed over yet.
 _MOMENT_SECONDS = 0.002
 _PATIENCE_SECONDS = 30.0
+#: Characters of what Ray says of an error.
+_LONGEST = 500
 #: Packages whose versions a node shares with this process, for what is sent between them.
 _SHARED = ("einsum-nas", "ray", "torch")
 
@@ -174,7 +177,7 @@ def _join(wanted: str) -> None:
 
 
 def _unavailable(what: str, error: Exception) -> ClusterUnavailable:
-    said = one_line(error)[:500]
+    said = one_line(error)[:_LONGEST]
     return ClusterUnavailable(f"{what}: {said}; `einsum-nas doctor` looks for the cause")
 
 
@@ -299,6 +302,14 @@ class Shared:
         """Leave a run for the actor that asks for `key`; see `handed`."""
         self.owner.hand.remote(key, run)
 
+    def collect(self, key: str) -> bytes | str:
+        """What an actor has left under `key`, see `leave`; or why it cannot be had."""
+        try:
+            found: bytes | None = ray.get(self.owner.collect.remote(key))
+        except RayError as error:
+            return one_line(error)[:_LONGEST]
+        return "they were lost on their way" if found is None else found
+
     def free(self) -> None:
         """Drop the data from every node; nothing may use it any more."""
         internals.drop_hooks(self._hooks)
@@ -313,12 +324,19 @@ class _Owner:
     def __init__(self, *values: Any) -> None:
         self._references = [ray.put(value) for value in values]
         self._handed: dict[str, str] = {}
+        self._left: dict[str, bytes] = {}
 
     def hand(self, key: str, run: str) -> None:
         self._handed[key] = run
 
     def take(self, key: str) -> str | None:
         return self._handed.pop(key, None)
+
+    def leave(self, key: str, data: bytes) -> None:
+        self._left[key] = data
+
+    def collect(self, key: str) -> bytes | None:
+        return self._left.pop(key, None)
 
     def references(self) -> list[Any]:
         return self._references
@@ -335,6 +353,17 @@ def handed(owner: Any, key: str) -> str:
     while (run := ray.get(owner.take.remote(key))) is None:
         time.sleep(_MOMENT_SECONDS)
     return str(run)
+
+
+def leave(owner: Any, key: str, data: bytes) -> None:
+    """Hand data to the driver, which asks for it by `Shared.collect`.
+
+    Raises
+    ------
+    RayError
+        The owner is gone.
+    """
+    ray.get(owner.leave.remote(key, data))
 
 
 class HeadWatch:

@@ -88,6 +88,8 @@ class _Experiment:
     deaths: Counter[int] = field(default_factory=Counter)
     #: what packs are handed over by; without it each is a trial of Tune's own
     shared: cluster.Shared | None = None
+    #: size of a model above which the weights of its run are not kept
+    weights_bytes: int = 0
     #: Tune's trial id → packs that it was given
     given: Counter[str] = field(default_factory=Counter)
 
@@ -100,7 +102,7 @@ class _Experiment:
         self.packs[trial_id] = pack
         self.given[trial_id] += 1
         follows = None if self.shared is None else self.next_key(trial_id)
-        return trial_config(self.session, pack, self.seconds(pack), follows)
+        return trial_config(self.session, pack, self.seconds(pack), follows, self.weights_bytes)
 
     def next_key(self, trial_id: str) -> str:
         """Under which the actor of Tune's trial asks for its next pack."""
@@ -189,7 +191,9 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
         tune.PlacementGroupFactory([OF_TRIAL if spread else needs]),  # one bundle: on one node
     )
     key = uuid.uuid4().hex
-    experiment = _Experiment(session, trial_seconds, shared=shared)
+    experiment = _Experiment(
+        session, trial_seconds, shared=shared, weights_bytes=settings.weights_bytes
+    )
     scratch = tempfile.mkdtemp(prefix="einsum-nas-tune-")
     _experiments[key] = experiment
     try:
@@ -347,10 +351,19 @@ class _SessionSearcher(_OfExperiment, Searcher):
             cost = MeasuredCost(**report["ended"]["cost"]) if "ended" in report else None
             for trial in session.unfinished(pack):
                 if cost is not None:
-                    environment = report["ended"]["environments"][str(trial.seed)]
-                    state = session.complete(trial.id, environment, cost)
+                    ended, seed = report["ended"], str(trial.seed)
+                    weights = self._weights(ended.get("weights", {}).get(seed))
+                    environment = ended["environments"][seed]
+                    state = session.complete(trial.id, environment, cost, weights)
                 # stopped with the search, it stays unfinished until the search ends
                 self._count(trial_id, "stopped" if cost is None else state)
+
+    def _weights(self, told: dict[str, str] | None) -> bytes | str | None:
+        """The weights that a run has left, or why it has not."""
+        shared = self._experiment.shared
+        if told is None or shared is None:
+            return None
+        return told["left"] if "left" in told else shared.collect(told["key"])
 
     def _give_up(self, trial_id: str, pack: Pack, reason: str, kind: TrialFailure) -> None:
         session = self._experiment.session
@@ -437,7 +450,11 @@ class _SessionStopper(_OfExperiment, Stopper):
 
 
 def trial_config(
-    session: SearchSession, pack: Pack, seconds: float, follows: str | None = None
+    session: SearchSession,
+    pack: Pack,
+    seconds: float,
+    follows: str | None = None,
+    weights_bytes: int = 0,
 ) -> dict[str, Any]:
     """A pack as the Tune configuration of its actor.
 
@@ -447,9 +464,12 @@ def trial_config(
         Limit of an attempt at it.
     follows
         By which the actor asks for the next pack.
+    weights_bytes
+        Size of a model above which the weights of its run are not kept.
     """
+    plan, search = RunPlan.of(pack.trials[0]).as_dict(), session.search
     run = {
-        "plan": RunPlan.of(pack.trials[0]).as_dict(),
+        "plan": plan,
         "recipe": session.recipe.as_dict(),
         "seeds": [t.seed for t in pack.trials],
         "seconds": seconds,
@@ -457,6 +477,18 @@ def trial_config(
         "next": follows,
         "key": _stored_as(session, pack.key),
     }
+    keeps, below = session.keeps
+    if keeps and weights_bytes and pack.until is None:
+        about = {
+            "search_id": search.id,
+            "trials": {str(t.seed): t.id for t in pack.trials},
+            "task": search.task,
+            "fingerprint": session.fingerprint,
+            "recipe": run["recipe"],
+            **{name: plan[name] for name in ("design", "width", "steps")},
+            "loss_unit": session.recipe.loss_unit,
+        }
+        run["keep"] = {"below": below, "most_bytes": weights_bytes, "about": about}
     return {"run": json.dumps(run)}  # one text: Tune would spell nested values out in file names
 
 

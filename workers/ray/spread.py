@@ -37,6 +37,7 @@ from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.distributed import rank_execution, rank_plans, train_on_rank
 from nas.training.metering import CostMeter
 from nas.training.run import Evaluations, Execution
+from nas.training.weights import Keeping
 from workers.ray.cluster import taken, trial_capacity
 from workers.ray.trainable import ProcessLost, ProxyTrainable, limit_memory, out_of_memory
 
@@ -78,7 +79,9 @@ class SpreadTrainable(ProxyTrainable):
         self._meter = self._told = _Told(self._execution.device)
         (seed,) = run["seeds"]  # runs over several devices are never packed
         config = {**self._of_ranks, "run": json.dumps({**run, "seed": seed})}
-        return spread(recipe.ranks, self._resources, config, self._told)
+        found = yield from spread(recipe.ranks, self._resources, config, self._told)
+        self._keeping = self._told.keeping
+        return found
 
     def _environment(self, router: dict[str, Any] | None) -> dict[str, Any]:
         return super()._environment(router) | self._told.environment
@@ -89,6 +92,7 @@ class _Told(CostMeter):
 
     environment: dict[str, Any]
     cost: MeasuredCost
+    keeping: Keeping | None
 
     def result(self) -> MeasuredCost:
         return self.cost
@@ -161,8 +165,8 @@ def _relayed(
         match told:
             case {"points": found}:
                 yield found
-            case {"routers": routers, "environment": environment, "cost": cost}:
-                ended.environment, ended.cost = environment, cost
+            case {"routers": routers, "environment": environment, "cost": cost, "kept": kept}:
+                ended.environment, ended.cost, ended.keeping = environment, cost, kept
                 fitted.exception()  # waits until what the ranks held is free for the next trial
                 return dict(routers)
             case {"error": error}:
@@ -219,9 +223,11 @@ def _rank(config: dict[str, Any]) -> None:
     first = get_context().get_world_rank() == 0
     tell = partial(config["channel"].put)
     meter = CostMeter(execution.device) if first else None
+    keep = run.get("keep")
+    keeping = None if keep is None else Keeping(**keep)
     points = train_on_rank(
         plan, recipe, train_data, validation_data, run["seed"], execution, checkpoint, meter,
-        run.get("until"),
+        run.get("until"), keeping,
     )  # fmt: skip
     try:
         while True:
@@ -243,7 +249,8 @@ def _rank(config: dict[str, Any]) -> None:
                 "execution_plans": plans,
                 "torch": torch.__version__,
             }
-            tell({"routers": end.value, "environment": environment, "cost": meter.result()})
+            cost = meter.result()
+            tell({"routers": end.value, "environment": environment, "cost": cost, "kept": keeping})
     except Exception as error:
         if not (out_of_memory(error) or _of_the_group(error)):
             checkpoint.remove()

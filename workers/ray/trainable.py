@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayError
 
 from nas.errors import InvalidInput, RunFailed, one_line
 from nas.layers.kernels.machine import machine_rates
@@ -29,7 +30,8 @@ from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.metering import CostMeter
 from nas.training.run import Evaluations, Execution, Point, execution_plans, train_replicates
-from workers.ray.cluster import handed, taken
+from nas.training.weights import Keeping
+from workers.ray.cluster import handed, leave, taken
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +48,9 @@ class ProxyTrainable(tune.Trainable):
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
     results: {"begun": …}; at each evaluation {"runs": {seed: {"point": …} or {"failure": …}}}, of
     which the latter is the run's own error; at last {"ended": {"environments": {seed: …},
-    "cost": …}}, or {"failure": …} of all runs.  Several of these that follow one another soon are
-    {"batch": [...]}.  Only what a fresh process may cure (memory) is raised, so that Ray starts
-    the trial anew.
+    "cost": …, "weights": {seed: {"key": …} or {"left": …}}}}, or {"failure": …} of all runs.
+    Several of these that follow one another soon are {"batch": [...]}.  Only what a fresh process
+    may cure (memory) is raised, so that Ray starts the trial anew.
 
     Where the config names a `next` run, the actor then asks for that, which takes Tune a tenth of a
     second, and goes on with it as the same trial of Tune; an empty one ends the trial.
@@ -133,12 +135,16 @@ class ProxyTrainable(tune.Trainable):
         self._plans = execution_plans(plan, recipe, self._execution)
         self._checkpoint = self._checkpoint_of(run["key"])
         self._meter = CostMeter(self._execution.device)
+        keep = run.get("keep")
+        self._keeping = None if keep is None else Keeping(**keep)
+        #: under which the weights of each run are left for the driver
+        self._weights_key: str = run["key"]
         self._evaluations = self._training(plan, recipe, run)
 
     def _training(self, plan: RunPlan, recipe: Recipe, run: dict[str, Any]) -> Evaluations:
         return train_replicates(
             plan, recipe, *self._data, self._seeds, self._execution, self._plans,
-            self._checkpoint, self._meter, run.get("until"),
+            self._checkpoint, self._meter, run.get("until"), self._keeping,
         )  # fmt: skip
 
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
@@ -183,7 +189,9 @@ class ProxyTrainable(tune.Trainable):
             if not self._pauses:
                 self._checkpoint.remove()
             environments = {seed: self._environment(router) for seed, router in end.value.items()}
-            return {"ended": {"environments": environments, "cost": asdict(self._meter.result())}}
+            weights = {} if self._keeping is None else self._leave(self._keeping)
+            cost = asdict(self._meter.result())
+            return {"ended": {"environments": environments, "cost": cost, "weights": weights}}
         except Exception as error:
             if out_of_memory(error) or isinstance(error, ProcessLost):
                 raise
@@ -191,6 +199,19 @@ class ProxyTrainable(tune.Trainable):
             _log.exception("the run failed")
             return {"failure": {"reason": f"{type(error).__name__}: {error}", "kind": "run"}}
         return {"runs": {seed: _told(each) for seed, each in found.items()}}
+
+    def _leave(self, keeping: Keeping) -> dict[int, dict[str, str]]:
+        """Leave the kept weights for the driver; under which key, or why they are not kept."""
+        told = {seed: {"left": why} for seed, why in keeping.left.items()}
+        for seed, file in keeping.found.items():
+            key = f"{self._weights_key}/{seed}"
+            try:
+                leave(self._owner, key, file)
+                told[seed] = {"key": key}
+            except RayError as error:
+                told[seed] = {"left": one_line(error)}
+        keeping.found.clear()
+        return told
 
     def _environment(self, router: dict[str, Any] | None) -> dict[str, Any]:
         cuda = self._execution.device == "cuda"
