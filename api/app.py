@@ -113,7 +113,10 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     # the level: half of the time of the highest for a few per cent more bytes
     app.add_middleware(
         GZipMiddleware, minimum_size=1000, compresslevel=5,
-        exclude_content_types=(*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/vnd.apache.parquet"),
+        exclude_content_types=(
+            *DEFAULT_EXCLUDED_CONTENT_TYPES, "application/vnd.apache.parquet",
+            "application/octet-stream",
+        ),
     )  # fmt: skip
     headers.install(app)
     for router in (

@@ -80,6 +80,9 @@ def search(
     replicates: Annotated[
         int, count("N", "Runs of each candidate and reference, with different seeds.")
     ] = 1,
+    keep_weights: Annotated[
+        int, count("N", "Complete runs, the best, whose trained weights are kept, 0 to 16.")
+    ] = 1,
     families: Annotated[
         str | None,
         typer.Option(
@@ -129,7 +132,7 @@ def search(
         "sampler": sampler, "stopping": stopping, "total_train_flops": total_train_flops,
         "total_seconds": total_seconds, "warm_start": warm_start,
         "objective": objective, "seed": seed, "references": references,
-        "replicates": replicates,
+        "replicates": replicates, "keep_weights": keep_weights,
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, heads=heads
         ),

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from operator import itemgetter
+from pathlib import Path
 
 import pytest
 
 from nas.client import AsyncClient, Client, RemoteSearch, ServiceError
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound
+from nas.planning.recipe import stored_recipe
+from nas.tasks import load_data
+from nas.training.weights import run_of
+from tests.support.commands import execute
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
+from tests.unit.training.test_weights import validation_loss
 
 
 def test_every_run_meets_its_budget_to_within_one_step(finished_search: RemoteSearch) -> None:
@@ -39,6 +46,33 @@ def test_the_answer_is_the_lowest_loss(finished_search: RemoteSearch) -> None:
     front = finished_search.frontier()
     assert front["frontier"][-1]["loss"] == best["expected_loss"]
     assert front["trials"] == 7
+
+
+def test_the_best_model_comes_back_trained(
+    service: Service, finished_search: RemoteSearch, text_folder: Path, tmp_path: Path
+) -> None:
+    trials = finished_search.trials()
+    best = finished_search.best()
+    assert best.weights == min(trials, key=itemgetter("loss"))["id"]
+    file = tmp_path / "best.safetensors"
+    words = ("download", str(best.weights), "--server", service.url, "--out", str(file))
+    done = execute(tmp_path / "home", *words)
+    assert done.returncode == 0, done.stderr
+    run = run_of(file)
+    (trial,) = (t for t in trials if t["id"] == best.weights)
+    told = {"trial_id": trial["id"]} | {k: trial[k] for k in ("design", "width", "steps", "loss")}
+    assert told.items() <= run.items()
+    data = load_data(stored_recipe(run["recipe"]), str(text_folder))
+    assert data.fingerprint == run["fingerprint"]
+    for model in (best.model(), best.model(file)):
+        loss = validation_loss(model, data.recipe, (data.train, data.validation))
+        assert loss == pytest.approx(trial["loss"], rel=1e-5)
+    other = next(t["id"] for t in trials if t["id"] != best.weights)
+    words = ("download", str(other), "--server", service.url, "--out", str(tmp_path / "other"))
+    refused = execute(tmp_path / "home", *words)
+    assert refused.returncode != 0
+    assert f"trial {best.weights}" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_client_raises_what_the_service_says(service: Service) -> None:

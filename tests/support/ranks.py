@@ -26,6 +26,7 @@ from nas.planning.runs import RunPlan, plan_of_steps
 from nas.training.checkpoint import Checkpoint
 from nas.training.distributed import train_on_rank
 from nas.training.run import Point
+from nas.training.weights import Keeping
 
 RANKS, STEPS = 2, 24
 #: an odd number of validation samples, so that ranks do not have equal parts
@@ -59,10 +60,16 @@ def plan(design: str) -> RunPlan:
 
 
 def _told(
-    recipe: Recipe, design: str, checkpoint: Checkpoint | None = None, most: int | None = None
+    recipe: Recipe,
+    design: str,
+    checkpoint: Checkpoint | None = None,
+    most: int | None = None,
+    keeping: Keeping | None = None,
 ) -> dict[str, Any]:
     """Points, failure and statistics of a run, or its first points alone."""
-    run = train_on_rank(plan(design), recipe, TRAIN, VALIDATION, 3, checkpoint=checkpoint)
+    run = train_on_rank(
+        plan(design), recipe, TRAIN, VALIDATION, 3, checkpoint=checkpoint, keeping=keeping
+    )
     found: dict[str, Any] = {"points": [], "failure": None, "routers": None}
 
     def evaluations() -> Iterator[dict[int, Point | RunFailed]]:
@@ -93,7 +100,11 @@ def _rank(rank: int, folder: Path) -> None:
     for sharding in ("none", "full"):
         recipe = replace(TINY, ranks=RANKS, sharding=sharding)
         for design in DESIGNS:
-            found[f"{sharding} {design}"] = _told(recipe, design)
+            about = {"recipe": TINY.as_dict(), "design": design, "width": 32}
+            keeping = Keeping(None, 2**24, about)
+            found[f"{sharding} {design}"] = _told(recipe, design, keeping=keeping)
+            for weights in keeping.found.values():
+                (folder / f"{rank} {sharding} {design}.safetensors").write_bytes(weights)
         found[f"{sharding} exact"] = _exact(recipe)
         path = folder / f"{sharding}.pt"
 

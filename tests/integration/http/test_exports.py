@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from fastapi.testclient import TestClient
 from api.app import create_app
 from nas.settings import Settings
 from nas.store import Store, upgrade
+from tests.integration.store.test_weights import completed
 from tests.support.stored import begun, run
 
 
@@ -73,3 +77,27 @@ def test_a_search_that_is_not_there_or_has_nothing(client: TestClient) -> None:
     assert client.get("/v1/searches/none/export").status_code == 404
     made = client.post("/v1/searches", json={"train_flops": 2e11, "trials": 2}).json()
     assert client.get(f"/v1/searches/{made['id']}/export").status_code == 404
+
+
+def test_weights_are_a_file(client: TestClient, home: Settings) -> None:
+    store = Store(home.resolved_database_url)
+    file = os.urandom(300_000)
+    trial = completed(store, begun(store), 0, 2.0, file)
+    other = run(store, begun(store, seed=5), 0, [3.0])
+    store.close()
+    detail = client.get(f"/v1/trials/{trial}").json()
+    digest = hashlib.sha256(file)
+    assert detail["weights"] == {"trial_id": trial, "bytes": 300_000, "sha256": digest.hexdigest()}
+    got = client.get(f"/v1/trials/{trial}/weights")
+    assert got.content == file
+    assert got.headers["content-length"] == "300000"
+    assert "content-encoding" not in got.headers
+    assert got.headers["content-type"] == "application/octet-stream"
+    assert f'filename="trial-{trial}.safetensors"' in got.headers["content-disposition"]
+    assert base64.b64encode(digest.digest()).decode() in got.headers["repr-digest"]
+    assert f"/v1/trials/{trial}/weights" in client.get(f"/trials/{trial}").text
+    assert client.get(f"/v1/trials/{other}").json()["weights"] is None
+    assert "/weights" not in client.get(f"/trials/{other}").text
+    refused = client.get(f"/v1/trials/{other}/weights")
+    assert refused.status_code == 404
+    assert "are not kept" in refused.json()["detail"]

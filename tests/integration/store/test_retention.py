@@ -255,12 +255,12 @@ def test_the_command_line_prunes(
         assert would.exit_code == 0, would.output
         assert would.stdout == (
             "would delete 1 searches with 2 trials, 8 events of other searches, "
-            "and 0 records of the audit log\n"
+            "0 records of the audit log, and the weights of 0 runs\n"
         )
         assert len(store.searches()) == 2
         done = runner.invoke(app, ["prune", "--failed-days", "7", "--event-days", "7", "--json"])
         assert json.loads(done.stdout) == {
-            "events": 8, "searches": 1, "trials": 2, "audit": 0, "dry_run": False
+            "events": 8, "searches": 1, "trials": 2, "audit": 0, "weights": 0, "dry_run": False
         }  # fmt: skip
         assert len(store.searches()) == 1
         # by default events go after a month, and searches never

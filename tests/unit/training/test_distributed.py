@@ -13,8 +13,10 @@ import torch
 from nas.planning.cost import structures_of
 from nas.training.distributed import rank_execution, rank_plans
 from nas.training.run import Execution, train
+from nas.training.weights import load_model
 from tests.support.ranks import DESIGNS, RANKS, TINY, TRAIN, VALIDATION, plan
 from tests.support.tiers import FULL
+from tests.unit.training.test_weights import validation_loss
 
 SHARDINGS = ("none", "full")
 
@@ -32,7 +34,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS))
     assert first == second
     one: dict[str, Any] = json.loads((folder / "one.json").read_text())
-    return dict(first) | one
+    return dict(first) | one | {"folder": folder}
 
 
 def losses(found: dict[str, Any]) -> list[float]:
@@ -53,6 +55,19 @@ def test_ranks_give_the_curve_of_one_device(
         assert point["train_flops"] == other["train_flops"]
         for name in ("loss", "loss_stderr", "window_losses"):
             assert point[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+@FULL
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_first_rank_keeps_the_weights_of_all(
+    told: dict[str, Any], sharding: str, design: str
+) -> None:
+    kept = sorted(p.name for p in told["folder"].glob(f"* {sharding} {design}.safetensors"))
+    assert kept == [f"0 {sharding} {design}.safetensors"]
+    model = load_model(told["folder"] / kept[0])
+    loss = validation_loss(model, TINY, (TRAIN, VALIDATION))
+    assert loss == pytest.approx(told[f"{sharding} {design}"]["points"][-1]["loss"], rel=1e-4)
 
 
 @FULL
