@@ -1,5 +1,6 @@
 """Structured linear layers for PyTorch."""
 
+from nas.layers.adapters import load_lora, lora_config
 from nas.layers.base import StructuredLinear
 from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
@@ -33,6 +34,8 @@ __all__ = [
     "forward_flops",
     "layer_of",
     "load",
+    "load_lora",
+    "lora_config",
     "param_groups",
     "remember_plans",
     "remembered_plans",

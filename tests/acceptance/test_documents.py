@@ -42,6 +42,7 @@ EXPECTED: dict[str, list[list[str]]] = {
         ["transformer.h.1.mlp.c_proj", "left out: lm_head: not selected"],
         ["dense: 524,288", "monarch: "],
         ["EinsumLinear(theta=1/2,0,1/2,0,1/2,1/2,0, d_in=128, d_out=512"],
+        ["trainable params: 16,384", "['default']"],
         ["torch.Size([3, 256])"],
         ["btt-moe", "gate", "Pareto front"],
         ["'dropped': 0"],
