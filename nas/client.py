@@ -17,7 +17,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from dataclasses import dataclass
 from functools import partial, wraps
 from operator import itemgetter
-from typing import Any, BinaryIO, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeVar,
+    cast,
+)
 from urllib.parse import quote
 from urllib.request import proxy_bypass
 
@@ -37,6 +49,9 @@ from nas.logs import masked
 from nas.records.answers import Answer, FrontierAnswer
 from nas.records.notebook import table
 from nas.settings import TENANT, is_loopback
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TERMINAL = ("succeeded", "failed", "cancelled")
 _PAGE = 200
@@ -112,7 +127,7 @@ _items = cast("Callable[[dict[str, Any]], list[dict[str, Any]]]", itemgetter("it
 def _best(client: Client | AsyncClient, data: dict[str, Any]) -> Answer:
     answer = Answer.model_validate(data)
     if isinstance(client, Client):
-        answer._fetch = client.weights
+        answer._model_of = client.model
     return answer
 
 
@@ -438,6 +453,24 @@ class Client(_Connection[httpx.Client]):
             No such trial, or its weights are not kept.
         """
         return self.download(f"/v1/trials/{trial_id}/weights", into)
+
+    def model(self, trial_id: int) -> nn.Module:
+        """The trained model of a trial at its last step, downloaded; see `nas.load_model`.
+
+        Raises
+        ------
+        NotFound
+            As of `weights`.
+        InvalidInput
+            As of `nas.load_model`.
+        """
+        from nas.training.weights import load_model  # torch, which nothing else here needs
+
+        with TemporaryDirectory(prefix="einsum-nas-weights-") as folder:
+            file = Path(folder) / "model.safetensors"
+            with file.open("wb") as into:
+                self.weights(trial_id, into)
+            return load_model(file)
 
     def ask(
         self, search_id: str, *, holder: str = "client", lease_seconds: float = 600.0

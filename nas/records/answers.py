@@ -6,12 +6,9 @@ use.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import TextWrapper
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -322,42 +319,28 @@ class Answer(OnDevice):
         None, description="what a published answer rests on; null for others"
     )
 
-    #: writes the weights of a trial into a file; set by the client that has asked
-    _fetch: Callable[[int, BinaryIO], object] | None = PrivateAttr(None)
+    #: the trained model of a trial; set by the client that has asked
+    _model_of: Callable[[int], nn.Module] | None = PrivateAttr(None)
 
-    def model(self, file: str | os.PathLike[str] | None = None) -> nn.Module:
-        """The trained model: that of the run which `weights` names, at its last step, in evaluation
-        mode on the CPU; see `nas.load_model`.
-
-        Parameters
-        ----------
-        file
-            Where its weights are already; by default they are downloaded.
+    def model(self) -> nn.Module:
+        """The trained model: that of the run which `weights` names, downloaded, see `Client.model`.
 
         Raises
         ------
         NotFound
             None of its runs has kept its weights.
         InvalidInput
-            The file is no such one; it is missing, and the answer was not asked for by a `Client`.
+            The answer was not asked for by a `Client`.
         """
-        from nas import load_model
-
-        if file is not None:
-            return load_model(file)
         if self.weights is None:
             raise NotFound(
                 f"no run of {self.name!r} of width {self.width} has kept its weights; "
                 "`keep_weights` of a search says how many of its best runs do"
             )
-        if self._fetch is None:
-            accepted = "a file as `einsum-nas download` writes it: no `Client` has asked"
-            raise InvalidInput("file", None, accepted)
-        with TemporaryDirectory(prefix="einsum-nas-weights-") as folder:
-            path = Path(folder) / "model.safetensors"
-            with path.open("wb") as into:
-                self._fetch(self.weights, into)
-            return load_model(path)
+        if self._model_of is None:
+            accepted = "an answer that a `nas.Client` has asked for; `nas.load_model` reads files"
+            raise InvalidInput("answer", f"one read from elsewhere, of {self.task}", accepted)
+        return self._model_of(self.weights)
 
     def layer(self, d_in: int, d_out: int, **options: Any) -> StructuredLinear:
         """A layer of this structure; options as of `nas.layers.layer_of`, among them the heads

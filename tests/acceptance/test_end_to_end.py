@@ -13,7 +13,7 @@ from nas.client import AsyncClient, Client, RemoteSearch, ServiceError
 from nas.errors import Conflict, IdempotencyConflict, InvalidInput, NotFound
 from nas.planning.recipe import stored_recipe
 from nas.tasks import load_data
-from nas.training.weights import run_of
+from nas.training.weights import load_model, run_of
 from tests.support.commands import execute
 from tests.support.services import Service
 from tests.support.small import SMALL_SEARCH
@@ -64,7 +64,7 @@ def test_the_best_model_comes_back_trained(
     assert told.items() <= run.items()
     data = load_data(stored_recipe(run["recipe"]), str(text_folder))
     assert data.fingerprint == run["fingerprint"]
-    for model in (best.model(), best.model(file)):
+    for model in (best.model(), load_model(file)):
         loss = validation_loss(model, data.recipe, (data.train, data.validation))
         assert loss == pytest.approx(trial["loss"], rel=1e-5)
     other = next(t["id"] for t in trials if t["id"] != best.weights)

@@ -119,7 +119,7 @@ def test_an_answer_names_the_run_that_has_them(store: Store) -> None:
     best = completed(store, lease, 1, 2.0, b"abc")
     found = get_best(store, search_id=lease.search_id, train_flops=1e9)
     assert found.weights == best
-    with pytest.raises(InvalidInput, match="no `Client` has asked"):
+    with pytest.raises(InvalidInput, match="one read from elsewhere"):
         found.model()
 
 
