@@ -48,7 +48,7 @@ class SelfGuided:
     model, guide and optimiser again and load the state of each, that of the guide first.
 
     Copy a model together with its guide: ``deepcopy((model, guide))``.  DistributedDataParallel
-    sends all buffers, W among them, at each step unless it is given ``broadcast_buffers=False``.
+    needs ``broadcast_buffers=False``: it sends W at each step otherwise, and fails once W is gone.
 
     Raises
     ------
