@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-answers bench-faults bench-edge bench-gpu bench-search einbench serve clean browser
+.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-from-dense bench-answers bench-faults bench-edge bench-gpu bench-search einbench serve clean browser
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -66,6 +66,9 @@ bench-training: $(VENV)/.dev  ## published regression, learning rates across wid
 	$(BIN)/python -m benchmarks.science.published
 	$(BIN)/python -m benchmarks.science.rates
 	$(BIN)/python -m benchmarks.science.families
+
+bench-from-dense: $(VENV)/.dev  ## structured layers from trained dense weights, self-guided and not: 15 minutes on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.from_dense
 
 bench-answers: $(VENV)/.dev  ## fits, answers of known truth, and a million trials: three quarters of an hour
 	$(BIN)/python -m benchmarks.science.coverage

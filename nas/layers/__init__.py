@@ -7,6 +7,7 @@ from nas.layers.chain import ChainLinear
 from nas.layers.convolution import ConvolutionLinear
 from nas.layers.counting import forward_flops
 from nas.layers.einsum import EinsumLinear
+from nas.layers.guiding import SelfGuided
 from nas.layers.kernels.machine import use_measured_rates
 from nas.layers.kernels.measuring import remember_plans, remembered_plans
 from nas.layers.kernels.plan import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "MixtureFFN",
     "MixtureLinear",
     "Plan",
+    "SelfGuided",
     "StructuredLinear",
     "Surgery",
     "auxiliary_loss",

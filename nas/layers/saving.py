@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nas.errors import InvalidInput
 from nas.layers.base import RECORD, StructuredLinear
+from nas.layers.guiding import is_guided
 from nas.layers.record import LayerRecord
 from nas.layers.surgery import rebuild
 
@@ -42,10 +43,14 @@ def save(
     Raises
     ------
     InvalidInput
-        A path that is neither.
+        A path that is neither; a model in the warm-up of `SelfGuided`.
     OSError
         It cannot be written.
     """
+    if guided := [name for name, module in model.named_modules() if is_guided(module)]:
+        got = f"one in its warm-up, with dense weights in {_some(guided)}"
+        accepted = "one whose guide has ended; torch.save the state_dict of both to resume"
+        raise InvalidInput("model", got, accepted)
     if Path(path).suffix == ".safetensors":
         import safetensors.torch  # where it is used, for layers run without
 

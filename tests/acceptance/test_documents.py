@@ -40,6 +40,7 @@ EXPECTED: dict[str, list[list[str]]] = {
         [f"{Structure.of(BTT, 768, 3072).macs} "],
         ["of the weight's norm is lost"],
         ["transformer.h.1.mlp.c_proj", "left out: lm_head: not selected"],
+        ["whole model", "0.0 Sequential(", "EinsumLinear(theta="],
         ["dense: 524,288", "monarch: "],
         ["EinsumLinear(theta=1/2,0,1/2,0,1/2,1/2,0, d_in=128, d_out=512"],
         ["trainable params: 16,384", "['default']"],
