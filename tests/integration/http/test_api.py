@@ -665,7 +665,7 @@ def test_the_openapi_document_describes_every_route(client: TestClient) -> None:
         "/v1/searches/{search_id}/resume", "/v1/searches/{search_id}/retry", "/v1/workers",
         "/v1/audit", "/v1/searches/{search_id}/export",
         "/v1/searches/{search_id}/events", "/v1/searches/{search_id}/trials", "/v1/structures",
-        "/v1/tasks", "/v1/trials/{trial_id}",
+        "/v1/tasks", "/v1/trials/{trial_id}", "/v1/trials/{trial_id}/weights",
     }  # fmt: skip
     body = document["paths"]["/v1/searches"]["post"]["requestBody"]
     assert "train_flops" in json.dumps(body)
