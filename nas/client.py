@@ -14,7 +14,7 @@ import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from operator import itemgetter
 from pathlib import Path
@@ -124,10 +124,22 @@ _frontier = FrontierAnswer.model_validate
 _items = cast("Callable[[dict[str, Any]], list[dict[str, Any]]]", itemgetter("items"))
 
 
+@dataclass(frozen=True)
+class _Models:
+    """Gives an answer the trained model of a trial; answers are equal whoever has asked."""
+
+    client: Client | AsyncClient = field(compare=False)
+
+    def __call__(self, trial_id: int) -> nn.Module:
+        if isinstance(self.client, Client):
+            return self.client.model(trial_id)
+        accepted = "`await client.model(answer.weights)` of the client that has asked"
+        raise InvalidInput("answer", "one of an AsyncClient", accepted)
+
+
 def _best(client: Client | AsyncClient, data: dict[str, Any]) -> Answer:
     answer = Answer.model_validate(data)
-    if isinstance(client, Client):
-        answer._model_of = client.model
+    answer._model_of = _Models(client)
     return answer
 
 
@@ -705,6 +717,16 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
                 return sum([into.write(part) async for part in response.aiter_bytes()])
         except httpx.HTTPError as error:
             raise _unreachable(call, self.url, error) from error
+
+    async def model(self, trial_id: int) -> nn.Module:
+        """The trained model of a trial at its last step, downloaded; see `Client.model`."""
+        from nas.training.weights import load_model
+
+        with TemporaryDirectory(prefix="einsum-nas-weights-") as folder:
+            file = Path(folder) / "model.safetensors"
+            with file.open("wb") as into:
+                await self.weights(trial_id, into)
+            return load_model(file)
 
     async def send(self, call: _Call[_T]) -> _T:
         """One request; problems become the errors of `nas.errors`."""

@@ -140,6 +140,10 @@ def test_the_asynchronous_client_is_the_same(
             task = f"text@{finished_search.data['task_fingerprint']}"
             best = await client.best(task=task, train_flops=budget)
             assert best == finished_search.client.best(task=task, train_flops=budget)
+            assert best.weights is not None
+            with pytest.raises(InvalidInput, match="await client.model"):
+                best.model()
+            assert not (await client.model(best.weights)).training
             assert await client.frontier(task=task) == finished_search.client.frontier(task=task)
             assert await client.tasks() == finished_search.client.tasks()
             ids = [s["id"] async for s in client.searches()]
