@@ -76,6 +76,10 @@ class BlastLinear(StructuredLinear):
             _structure(blast, d_in, d_out), d_in, d_out, bias,
             zero_init, normalize, gain, d_in_base, plan, device, dtype,
         )  # fmt: skip
+        s = self.structure
+        # looked up here, since compiled code cannot
+        self._columns, self._block_in, self._padded_out = s.columns, s.block_in, s.padded_out
+        self._padding = s.padded_in - s.d_in
 
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
         return self.structure.shapes
@@ -85,23 +89,23 @@ class BlastLinear(StructuredLinear):
         return self.plain(x.to(dtype), [f.to(dtype) for f in factors]).contiguous()
 
     def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        s, (v, mix, u) = self.structure, factors
-        if s.padded_in > s.d_in:
-            x = functional.pad(x, (0, s.padded_in - s.d_in))
-        z = x.reshape(-1, s.columns, s.block_in)  # (tokens, columns, n)
+        v, mix, u = factors
+        if self._padding:
+            x = functional.pad(x, (0, self._padding))
+        z = x.reshape(-1, self._columns, self._block_in)  # (tokens, columns, n)
         # tokens stay innermost between the products, so that none of them copies its inputs
         z = torch.bmm(v, z.permute(1, 2, 0))  # (columns, r, tokens)
         w = torch.bmm(mix, z.transpose(0, 1))  # (r, rows, tokens)
         y = torch.bmm(w.permute(1, 2, 0), u.transpose(1, 2))  # (rows, tokens, m)
-        y = y.transpose(0, 1).reshape(-1, s.padded_out)
-        return y[:, : s.d_out] if s.padded_out > s.d_out else y
+        y = y.transpose(0, 1).reshape(-1, self._padded_out)
+        return y[:, : self.out_features] if self._padded_out > self.out_features else y
 
     def matrices(self, factors: Sequence[Tensor]) -> Tensor:
-        s, (v, mix, u) = self.structure, factors
+        v, mix, u = factors
         # diag(s_ij) V_jᵀ of a whole block row, (layers, rows, r, columns · n)
         right = torch.einsum("zkij,zjkn->zikjn", mix, v).flatten(3)
         w = torch.matmul(u, right).flatten(1, 2)
-        return w[:, : s.d_out, : s.d_in]
+        return w[:, : self.out_features, : self.in_features]
 
     def _checked_plan(self, value: object) -> str:
         if value != _PLAN:
