@@ -7,7 +7,8 @@ W is a grid of blocks, about b × b with b = L^blocks and L = min(d_in, d_out). 
 with U_i (m, r) shared by a block row, V_j (n, r) by a block column, and s_ij of r = L^rho numbers.
 It is a chain of three factors V, S, U (`nas.designs.chain`), except that one rank axis joins all
 three.  One block is low-rank with a diagonal between its factors.  The default, b = r = √L, has
-full rank, in a square layer at one and a half times Monarch's compute.
+full rank up to the rounding of b and r, in a square layer at one and a half times Monarch's
+compute.
 Source: Lee, Kwon, Qu and Kim, arXiv:2410.21262, section 2.
 
 Sizes: of the whole numbers near L^blocks the one that pads least decides the sides
