@@ -176,6 +176,11 @@ class StructureOut(_Out, extra="allow"):
     channels_in: int = 0
     channels_out: int = 0
     taps: int = 0
+    blast: str = ""
+    rows: int = 0
+    columns: int = 0
+    block_out: int = 0
+    block_in: int = 0
 
 
 class RecipeOut(_Out):

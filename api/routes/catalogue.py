@@ -19,6 +19,7 @@ _RULES = {
     "theta": "text that names a structure",
     "mixture": "text that names a mixture",
     "convolution": "text that names a convolution",
+    "blast": "text that names a BLAST matrix",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
     "heads": "only with two factors and mixtures of them",

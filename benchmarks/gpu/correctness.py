@@ -25,6 +25,7 @@ from benchmarks.kernels.papers import one_einsum
 from nas.designs.einsum import Structure
 from nas.errors import InvalidInput
 from nas.layers import (
+    BlastLinear,
     ChainLinear,
     ConvolutionLinear,
     EinsumLinear,
@@ -56,6 +57,7 @@ _THETAS = (
 )  # fmt: skip
 _CHAINS = ("btt:cores=3,rho=1/8",)
 _CONVOLUTIONS = ("convolution:kernel=1/2",)
+_BLASTS = ("blast", "blast:blocks=1/4,rho=1/2")
 _MIXTURES = ("btt-moe", "low-rank-moe", "dense-moe")
 _TOY = ("low-rank:rho=1/2", "btt-moe:experts=4,active=2")
 #: Tokens of a tile where there are several.
@@ -95,7 +97,7 @@ def run(part: Part) -> None:
     found = [
         itertools.chain(
             _einsums(*shape, tokens), _mixtures(*shape, tokens), _chains(*shape),
-            _convolutions(*shape),
+            _convolutions(*shape), _blasts(*shape),
         )
         for shape in shapes
     ]  # fmt: skip
@@ -330,6 +332,24 @@ def _convolutions(d_in: int, d_out: int) -> Iterator[Case]:
             make=partial(ConvolutionLinear, text, d_in, d_out, False),
             true=true,
             plans=lambda *_: {"conv1d": True},
+        )  # fmt: skip
+
+
+def _blasts(d_in: int, d_out: int) -> Iterator[Case]:
+    for text in _BLASTS:
+        s = BlastLinear(text, d_in, d_out, device="meta").structure
+
+        def true(leaves: Leaves, s: Any = s) -> Tensor:
+            x = functional.pad(leaves["x"], (0, s.padded_in - s.d_in))
+            z = x.view(-1, s.columns, s.block_in)
+            w = torch.einsum("jkq,kij,njq->nik", leaves["V"], leaves["S"], z)
+            return torch.einsum("ipk,nik->nip", leaves["U"], w).flatten(1)[:, : s.d_out]
+
+        yield Case(
+            text, d_in, d_out,
+            make=partial(BlastLinear, text, d_in, d_out, False),
+            true=true,
+            plans=lambda *_: {"batched": True},
         )  # fmt: skip
 
 

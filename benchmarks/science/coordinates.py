@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.reporting import report
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
-#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, and two without a name
+#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, two BLAST
 STRUCTURES = (
     "dense",
     "monarch",
@@ -31,6 +31,8 @@ STRUCTURES = (
     "tensor-train:rho=1/4",
     "1/2,0,1/2,1/4,1/2,1/4,0",
     "1/2,1/4,1/4,1/4,1/2,1/4,0",
+    "blast",
+    "blast:blocks=1/4,rho=1/2",
 )
 
 

@@ -37,8 +37,8 @@ class Aligned(Design):
     Raises
     ------
     InvalidInput
-        A design without blocks: dense, three or more factors, a convolution, experts that are
-        dense or whole feed-forward blocks.
+        A design without blocks of heads: dense, three or more factors, a convolution, BLAST,
+        experts that are dense or whole feed-forward blocks.
     """
 
     of: Design

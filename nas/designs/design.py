@@ -43,18 +43,18 @@ class Design(Protocol):
     @property
     def family(self) -> str:
         """einsum | einsum3 … | btt-moe | low-rank-moe | dense-moe | ffn-moe | einsum-moe |
-        convolution.  The number after ``einsum`` is that of factors, 2 unless given."""
+        convolution | blast.  The number after ``einsum`` is that of factors, 2 unless given."""
 
     @property
     def kind(self) -> str:
         """What a picture calls it: dense | two factors | three factors … | mixture of experts |
-        convolution."""
+        convolution | blast."""
         return self.family
 
     @property
     def exponents(self) -> tuple[float, ...]:
         """θ: 7 numbers for two factors and mixtures of them, more for a chain, none for a
-        convolution and for experts that are feed-forward blocks."""
+        convolution, BLAST and experts that are feed-forward blocks."""
         return ()
 
     def canonical(self) -> Design:

@@ -2,6 +2,7 @@
 
 from nas.layers.adapters import load_lora, lora_config
 from nas.layers.base import StructuredLinear
+from nas.layers.blast import BlastLinear
 from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
 from nas.layers.convolution import ConvolutionLinear
@@ -22,6 +23,7 @@ from nas.layers.saving import load, save
 from nas.layers.surgery import Surgery, replace_linears
 
 __all__ = [
+    "BlastLinear",
     "ChainLinear",
     "ConvolutionLinear",
     "EinsumLinear",

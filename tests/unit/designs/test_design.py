@@ -50,6 +50,7 @@ DESIGNS = (
     "dense-moe:experts=4,active=2",
     "ffn-moe:experts=4,active=2",
     "convolution:kernel=1/2",
+    "blast:blocks=1/4,rho=1/2",
 )
 designs = pytest.mark.parametrize("text", DESIGNS)
 
@@ -78,6 +79,7 @@ def test_names_families_and_kinds() -> None:
     assert found["btt-moe:experts=4,active=2@heads"] == ("btt-moe", "mixture of experts")
     assert found["ffn-moe:experts=4,active=2"] == ("ffn-moe", "mixture of experts")
     assert found["convolution:kernel=1/2"] == ("convolution", "convolution")
+    assert found["blast:blocks=1/4,rho=1/2"] == ("blast", "blast")
     assert parse_design("monarch@heads").name == "monarch@heads"
     assert len(parse_design("btt:cores=3").exponents) == 14
     assert parse_design("convolution").exponents == ()

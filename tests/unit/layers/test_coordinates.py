@@ -7,14 +7,24 @@ from dataclasses import replace
 import pytest
 
 from tests.support.coordinates import RECIPE, feature_updates, spread
-from tests.support.tiers import thinned
+from tests.support.tiers import only
 
 WIDTHS = (64, 1024)
 
 
 @pytest.mark.parametrize(
     "structure",
-    thinned(["monarch", "2/3,0,1/3,0,1/3,2/3,0", "1/2,0,1/2,1/4,1/2,1/4,0", "kronecker"], 1),
+    only(
+        {"monarch", "blast"},
+        [
+            "monarch",
+            "2/3,0,1/3,0,1/3,2/3,0",
+            "1/2,0,1/2,1/4,1/2,1/4,0",
+            "kronecker",
+            "blast",
+            "blast:blocks=1/4,rho=1/2",
+        ],
+    ),
 )
 def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     structure: str,
