@@ -141,7 +141,7 @@ def test_the_asynchronous_client_is_the_same(
             best = await client.best(task=task, train_flops=budget)
             assert best == finished_search.client.best(task=task, train_flops=budget)
             assert best.weights is not None
-            with pytest.raises(InvalidInput, match="await client.model"):
+            with pytest.raises(InvalidInput, match=r"await client\.model"):
                 best.model()
             assert not (await client.model(best.weights)).training
             assert await client.frontier(task=task) == finished_search.client.frontier(task=task)
