@@ -101,6 +101,15 @@ class StructuredLinear(nn.Module):
         their order, then others, None for one that this layer does not have."""
         raise NotImplementedError
 
+    def blocks(self, factor: str, t: Tensor) -> Tensor:
+        """A factor, or what has its shape, as the matrices by which it multiplies where factors are
+        contracted in their order: (..., its shape) → (..., blocks, f_out, f_in), a view."""
+        fan_in, fan_out = self.structure.fans(factor)
+        lead = t.shape[: t.dim() - self.factors()[factor].dim()]
+        if factor == self.structure.factors[0]:
+            return t.view(*lead, -1, fan_out, fan_in)
+        return t.view(*lead, -1, fan_in, fan_out).mT  # later ones are stored the other way round
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the factors anew: normal, std sqrt(min(f_in, f_out)) / f_in."""

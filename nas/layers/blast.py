@@ -84,6 +84,10 @@ class BlastLinear(StructuredLinear):
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
         return self.structure.shapes
 
+    def blocks(self, factor: str, t: Tensor) -> Tensor:
+        """A factor as its matrices (..., blocks, f_out, f_in), as which it is stored."""
+        return t
+
     def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         dtype = autocast_dtype(x.device, factors[0].dtype)
         return self.plain(x.to(dtype), [f.to(dtype) for f in factors]).contiguous()

@@ -71,6 +71,10 @@ class ConvolutionLinear(StructuredLinear):
         s = self.structure
         return {"A": (s.channels_out, s.channels_in, s.taps)}
 
+    def blocks(self, factor: str, t: Tensor) -> Tensor:
+        """The kernel as the matrix of a position, (..., 1, channels_out, channels_in · taps)."""
+        return t.flatten(-2).unsqueeze(-3)
+
     def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         (kernel,) = factors
         dtype = autocast_dtype(x.device, kernel.dtype)

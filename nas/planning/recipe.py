@@ -42,7 +42,7 @@ _OF_SOME = {
 }  # fmt: skip
 #: Settings that are stored where they are not these: fingerprints of tasks and runs depend on what
 #: is stored, and most are of before these settings.
-_LEFT_OUT = {"ranks": 1, "sharding": "none"}
+_LEFT_OUT = {"ranks": 1, "sharding": "none", "optimizer": "adamw"}
 
 
 def _no_truth(given: Any) -> Any:
@@ -91,7 +91,9 @@ class Recipe:
     bias: bool
     #: whether the factors of structured layers are capped at their initial RMS
     normalize: Annotated[bool, Field(strict=True), BeforeValidator(_as_truth)]
-    #: Adam learning rate at the base width
+    #: what trains the factors of structured layers, dense ones included; AdamW trains all else
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    #: Adam learning rate at the base width; Muon's follows from it, see `nas.training.muon`
     lr: _Real = Field(ge=1e-12, le=1e30)
     beta1: _Decay = 0.9
     beta2: _Decay
@@ -142,6 +144,8 @@ class Recipe:
             raise InvalidInput("batch", self.batch, accepted)
         if self.batch % self.ranks:
             raise InvalidInput("ranks", self.ranks, f"a divisor of batch, {self.batch}")
+        if self.optimizer == "muon" and self.ranks > 1:
+            raise InvalidInput("optimizer", self.optimizer, "adamw with more than one rank")
         if self.sharding == "full" and self.ranks == 1:
             raise InvalidInput("sharding", self.sharding, "none with ranks=1")
 
@@ -204,8 +208,8 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; `stored_recipe` reads them.
 
-        With every setting of `SETTINGS`, but `ranks` and `sharding` only where they are not 1 and
-        none.
+        With every setting of `SETTINGS`, but those of `_LEFT_OUT` only where they have other
+        values than there.
         """
         values = dict.fromkeys(f.name for f in fields(Recipe)) | _OF_SOME | asdict(self)
         return {n: v for n, v in values.items() if n not in _LEFT_OUT or v != _LEFT_OUT[n]}

@@ -173,4 +173,5 @@ def _fingerprints(store: Store, card: TaskCard) -> list[dict[str, Any]]:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Every setting of a recipe, those too that are not stored where they have their defaults."""
-    return recipe.as_dict() | {"ranks": recipe.ranks, "sharding": recipe.sharding}
+    later = {"ranks": recipe.ranks, "sharding": recipe.sharding, "optimizer": recipe.optimizer}
+    return recipe.as_dict() | later

@@ -17,6 +17,7 @@ from nas.layers.building import matrix_pays, plan_text
 from nas.planning.cost import structures_of
 from nas.planning.recipe import PluginRecipe, Recipe
 from nas.planning.runs import RunPlan
+from nas.training.muon import WithMuon, split_groups
 from nas.training.separate import Separate
 from nas.training.stacked import STACKED, Stacked
 from nas.training.tasks import build_model, learning_rates, task_of
@@ -113,30 +114,41 @@ class Engine:
             for group in learning_rates(models[0], recipe, plan.width)
             if (trained := [p for p in group["params"] if p.requires_grad])
         ]
+        others: list[dict[str, Any]] = []
+        if recipe.optimizer == "muon":
+            groups, others = split_groups(models[0], groups, recipe.lr)
+            # it looks at its rates on the host, and leaves them there
+            execution = replace(execution, graphs=False)
         models = [m.to(execution.device) for m in models]
         self.stacked: Stacked | Separate
         if isinstance(recipe, PluginRecipe):
             # what code of others does is not known to compile, nor to be the same when replayed
             execution = replace(execution, compile=False, graphs=False)
-            self.stacked = Separate(models, groups, layer_plans, seeds)
+            self.stacked = Separate(models, [*groups, *others], layer_plans, seeds)
         else:
-            self.stacked = Stacked(models, groups, layer_plans)
+            self.stacked = Stacked(models, [*groups, *others], layer_plans)
         self._execution = execution
-        self._rates = [group["lr"] for group in groups]
+        self._rates = [group["lr"] for group in (*groups, *others)]
         on_gpu = execution.device.startswith("cuda")
         rates = [
-            torch.tensor(rate, device=execution.device) if on_gpu else rate for rate in self._rates
+            torch.tensor(rate, device=execution.device) if on_gpu else rate
+            for rate in self._rates[: len(groups)]
         ]
-        self.optimizer = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             [
                 {"params": [p], "lr": rate}
-                for p, rate in zip(self.stacked.parameters, rates, strict=True)
+                for p, rate in zip(self.stacked.parameters, rates, strict=False)
             ],
             betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
             fused=True,
             capturable=on_gpu,
         )
+        self.optimizer: torch.optim.Optimizer | WithMuon = adamw
+        if others:
+            self.optimizer = WithMuon(
+                adamw, models[0], self.stacked, self._rates[len(groups) :], recipe
+            )
         self._factor = 1.0
         self._forward = torch.compile(self._losses) if execution.compile else self._losses
         self._graph: _Captured | None = None
@@ -242,9 +254,13 @@ class Engine:
             parameters, saved["parameters"], saved["optimizer"], strict=True
         ):
             parameter.copy_(value[at])
-            self.optimizer.state[parameter] = {
+            own = {
                 name: (t[at] if t.dim() else t).to(parameter.device) for name, t in state.items()
             }
+            if isinstance(self.optimizer, WithMuon):
+                self.optimizer.load(parameter, own)
+            else:
+                self.optimizer.state[parameter] = own
         self.stacked.load_extra_state(saved, runs)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -22,6 +23,18 @@ _BURST = 20
 _MIN_TIMED = 5
 
 
+class Optimized(Protocol):
+    """What an optimiser holds; those of torch are such, and `nas.training.muon.WithMuon`."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Mapping[Any, Mapping[str, Any]]: ...
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None: ...
+
+
 class CostMeter:
     """Measures the steps of one run; changes nothing that they compute."""
 
@@ -35,7 +48,7 @@ class CostMeter:
         self._runs = 1
 
     @contextmanager
-    def step(self, optimizer: torch.optim.Optimizer, runs: int = 1) -> Iterator[None]:
+    def step(self, optimizer: Optimized, runs: int = 1) -> Iterator[None]:
         """Around one training step of several runs, from its forward pass to its update."""
         self._done += 1
         self._runs = runs
@@ -49,7 +62,7 @@ class CostMeter:
             if self._done > _WARM_UP:
                 self._seconds.append(time.perf_counter() - started)
 
-    def _gpu_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def _gpu_step(self, optimizer: Optimized) -> Iterator[None]:
         if self._done == _RECORDED:
             yield from self._recorded_gpu_step(optimizer)
             return
@@ -61,14 +74,14 @@ class CostMeter:
             torch.cuda.synchronize()
             self._seconds = [(time.perf_counter() - self._started) / _BURST]
 
-    def _recorded_gpu_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def _recorded_gpu_step(self, optimizer: Optimized) -> Iterator[None]:
         optimizer.zero_grad(set_to_none=True)
         held, before = _bytes_held(optimizer), torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         self._peak = held + torch.cuda.max_memory_allocated(self._device) - before
 
-    def _recorded_step(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def _recorded_step(self, optimizer: Optimized) -> Iterator[None]:
         # gradients of the step before would be freed unseen
         optimizer.zero_grad(set_to_none=True)
         held = _bytes_held(optimizer)
@@ -90,7 +103,7 @@ class CostMeter:
         return MeasuredCost(seconds, None if self._peak is None else self._peak // self._runs)
 
 
-def _bytes_held(optimizer: torch.optim.Optimizer) -> int:
+def _bytes_held(optimizer: Optimized) -> int:
     """Parameters and optimiser state."""
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     tensors += [

@@ -21,7 +21,7 @@ from nas.planning.runs import RunPlan, evaluation_steps
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, Engine, Execution, execution_plans
-from nas.training.metering import CostMeter
+from nas.training.metering import CostMeter, Optimized
 from nas.training.tasks import task_of
 from nas.training.weights import Keeping
 
@@ -160,7 +160,7 @@ class Trainer(Protocol):
     """What takes the steps of runs; see `nas.training.engine.Engine`."""
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
+    def optimizer(self) -> Optimized: ...
 
     def set_rate(self, factor: float) -> None: ...
 

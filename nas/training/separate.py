@@ -74,16 +74,20 @@ class Separate:
                 for (name, shape), piece in zip(layout, torch.split(row, sizes), strict=True):
                     values[name] = piece.view(shape)
 
+    def views(self, index: int) -> Iterator[tuple[list[str], Tensor]]:
+        """As `nas.training.stacked.Stacked.views`, each parameter alone."""
+        layout, whole = self._layout[index], self.parameters[index].detach()
+        sizes = [shape.numel() for _, shape in layout]
+        for (name, shape), piece in zip(layout, torch.split(whole, sizes, dim=1), strict=True):
+            yield [name], piece.view(self.count, 1, *shape)
+
     @torch.no_grad()
     def model_of(self, run: int) -> nn.Module:
         """The model of a run with its parameters as they are now."""
         named = dict(self._models[run].named_parameters())
-        for parameter, layout in zip(self.parameters, self._layout, strict=True):
-            sizes = [shape.numel() for _, shape in layout]
-            for (name, shape), piece in zip(
-                layout, torch.split(parameter[run], sizes), strict=True
-            ):
-                named[name].copy_(piece.view(shape))
+        for index in range(len(self.parameters)):
+            for (name,), values in self.views(index):
+                named[name].copy_(values[run, 0])
         return self._models[run]
 
     def run(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ the others as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -266,15 +266,22 @@ class Stacked:
         rows = t.shape[axis] // len(stack.members)
         return list(torch.split(t, [size * rows for size in stack.parts], dim=axis))
 
+    def views(self, index: int) -> Iterator[tuple[list[str], Tensor]]:
+        """(names, (R, names, ...)) of the parameters that lie in `parameters[index]`; they have its
+        memory."""
+        slots, whole = self._layout[index], self.parameters[index].detach()
+        for slot, piece in zip(
+            slots, torch.split(whole, [s.numel for s in slots], dim=1), strict=True
+        ):
+            yield slot.names, piece.view(self.count, len(slot.names), *slot.shape)
+
     @torch.no_grad()
     def model_of(self, run: int) -> nn.Module:
         """A model with the parameters of a run as they are now; until the next call."""
         named = dict(self.model.named_parameters())
-        for parameter, slots in zip(self.parameters, self._layout, strict=True):
-            for slot, piece in zip(
-                slots, torch.split(parameter[run], [s.numel for s in slots]), strict=True
-            ):
-                for name, value in zip(slot.names, piece.view(-1, *slot.shape), strict=True):
+        for index in range(len(self.parameters)):
+            for names, values in self.views(index):
+                for name, value in zip(names, values[run], strict=True):
                     named[name].copy_(value)
         return self.model
 
