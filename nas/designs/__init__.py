@@ -15,6 +15,8 @@ for _module in (
     "chain_structure",
     "mixture",
     "convolution",
+    "block_sparse",
+    "sum",
 ):
     register(resolve_name(f"nas.designs.{_module}:FAMILY"))
 for _entry in entry_points(group="einsum_nas.families"):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nas.designs.taxonomy import parse_theta
-from nas.layers import EinsumLinear
+from nas.designs.design import parse_design
+from nas.layers import StructuredLinear
 from nas.planning.recipe import REGRESSION, Recipe
 from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
@@ -35,7 +35,7 @@ def feature_updates(
         of a dense layer of the same dimensions, lr · d_in_base / d_in.
     """
     torch.manual_seed(seed)
-    model = build_model(recipe, parse_theta(structure), width)
+    model = build_model(recipe, parse_design(structure), width)
     optimizer = _aware(model, recipe, width) if aware else _blind(model, recipe)
     data = load_data(recipe)
     draw = training_batches(recipe, data.train)
@@ -62,7 +62,7 @@ def _blind(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     head = model.get_parameter("head.weight")
     rates = {head: recipe.base_width / head.shape[1]}
     for layer in model.modules():
-        if isinstance(layer, EinsumLinear):
+        if isinstance(layer, StructuredLinear):
             rates |= dict.fromkeys(layer.factors().values(), layer.d_in_base / layer.in_features)
     groups = [{"params": [p], "lr": recipe.lr * rates.get(p, 1.0)} for p in model.parameters()]
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0)
@@ -75,7 +75,7 @@ def _features(model: nn.Module, x: Tensor) -> list[Tensor]:
     hooks = [
         layer.register_forward_hook(lambda _m, _i, out: kept.append(out.clone()))
         for layer in last.modules()
-        if isinstance(layer, EinsumLinear)
+        if isinstance(layer, StructuredLinear)
     ]
     model(x)
     for hook in hooks:
