@@ -19,6 +19,8 @@ _RULES = {
     "theta": "text that names a structure",
     "mixture": "text that names a mixture",
     "convolution": "text that names a convolution",
+    "block_sparse": "text that names a pattern of blocks, with exponents from 0 to 1",
+    "sum": "text of a sum of two designs, or of one with a name",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
     "heads": "only with two factors and mixtures of them",

@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.reporting import report
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
-#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, and two without a name
+#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, and then
+#: a block-sparse matrix and sums
 STRUCTURES = (
     "dense",
     "monarch",
@@ -31,6 +32,10 @@ STRUCTURES = (
     "tensor-train:rho=1/4",
     "1/2,0,1/2,1/4,1/2,1/4,0",
     "1/2,1/4,1/4,1/4,1/2,1/4,0",
+    "block-sparse:pattern=butterfly,blocks=1/2",
+    "pixelfly:rank=1/2,blocks=1/2",
+    "lost:rank=1/2,channels=1/2",
+    "sum(monarch;btt:cores=3,rho=1/8)",
 )
 
 

@@ -88,7 +88,7 @@ def search(
         typer.Option(
             metavar="A,B",
             help="Families to search: einsum, btt-moe, low-rank-moe, dense-moe, ffn-moe, "
-            "convolution; by default einsum.",
+            "convolution, block-sparse, lost, pixelfly; by default einsum.",
         ),
     ] = None,
     factors: Annotated[

@@ -32,7 +32,7 @@ from nas.designs.chain import (
     split_axes,
     without_first,
 )
-from nas.designs.design import LOWERED_SHARES, BlockOf, Choices, Design, Family, Proposals
+from nas.designs.design import BlockOf, Choices, Design, Family, Proposals
 from nas.designs.einsum import Structure, fingerprint, fit_theta, theta_of, with_zero
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import DENSE, Theta
@@ -574,11 +574,15 @@ def _fit(theta: ChainTheta, width: int, block: BlockOf) -> Design:
     found = theta.canonical()
     if isinstance(found, Theta):
         return fit_theta(found, width, block)
-    for share in LOWERED_SHARES:
+    for share in _RANK_SHARES:
         lowered = _lowered(found, share)
         if not any(s.is_degenerate for s in block(lowered)):
             return lowered
     return DENSE
+
+
+#: Shares of its rank exponents that a chain is tried with.
+_RANK_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0)
 
 
 def _lowered(theta: ChainTheta, share: float) -> ChainTheta:

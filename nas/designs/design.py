@@ -183,15 +183,15 @@ def family_of(design: Design) -> Family:
     return _FAMILIES[type(design)]
 
 
-#: Shares of its exponents that a design is tried with.
-LOWERED_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0)
+#: Steps in which the exponents of a design are lowered to 0.
+_LOWERINGS = 20
 
 
 def fit_by_lowering(design: Design, block: BlockOf) -> Design:
     """The design lowered until no layer is degenerate; dense where none is left, or all are."""
     found = design.canonical()
-    for share in LOWERED_SHARES:
-        lowered = family_of(found).lowered(found, share)
+    for step in range(_LOWERINGS + 1):
+        lowered = family_of(found).lowered(found, 1 - step / _LOWERINGS)
         structures = block(lowered)
         if not any(s.is_degenerate for s in structures):
             return DENSE if all(s.is_dense for s in structures) else lowered

@@ -3,9 +3,9 @@
 ``lost:rank=1/2,channels=1/2`` is low-rank plus evenly spaced input channels, after LOST
 (arXiv:2508.02668); ``pixelfly:rank=1/2,blocks=1/2,stride=1`` is low-rank plus the flat block
 butterfly, after Pixelated Butterfly (arXiv:2112.00029).  `nas.designs.block_sparse` says what of
-the papers' rules the sparse parts keep.  The parts are added as they are, without the learned weight
-between them that pixelfly's paper has.  MACs and parameters are those of both parts; the additions,
-like those of a bias, are not charged.  1 MAC = 2 FLOPs.
+the papers' rules the sparse parts keep.  The parts are added as they are, without the learned
+weight between them that the paper of pixelfly has.  MACs and parameters are those of both parts;
+the additions, like those of a bias, are not charged.  1 MAC = 2 FLOPs.
 
 Initialisation: each part as on its own, over √2.  The parts are drawn apart, so that the variances
 of their outputs add, and the sum has the mean of what they have alone, (v1 + v2) / 2: that of one

@@ -7,14 +7,25 @@ from dataclasses import replace
 import pytest
 
 from tests.support.coordinates import RECIPE, feature_updates, spread
-from tests.support.tiers import thinned
+from tests.support.tiers import only
 
 WIDTHS = (64, 1024)
 
 
 @pytest.mark.parametrize(
     "structure",
-    thinned(["monarch", "2/3,0,1/3,0,1/3,2/3,0", "1/2,0,1/2,1/4,1/2,1/4,0", "kronecker"], 1),
+    only(
+        {"monarch", "pixelfly:rank=1/4,blocks=3/4"},
+        [
+            "monarch",
+            "2/3,0,1/3,0,1/3,2/3,0",
+            "1/2,0,1/2,1/4,1/2,1/4,0",
+            "kronecker",
+            "block-sparse:blocks=1/2,stride=0",
+            "pixelfly:rank=1/4,blocks=3/4",
+            "sum(monarch;btt:cores=3,rho=1/8)",
+        ],
+    ),  # fmt: skip
 )
 def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     structure: str,
@@ -23,6 +34,11 @@ def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     blind = [feature_updates(RECIPE, structure, w, aware=False) for w in WIDTHS]
     assert spread(aware) < 2
     assert spread(blind) > 2.5
+
+
+@pytest.mark.parametrize("structure", only({"lost"}, ["lost", "pixelfly", "block-sparse"]))
+def test_feature_updates_of_sums_and_sparse_layers_are_flat_over_widths(structure: str) -> None:
+    assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) < 2
 
 
 def test_feature_updates_are_flat_over_depths() -> None:

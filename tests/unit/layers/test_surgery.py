@@ -915,7 +915,9 @@ def test_layers_of_a_surgery_in_inference_mode_can_be_trained() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("design", ["monarch", "btt:cores=3,rho=1/8", "convolution:kernel=1/2"])
+@pytest.mark.parametrize(
+    "design", ["monarch", "btt:cores=3,rho=1/8", "convolution:kernel=1/2", "pixelfly"]
+)
 def test_reading_the_weight_tells_what_to_do(design: str) -> None:
     model = mlp()
     replace_linears(model, design)
