@@ -95,8 +95,8 @@ class BlockSparseLinear(StructuredLinear):
         blocks = stored.view(-1, n, s.block_out, s.in_a_row, s.block_in).transpose(2, 3)
         w = stored.new_zeros(len(stored), n, n, s.block_out, s.block_in)
         w[:, rows, columns] = blocks
-        w = _joined(w.permute(0, 1, 3, 2, 4), s.d_out)
-        return _joined(w.permute(0, 2, 3, 1), s.d_in).transpose(1, 2)
+        w = _joined(w.permute(0, 1, 3, 2, 4), s.d_out, n)
+        return _joined(w.permute(0, 2, 3, 1), s.d_in, n).transpose(1, 2)
 
     def _multiplied(self, x: Tensor, stored: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
@@ -110,7 +110,8 @@ class BlockSparseLinear(StructuredLinear):
             bits = z.reshape(-1, s.blocks // (2 * stride), 2, stride, s.block_in)
             beside.append(bits.flip(2).reshape(-1, s.blocks, s.block_in))
         rows = torch.cat(beside, dim=2).transpose(0, 1)
-        return _joined(torch.bmm(rows, stored.transpose(1, 2)).transpose(0, 1), s.d_out)
+        made = torch.bmm(rows, stored.transpose(1, 2)).transpose(0, 1)
+        return _joined(made, s.d_out, s.blocks)
 
     def _checked_plan(self, value: object) -> str:
         if value != _PLAN:
@@ -126,8 +127,7 @@ class BlockSparseLinear(StructuredLinear):
 
 def _split(x: Tensor, dimension: int, blocks: int) -> Tensor:
     """(n, dimension) → (n, blocks, size); the last blocks are one short, and end in a zero."""
-    size = -(-dimension // blocks)
-    short = blocks * size - dimension
+    size, short = -(-dimension // blocks), -dimension % blocks
     if not short:
         return x.reshape(-1, blocks, size)
     whole = blocks - short
@@ -136,10 +136,9 @@ def _split(x: Tensor, dimension: int, blocks: int) -> Tensor:
     return torch.cat((first, last), dim=1)
 
 
-def _joined(y: Tensor, dimension: int) -> Tensor:
+def _joined(y: Tensor, dimension: int, blocks: int) -> Tensor:
     """(n, blocks, size, ...) → (n, dimension, ...): `_split` undone."""
-    blocks, size = y.shape[1:3]
-    short = blocks * size - dimension
+    short = -dimension % blocks
     if not short:
         return y.flatten(1, 2)
     whole = blocks - short

@@ -18,6 +18,7 @@ from nas.designs.convolution import Convolution, ConvolutionStructure
 from nas.designs.design import Design, inspect_design, parse_design, structure_of
 from nas.designs.einsum import Structure
 from nas.designs.mixture import Mixture
+from nas.designs.structure import LinearStructure
 from nas.designs.sum import Sum, SumStructure, parse_sum
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import DENSE
@@ -355,17 +356,15 @@ def test_outputs_start_with_the_mean_variance_of_the_parts(text: str) -> None:
     structure = SumStructure.of(parse_sum(text), 256, 256)
     x = torch.randn(64, 256)
 
-    def mean_square(layer: torch.nn.Module) -> float:
-        return sum(layer(x).square().mean().item() / 20 for _ in range(20) if _redrawn(layer))
+    def mean_square(part: LinearStructure) -> float:
+        layer, found = build_layer(part, bias=False), []
+        for _ in range(20):
+            layer.reset_parameters()
+            found.append(layer(x).square().mean().item())
+        return math.fsum(found) / len(found)
 
-    alone = [mean_square(build_layer(part, bias=False)) for part in structure.parts]
-    whole = mean_square(build_layer(structure, bias=False))
-    assert whole == pytest.approx(sum(alone) / 2, rel=0.1)
-
-
-def _redrawn(layer: torch.nn.Module) -> bool:
-    layer.reset_parameters()  # type: ignore[operator]
-    return True
+    alone = [mean_square(part) for part in structure.parts]
+    assert mean_square(structure) == pytest.approx(sum(alone) / 2, rel=0.1)
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(512, 512), (128, 512), (512, 128)])

@@ -25,7 +25,7 @@ WIDTHS = (64, 1024)
             "pixelfly:rank=1/4,blocks=3/4",
             "sum(monarch;btt:cores=3,rho=1/8)",
         ],
-    ),  # fmt: skip
+    ),
 )
 def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     structure: str,
