@@ -119,6 +119,16 @@ class FactorOut(_Out):
     shape: list[int] = []
 
 
+class PartOut(_Out):
+    """One of the designs that a sum adds."""
+
+    name: str
+    text: str
+    macs: int
+    params: int
+    fingerprint: str
+
+
 class StructureOut(_Out, extra="allow"):
     """Exact properties of a structure for one layer; the fields depend on its family.
 
@@ -181,6 +191,13 @@ class StructureOut(_Out, extra="allow"):
     columns: int = 0
     block_out: int = 0
     block_in: int = 0
+    pattern: str = ""
+    exponents: dict[str, float] = {}
+    blocks: int = 0
+    blocks_in_a_row: int = 0
+    strides: list[int] = []
+    channel_spacing: int = 0
+    parts: list[PartOut] = []
 
 
 class RecipeOut(_Out):

@@ -33,8 +33,8 @@ from nas.store import AXES, CurvePoint
 _SYMBOLS = {
     "two factors": "circle", "three factors": "diamond", "four factors": "diamond-tall",
     "five factors": "star",
-    "mixture of experts": "square", "convolution": "cross", "blast": "triangle-up",
-    "dense": "circle",
+    "mixture of experts": "square", "convolution": "cross", "blast": "triangle-down",
+    "block-sparse": "triangle-up", "sum": "x", "dense": "circle",
 }  # fmt: skip
 #: Marker of kinds that other packages add.
 _OTHER = "hexagon"

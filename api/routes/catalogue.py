@@ -20,6 +20,8 @@ _RULES = {
     "mixture": "text that names a mixture",
     "convolution": "text that names a convolution",
     "blast": "text that names a BLAST matrix",
+    "block_sparse": "text that names a pattern of blocks, with exponents from 0 to 1",
+    "sum": "text of a sum of two designs, or of one with a name",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
     "heads": "only with two factors and mixtures of them",

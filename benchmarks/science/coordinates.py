@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.reporting import report
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
-#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, two BLAST
+#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, two BLAST, and
+#: then a block-sparse matrix and sums
 STRUCTURES = (
     "dense",
     "monarch",
@@ -33,6 +34,10 @@ STRUCTURES = (
     "1/2,1/4,1/4,1/4,1/2,1/4,0",
     "blast",
     "blast:blocks=1/4,rho=1/2",
+    "block-sparse:pattern=butterfly,blocks=1/2",
+    "pixelfly:rank=1/2,blocks=1/2",
+    "lost:rank=1/2,channels=1/2",
+    "sum(monarch;btt:cores=3,rho=1/8)",
 )
 
 

@@ -342,6 +342,8 @@ def _structure_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         lost = f"{found['dropped_inputs']:,} inputs are dropped, "
         lost += f"{found['constant_outputs']:,} outputs are always zero"
         yield "lost to rounding", lost
+    for part in found.get("parts", ()):
+        yield "part", f"{part['name']}: {part['macs']:,} MACs, {part['params']:,} parameters"
     for f in found.get("factors", ()):
         init = f"fan in {f['fan_in']}, fan out {f['fan_out']}, init std {f['init_std']:.6g}, "
         yield f"factor {f['name']}", init + f"Adam multiplier {f['adam_lr_multiplier']:.6g}"
@@ -351,7 +353,7 @@ def _structure_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 _STRUCTURE_ROWS = (
     "name", "family", "theta", "canonical_theta", "experts", "active", "sizing", "sizes", "axes",
-    "kernel", "einsum", "contraction",
+    "kernel", "blocks", "blocks_in_a_row", "channel_spacing", "einsum", "contraction",
 )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ for _module in (
     "mixture",
     "convolution",
     "blast",
+    "block_sparse",
+    "sum",
 ):
     register(resolve_name(f"nas.designs.{_module}:FAMILY"))
 for _entry in entry_points(group="einsum_nas.families"):

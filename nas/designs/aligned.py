@@ -37,8 +37,8 @@ class Aligned(Design):
     Raises
     ------
     InvalidInput
-        A design without blocks of heads: dense, three or more factors, a convolution, BLAST,
-        experts that are dense or whole feed-forward blocks.
+        A design without blocks: dense, three or more factors, one outside the space of θ, experts
+        that are dense or whole feed-forward blocks.
     """
 
     of: Design
@@ -110,7 +110,8 @@ FAMILY = Family(
     layer=None,
     structures=None,
     forms="",
-    reads=lambda text: "@" in text,
+    # one inside parentheses is that of a part, which a sum refuses
+    reads=lambda text: "@" in text.rpartition(")")[2],
     parse=_parse,
     inspect=lambda design, d_in, d_out, sizing: inspect_design(design.of, d_in, d_out, sizing),
     in_role=_in_role,

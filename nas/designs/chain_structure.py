@@ -574,10 +574,8 @@ def _fit(theta: ChainTheta, width: int, block: BlockOf) -> Design:
     found = theta.canonical()
     if isinstance(found, Theta):
         return fit_theta(found, width, block)
-    bonds = found.factors - 1
     for share in _RANK_SHARES:
-        ranks = (v * share for v in found.values[-bonds:])
-        lowered = ChainTheta.of((*found.values[:-bonds], *ranks))
+        lowered = _lowered(found, share)
         if not any(s.is_degenerate for s in block(lowered)):
             return lowered
     return DENSE
@@ -585,6 +583,12 @@ def _fit(theta: ChainTheta, width: int, block: BlockOf) -> Design:
 
 #: Shares of its rank exponents that a chain is tried with.
 _RANK_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0)
+
+
+def _lowered(theta: ChainTheta, share: float) -> ChainTheta:
+    bonds = theta.factors - 1
+    ranks = (v * share for v in theta.values[-bonds:])
+    return ChainTheta.of((*theta.values[:-bonds], *ranks))
 
 
 def coordinate_names(factors: int) -> list[str]:
@@ -660,6 +664,7 @@ FAMILY = Family(
     parse=parse_chain,
     inspect=inspect_chain,
     fit=_fit,
+    lowered=_lowered,
     slow=True,
     proposals={"einsum": Proposals(_proposed, ("factors",), _coordinates, _examples)},
 )

@@ -240,6 +240,7 @@ FAMILY = Family(
     reads=lambda text: text.partition(":")[0] == "convolution",
     parse=parse_convolution,
     inspect=inspect_convolution,
+    lowered=lambda convolution, share: Convolution(convolution.kernel * share),
     proposals={
         "convolution": Proposals(
             lambda point: Convolution(point["kernel"]),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from nas.designs.structure import LinearStructure, Sizing
-from nas.designs.theta import Theta
+from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 
 #: Follows the text of a design whose attention projections are aligned with the heads.
@@ -43,18 +43,19 @@ class Design(Protocol):
     @property
     def family(self) -> str:
         """einsum | einsum3 … | btt-moe | low-rank-moe | dense-moe | ffn-moe | einsum-moe |
-        convolution | blast.  The number after ``einsum`` is that of factors, 2 unless given."""
+        convolution | blast | block-sparse | lost | pixelfly | sum.  The number after ``einsum`` is
+        that of factors, 2 unless given."""
 
     @property
     def kind(self) -> str:
         """What a picture calls it: dense | two factors | three factors … | mixture of experts |
-        convolution | blast."""
+        convolution | blast | block-sparse | sum."""
         return self.family
 
     @property
     def exponents(self) -> tuple[float, ...]:
-        """θ: 7 numbers for two factors and mixtures of them, more for a chain, none for a
-        convolution, BLAST and experts that are feed-forward blocks."""
+        """θ: 7 numbers for two factors and mixtures of them, more for a chain, none for designs
+        outside the space of θ and for experts that are feed-forward blocks."""
         return ()
 
     def canonical(self) -> Design:
@@ -145,6 +146,8 @@ class Family:
     in_role: Callable[[Any, LinearRole], LinearStructure] | None = None
     #: the nearest design of which no layer costs more than dense at a width
     fit: Callable[[Any, int, BlockOf], Design] = _as_it_is
+    #: the same with its exponents of rank, or of whatever else raises the cost, times a share
+    lowered: Callable[[Any, float], Design] = lambda design, share: design
     #: of a design to which no single layer can be built: what can be, in words
     alone: Callable[[Any], str | None] = lambda design: None
     #: whether a design's exponents alone say what it is
@@ -178,6 +181,21 @@ def layer_family(structure: LinearStructure) -> Family:
 def family_of(design: Design) -> Family:
     """The family of a design."""
     return _FAMILIES[type(design)]
+
+
+#: Steps in which the exponents of a design are lowered to 0.
+_LOWERINGS = 20
+
+
+def fit_by_lowering(design: Design, block: BlockOf) -> Design:
+    """The design lowered until no layer is degenerate; dense where none is left, or all are."""
+    found = design.canonical()
+    for step in range(_LOWERINGS + 1):
+        lowered = family_of(found).lowered(found, 1 - step / _LOWERINGS)
+        structures = block(lowered)
+        if not any(s.is_degenerate for s in structures):
+            return DENSE if all(s.is_dense for s in structures) else lowered
+    return DENSE
 
 
 def proposals() -> dict[str, Proposals]:

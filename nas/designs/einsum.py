@@ -463,6 +463,7 @@ FAMILY = Family(
     with_heads=with_heads,
     has_blocks=lambda theta: not theta.is_dense,
     fit=fit_theta,
+    lowered=lambda theta, share: replace(theta, rho=theta.rho * share),
     exponents_suffice=True,
     sized=True,
 )

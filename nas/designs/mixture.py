@@ -517,7 +517,8 @@ FAMILY = Family(
     layer="nas.layers.mixture:MixtureLinear",
     structures=MixtureStructure,
     forms="btt-moe:experts=8,active=2, low-rank-moe, dense-moe, ffn-moe",
-    reads=lambda text: text.partition(":")[0].endswith("-moe"),
+    # a parenthesis opens a sum, whose parts are texts of their own
+    reads=lambda text: text.partition(":")[0].endswith("-moe") and "(" not in text,
     parse=parse_mixture,
     inspect=_inspect,
     with_heads=_with_heads,

@@ -3,6 +3,7 @@
 from nas.layers.adapters import load_lora, lora_config
 from nas.layers.base import StructuredLinear
 from nas.layers.blast import BlastLinear
+from nas.layers.block_sparse import BlockSparseLinear
 from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
 from nas.layers.convolution import ConvolutionLinear
@@ -20,10 +21,12 @@ from nas.layers.mixture import (
 )
 from nas.layers.mup import param_groups
 from nas.layers.saving import load, save
+from nas.layers.sum import SumLinear
 from nas.layers.surgery import Surgery, replace_linears
 
 __all__ = [
     "BlastLinear",
+    "BlockSparseLinear",
     "ChainLinear",
     "ConvolutionLinear",
     "EinsumLinear",
@@ -32,6 +35,7 @@ __all__ = [
     "Plan",
     "SelfGuided",
     "StructuredLinear",
+    "SumLinear",
     "Surgery",
     "auxiliary_loss",
     "build_layer",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from nas.designs.design import families
-from nas.designs.structure import LinearStructure
+from nas.designs.stored import AnyStructure
 from nas.errors import InvalidInput
 
 # where it is used, for layers run without pydantic
@@ -18,41 +17,11 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 
-@lru_cache(maxsize=1)
-def _structures() -> TypeAdapter[LinearStructure]:
-    from pydantic import TypeAdapter
-
-    known: Any = Union[tuple(f.structures for f in families() if f.structures)]  # noqa: UP007
-    return TypeAdapter(known)
-
-
-def _read(given: object) -> LinearStructure:
-    return given if isinstance(given, LinearStructure) else _structures().validate_python(given)
-
-
-def _written(structure: LinearStructure) -> object:
-    return _structures().dump_python(structure, mode="json")
-
-
-class _OfAnyFamily:
-    """How pydantic reads and writes a structure."""
-
-    @staticmethod
-    def __get_pydantic_core_schema__(*_: object) -> Any:
-        from pydantic_core.core_schema import (
-            no_info_plain_validator_function,
-            plain_serializer_function_ser_schema,
-        )
-
-        written = plain_serializer_function_ser_schema(_written)
-        return no_info_plain_validator_function(_read, serialization=written)
-
-
 @dataclass(frozen=True)
 class LayerRecord:
     """Everything that a layer is built from, but its values, dtype and device."""
 
-    structure: Annotated[LinearStructure, _OfAnyFamily]
+    structure: AnyStructure
     bias: bool
     normalize: bool
     gain: bool

@@ -16,8 +16,8 @@ BYTES: JsonDict = {"unit": "bytes"}
 LOSS: JsonDict = {"unit": "the task's unit of loss"}
 
 THETA = (
-    "exponents: seven for two factors and mixtures of them, more for a longer chain, none for a "
-    "convolution, BLAST and experts that are feed-forward blocks"
+    "exponents: seven for two factors and mixtures of them, more for a longer chain, none for "
+    "designs outside the space of exponents and for experts that are feed-forward blocks"
 )
 DESIGN = "structure of every layer, as text that `einsum-nas inspect` and `replace_linears` read"
 

@@ -463,7 +463,7 @@ def test_the_frontier_is_the_non_dominated_set(client: TestClient) -> None:
 
 def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -> None:
     space = {
-        "families": ["einsum", "btt-moe", "dense-moe", "convolution", "blast"],
+        "families": ["einsum", "btt-moe", "dense-moe", "convolution", "blast", "pixelfly"],
         "factors": [2, 3],
     }
     preview = client.post("/v1/searches/preview", json={**GOOD, "space": space}).json()
@@ -471,6 +471,7 @@ def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -
         "dense", "monarch", "low-rank:rho=1/2", "btt:cores=3,rho=1/8",
         "btt-moe:experts=8,active=2", "dense-moe:experts=8,active=2", "convolution",
         "blast",
+        "pixelfly",
     ]  # fmt: skip
     assert all(preview["widths"].values())
     alone = client.post("/v1/searches/preview", json=GOOD).json()
@@ -502,6 +503,9 @@ def test_a_space_that_cannot_be_is_a_problem(client: TestClient, space: Any, wor
         "ffn-moe",
         "convolution",
         "blast",
+        "block-sparse",
+        "pixelfly",
+        "sum(monarch;kronecker)",
         "monarch@heads",
     ],
 )

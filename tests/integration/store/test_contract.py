@@ -180,7 +180,16 @@ def test_a_search_can_be_claimed_by_its_id(store: Store, leases: Leases) -> None
 
 @pytest.mark.parametrize(
     "text",
-    ["btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2@heads", "ffn-moe", "convolution", "blast"],
+    [
+        "btt:cores=3,rho=1/8",
+        "btt-moe:experts=4,active=2@heads",
+        "ffn-moe",
+        "convolution",
+        "blast",
+        "block-sparse:blocks=0.3",
+        "pixelfly:rank=0.3",
+        "sum(monarch;btt:cores=3,rho=1/8)",
+    ],
 )
 def test_any_design_reads_back(store: Store, leases: Leases, text: str) -> None:
     search, _ = store.create_search(REQUEST)

@@ -55,6 +55,6 @@ def test_a_picture_names_every_factor_and_axis(text: str) -> None:
     assert all(0 < x < width for x in places)
 
 
-@pytest.mark.parametrize("text", ["convolution", "blast", "ffn-moe"])
+@pytest.mark.parametrize("text", ["convolution", "blast", "ffn-moe", "block-sparse", "pixelfly"])
 def test_what_is_no_product_of_factors_has_no_network(text: str) -> None:
     assert network(inspect_design(parse_design(text), 64, 64)) is None

@@ -20,6 +20,7 @@ from nas.designs.design import Design, inspect_design, parse_design, structure_o
 from nas.designs.einsum import Sizes, Structure, with_heads
 from nas.designs.mixture import Mixture, MixtureStructure
 from nas.designs.structure import LinearStructure
+from nas.designs.sum import SumStructure
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
@@ -51,6 +52,11 @@ DESIGNS = (
     "ffn-moe:experts=4,active=2",
     "convolution:kernel=1/2",
     "blast:blocks=1/4,rho=1/2",
+    "block-sparse:pattern=butterfly,blocks=1/2,stride=1",
+    "block-sparse:pattern=channels,channels=3/4",
+    "pixelfly:rank=1/4,blocks=1/2",
+    "lost:rank=1/2,channels=1/2",
+    "sum(monarch;btt:cores=3,rho=1/8)",
 )
 designs = pytest.mark.parametrize("text", DESIGNS)
 
@@ -80,6 +86,10 @@ def test_names_families_and_kinds() -> None:
     assert found["ffn-moe:experts=4,active=2"] == ("ffn-moe", "mixture of experts")
     assert found["convolution:kernel=1/2"] == ("convolution", "convolution")
     assert found["blast:blocks=1/4,rho=1/2"] == ("blast", "blast")
+    assert found["pixelfly:rank=1/4,blocks=1/2"] == ("pixelfly", "sum")
+    assert found["lost:rank=1/2,channels=1/2"] == ("lost", "sum")
+    assert found["sum(monarch;btt:cores=3,rho=1/8)"] == ("sum", "sum")
+    assert parse_design("block-sparse").family == parse_design("block-sparse").kind
     assert parse_design("monarch@heads").name == "monarch@heads"
     assert len(parse_design("btt:cores=3").exponents) == 14
     assert parse_design("convolution").exponents == ()
@@ -93,6 +103,10 @@ def test_names_families_and_kinds() -> None:
         ("monarch@tails", "monarch@tails"),
         ("dense@heads", "dense"),
         ("convolution@heads", "convolution"),
+        ("pixelfly@heads", "pixelfly"),
+        ("sum(monarch;kronecker)@heads", "sum(monarch;kronecker"),
+        ("sum(monarch@heads;kronecker)", "nor aligned with heads"),
+        ("sum(btt-moe;monarch)", "neither a mixture"),
         ("ffn-moe@heads", "ffn-moe"),
         ("btt:cores=3@heads", "two factors"),
         ("btt-moe:experts=1", "at least 2"),
@@ -140,7 +154,8 @@ def test_a_model_has_the_parameters_and_flops_that_are_charged(text: str, recipe
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     structures = cost.structures_of(recipe, design, width)
-    materialised = [s for s in structures if isinstance(s, Structure) and not s.is_dense]
+    parts = [p for s in structures for p in (s.parts if isinstance(s, SumStructure) else (s,))]
+    materialised = [s for s in parts if isinstance(s, Structure) and not s.is_dense]
     counted = counter.get_total_flops()
     charged = cost.forward_flops_per_sample(recipe, design, width) * recipe.batch
     if materialised or design.family.startswith("einsum3"):

@@ -15,7 +15,7 @@ WIDTHS = (64, 1024)
 @pytest.mark.parametrize(
     "structure",
     only(
-        {"monarch", "blast"},
+        {"monarch", "blast", "pixelfly:rank=1/4,blocks=3/4"},
         [
             "monarch",
             "2/3,0,1/3,0,1/3,2/3,0",
@@ -23,6 +23,9 @@ WIDTHS = (64, 1024)
             "kronecker",
             "blast",
             "blast:blocks=1/4,rho=1/2",
+            "block-sparse:blocks=1/2,stride=0",
+            "pixelfly:rank=1/4,blocks=3/4",
+            "sum(monarch;btt:cores=3,rho=1/8)",
         ],
     ),
 )
@@ -33,6 +36,11 @@ def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     blind = [feature_updates(RECIPE, structure, w, aware=False) for w in WIDTHS]
     assert spread(aware) < 2
     assert spread(blind) > 2.5
+
+
+@pytest.mark.parametrize("structure", only({"lost"}, ["lost", "pixelfly", "block-sparse"]))
+def test_feature_updates_of_sums_and_sparse_layers_are_flat_over_widths(structure: str) -> None:
+    assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) < 2
 
 
 def test_feature_updates_are_flat_over_depths() -> None:

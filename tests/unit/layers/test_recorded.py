@@ -21,7 +21,8 @@ pytestmark = [  # of torch about itself
 
 DESIGNS = (
     "monarch", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2", "dense-moe",
-    "convolution:kernel=1/2", "blast",
+    "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost",
+    "pixelfly:rank=1/4,blocks=1/2",
 )  # fmt: skip
 D_IN, D_OUT = 60, 77  # padded and cut in every family
 ROWS = torch.export.Dim("rows", min=1, max=4096)
@@ -44,7 +45,8 @@ def close(got: Any, want: Tensor) -> None:
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=FULL)])
 @pytest.mark.parametrize(
-    "design", only({"monarch", "convolution:kernel=1/2", "blast", "ffn-moe"}, [*DESIGNS, "ffn-moe"])
+    "design",
+    only({"monarch", "convolution:kernel=1/2", "lost", "blast", "ffn-moe"}, [*DESIGNS, "ffn-moe"]),
 )
 def test_an_exported_program_has_operators_of_torch_only(design: str, strict: bool) -> None:
     model, x = model_of(design), torch.randn(5, D_IN)

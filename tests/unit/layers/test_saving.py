@@ -41,7 +41,9 @@ from tests.support.tiers import FULL
 HALF = "convolution:kernel=1/2"
 DESIGNS = (
     "monarch", "low-rank:rho=1/3", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
-    "dense-moe", HALF, "blast:blocks=1/4",
+    "dense-moe", HALF, "blast:blocks=1/4", "block-sparse:blocks=2/3",
+    "block-sparse:pattern=channels", "pixelfly:rank=1/4", "lost",
+    "sum(monarch;btt:cores=3,rho=1/8)",
 )  # fmt: skip
 TOKENS = torch.arange(12)[None]
 
@@ -90,6 +92,8 @@ EXPERTS = "btt-moe:experts=4,active={}"
         (EinsumLinear("monarch", 60, 64), EinsumLinear("monarch", 61, 64)),
         (ConvolutionLinear(HALF, 63, 64), ConvolutionLinear(HALF, 64, 64)),
         (layer_of("blast", 63, 64), layer_of("blast", 64, 64)),
+        (layer_of("block-sparse", 63, 64), layer_of("block-sparse", 64, 64)),
+        (layer_of("pixelfly", 63, 64), layer_of("pixelfly", 63, 64, normalize=True)),
     ],
 )
 def test_tensors_that_fit_but_mean_something_else_are_refused(

@@ -916,7 +916,7 @@ def test_layers_of_a_surgery_in_inference_mode_can_be_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    "design", ["monarch", "btt:cores=3,rho=1/8", "convolution:kernel=1/2", "blast"]
+    "design", ["monarch", "btt:cores=3,rho=1/8", "convolution:kernel=1/2", "blast", "pixelfly"]
 )
 def test_reading_the_weight_tells_what_to_do(design: str) -> None:
     model = mlp()

@@ -458,6 +458,9 @@ def test_a_front_tells_what_is_compute_optimal_and_its_laws(store: Store) -> Non
         "dense-moe:experts=4,active=1",
         "convolution:kernel=1/2",
         "blast:blocks=1/4,rho=1/2",
+        "block-sparse:blocks=1/2",
+        "pixelfly:rank=1/4",
+        "sum(monarch;kronecker)",
     ],
 )
 def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str) -> None:

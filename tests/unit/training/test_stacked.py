@@ -30,8 +30,8 @@ from tests.unit.training.test_run import TINY, TRAIN, VALIDATION
 DESIGNS = (
     "dense", "monarch", "btt:rho=1/4", "low-rank:rho=1/2", "kronecker", "tensor-train:rho=1/4",
     "0.3,0.2,0.5,0.4,0.5,0.1,0.3", "btt:cores=3,rho=1/8", "monarch@heads",
-    "convolution:kernel=1/2", "blast", "btt-moe:experts=4,active=2",
-    "ffn-moe:experts=4,active=2",
+    "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost:rank=1/2,channels=1/2",
+    "pixelfly:rank=1/4,blocks=1/2", "btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=2",
 )  # fmt: skip
 #: Recipe → width: of token ids with capped factors, numbers with biases, patches.
 RECIPES: dict[str, tuple[Recipe, int]] = {
