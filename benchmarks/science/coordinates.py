@@ -3,7 +3,8 @@
 An MLP learns the papers' regression for a few steps at each width.  How far that has moved what
 each structured layer of its last block gives, as RMS over fixed inputs, is compared across widths.
 Under structure-aware learning rates it stays within a factor of two; under rates that know of the
-width but not of the structure (every factor that of a dense layer) it does not.
+width but not of the structure (every factor that of a dense layer) it does not.  Rows "muon" are of
+Muon on the factors at its own rates, see `nas.training.muon`.
 
     python -m benchmarks.science.coordinates [--widths 64 256 1024 4096] [--depths 3 6 12 24]
 """
@@ -54,9 +55,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for structure in STRUCTURES:
-        for kind in ("aware", "blind"):
+        for kind in ("aware", "blind", "muon"):
             found = {
-                f"width {w}": feature_updates(RECIPE, structure, w, aware=kind == "aware")
+                f"width {w}": feature_updates(
+                    RECIPE, structure, w, aware=kind == "aware", muon=kind == "muon"
+                )
                 for w in options.widths
             }
             rows.append({"structure": structure} | _row(kind, found))

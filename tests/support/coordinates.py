@@ -13,6 +13,7 @@ from nas.layers import StructuredLinear
 from nas.planning.recipe import REGRESSION, Recipe
 from nas.tasks import load_data
 from nas.tasks.batches import sample_losses, training_batches, validation_set
+from nas.training.muon import BatchedMuon, factors_of, split_groups
 from nas.training.tasks import build_model, learning_rates
 
 #: Updates are compared once features are learned: at the first steps those of a layer of low rank
@@ -24,7 +25,13 @@ RECIPE = replace(REGRESSION, pool=4096, batch=64, validation_samples=256, warmup
 
 
 def feature_updates(
-    recipe: Recipe, structure: str, width: int, *, aware: bool = True, seed: int = 0
+    recipe: Recipe,
+    structure: str,
+    width: int,
+    *,
+    aware: bool = True,
+    seed: int = 0,
+    muon: bool = False,
 ) -> tuple[float, ...]:
     """RMS change, after `STEPS` steps, of the output of each structured layer of the last block.
 
@@ -33,10 +40,13 @@ def feature_updates(
     aware
         Whether factors get the rates of `nas.layers.param_groups`; else every factor gets the rate
         of a dense layer of the same dimensions, lr · d_in_base / d_in.
+    muon
+        Whether Muon trains the factors, at its rates of the product.
     """
     torch.manual_seed(seed)
     model = build_model(recipe, parse_design(structure), width)
-    optimizer = _aware(model, recipe, width) if aware else _blind(model, recipe)
+    trained = _WithMuon if muon else _aware if aware else _blind
+    optimizer = trained(model, recipe, width)
     data = load_data(recipe)
     draw = training_batches(recipe, data.train)
     probe, _ = validation_set(recipe, data.train, data.validation)
@@ -57,7 +67,43 @@ def _aware(model: nn.Module, recipe: Recipe, width: int) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0)
 
 
-def _blind(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+class _WithMuon:
+    """Muon on the factors, AdamW on all else."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, width: int) -> None:
+        others, own = split_groups(model, learning_rates(model, recipe, width), recipe.lr)
+        places = {
+            model.get_parameter(name): (layer, factor)
+            for name, (layer, factor) in factors_of(model).items()
+        }
+        self._adamw = torch.optim.AdamW(
+            others, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0
+        )
+        #: parameter, its blocks, and how they come from it
+        self._blocks = [
+            (p, places[p][0].blocks(places[p][1], p.detach()), places[p])
+            for group in own
+            for p in group["params"]
+        ]
+        rates = [group["lr"] for group in own for _ in group["params"]]
+        self._muon = BatchedMuon(
+            [{"params": [b], "lr": r} for (_, b, _), r in zip(self._blocks, rates, strict=True)]
+        )
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad()
+        for parameter, _, _ in self._blocks:
+            parameter.grad = None
+
+    def step(self) -> None:
+        for parameter, block, (layer, factor) in self._blocks:
+            assert parameter.grad is not None
+            block.grad = layer.blocks(factor, parameter.grad.contiguous())
+        self._adamw.step()
+        self._muon.step()
+
+
+def _blind(model: nn.Module, recipe: Recipe, width: int) -> torch.optim.Optimizer:
     """The optimiser of `_aware` with the rates of dense layers for all factors."""
     head = model.get_parameter("head.weight")
     rates = {head: recipe.base_width / head.shape[1]}
