@@ -28,7 +28,7 @@ def operator_of(layer: StructuredLinear) -> LinearOperator:
         return LayerOperator(layer, factors)
     if s.gamma == s.phi == s.rho == 1:
         a, b = (factor[0, 0, 0] for factor in factors)  # (δ, α), (β, ε)
-        return Kronecker(Dense(b.t()), Dense(a))
+        return _on(a.device, Kronecker(Dense(b.t().contiguous()), Dense(a)))
     return SquareBlocksOperator(layer, factors)
 
 
@@ -68,10 +68,16 @@ class SquareBlocksOperator(LayerOperator):
         last = place.view(s.phi, s.delta, s.epsilon).transpose(1, 2)
         return Product(
             Permutation(last.flatten(), a.dtype),
-            BlockDiag(*second, multiplicities=[s.delta] * s.phi),
+            _on(a.device, BlockDiag(*second, multiplicities=[s.delta] * s.phi)),
             Permutation(between.flatten(), a.dtype),
-            BlockDiag(*first, multiplicities=[s.beta] * s.gamma),
+            _on(a.device, BlockDiag(*first, multiplicities=[s.beta] * s.gamma)),
         )
+
+
+def _on(device: torch.device, operator: LinearOperator) -> LinearOperator:
+    """cola 0.0.7 takes an operator of several others to be on the CPU."""
+    operator.device = device
+    return operator
 
 
 # cola finds rules by the names of these functions
@@ -83,7 +89,5 @@ def inv(A: SquareBlocksOperator, alg: Auto) -> LinearOperator:
 
 
 @cola.dispatch  # type: ignore[untyped-decorator]
-def slogdet(
-    A: SquareBlocksOperator, log_alg: Auto, trace_alg: Algorithm
-) -> tuple[Tensor, Tensor]:
+def slogdet(A: SquareBlocksOperator, log_alg: Auto, trace_alg: Algorithm) -> tuple[Tensor, Tensor]:
     return cola.linalg.slogdet(A.in_parts(), log_alg, trace_alg)  # type: ignore[no-any-return]
