@@ -357,14 +357,14 @@ class StructuredLinear(nn.Module):
         Products with it, ``A @ x`` for x (d_in,) or (d_in, k) and ``y @ A``, are those of the
         layer, in its dtype and on its device; W is not built for them.  Normalised factors and
         gains are in it as they are now: after a training step, or a backward pass through them,
-        ask for another operator.  `cola.linalg` has solves, determinants, traces and more;
-        gradients reach the factors through all of cola's direct algorithms.
+        ask for another operator.  `cola.linalg` has solves, log-determinants, traces and more;
+        gradients reach the factors through its direct algorithms and CG.
 
         What cola can take apart it gets in parts, so that its solves and log-determinants are
-        exact at any size: a `cola.ops.Dense`; a `cola.ops.Kronecker` of two square factors; and a
-        structure of two factors with square blocks in both, such as a square Monarch.  Any other
-        is solved as cola does by default: by an LU decomposition of W up to 10^6 entries, else
-        by GMRES.  Source: arXiv:2309.03060.
+        direct at any size: a `cola.ops.Kronecker` of two square factors, and a structure of two
+        factors with square blocks in both, such as a square Monarch.  Any other it solves by
+        default by an LU decomposition of W up to 10^6 entries, else by GMRES.
+        Source: arXiv:2309.03060.
 
         Raises
         ------
@@ -375,6 +375,7 @@ class StructuredLinear(nn.Module):
 
         >>> import cola
         >>> from nas.layers import EinsumLinear
+        >>> _ = torch.manual_seed(0)
         >>> layer = EinsumLinear("kronecker", 64, 64, dtype=torch.float64)
         >>> A, b = layer.as_operator(), torch.ones(64, dtype=torch.float64)
         >>> x = cola.linalg.solve(A, b)

@@ -66,7 +66,7 @@ def vectors(*shape: int) -> Tensor:
 
 
 def condition(w: Tensor) -> float:
-    return torch.linalg.cond(w).item()
+    return float(torch.linalg.cond(w))
 
 
 def close(w: Tensor) -> dict[str, Any]:
