@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from nas.layers.modes import (
 from nas.layers.normalization import cap_rms
 from nas.layers.record import LayerRecord
 from nas.rates import current_rates
+
+if TYPE_CHECKING:
+    from cola.ops import LinearOperator
 
 _Structure = TypeVar("_Structure", bound=LinearStructure)
 
@@ -356,6 +359,41 @@ class StructuredLinear(nn.Module):
         eye = torch.eye(self.in_features, dtype=factor.dtype, device=factor.device)
         # one token for each input
         return self.product(eye, self.effective_factors()).t().contiguous()
+
+    def as_operator(self) -> LinearOperator:
+        """W (d_out, d_in) as a linear operator of CoLA (extra ``cola``), without the bias.
+
+        Products with it, ``A @ x`` for x (d_in,) or (d_in, k) and ``y @ A``, are those of the
+        layer, in its dtype and on its device; W is not built for them.  Normalised factors and
+        gains are in it as they are now: after a training step, or a backward pass through them,
+        ask for another operator.  `cola.linalg` has solves, log-determinants, traces and more;
+        gradients reach the factors through its direct algorithms and CG.
+
+        What cola can take apart it gets in parts, so that its solves and log-determinants are
+        direct at any size: a `cola.ops.Kronecker` of two square factors, and a structure of two
+        factors with square blocks in both, such as a square Monarch.  Any other it solves by
+        default by an LU decomposition of W up to 10^6 entries, else by GMRES.
+        Source: arXiv:2309.03060.
+
+        Raises
+        ------
+        InvalidInput
+            A mixture, which has no one matrix.
+        ImportError
+            cola is not installed.
+
+        >>> import cola
+        >>> from nas.layers import EinsumLinear
+        >>> _ = torch.manual_seed(0)
+        >>> layer = EinsumLinear("kronecker", 64, 64, dtype=torch.float64)
+        >>> A, b = layer.as_operator(), torch.ones(64, dtype=torch.float64)
+        >>> x = cola.linalg.solve(A, b)
+        >>> torch.allclose(layer.to_matrix() @ x, b)
+        True
+        """
+        from nas.layers.operators import operator_of
+
+        return operator_of(self)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

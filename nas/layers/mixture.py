@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -194,6 +195,11 @@ class MixtureLinear(Gated, StructuredLinear):
             f"MixtureLinear({self.extra_repr()}) is not one matrix: each token has its own, "
             "the weighted sum of its experts"
         )
+
+    def as_operator(self) -> NoReturn:
+        """Raises InvalidInput, as `to_matrix` refuses."""
+        accepted = "a layer of one matrix; a mixture has another for each token"
+        raise InvalidInput("layer", self._described(), accepted)
 
     @classmethod
     @torch.no_grad()

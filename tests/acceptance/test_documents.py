@@ -45,6 +45,7 @@ EXPECTED: dict[str, list[list[str]]] = {
         ["EinsumLinear(theta=1/2,0,1/2,0,1/2,1/2,0, d_in=128, d_out=512"],
         ["trainable params: 16,384", "['default']"],
         ["torch.Size([3, 256])"],
+        ["residual below 1e-6: True", "torch.Size([32, 1, 32, 1, 32])"],
         ["btt-moe", "gate", "Pareto front"],
         ["'dropped': 0"],
         ["gemm=", "1024x1024:32.1.32.1.32.32.1 tokens=512"],
