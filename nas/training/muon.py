@@ -19,20 +19,12 @@ both optimisers, although its best value need not be the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import (
-    DEFAULT_A,
-    DEFAULT_B,
-    DEFAULT_C,
-    DEFAULT_NS_STEPS,
-    EPS,
-    _zeropower_via_newtonschulz,
-)
 
 from nas.layers import StructuredLinear
 from nas.planning.recipe import Recipe
@@ -42,11 +34,6 @@ from nas.training.stacked import Stacked
 #: RMS of Adam's updates over its learning rate; arXiv:2502.16982, section 2.2.
 _ADAM_RMS = 0.2
 _MOMENTUM = 0.95
-#: torch's orthogonalisation of one matrix, with the settings of `torch.optim.Muon`.
-_ONE = partial(
-    _zeropower_via_newtonschulz,
-    ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C), ns_steps=DEFAULT_NS_STEPS, eps=EPS,
-)  # fmt: skip
 
 Groups = list[dict[str, Any]]
 
@@ -119,10 +106,25 @@ class BatchedMuon(torch.optim.Optimizer):
                 p.add_(_orthogonal(update), alpha=-group["lr"])
 
 
+@lru_cache
+def _of_one() -> Callable[[Tensor], Tensor]:
+    """torch's orthogonalisation of one matrix, with the settings of `torch.optim.Muon`.
+
+    Imported where it is used: torch has it from 2.9 on, and all else here works with older ones.
+    """
+    from torch.optim import _muon
+
+    settings = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
+    return partial(
+        _muon._zeropower_via_newtonschulz,
+        ns_coefficients=settings, ns_steps=_muon.DEFAULT_NS_STEPS, eps=_muon.EPS,
+    )  # fmt: skip
+
+
 def _orthogonal(matrices: Tensor) -> Tensor:
     """The matrices (..., rows, columns) with all singular values near 1."""
     flat = matrices.reshape(-1, *matrices.shape[-2:])
-    found = torch.vmap(_ONE)(flat)
+    found = torch.vmap(_of_one())(flat)
     return found.view(matrices.shape).to(matrices.dtype)
 
 
