@@ -164,7 +164,11 @@ def test_a_point_leads_to_its_trial_and_the_trial_to_its_structures(
     page.goto(f"{service.url}/searches/{finished_search.id}")
     page.wait_for_selector("#search[data-ready=succeeded]")
     dot = page.locator("#scatter .trace.scatter .points path").first.bounding_box()
-    page.mouse.click(dot["x"] + dot["width"] / 2, dot["y"] + dot["height"] / 2)
+    middle = dot["x"] + dot["width"] / 2, dot["y"] + dot["height"] / 2
+    page.mouse.move(*middle)
+    # Plotly takes a click for one on a point only once it has shown the point's label
+    page.wait_for_selector("#scatter .hoverlayer .hovertext")
+    page.mouse.click(*middle)
     page.wait_for_selector("#curve[data-ready]")
     assert page.locator("#curve .scatterlayer path.js-line").count() == 1
     page.click("text=network and sizes >> nth=0")
