@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -32,7 +31,7 @@ from nas.designs.design import BlockOf, Design, Family, Proposals
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import (
     DENSE,
-    VANISHING,
+    checked_exponent,
     exact_exponent,
     format_exponent,
     parse_exponent,
@@ -67,11 +66,8 @@ class Blast(Design):
 
     def __post_init__(self) -> None:
         for axis in ("blocks", "rho"):
-            value = getattr(self, axis)
-            number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-            if not number or not (math.isfinite(value) and 0.0 <= value <= 1.0):
-                raise InvalidInput(f"blast.{axis}", value, "a number from 0 to 1")
-            object.__setattr__(self, axis, 0.0 if value < VANISHING else float(value))
+            checked = checked_exponent(getattr(self, axis), f"blast.{axis}")
+            object.__setattr__(self, axis, checked)
 
     @property
     def name(self) -> str:

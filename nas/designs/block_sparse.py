@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 from nas.designs.design import BlockOf, Design, Family, Proposals, fit_by_lowering
@@ -30,7 +29,7 @@ from nas.designs.einsum import Structure
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import (
     DENSE,
-    VANISHING,
+    checked_exponent,
     exact_exponent,
     format_exponent,
     parse_exponent,
@@ -63,7 +62,8 @@ class Butterfly:
 
     def __post_init__(self) -> None:
         for name in ("blocks", "stride"):
-            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+            checked = checked_exponent(getattr(self, name), f"block_sparse.{name}")
+            object.__setattr__(self, name, checked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,8 @@ class Channels:
     channels: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", _checked("channels", self.channels))
-
-
-def _checked(name: str, value: object) -> float:
-    number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-    if not number or not (math.isfinite(value) and 0.0 <= value <= 1.0):  # type: ignore[arg-type, operator]
-        raise InvalidInput(f"block_sparse.{name}", value, "a number from 0 to 1")
-    return 0.0 if value < VANISHING else float(value)  # type: ignore[arg-type, operator]
+        checked = checked_exponent(self.channels, "block_sparse.channels")
+        object.__setattr__(self, "channels", checked)
 
 
 @dataclass(frozen=True, slots=True)

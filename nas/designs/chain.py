@@ -14,10 +14,8 @@ belong to intervals of a chain is our generalisation, which Tensor-Trains and BT
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -26,8 +24,8 @@ from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import (
     DENSE,
     SUM_TOLERANCE,
-    VANISHING,
     Theta,
+    checked_exponent,
     exact_exponent,
     format_exponent,
     parse_exponent,
@@ -139,12 +137,11 @@ class ChainTheta:
         if len(given) not in _FACTORS:
             raise InvalidInput("theta", list(given), f"{CHAIN_FORMS}; got {len(given)} numbers")
         names = axis_names(_FACTORS[len(given)])
-        for name, value in zip(names, given, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
-                raise InvalidInput(f"theta.{name}", value, "a number from 0 to 1")
-            if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-                raise InvalidInput(f"theta.{name}", value, "a number from 0 to 1")
-        object.__setattr__(self, "values", tuple(0.0 if v < VANISHING else float(v) for v in given))
+        checked = tuple(
+            checked_exponent(value, f"theta.{name}")
+            for name, value in zip(names, given, strict=True)
+        )
+        object.__setattr__(self, "values", checked)
         for group, exponents in (("in_", self.inputs), ("out_", self.outputs)):
             total = sum(exponents)
             # 1e-9: .33 + .66 must not fail by a rounding of the last bit

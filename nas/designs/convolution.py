@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 from nas.designs.design import Design, Family, Proposals
 from nas.designs.structure import LinearStructure, check_dimensions
-from nas.designs.theta import VANISHING, exact_exponent, format_exponent, parse_exponent
+from nas.designs.theta import checked_exponent, exact_exponent, format_exponent, parse_exponent
 from nas.errors import InvalidInput
 
 CONVOLUTION_FORM = "convolution or convolution:kernel=1/2, with a kernel from 0 to 1"
@@ -37,11 +36,8 @@ class Convolution(Design):
     kernel: float = 0.5
 
     def __post_init__(self) -> None:
-        value = self.kernel
-        number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-        if not number or not (math.isfinite(value) and 0.0 <= value <= 1.0):
-            raise InvalidInput("convolution.kernel", value, "a number from 0 to 1")
-        object.__setattr__(self, "kernel", 0.0 if value < VANISHING else float(value))
+        checked = checked_exponent(self.kernel, "convolution.kernel")
+        object.__setattr__(self, "kernel", checked)
 
     @property
     def name(self) -> str:

@@ -53,12 +53,8 @@ class Theta:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            value = getattr(self, axis)
-            if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
-                raise InvalidInput(f"theta.{axis}", value, "a number from 0 to 1")
-            if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-                raise InvalidInput(f"theta.{axis}", value, "a number from 0 to 1")
-            object.__setattr__(self, axis, 0.0 if value < VANISHING else float(value))
+            checked = checked_exponent(getattr(self, axis), f"theta.{axis}")
+            object.__setattr__(self, axis, checked)
         for group in (("alpha", "beta", "gamma"), ("delta", "epsilon", "phi")):
             total = sum(getattr(self, axis) for axis in group)
             # 1e-9: .33 + .66 must not fail by a rounding of the last bit
@@ -197,6 +193,14 @@ def _rank_of_labels(theta: Theta) -> tuple[float, ...]:
     )
     # 1 - 2/3 and 1/3 differ in their last bit, which may decide only where nothing else does
     return (*(round(v, 12) for v in order), *theta.values)
+
+
+def checked_exponent(value: object, field: str) -> float:
+    """`value` if it is a number from 0 to 1, as a float; next to nothing becomes 0."""
+    number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
+    if not number or not (math.isfinite(value) and 0.0 <= value <= 1.0):  # type: ignore[arg-type, operator]
+        raise InvalidInput(field, value, "a number from 0 to 1")
+    return 0.0 if value < VANISHING else float(value)  # type: ignore[arg-type, operator]
 
 
 def parse_exponent(text: str, field: str) -> float:

@@ -61,10 +61,8 @@ def muon_rate(layer: StructuredLinear, factor: str) -> float:
 def split_groups(model: nn.Module, groups: Groups, lr: float) -> tuple[Groups, Groups]:
     """(what AdamW trains, what Muon trains) of the parameter groups of a model."""
     rates = {
-        layer._parameters[parameter]: lr * muon_rate(layer, name)
-        for layer in model.modules()
-        if isinstance(layer, StructuredLinear)
-        for name, parameter, _ in layer._factors
+        model.get_parameter(name): lr * muon_rate(*factor)
+        for name, factor in factors_of(model).items()
     }
     others = [
         {**group, "params": own}
