@@ -328,7 +328,9 @@ def inspect_sum(design: Sum, d_in: int, d_out: int) -> dict[str, object]:
         As `structure_of` of a part.
     """
     structure = _structure_of(design, d_in, d_out)
-    parts = [structure_of(part, d_in, d_out) for part in design.parts]
+    parts = [(part, structure_of(part, d_in, d_out)) for part in design.parts]
+    if isinstance(structure, SumStructure):  # as its factors are named: first_A is of the first
+        parts.sort(key=lambda each: each[1] != structure.first)
     return {
         **structure.counts(),
         "name": design.name,
@@ -337,7 +339,7 @@ def inspect_sum(design: Sum, d_in: int, d_out: int) -> dict[str, object]:
         "parts": [
             {"name": part.name, "text": part.text, "macs": s.macs, "params": s.params,
              "fingerprint": s.fingerprint}
-            for part, s in zip(design.parts, parts, strict=True)
+            for part, s in parts
         ],
         "rank": structure.rank,
         "rank_is": _rank_is(design, structure),

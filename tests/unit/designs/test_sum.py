@@ -253,6 +253,8 @@ def test_inspection_is_plain(text: str) -> None:
     found: dict[str, Any] = inspect_design(parse_design(text), 100, 150)
     assert json.loads(json.dumps(found)) == found
     assert found["macs"] == sum(part["macs"] for part in found["parts"])
+    s = SumStructure.of(parse_sum(found["text"]), found["d_in"], found["d_out"])
+    assert [part["fingerprint"] for part in found["parts"]] == [p.fingerprint for p in s.parts]
     assert [parse_design(part["text"]).text for part in found["parts"]] == [
         part["text"] for part in found["parts"]
     ]
