@@ -1,7 +1,8 @@
 """Runs of a study: each trained once, in a pool of processes, and kept as one file.
 
-A study that was interrupted goes on where it stood: finished runs are read from their files, and
-the run that was cut off from its last checkpoint.
+Runs that differ only in their seed train together where that takes less time.  A study that was
+interrupted goes on where it stood: finished runs are read from their files, and the runs that were
+cut off from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 
 import torch
 
-from nas.errors import RunFailed
 from nas.planning.recipe import Recipe
 from nas.planning.runs import RunPlan
 from nas.processes import end_with
 from nas.tasks import TaskData
 from nas.training.checkpoint import Checkpoint
-from nas.training.run import Execution, execution_plans, train
+from nas.training.replicates import pay
+from nas.training.run import Execution, Point, execution_plans, train_replicates
 
 _CHECKPOINT_SECONDS = 20.0
 _data: Mapping[str, TaskData] = {}
@@ -52,8 +53,16 @@ class StudyRun:
     @property
     def key(self) -> str:
         """Digest of everything that decides the curve on one machine, 32 hex digits."""
+        return self._digest(self.seed)
+
+    @property
+    def replicates_key(self) -> str:
+        """The same of all runs that differ from this one in their seed at most."""
+        return self._digest("replicates")
+
+    def _digest(self, seed: int | str) -> str:
         versions = [version("einsum-nas"), torch.__version__]
-        decides = [self.task, self.plan.as_dict(), self.seed, versions]
+        decides = [self.task, self.plan.as_dict(), seed, versions]
         text = json.dumps(decides, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -75,7 +84,7 @@ def run_all(
     folder
         Where records and checkpoints are kept; what is there already is not run again.
     processes
-        Runs that train at once, one thread each.
+        Processes that train at once, one thread each.
 
     A record is a plain JSON object; a run that failed by its own fault has its reason in
     ``failure`` and the points it had.
@@ -101,8 +110,9 @@ def run_all(
     )
     with pool:
         try:
-            for future in as_completed([pool.submit(_run, r, folder, execution) for r in waiting]):
-                yield future.result()
+            jobs = [pool.submit(_run, r, folder, execution) for r in _together(waiting, execution)]
+            for future in as_completed(jobs):
+                yield from future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             # what they train is in their checkpoints; leaving the pool would wait for its end
@@ -119,57 +129,74 @@ def _begin_process(data: Mapping[str, TaskData], parent: int) -> None:
     logging.basicConfig(level=logging.WARNING)
 
 
+def _together(runs: Sequence[StudyRun], execution: Execution) -> list[list[StudyRun]]:
+    """Runs by what trains them at once, in the order of the first of each."""
+    groups: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        shared = pay(run.plan, torch.device(execution.device).type)
+        groups.setdefault(run.replicates_key if shared else run.key, []).append(run)
+    return list(groups.values())
+
+
 def _record_path(folder: Path, run: StudyRun) -> Path:
     return folder / "runs" / f"{run.key}.json"
 
 
-def _run(run: StudyRun, folder: Path, execution: Execution) -> dict[str, Any]:
-    """Train one run to its end and keep its record."""
-    data, plan = _data[run.task], run.plan
+def _run(runs: Sequence[StudyRun], folder: Path, execution: Execution) -> list[dict[str, Any]]:
+    """Train runs of one plan to their ends and keep their records."""
+    first = runs[0]
+    data, plan = _data[first.task], first.plan
+    key = first.key if len(runs) == 1 else first.replicates_key
     checkpoint = Checkpoint(
-        folder / "checkpoints" / f"{run.key}.pt", run.key, every_seconds=_CHECKPOINT_SECONDS
+        folder / "checkpoints" / f"{key}.pt", key, every_seconds=_CHECKPOINT_SECONDS
     )
-    layer_plans = execution_plans(plan, run.recipe, execution)
-    points: list[dict[str, Any]] = []
-    failure: str | None = None
-    try:
-        for point in train(
-            plan, run.recipe, data.train, data.validation, run.seed, execution, layer_plans,
-            checkpoint,
-        ):  # fmt: skip
-            kept = asdict(point)
-            del kept["window_losses"]
-            points.append(kept)
-    except RunFailed as error:
-        failure = str(error)
-    record = {
-        "key": run.key,
-        "task": run.recipe.task,
-        "task_fingerprint": run.task,
-        "recipe": run.recipe.as_dict(),
-        "loss_unit": run.recipe.loss_unit,
-        "name": run.name,
-        "theta": list(plan.design.exponents),
-        "design": plan.design.text,
-        "width": plan.width,
-        "depth": plan.depth,
-        "steps": plan.steps,
-        "params": plan.params,
-        "forward_flops_per_token": plan.forward_flops_per_token,
-        "train_flops_per_step": plan.train_flops_per_step,
-        "seed": run.seed,
-        "points": points,
-        "failure": failure,
-        "environment": {
-            **asdict(execution),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "execution_plans": layer_plans,
-        },
+    layer_plans = execution_plans(plan, first.recipe, execution)
+    points: dict[int, list[dict[str, Any]]] = {run.seed: [] for run in runs}
+    failures: dict[int, str] = {}
+    for news in train_replicates(
+        plan, first.recipe, data.train, data.validation, list(points), execution, layer_plans,
+        checkpoint,
+    ):  # fmt: skip
+        for seed, found in news.items():
+            if isinstance(found, Point):
+                kept = asdict(found)
+                del kept["window_losses"]
+                points[seed].append(kept)
+            else:
+                failures[seed] = str(found)
+    environment = {
+        **asdict(execution),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "execution_plans": layer_plans,
+        "replicates": len(runs),
     }
-    _write(_record_path(folder, run), record)
+    records = []
+    for run in runs:
+        record = {
+            "key": run.key,
+            "task": run.recipe.task,
+            "task_fingerprint": run.task,
+            "recipe": run.recipe.as_dict(),
+            "loss_unit": run.recipe.loss_unit,
+            "name": run.name,
+            "theta": list(plan.design.exponents),
+            "design": plan.design.text,
+            "width": plan.width,
+            "depth": plan.depth,
+            "steps": plan.steps,
+            "params": plan.params,
+            "forward_flops_per_token": plan.forward_flops_per_token,
+            "train_flops_per_step": plan.train_flops_per_step,
+            "seed": run.seed,
+            "points": points[run.seed],
+            "failure": failures.get(run.seed),
+            "environment": environment,
+        }
+        _write(_record_path(folder, run), record)
+        records.append(record)
     checkpoint.remove()
-    return record
+    return records
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:

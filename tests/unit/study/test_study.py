@@ -21,7 +21,7 @@ from nas.planning.runs import plan_of_steps
 from nas.study.runs import StudyRun, run_all
 from nas.study.scales import SCALES, STRUCTURES, Study, runs_of, studies_of
 from nas.tasks import TaskData, load_data
-from nas.training.run import Execution, train
+from nas.training.run import Execution, train_replicates
 from tests.support.paths import ROOT
 from tests.support.tiers import FULL
 
@@ -94,12 +94,12 @@ def test_reproduce_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-#: A study of two runs, of which the test kills the process that trains.
+#: A study of two plans with two seeds each, of which the test kills the process that trains.
 PROGRAM = """
 import dataclasses, signal, sys
 from pathlib import Path
 from nas.planning.runs import plan_of_steps
-from nas.training.run import Execution, train
+from nas.training.run import Execution
 from nas.planning.recipe import REGRESSION
 from nas.study import runs
 from nas.tasks import load_data
@@ -111,17 +111,17 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     recipe = dataclasses.replace(REGRESSION, pool=512, batch=32, validation_samples=32)
     data = load_data(recipe)
-    plan = plan_of_steps(recipe, parse_theta("monarch"), 16, 400)
-    jobs = [runs.StudyRun.of(data, plan, seed) for seed in (0, 1)]
+    plans = [plan_of_steps(recipe, parse_theta("monarch"), width, 400) for width in (16, 32)]
+    jobs = [runs.StudyRun.of(data, plan, seed) for seed in (0, 1) for plan in plans]
     for r in runs.run_all(jobs, [data], Path(sys.argv[1]), processes=1, execution=Execution()):
-        print(r["seed"], r["points"][-1]["loss"], flush=True)
+        print(r["width"], r["seed"], r["points"][-1]["loss"], flush=True)
 """
 
 
 @FULL
 def test_an_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
     program = tmp_path / "study.py"
-    program.write_text(PROGRAM.replace('monarch"), 16, 400', 'monarch"), 16, 10**6'))
+    program.write_text(PROGRAM.replace("width, 400", "width, 10**6"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # both at once: most of the time goes into starting them
     studies = {
@@ -173,18 +173,19 @@ def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     time.sleep(0.1)
     records = list((tmp_path / "killed" / "runs").glob("*.json"))
-    assert len(records) == 1
-    kept = json.loads(records[0].read_text())
-    assert first == f"{kept['seed']} {kept['points'][-1]['loss']}\n"
+    assert len(records) == 2  # both seeds of one plan, which trained together
+    kept = sorted((json.loads(r.read_text()) for r in records), key=lambda r: int(r["seed"]))
+    assert first == f"16 0 {kept[0]['points'][-1]['loss']}\n"
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, check=True, timeout=120
     )
     lines = done.stdout.splitlines()
-    assert lines[0] == first.strip()  # read, not trained again
-    assert len(lines) == 2
+    # read, not trained again
+    assert lines[:2] == [f"16 {r['seed']} {r['points'][-1]['loss']}" for r in kept]
+    assert len(lines) == 4
     data = load_data(replace(REGRESSION, pool=512, batch=32, validation_samples=32))
-    plan = plan_of_steps(data.recipe, parse_theta("monarch"), 16, 400)
     torch.set_num_threads(1)
-    for line, seed in zip(lines, (0, 1), strict=True):
-        whole = list(train(plan, data.recipe, data.train, data.validation, seed))
-        assert line == f"{seed} {whole[-1].loss}"
+    for line, (width, seed) in zip(lines, [(16, 0), (16, 1), (32, 0), (32, 1)], strict=True):
+        plan = plan_of_steps(data.recipe, parse_theta("monarch"), width, 400)
+        *_, whole = train_replicates(plan, data.recipe, data.train, data.validation, (0, 1))
+        assert line == f"{width} {seed} {whole[seed].loss}"
