@@ -381,6 +381,17 @@ class ChainStructure(LinearStructure):
         _, summed, made = self._roles[int(factor[1:]) - 1]
         return math.prod(a.size for a in summed), math.prod(a.size for a in made)
 
+    def uses(self, factor: str) -> int:
+        """How many vectors of one token each matrix of a factor multiplies, in chain order: the
+        product of the axes at its step that it does not have."""
+        self.check_factor(factor)
+        k = int(factor[1:])
+        spans = intervals(self.n_factors)
+        after = [a.size for a, (i, _) in zip(self.axes, spans, strict=False) if i > k]
+        made = self.axes[len(spans) : 2 * len(spans)]
+        before = [a.size for a, (_, j) in zip(made, spans, strict=True) if j < k]
+        return math.prod((*after, *before))
+
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of a factor, relative to a dense base layer with `d_in_base` inputs.
 

@@ -186,6 +186,11 @@ class ConvolutionStructure(LinearStructure):
         self.check_factor(factor)
         return self.channels_in * self.taps, self.channels_out * self.taps
 
+    def uses(self, factor: str) -> int:
+        """How many vectors of one token the kernel multiplies: L, one at each position."""
+        self.check_factor(factor)
+        return self.length
+
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of the kernel, relative to a dense base layer with `d_in_base`
         inputs: d_in_base / f_in; `d_in_base` is this layer's own d_in unless given."""

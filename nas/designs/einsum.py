@@ -291,6 +291,13 @@ class Structure(LinearStructure):
             return s.alpha, s.delta * s.phi * s.rho
         return s.beta * s.gamma * s.rho, s.epsilon
 
+    def uses(self, factor: str) -> int:
+        """How many vectors of one token each matrix of a factor multiplies: β of A, δ of B."""
+        self.check_factor(factor)
+        if self.is_dense:
+            return 1
+        return self.sizes.beta if factor == "A" else self.sizes.delta
+
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of a factor, relative to a dense base layer with `d_in_base` inputs.
 

@@ -328,6 +328,10 @@ class MixtureStructure(LinearStructure):
         """Standard deviation of a factor at initialisation, that of one expert; 0 of the gate."""
         return 0.0 if factor == "gate" else self.expert.init_std(factor)
 
+    def uses(self, factor: str) -> int:
+        """As of one expert; 1 of the gate."""
+        return 1 if factor == "gate" else self.expert.uses(factor)
+
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """As `Structure.adam_lr_multiplier` of one expert; d_in_base / d_in for the gate."""
         if factor != "gate":

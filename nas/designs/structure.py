@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nas.errors import InvalidInput
 
@@ -12,6 +12,10 @@ from nas.errors import InvalidInput
 MAX_DIMENSION = 1 << 24
 #: How d^θ becomes integers: axes whose product covers the dimension, or each rounded on its own.
 Sizing = Literal["least-waste", "paper"]
+#: Which rule sets standard deviations and learning rates of factors: that of arXiv:2406.06248, or
+#: the spectral condition with what is said of factors that a token meets several times.
+Parametrization = Literal["published", "spectral"]
+PARAMETRIZATIONS: tuple[Parametrization, ...] = get_args(Parametrization)
 
 
 class LinearStructure(ABC):
@@ -54,6 +58,11 @@ class LinearStructure(ABC):
         """Adam learning rate of a factor (or gate) over that of a dense base layer with
         `d_in_base` inputs, by default this layer's own d_in."""
 
+    def uses(self, factor: str) -> int:
+        """How many different vectors of one token each matrix of a factor multiplies."""
+        self.check_factor(factor)
+        return 1
+
     @property
     def flops(self) -> int:
         """Forward FLOPs per token: 2 × MACs."""
@@ -72,6 +81,17 @@ class LinearStructure(ABC):
         """
         fan_in, fan_out = self.fans(factor)
         return math.sqrt(min(fan_in, fan_out)) / fan_in
+
+    def spectral_gains(self, factor: str) -> tuple[float, float]:
+        """What the spectral parametrization multiplies the standard deviation of a factor by, and
+        its Adam learning rate; both are 1 where a token meets the factor once.
+
+        With s uses: sqrt(min(f_in, s f_out) / min(f_in, f_out)), sqrt(min(s, f_in, f_out)).
+        Derivation: docs/explanation/theta.md.
+        """
+        (fan_in, fan_out), uses = self.fans(factor), self.uses(factor)
+        narrow = min(fan_in, fan_out)
+        return math.sqrt(min(fan_in, uses * fan_out) / narrow), math.sqrt(min(uses, narrow))
 
     def counts(self) -> dict[str, object]:
         """What `inspect_design` tells of every family; `macs` and `flops` per token and forward."""

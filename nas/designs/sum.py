@@ -310,6 +310,11 @@ class SumStructure(LinearStructure):
         part, name = self._own(factor)
         return part.init_std(name) * math.pow(2.0, -0.5 / len(part.factors))
 
+    def uses(self, factor: str) -> int:
+        """As in its part."""
+        part, name = self._own(factor)
+        return part.uses(name)
+
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Half of that of the factor in its part."""
         part, name = self._own(factor)

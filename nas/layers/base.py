@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nas.designs.structure import LinearStructure
+from nas.designs.structure import PARAMETRIZATIONS, LinearStructure, Parametrization
 from nas.errors import InvalidInput
 from nas.layers.modes import (
     autocast_dtype,
@@ -53,6 +53,8 @@ class StructuredLinear(nn.Module):
     d_in_base: int
     normalize: bool
     zero_init: bool
+    #: by which rule the factors were drawn and `param_groups` sets their learning rates
+    parametrization: Parametrization = "published"
     bias: Tensor | None
     #: whether it took the place of a layer whose weight is the transpose of its own
     in_place_of_conv1d: bool = False
@@ -113,9 +115,34 @@ class StructuredLinear(nn.Module):
             return t.view(*lead, -1, fan_out, fan_in)
         return t.view(*lead, -1, fan_in, fan_out).mT  # later ones are stored the other way round
 
+    def reparametrize(self, parametrization: Parametrization) -> None:
+        """Draw the factors anew by a rule, by which `param_groups` then sets their learning rates.
+
+        Raises
+        ------
+        InvalidInput
+            No such rule.
+        """
+        if parametrization not in PARAMETRIZATIONS:
+            accepted = " | ".join(PARAMETRIZATIONS)
+            raise InvalidInput("parametrization", parametrization, accepted)
+        self.parametrization = parametrization
+        spectral = parametrization == "spectral"
+        self._factors = tuple(
+            (n, p, self.structure.init_std(n) * (self.structure.spectral_gains(n)[0] ** spectral))
+            for n, p, _ in self._factors
+        )
+        self.reset_parameters()
+
+    def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
+        """That of the structure under the layer's parametrization."""
+        multiplier = self.structure.adam_lr_multiplier(factor, d_in_base)
+        spectral = self.parametrization == "spectral" and factor in self.structure.factors
+        return multiplier * (self.structure.spectral_gains(factor)[1] if spectral else 1.0)
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the factors anew: normal, std sqrt(min(f_in, f_out)) / f_in."""
+        """Draw the factors anew: normal, by the layer's parametrization."""
         for name, parameter, std in self._factors:
             factor, gain = getattr(self, parameter), getattr(self, f"gain_{name}")
             factor.normal_(0.0, std, generator=generator)
@@ -179,6 +206,7 @@ class StructuredLinear(nn.Module):
         return LayerRecord(
             self.structure,
             self.bias is not None, self.normalize, gain, self.zero_init, self.d_in_base,
+            self.parametrization,
         )  # fmt: skip
 
     def get_extra_state(self) -> Tensor:

@@ -15,17 +15,22 @@ from nas.designs.design import (
     layer_family,
     structure_in,
 )
-from nas.designs.structure import LinearStructure
+from nas.designs.structure import LinearStructure, Parametrization
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
 from nas.layers.kernels.plan import Plan, Sized, cost
 from nas.rates import current_rates
 
 
-def build_layer(structure: LinearStructure, **options: Any) -> StructuredLinear:
-    """A freshly drawn layer of a structure; options as of `nas.layers.EinsumLinear`."""
+def build_layer(
+    structure: LinearStructure, *, parametrization: Parametrization = "published", **options: Any
+) -> StructuredLinear:
+    """A freshly drawn layer of a structure; other options as of `nas.layers.EinsumLinear`."""
     made: type[StructuredLinear] = resolve_name(str(layer_family(structure).layer))
-    return made(structure, structure.d_in, structure.d_out, **options)
+    layer = made(structure, structure.d_in, structure.d_out, **options)
+    if parametrization != layer.parametrization:
+        layer.reparametrize(parametrization)
+    return layer
 
 
 def layer_of(

@@ -82,10 +82,10 @@ def param_groups(
         if isinstance(module, StructuredLinear):
             for name, factor in module.factors().items():
                 if base_width is None or width is None:
-                    multiplier = module.structure.adam_lr_multiplier(name, module.d_in_base)
+                    multiplier = module.adam_lr_multiplier(name, module.d_in_base)
                 else:
                     grows = module.in_features >= width
-                    own = module.structure.adam_lr_multiplier(name)
+                    own = module.adam_lr_multiplier(name)
                     multiplier = own * (base_width / width if grows else 1.0)
                 multipliers[factor] = multiplier
     groups: dict[float, list[nn.Parameter]] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nas.designs.stored import AnyStructure
+from nas.designs.structure import Parametrization
 from nas.errors import InvalidInput
 
 # where it is used, for layers run without pydantic
@@ -27,13 +28,16 @@ class LayerRecord:
     gain: bool
     zero_init: bool
     d_in_base: int
+    parametrization: Parametrization = "published"
     #: of what a record holds
     version: Literal[1] = 1
 
     @property
     def computes(self) -> tuple[object, ...]:
         """Equal for layers that compute the same from the same tensors."""
-        return type(self.structure).__name__, self.structure.fingerprint, self.normalize
+        # weights are capped at standard deviations, which differ
+        capped = self.parametrization if self.normalize else None
+        return type(self.structure).__name__, self.structure.fingerprint, capped
 
     @property
     def options(self) -> dict[str, Any]:
@@ -41,10 +45,11 @@ class LayerRecord:
         return {
             "bias": self.bias, "normalize": self.normalize, "gain": self.gain,
             "zero_init": self.zero_init, "d_in_base": self.d_in_base,
+            "parametrization": self.parametrization,
         }  # fmt: skip
 
     def __str__(self) -> str:
-        normalised = ", normalised" if self.normalize else ""
+        normalised = f", normalised, {self.parametrization}" if self.normalize else ""
         return f"a {type(self.structure).__name__} {self.structure.fingerprint}{normalised}"
 
     def to_tensor(self) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from nas.designs.structure import Parametrization
 from nas.errors import InvalidInput
 from nas.planning.accepted import refusal
 
@@ -42,7 +43,10 @@ _OF_SOME = {
 }  # fmt: skip
 #: Settings that are stored where they are not these: fingerprints of tasks and runs depend on what
 #: is stored, and most are of before these settings.
-_LEFT_OUT = {"ranks": 1, "sharding": "none", "optimizer": "adamw"}
+_LEFT_OUT = {
+    "ranks": 1, "sharding": "none", "optimizer": "adamw", "parametrization": "published",
+    "depth_rule": "sqrt", "sgd_lr": 1.0,
+}  # fmt: skip
 
 
 def _no_truth(given: Any) -> Any:
@@ -91,10 +95,16 @@ class Recipe:
     bias: bool
     #: whether the factors of structured layers are capped at their initial RMS
     normalize: Annotated[bool, Field(strict=True), BeforeValidator(_as_truth)]
+    #: which rule sets initial standard deviations and learning rates of factors
+    parametrization: Parametrization = "published"
+    #: how branches enter: times sqrt(3/depth), or 3/depth as CompleteP has it
+    depth_rule: Literal["sqrt", "completep"] = "sqrt"
     #: what trains the factors of structured layers, dense ones included; AdamW trains all else
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     #: Adam learning rate at the base width; Muon's follows from it, see `nas.training.muon`
     lr: _Real = Field(ge=1e-12, le=1e30)
+    #: SGD learning rate of a square dense layer, see `nas.training.sgd`
+    sgd_lr: _Real = Field(1.0, ge=1e-12, le=1e30)
     beta1: _Decay = 0.9
     beta2: _Decay
     weight_decay: _Real = Field(0.0, ge=0.0, le=1e3)
@@ -144,7 +154,7 @@ class Recipe:
             raise InvalidInput("batch", self.batch, accepted)
         if self.batch % self.ranks:
             raise InvalidInput("ranks", self.ranks, f"a divisor of batch, {self.batch}")
-        if self.optimizer == "muon" and self.ranks > 1:
+        if self.optimizer != "adamw" and self.ranks > 1:
             raise InvalidInput("optimizer", self.optimizer, "adamw with more than one rank")
         if self.sharding == "full" and self.ranks == 1:
             raise InvalidInput("sharding", self.sharding, "none with ranks=1")

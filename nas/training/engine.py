@@ -17,8 +17,9 @@ from nas.layers.building import matrix_pays, plan_text
 from nas.planning.cost import structures_of
 from nas.planning.recipe import PluginRecipe, Recipe
 from nas.planning.runs import RunPlan
-from nas.training.muon import WithMuon, split_groups
+from nas.training.muon import WithMuon, muon_rate, split_groups
 from nas.training.separate import Separate
+from nas.training.sgd import WithSgd, sgd_lr, sgd_rate
 from nas.training.stacked import STACKED, Stacked
 from nas.training.tasks import build_model, learning_rates, task_of
 
@@ -115,9 +116,11 @@ class Engine:
             if (trained := [p for p in group["params"] if p.requires_grad])
         ]
         others: list[dict[str, Any]] = []
-        if recipe.optimizer == "muon":
-            groups, others = split_groups(models[0], groups, recipe.lr)
-            # it looks at its rates on the host, and leaves them there
+        if recipe.optimizer != "adamw":
+            of_factors = muon_rate if recipe.optimizer == "muon" else sgd_rate
+            lr = recipe.lr if recipe.optimizer == "muon" else sgd_lr(recipe)
+            groups, others = split_groups(models[0], groups, lr, of_factors)
+            # they look at their rates on the host, and leave them there
             execution = replace(execution, graphs=False)
         models = [m.to(execution.device) for m in models]
         self.stacked: Stacked | Separate
@@ -144,11 +147,13 @@ class Engine:
             fused=True,
             capturable=on_gpu,
         )
-        self.optimizer: torch.optim.Optimizer | WithMuon = adamw
-        if others:
-            self.optimizer = WithMuon(
-                adamw, models[0], self.stacked, self._rates[len(groups) :], recipe
-            )
+        self.optimizer: torch.optim.Optimizer | WithMuon | WithSgd = adamw
+        its_rates = self._rates[len(groups) :]
+        if others and recipe.optimizer == "muon":
+            self.optimizer = WithMuon(adamw, models[0], self.stacked, its_rates, recipe)
+        elif others:
+            factors = self.stacked.parameters[len(groups) :]
+            self.optimizer = WithSgd(adamw, factors, its_rates, recipe.weight_decay)
         self._factor = 1.0
         self._forward = torch.compile(self._losses) if execution.compile else self._losses
         self._graph: _Captured | None = None
@@ -257,10 +262,10 @@ class Engine:
             own = {
                 name: (t[at] if t.dim() else t).to(parameter.device) for name, t in state.items()
             }
-            if isinstance(self.optimizer, WithMuon):
-                self.optimizer.load(parameter, own)
-            else:
+            if isinstance(self.optimizer, torch.optim.Optimizer):
                 self.optimizer.state[parameter] = own
+            else:
+                self.optimizer.load(parameter, own)
         self.stacked.load_extra_state(saved, runs)
 
 

@@ -57,6 +57,7 @@ class StructuredFactory:
         return build_layer(
             self._structures[layer.role], bias=bias, zero_init=zero_init,
             normalize=normalize, gain=normalize and layer.gained, d_in_base=layer.role.d_in_base,
+            parametrization=self._recipe.parametrization,
         )  # fmt: skip
 
     def check_complete(self) -> None:

@@ -24,7 +24,7 @@ _MIN_TIMED = 5
 
 
 class Optimized(Protocol):
-    """What an optimiser holds; those of torch are such, and `nas.training.muon.WithMuon`."""
+    """What an optimiser holds; those of torch are such, and those of two parts."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...

@@ -51,18 +51,28 @@ def factors_of(model: nn.Module) -> dict[str, tuple[StructuredLinear, str]]:
 def muon_rate(layer: StructuredLinear, factor: str) -> float:
     """Learning rate of a factor's blocks over that of Adam on the dense base layer."""
     f_out, f_in = layer.blocks(factor, layer.factors()[factor]).shape[-2:]
-    base = layer.d_in_base
-    # Adam's multiplier is base / (N f_in), whatever share of an update a family gives a factor
-    multiplier = layer.structure.adam_lr_multiplier(factor, base)
-    share = multiplier * layer.structure.fans(factor)[0] / base
-    return _ADAM_RMS * math.sqrt(base * f_out / f_in) * share
+    return _ADAM_RMS * math.sqrt(layer.d_in_base * f_out / f_in) * share_of(layer, factor)
 
 
-def split_groups(model: nn.Module, groups: Groups, lr: float) -> tuple[Groups, Groups]:
-    """(what AdamW trains, what Muon trains) of the parameter groups of a model."""
+def share_of(layer: StructuredLinear, factor: str) -> float:
+    """What share of the layer's update is this factor's: 1/N, or what its family gives it."""
+    # Adam's multiplier is base / (N f_in)
+    multiplier = layer.structure.adam_lr_multiplier(factor, layer.d_in_base)
+    return multiplier * layer.structure.fans(factor)[0] / layer.d_in_base
+
+
+def split_groups(
+    model: nn.Module, groups: Groups, lr: float, rate: Callable[[StructuredLinear, str], float]
+) -> tuple[Groups, Groups]:
+    """(what AdamW trains, what the optimiser of factors trains) of a model's parameter groups.
+
+    Parameters
+    ----------
+    rate
+        Learning rate of a factor over `lr`.
+    """
     rates = {
-        model.get_parameter(name): lr * muon_rate(*factor)
-        for name, factor in factors_of(model).items()
+        model.get_parameter(name): lr * rate(*factor) for name, factor in factors_of(model).items()
     }
     others = [
         {**group, "params": own}

@@ -54,8 +54,10 @@ def feed_forward(ops: Ops, layers: nn.ModuleDict, x: Tensor) -> Tensor:
 
 
 def branch_scale(recipe: Recipe) -> float:
-    """sqrt(3/depth): the sum of all branches does not grow with depth."""
-    return math.sqrt(BASE_DEPTH / recipe.depth)
+    """sqrt(3/depth), with which the sum of all branches does not grow with depth at the start; or
+    3/depth, with which neither what all branches learn together does (arXiv:2505.01618)."""
+    share = BASE_DEPTH / recipe.depth
+    return share if recipe.depth_rule == "completep" else math.sqrt(share)
 
 
 class NumberEmbedding(nn.Linear):

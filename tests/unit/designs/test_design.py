@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.designs.aligned import Aligned, aligned
-from nas.designs.convolution import Convolution
+from nas.designs.chain_structure import ChainStructure
+from nas.designs.convolution import Convolution, ConvolutionStructure
 from nas.designs.design import Design, inspect_design, parse_design, structure_of
 from nas.designs.einsum import Sizes, Structure, with_heads
 from nas.designs.mixture import Mixture, MixtureStructure
@@ -285,6 +286,50 @@ def test_a_gate_learns_as_a_dense_layer() -> None:
     groups = param_groups(nn.Sequential(layer), 1.0)
     rate = next(g["lr"] for g in groups if any(p is layer.gate for p in g["params"]))
     assert rate == 32 / 64
+
+
+@pytest.mark.parametrize("text", [t for t in DESIGNS if "@" not in t and "ffn" not in t])
+def test_uses_are_what_a_factor_multiplies_over_its_numbers(text: str) -> None:
+    structure = structure_of(parse_design(text), 256, 1024)
+    layer = build_layer(structure, device="meta")
+    numbers = {name: factor.numel() for name, factor in layer.factors().items()}
+    for name in structure.factors:
+        std, rate = structure.spectral_gains(name)
+        assert (std >= 1, rate >= 1) == (True, True)
+        if structure.uses(name) == 1:
+            assert (std, rate) == (1, 1)
+    charged: int | None = None
+    if isinstance(structure, Structure) and not structure.is_dense:
+        s = structure.sizes
+        charged = s.beta * s.gamma * s.delta * s.phi * s.rho * (s.alpha + s.epsilon)
+    elif isinstance(structure, ChainStructure):
+        charged = structure.chain_macs
+    elif isinstance(structure, ConvolutionStructure):
+        charged = structure.macs
+    if charged is not None:
+        assert sum(structure.uses(name) * numbers[name] for name in structure.factors) == charged
+
+
+def test_a_layer_is_drawn_anew_by_another_rule_and_keeps_it() -> None:
+    layer = layer_of("tensor-train:rho=1/4", 256, 256, d_in_base=64, normalize=True)
+    published = {n: layer.adam_lr_multiplier(n, 64) for n in ("A", "B")}
+    assert published == {"A": 64 / 32, "B": 64 / 128}
+    layer.reparametrize("spectral")
+    # A: 16 → 64, B: 64 → 16, each with 16 vectors of a token
+    assert layer.adam_lr_multiplier("A", 64) == pytest.approx(4 * published["A"])
+    assert layer.adam_lr_multiplier("B", 64) == pytest.approx(4 * published["B"])
+    stds = {n: float(p.detach().std()) for n, p in layer.factors().items()}
+    assert stds == pytest.approx({"A": 1 / 4, "B": 1 / 8}, rel=0.2)
+    rates = {p: g["lr"] for g in param_groups(layer, 1.0) for p in g["params"]}
+    assert rates[layer.factors()["A"]] == pytest.approx(4 * published["A"])
+    again = build_layer(layer.structure, **layer.record.options)
+    assert again.parametrization == "spectral"
+    again.load_state_dict(layer.state_dict())
+    other = layer_of("tensor-train:rho=1/4", 256, 256, d_in_base=64, normalize=True)
+    with pytest.raises(RuntimeError, match="spectral"):
+        other.load_state_dict(layer.state_dict())  # whose weights are capped elsewhere
+    with pytest.raises(InvalidInput, match=r"parametrization: got mup; accepted: published"):
+        layer.reparametrize("mup")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", [t for t in DESIGNS if "@" not in t and "ffn" not in t])

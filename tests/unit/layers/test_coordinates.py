@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from nas.training.models.parts import branch_scale
 from tests.support.coordinates import RECIPE, feature_updates, spread
 from tests.support.tiers import only
 
@@ -41,6 +42,26 @@ def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
 @pytest.mark.parametrize("structure", only({"lost"}, ["lost", "pixelfly", "block-sparse"]))
 def test_feature_updates_of_sums_and_sparse_layers_are_flat_over_widths(structure: str) -> None:
     assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) < 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_feature_updates_of_shared_factors_are_flat_at_spectral_rates(optimizer: str) -> None:
+    structure = "tensor-train:rho=1/4"
+    spectral = replace(RECIPE, parametrization="spectral", optimizer=optimizer, sgd_lr=0.3)
+    assert spread(feature_updates(spectral, structure, w) for w in WIDTHS) < 1.6
+    if optimizer == "adamw":
+        assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) > 2
+
+
+def test_what_all_branches_learn_does_not_grow_with_depth_under_completep() -> None:
+    """Of all branches together: each layer's update times how many enter, and by how much."""
+
+    def learned(depth: int, rule: str) -> float:
+        recipe = replace(RECIPE, depth=depth, depth_rule=rule)
+        return depth * branch_scale(recipe) * feature_updates(recipe, "monarch", 64)[-1]
+
+    assert learned(24, "completep") / learned(3, "completep") < 1.6
+    assert learned(24, "sqrt") / learned(3, "sqrt") > 2
 
 
 def test_feature_updates_are_flat_over_depths() -> None:

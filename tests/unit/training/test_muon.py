@@ -1,7 +1,8 @@
-"""Muon on the factors of structured layers: the blocks, the rates, the steps, and going on."""
+"""Muon and SGD on the factors of structured layers: blocks, rates, steps, and going on."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from itertools import islice
@@ -15,18 +16,22 @@ from torch import Tensor, nn
 from nas.designs.design import parse_design
 from nas.errors import InvalidInput
 from nas.layers import layer_of
-from nas.planning.recipe import stored_recipe, with_overrides
+from nas.planning.recipe import Recipe, stored_recipe, with_overrides
 from nas.planning.runs import plan_of_steps
+from nas.tasks.batches import sample_losses
 from nas.training.checkpoint import Checkpoint
 from nas.training.engine import CPU, Engine, execution_plans
 from nas.training.muon import BatchedMuon, WithMuon, factors_of, muon_rate
 from nas.training.run import Point, train_replicates
+from nas.training.sgd import sgd_rate
+from nas.training.tasks import learning_rates
 from tests.support.ranks import TINY as RANKED
 from tests.support.tiers import only
 from tests.unit.training.test_run import TINY, TRAIN, VALIDATION
 from tests.unit.training.test_stacked import DESIGNS, batches
 
 MUON = replace(TINY, optimizer="muon")
+SGD = replace(TINY, optimizer="sgd", sgd_lr=0.1, parametrization="spectral")
 #: Designs of one layer, whose blocks lie in different ways.
 ALONE = [d for d in DESIGNS if "@" not in d and not d.startswith("ffn-moe")]
 
@@ -174,24 +179,75 @@ def test_the_engine_takes_the_steps_of_the_modules() -> None:
         assert apart < most * moved
 
 
+@pytest.mark.parametrize("design", ["dense", "monarch", "tensor-train:rho=1/4", "blast"])
+@pytest.mark.parametrize("depth_rule", ["sqrt", "completep"])
+def test_sgd_takes_the_steps_of_torch(design: str, depth_rule: str) -> None:
+    recipe = replace(SGD, depth=6, depth_rule=depth_rule, normalize=False)
+    plan = plan_of_steps(recipe, parse_design(design), 32, 20)
+    engine = Engine(plan, recipe, (0,), CPU, execution_plans(plan, recipe, CPU), torch.float64)
+    model = copy.deepcopy(engine.model_of(0))
+    factors = factors_of(model)
+    lr = 0.1 * (2 if depth_rule == "completep" else 1)
+    of_factors = [
+        {"params": [model.get_parameter(name)], "lr": lr * sgd_rate(*factor)}
+        for name, factor in factors.items()
+    ]
+    sgd = torch.optim.SGD(of_factors, momentum=0.9)
+    others = [
+        {
+            **g,
+            "params": [p for p in g["params"] if not any(p is f["params"][0] for f in of_factors)],
+        }
+        for g in learning_rates(model, recipe, 32)
+    ]
+    adamw = torch.optim.AdamW(others, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0)
+    for x, y in islice(batches(recipe, 1), 3):
+        engine.step(x, y)
+        sgd.zero_grad()
+        adamw.zero_grad()
+        torch.autograd.backward(sample_losses(recipe, model(x[0]), y[0]).mean())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        sgd.step()
+        adamw.step()
+    after = dict(engine.model_of(0).named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(after[name], p, rtol=1e-6, atol=1e-9)
+
+
+def test_a_square_dense_layer_has_the_rate_of_sgd_and_a_factor_that_of_its_blocks_and_uses() -> (
+    None
+):
+    for d in (16, 64):
+        assert sgd_rate(layer_of("dense", d, d), "A") == 1
+    assert sgd_rate(layer_of("dense", 64, 256), "A") == 4
+    train = layer_of("tensor-train:rho=1/4", 256, 256)  # sizes 16, rank 4
+    assert train.structure.fans("A") == (16, 64)
+    assert sgd_rate(train, "A") == pytest.approx(1 * 16 * 64 / 16 / 2)
+    assert sgd_rate(train, "B") == pytest.approx(1 * 16 * 16 / 64 / 2)
+    assert sgd_rate(layer_of("monarch", 64, 64), "A") == pytest.approx(8 * 1 * 1 / 2)
+
+
 @pytest.mark.parametrize(
     "design", only({"monarch", "btt:cores=3,rho=1/8", "lost:rank=1/2,channels=1/2"}, DESIGNS)
 )
-def test_every_design_learns_and_goes_on_from_a_checkpoint(design: str, tmp_path: Path) -> None:
-    plan = plan_of_steps(MUON, parse_design(design), 32, 24)
+@pytest.mark.parametrize("recipe", [MUON, SGD], ids=lambda r: r.optimizer)
+def test_every_design_learns_and_goes_on_from_a_checkpoint(
+    recipe: Recipe, design: str, tmp_path: Path
+) -> None:
+    plan = plan_of_steps(recipe, parse_design(design), 32, 24)
     whole: dict[int, list[float]] = {0: [], 1: []}
-    for news in train_replicates(plan, MUON, TRAIN, VALIDATION, (0, 1)):
+    for news in train_replicates(plan, recipe, TRAIN, VALIDATION, (0, 1)):
         for seed, p in news.items():
             assert isinstance(p, Point)
             whole[seed].append(p.loss)
     assert all(losses[-1] < losses[0] for losses in whole.values())
     path = Checkpoint(tmp_path / "c.pt", "key")
-    step = next(iter(train_replicates(plan, MUON, TRAIN, VALIDATION, (0, 1))))[0].step  # type: ignore[union-attr]
-    for _ in train_replicates(plan, MUON, TRAIN, VALIDATION, (0, 1), checkpoint=path, until=step):
+    step = next(iter(train_replicates(plan, recipe, TRAIN, VALIDATION, (0, 1))))[0].step  # type: ignore[union-attr]
+    for _ in train_replicates(plan, recipe, TRAIN, VALIDATION, (0, 1), checkpoint=path, until=step):
         pass
     torch.manual_seed(9)
     resumed: dict[int, list[float]] = {0: [], 1: []}
-    for news in train_replicates(plan, MUON, TRAIN, VALIDATION, (0, 1), checkpoint=path):
+    for news in train_replicates(plan, recipe, TRAIN, VALIDATION, (0, 1), checkpoint=path):
         for seed, p in news.items():
             assert isinstance(p, Point)
             resumed[seed].append(p.loss)
@@ -203,5 +259,8 @@ def test_the_setting_is_stored_only_where_it_is_chosen() -> None:
     assert MUON.as_dict()["optimizer"] == "muon"
     assert stored_recipe(MUON.as_dict()) == MUON
     assert stored_recipe(TINY.as_dict()) == TINY
+    for name in ("parametrization", "depth_rule", "sgd_lr"):
+        assert name not in MUON.as_dict()
+    assert stored_recipe(SGD.as_dict()) == SGD
     with pytest.raises(InvalidInput, match=r"optimizer.*muon.*more than one rank"):
         with_overrides(RANKED, {"optimizer": "muon", "ranks": 2})
