@@ -22,6 +22,8 @@ _RULES = {
     "blast": "text that names a BLAST matrix",
     "block_sparse": "text that names a pattern of blocks, with exponents from 0 to 1",
     "sum": "text of a sum of two designs, or of one with a name",
+    "cola": "text of two factors with an activation between them",
+    "cola.activation": "silu, gelu or relu",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
     "heads": "only with two factors and mixtures of them",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nas.errors import InvalidInput
 
@@ -15,8 +15,10 @@ Sizing = Literal["least-waste", "paper"]
 
 
 class LinearStructure(ABC):
-    """A linear operator d_in → d_out, as integers.  1 MAC = 2 FLOPs."""
+    """A linear operator d_in → d_out, as integers, or what replaces one.  1 MAC = 2 FLOPs."""
 
+    #: whether it multiplies a token by a matrix; of mixtures, by one that the token chooses
+    is_linear: ClassVar[bool] = True
     d_in: Any
     d_out: Any
 
