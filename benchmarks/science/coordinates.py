@@ -20,7 +20,7 @@ from benchmarks.reporting import report
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
 #: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, two BLAST, and
-#: then a block-sparse matrix and sums
+#: then a block-sparse matrix, sums, and factors with an activation between them
 STRUCTURES = (
     "dense",
     "monarch",
@@ -39,6 +39,8 @@ STRUCTURES = (
     "pixelfly:rank=1/2,blocks=1/2",
     "lost:rank=1/2,channels=1/2",
     "sum(monarch;btt:cores=3,rho=1/8)",
+    "cola-mlp:rank=1/2,activation=silu",
+    "activated(monarch;silu)",
 )
 
 

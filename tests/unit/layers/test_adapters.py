@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 DESIGNS = (
     "monarch", "low-rank:rho=1/3", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
     "low-rank-moe:rho=1,experts=4,active=2", "dense-moe", "convolution:kernel=1/2", "blast",
-    "pixelfly:rank=1/4,blocks=1/2", "lost",
+    "pixelfly:rank=1/4,blocks=1/2", "lost", "cola-mlp",
 )  # fmt: skip
 #: Options of layers, of which none may change what an adapter adds.
 LAYERS: tuple[dict[str, Any], ...] = (
