@@ -217,7 +217,7 @@ class ActivatedStructure(LinearStructure):
     def fans(self, factor: str) -> tuple[int, int]:
         """(fan in, fan out) of a factor as a batched matrix: A: α → δφρ;  B: βγρ → ε."""
         self.check_factor(factor)
-        return self.sizes.fans("A" if factor == "A" else "B")
+        return self.sizes.fans(factor)
 
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """As of two factors without an activation: d_in_base / (2 f_in)."""
@@ -262,7 +262,7 @@ def _fit(design: Activated, width: int, block: BlockOf) -> Design:
     return _activated(theta, activation)
 
 
-def _activated(theta: Theta, activation: str) -> Design:
+def _activated(theta: Any, activation: str) -> Design:
     return DENSE if theta.is_dense else Activated(theta, activation)
 
 

@@ -73,7 +73,7 @@ class Sizes:
         """δεφ."""
         return self.delta * self.epsilon * self.phi
 
-    def fans(self, factor: Factor) -> tuple[int, int]:
+    def fans(self, factor: str) -> tuple[int, int]:
         """(fan in, fan out) as a batched matrix, A contracted first.  A: α → δφρ;  B: βγρ → ε."""
         if factor == "A":
             return self.alpha, self.delta * self.phi * self.rho

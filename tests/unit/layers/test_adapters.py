@@ -101,7 +101,8 @@ def test_an_adapted_layer_adds_the_scaled_low_rank_product(
     model = chain(design, **layer_options)
     layer = model[0]
     assert isinstance(layer, StructuredLinear)
-    plain = copy.deepcopy(layer) if isinstance(layer, MixtureLinear) else layer.to_linear()
+    one_matrix = layer.structure.is_linear and not isinstance(layer, MixtureLinear)
+    plain = layer.to_linear() if one_matrix else copy.deepcopy(layer)
     config = lora_config(model, r=RANK, target_modules=["0"], init_lora_weights=False, **options)
     adapted: Any = get_peft_model(model, config).base_model.model[0].eval()
     a, b = adapted.lora_A["default"], adapted.lora_B["default"]

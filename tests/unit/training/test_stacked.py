@@ -98,7 +98,7 @@ def together(recipe: Recipe, plan: RunPlan, runs: int, stacked: bool) -> Tensor:
     """The same of several runs at once (runs, steps)."""
     plans = {
         s.fingerprint: STACKED
-        if stacked
+        if stacked and s.is_linear
         else plan_text(s, recipe.tokens_per_step, torch.device("cpu"), torch.float64)
         for s in structures_of(recipe, plan.design, plan.width)
     }
