@@ -924,6 +924,10 @@ def test_a_structure_has_a_page_with_its_network(client: TestClient) -> None:
     assert drawn.headers["content-type"] == "image/svg+xml"
     assert "γ 8" in drawn.text
     assert "network.svg" not in client.get("/structures?theta=ffn-moe&d_in=64&d_out=64").text
+    activated = client.get("/structures?theta=activated(monarch;relu)&d_in=64&d_out=64").text
+    assert "network.svg" in activated
+    assert "no: relu of 64 numbers per token between the factors" in activated
+    assert "<dt>rank</dt>" not in activated
     missing = client.get("/structures/network.svg?theta=convolution&d_in=64&d_out=64")
     assert missing.status_code == 404
     refused = client.get("/structures?theta=nonsense&d_in=64&d_out=64")
