@@ -63,7 +63,7 @@ class LinearStructure(ABC):
 
     @property
     def is_degenerate(self) -> bool:
-        """Whether it costs more than the dense layer, which can express the same linear operators."""
+        """Whether it costs more than the dense layer, which expresses every linear operator."""
         dense: int = self.d_in * self.d_out
         return self.macs > dense
 
