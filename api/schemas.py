@@ -198,6 +198,9 @@ class StructureOut(_Out, extra="allow"):
     strides: list[int] = []
     channel_spacing: int = 0
     parts: list[PartOut] = []
+    activation: str = ""
+    linear: bool = True
+    intermediate: int = 0
 
 
 class RecipeOut(_Out):

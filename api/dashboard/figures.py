@@ -34,7 +34,7 @@ _SYMBOLS = {
     "two factors": "circle", "three factors": "diamond", "four factors": "diamond-tall",
     "five factors": "star",
     "mixture of experts": "square", "convolution": "cross", "blast": "triangle-down",
-    "block-sparse": "triangle-up", "sum": "x", "dense": "circle",
+    "block-sparse": "triangle-up", "sum": "x", "activated": "hourglass", "dense": "circle",
 }  # fmt: skip
 #: Marker of kinds that other packages add.
 _OTHER = "hexagon"

@@ -22,6 +22,7 @@ _RULES = {
     "blast": "text that names a BLAST matrix",
     "block_sparse": "text that names a pattern of blocks, with exponents from 0 to 1",
     "sum": "text of a sum of two designs, or of one with a name",
+    "cola": "text of two factors that are not dense with silu, gelu or relu between them",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
     "heads": "only with two factors and mixtures of them",

@@ -24,8 +24,9 @@ from benchmarks.reporting import report
 from nas.planning.recipe import Recipe
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
-#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, a chain, two
-#: BLAST, a convolution, a block-sparse matrix, sums and mixtures
+#: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, chains, two
+#: BLAST, a convolution, a block-sparse matrix, sums, mixtures, and factors with an activation
+#: between them
 STRUCTURES = (
     "dense",
     "monarch",
@@ -49,6 +50,8 @@ STRUCTURES = (
     "sum(monarch;btt:cores=3,rho=1/8)",
     "btt-moe:experts=8,active=2",
     "dense-moe:experts=4,active=2",
+    "cola-mlp:rank=1/2,activation=silu",
+    "activated(monarch;silu)",
 )
 
 

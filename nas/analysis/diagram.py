@@ -44,6 +44,8 @@ class Network:
     d_in: int
     d_out: int
     dense: bool
+    #: what is applied to each number between the two factors, if anything
+    activation: str | None = None
 
 
 def network(found: Mapping[str, Any]) -> Network | None:
@@ -67,7 +69,9 @@ def network(found: Mapping[str, Any]) -> Network | None:
     else:
         return None
     kept = tuple(axis for axis in axes if axis.size > 1 and len(axis.ends) > 1)
-    return Network(names, kept, found["d_in"], found["d_out"], len(names) == 1)
+    return Network(
+        names, kept, found["d_in"], found["d_out"], len(names) == 1, found.get("activation")
+    )
 
 
 def _of_chain(rows: Sequence[Mapping[str, Any]]) -> tuple[Axis, ...]:
@@ -119,6 +123,8 @@ def svg(drawn: Network, title: str) -> str:
         lift = 16 * (i % 2) if len(drawn.factors) > 2 else 0
         _line(root, (xs[0], _MIDDLE), (xs[-1], _MIDDLE), _weight(axis.size))
         _words(root, (sum(xs) / len(xs), _MIDDLE - 10 - lift), f"{axis.label} {axis.size}")
+    if drawn.activation:
+        _words(root, (width / 2, _MIDDLE + 22), f"→ {drawn.activation} →")
     for name, x in columns.items():
         colour = DENSE if drawn.dense else STRUCTURED
         ElementTree.SubElement(

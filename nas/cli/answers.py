@@ -47,7 +47,7 @@ def inspect(
         str,
         typer.Argument(
             help='"1/2,0,1/2,0,1/2,1/2,0", decimals, or a name: btt:rho=1/4, btt:cores=3, '
-            "btt-moe:experts=8, convolution, blast, block-sparse, pixelfly, lost"
+            "btt-moe:experts=8, convolution, blast, block-sparse, pixelfly, lost, cola-mlp"
         ),
     ],
     d_in: Annotated[int, count("N", "Inputs of the layer.")],

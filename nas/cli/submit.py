@@ -88,7 +88,8 @@ def search(
         typer.Option(
             metavar="A,B",
             help="Families to search: einsum, btt-moe, low-rank-moe, dense-moe, ffn-moe, "
-            "convolution, blast, block-sparse, lost, pixelfly; by default einsum.",
+            "convolution, blast, block-sparse, lost, pixelfly, cola-mlp, activated; by default "
+            "einsum.",
         ),
     ] = None,
     factors: Annotated[

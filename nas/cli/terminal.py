@@ -331,6 +331,9 @@ def _structure_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{found['params']:,}"
     if found.get("rank") is not None:
         yield "rank", f"{found['rank']:,} {found.get('rank_is', 'generic')}"
+    if not found.get("linear", True):
+        told = f"{found['activation']} of {found['intermediate']:,} numbers between the factors"
+        yield "linear", f"no: {told}"
     if "omega" in found:
         for label, end in (("ω  ψ  ν", ""), ("  of the integers", "_integer")):
             yield label, "  ".join(f"{found[k + end]:.4g}" for k in ("omega", "psi", "nu"))
@@ -348,7 +351,8 @@ def _structure_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         init = f"fan in {f['fan_in']}, fan out {f['fan_out']}, init std {f['init_std']:.6g}, "
         yield f"factor {f['name']}", init + f"Adam multiplier {f['adam_lr_multiplier']:.6g}"
     if found.get("degenerate"):
-        yield "note", "degenerate: it costs more than dense and expresses no more"
+        more = " and expresses no more" if found.get("linear", True) else ""
+        yield "note", f"degenerate: it costs more than dense{more}"
 
 
 _STRUCTURE_ROWS = (

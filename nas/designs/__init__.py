@@ -18,6 +18,7 @@ for _module in (
     "blast",
     "block_sparse",
     "sum",
+    "cola",
 ):
     register(resolve_name(f"nas.designs.{_module}:FAMILY"))
 for _entry in entry_points(group="einsum_nas.families"):

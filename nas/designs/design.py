@@ -43,13 +43,13 @@ class Design(Protocol):
     @property
     def family(self) -> str:
         """einsum | einsum3 … | btt-moe | low-rank-moe | dense-moe | ffn-moe | einsum-moe |
-        convolution | blast | block-sparse | lost | pixelfly | sum.  The number after ``einsum`` is
-        that of factors, 2 unless given."""
+        convolution | blast | block-sparse | lost | pixelfly | sum | cola-mlp | activated.  The
+        number after ``einsum`` is that of factors, 2 unless given."""
 
     @property
     def kind(self) -> str:
         """What a picture calls it: dense | two factors | three factors … | mixture of experts |
-        convolution | blast | block-sparse | sum."""
+        convolution | blast | block-sparse | sum | activated."""
         return self.family
 
     @property

@@ -64,6 +64,39 @@ class Sizes:
         )
 
     @property
+    def inputs(self) -> int:
+        """αβγ."""
+        return self.alpha * self.beta * self.gamma
+
+    @property
+    def outputs(self) -> int:
+        """δεφ."""
+        return self.delta * self.epsilon * self.phi
+
+    def fans(self, factor: str) -> tuple[int, int]:
+        """(fan in, fan out) as a batched matrix, A contracted first.  A: α → δφρ;  B: βγρ → ε."""
+        if factor == "A":
+            return self.alpha, self.delta * self.phi * self.rho
+        return self.beta * self.gamma * self.rho, self.epsilon
+
+    def uses(self, factor: str) -> int:
+        """How many vectors of one token each matrix of a factor multiplies: β of A, δ of B."""
+        return self.beta if factor == "A" else self.delta
+
+    def waste(self, d_in: int, d_out: int) -> float:
+        """MACs spent on zero-padded inputs and cut outputs, as a share of the other MACs.
+
+        Contracting A first, w = (αβγ − d_in)·δφρ + (δεφ − d_out)·βγρ of the F_A MACs are spent so,
+        and the waste is w / (F_A − w).  A product that falls short of its dimension, which only
+        paper sizing leaves, counts as no surplus.
+        """
+        wasted = (
+            max(0, self.inputs - d_in) * self.delta * self.phi * self.rho
+            + max(0, self.outputs - d_out) * self.beta * self.gamma * self.rho
+        )
+        return wasted / (self.macs_a_first - wasted)
+
+    @property
     def rank(self) -> int:
         """Generic rank of the uncut operator αβγ → δεφ: min{αβγ, δεφ, βγδφρ, αγεφρ}.
 
@@ -75,8 +108,8 @@ class Sizes:
         """
         s = self
         return min(
-            s.alpha * s.beta * s.gamma,
-            s.delta * s.epsilon * s.phi,
+            s.inputs,
+            s.outputs,
             s.beta * s.gamma * s.delta * s.phi * s.rho,
             s.alpha * s.gamma * s.epsilon * s.phi * s.rho,
         )
@@ -191,14 +224,12 @@ class Structure(LinearStructure):
     @property
     def padded_in(self) -> int:
         """Inputs after zero-padding: αβγ (d_in if dense); under paper sizing maybe below d_in."""
-        s = self.sizes
-        return self.d_in if self.is_dense else s.alpha * s.beta * s.gamma
+        return self.d_in if self.is_dense else self.sizes.inputs
 
     @property
     def padded_out(self) -> int:
         """Outputs before the cut: δεφ (d_out if dense); under paper sizing maybe below d_out."""
-        s = self.sizes
-        return self.d_out if self.is_dense else s.delta * s.epsilon * s.phi
+        return self.d_out if self.is_dense else self.sizes.outputs
 
     @property
     def dropped_inputs(self) -> int:
@@ -212,20 +243,8 @@ class Structure(LinearStructure):
 
     @property
     def waste(self) -> float:
-        """MACs spent on zero-padded inputs and cut outputs, as a share of the other MACs.
-
-        Contracting A first, w = (αβγ − d_in)·δφρ + (δεφ − d_out)·βγρ of the F_A MACs are spent so,
-        and the waste is w / (F_A − w); 0 if dense.  A product that falls short of its dimension,
-        which only paper sizing leaves, counts as no surplus.
-        """
-        if self.is_dense:
-            return 0.0
-        s = self.sizes
-        wasted = (
-            max(0, self.padded_in - self.d_in) * s.delta * s.phi * s.rho
-            + max(0, self.padded_out - self.d_out) * s.beta * s.gamma * s.rho
-        )
-        return wasted / (self.macs_a_first - wasted)
+        """As `Sizes.waste`; 0 if dense."""
+        return 0.0 if self.is_dense else self.sizes.waste(self.d_in, self.d_out)
 
     @property
     def rank(self) -> int:
@@ -280,23 +299,15 @@ class Structure(LinearStructure):
         return ("A",) if self.is_dense else ("A", "B")
 
     def fans(self, factor: str) -> tuple[int, int]:
-        """(fan in, fan out) of a factor as a batched matrix, A contracted first.
-
-        A: α → δφρ;  B: βγρ → ε.  A dense layer has the one factor A: d_in → d_out.
-        """
+        """As `Sizes.fans`; a dense layer has the one factor A: d_in → d_out."""
         if self.is_dense:
             return self.d_in, self.d_out
-        s = self.sizes
-        if factor == "A":
-            return s.alpha, s.delta * s.phi * s.rho
-        return s.beta * s.gamma * s.rho, s.epsilon
+        return self.sizes.fans(factor)
 
     def uses(self, factor: str) -> int:
-        """How many vectors of one token each matrix of a factor multiplies: β of A, δ of B."""
+        """As `Sizes.uses`; 1 of a dense layer."""
         self.check_factor(factor)
-        if self.is_dense:
-            return 1
-        return self.sizes.beta if factor == "A" else self.sizes.delta
+        return 1 if self.is_dense else self.sizes.uses(factor)
 
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """Adam learning rate of a factor, relative to a dense base layer with `d_in_base` inputs.
@@ -333,11 +344,16 @@ def _structure(theta: Theta, d_in: int, d_out: int, sizing: Sizing) -> Structure
         dimensions = (d_in, d_in, d_in, d_out, d_out, d_out, min(d_in, d_out))
         rounded = (max(1, round(d**t)) for d, t in zip(dimensions, theta.values, strict=True))
         return Structure(theta, d_in, d_out, Sizes(*rounded), sizing)
+    sizes = sizes_of(theta, d_in, d_out)
+    return Structure(theta, d_in, d_out, max(sizes, sizes.swapped(), key=_label_order))
+
+
+def sizes_of(theta: Theta, d_in: int, d_out: int) -> Sizes:
+    """The axes of θ as it is labelled, covering d_in and d_out with the least waste."""
     alpha, beta, gamma = cover_axes(d_in, (theta.alpha, theta.beta, theta.gamma))
     delta, epsilon, phi = cover_axes(d_out, (theta.delta, theta.epsilon, theta.phi))
     rho = max(1, round(min(d_in, d_out) ** theta.rho))
-    sizes = Sizes(alpha, beta, gamma, delta, epsilon, phi, rho)
-    return Structure(theta, d_in, d_out, max(sizes, sizes.swapped(), key=_label_order))
+    return Sizes(alpha, beta, gamma, delta, epsilon, phi, rho)
 
 
 def _label_order(s: Sizes) -> tuple[int, ...]:
@@ -402,14 +418,17 @@ def fit_theta(theta: Theta, width: int, block: BlockOf) -> Theta:
     raised until each exceeds 1; what is left is dense, which expresses every operator at no
     higher cost.
     """
-    canonical = theta.canonical()
-    fitted = _lower_rank(canonical, width, block)
+    return fit_labelled(theta.canonical(), width, block).canonical()
+
+
+def fit_labelled(theta: Theta, width: int, block: BlockOf) -> Theta:
+    """The same with the factors as they are labelled, A first; DENSE where nothing else is left."""
+    fitted = _lower_rank(theta, width, block)
     for size in (2, 3, 4):
         if fitted is not None:
             return fitted
         least = math.log(size + 0.01) / math.log(width)
-        raised = _raise_private(canonical, least).canonical()
-        fitted = _lower_rank(raised, width, block)
+        fitted = _lower_rank(_raise_private(theta, least), width, block)
     return fitted or DENSE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from nas.errors import InvalidInput
 
@@ -19,8 +19,10 @@ PARAMETRIZATIONS: tuple[Parametrization, ...] = get_args(Parametrization)
 
 
 class LinearStructure(ABC):
-    """A linear operator d_in → d_out, as integers.  1 MAC = 2 FLOPs."""
+    """A linear operator d_in → d_out, as integers, or what replaces one.  1 MAC = 2 FLOPs."""
 
+    #: whether it multiplies a token by a matrix; of mixtures, by one that the token chooses
+    is_linear: ClassVar[bool] = True
     d_in: Any
     d_out: Any
 
@@ -70,7 +72,7 @@ class LinearStructure(ABC):
 
     @property
     def is_degenerate(self) -> bool:
-        """Whether it costs more than the dense layer, which can express the same operators."""
+        """Whether it costs more than the dense layer, which expresses every linear operator."""
         dense: int = self.d_in * self.d_out
         return self.macs > dense
 

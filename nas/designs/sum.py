@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from nas.designs.aligned import Aligned
 from nas.designs.block_sparse import BlockSparse, Butterfly, Channels
+from nas.designs.cola import Activated
 from nas.designs.design import (
     BlockOf,
     Design,
@@ -57,7 +58,8 @@ SUM_FORMS = (
     "sum(low-rank:rho=1/4;monarch) of any two designs with ; between them"
 )
 _PARTS = (
-    f"two designs of single layers, neither a mixture, a sum nor aligned with heads; {SUM_FORMS}"
+    "two designs of single layers, neither a mixture, a sum nor aligned with heads, and without "
+    f"an activation; {SUM_FORMS}"
 )
 #: Between the texts of the parts, which have commas, colons and + of their own.
 _BETWEEN = ";"
@@ -81,7 +83,7 @@ class Sum(Design):
     Raises
     ------
     InvalidInput
-        Not two parts; a part that is a sum, a mixture, or aligned with heads.
+        Not two parts; a part that is a sum, a mixture, aligned with heads, or not linear.
     """
 
     parts: tuple[Design, Design]
@@ -91,7 +93,7 @@ class Sum(Design):
         if len(parts) != 2:
             raise InvalidInput("sum", f"{len(parts)} parts", _PARTS)
         for part in parts:
-            if isinstance(part, Sum | Mixture | Aligned):
+            if isinstance(part, Sum | Mixture | Aligned | Activated):
                 raise InvalidInput("sum", part.text, _PARTS)
         both = sorted((part.canonical() for part in parts), key=lambda part: part.text)
         object.__setattr__(self, "parts", tuple(both))
@@ -208,7 +210,7 @@ class SumStructure(LinearStructure):
     Raises
     ------
     InvalidInput
-        Parts of different dimensions; a part that is a sum, a mixture, or dense.
+        Parts of different dimensions; a part that is a sum, a mixture, dense, or not linear.
     """
 
     first: AnyStructure
@@ -217,9 +219,9 @@ class SumStructure(LinearStructure):
     def __post_init__(self) -> None:
         one, other = self.first, self.second
         for part in (one, other):
-            fixed = isinstance(part, LinearStructure)
+            fixed = isinstance(part, LinearStructure) and part.is_linear
             if not fixed or isinstance(part, SumStructure | MixtureStructure) or part.is_dense:
-                accepted = "structures that are neither dense, nor sums, nor mixtures"
+                accepted = "linear structures that are neither dense, nor sums, nor mixtures"
                 raise InvalidInput("sum", part, accepted)
         if (one.d_in, one.d_out) != (other.d_in, other.d_out):
             shapes = f"{one.d_in} → {one.d_out} and {other.d_in} → {other.d_out}"

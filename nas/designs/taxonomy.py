@@ -15,9 +15,11 @@ _FAMILIES: dict[str, dict[str, float]] = {
     "tensor-train": {"alpha": 0.5, "epsilon": 0.5, "rho": 0.25},
     "monarch": {},
     "btt": {"alpha": 0.5, "epsilon": 0.5, "rho": 0.25},
+    "block-dense": {"blocks": 0.25, "rho": 0.5},
 }
 NAMED_FORMS = (
-    "dense, low-rank:rho=1/2, kronecker, tensor-train:rho=1/4, monarch, btt:rho=1/4 "
+    "dense, low-rank:rho=1/2, kronecker, tensor-train:rho=1/4, monarch, btt:rho=1/4, "
+    "block-dense:blocks=1/4,rho=1/2 "
     "(kronecker, tensor-train and btt also take alpha= and epsilon=), "
     "or seven numbers alpha,beta,gamma,delta,epsilon,phi,rho such as 1/2,0,1/2,0,1/2,1/2,0"
 )
@@ -96,6 +98,8 @@ def _named(name: str, e: dict[str, float]) -> Theta:
         return Theta(1, 0, 0, 0, 1, 0, e["rho"])
     if name == "monarch":
         return Theta(*MONARCH)
+    if name == "block-dense":
+        return Theta(1 - e["blocks"], 0, e["blocks"], 0, 1, 0, e["rho"])
     alpha, epsilon, rho = e["alpha"], e["epsilon"], e.get("rho", 0.0)
     if name == "btt":
         return Theta(alpha, 0, 1 - alpha, 0, epsilon, 1 - epsilon, rho)

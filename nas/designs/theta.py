@@ -134,6 +134,8 @@ class Theta:
         if {"beta", "delta"} <= zero:
             if t.values == MONARCH:
                 return "monarch"
+            if "phi" in zero:
+                return f"block-dense:blocks={format_exponent(t.gamma)},rho={rho}"
             return f"btt:alpha={alpha},epsilon={epsilon},rho={rho}"
         if {"gamma", "phi"} <= zero:
             if "rho" in zero:

@@ -6,6 +6,7 @@ from nas.layers.blast import BlastLinear
 from nas.layers.block_sparse import BlockSparseLinear
 from nas.layers.building import build_layer, layer_of
 from nas.layers.chain import ChainLinear
+from nas.layers.cola import ActivatedLinear
 from nas.layers.convolution import ConvolutionLinear
 from nas.layers.counting import forward_flops
 from nas.layers.einsum import EinsumLinear
@@ -25,6 +26,7 @@ from nas.layers.sum import SumLinear
 from nas.layers.surgery import Surgery, replace_linears
 
 __all__ = [
+    "ActivatedLinear",
     "BlastLinear",
     "BlockSparseLinear",
     "ChainLinear",

@@ -36,7 +36,9 @@ RECORD = "_extra_state"
 
 
 class StructuredLinear(nn.Module):
-    """A linear map (..., d_in) → (..., d_out) of some structure; base of all such layers.
+    """A map (..., d_in) → (..., d_out) of some structure, in the place of a dense linear one.
+
+    It is linear itself, but for mixtures and `nas.layers.ActivatedLinear`.
 
     A family's class gives `_shapes`, `product`, `plain`,
     `_checked_plan` and `_chosen_plan`.  Parameters lie in the order factors, gains, others of
@@ -284,9 +286,10 @@ class StructuredLinear(nn.Module):
         except AttributeError:
             if name != "weight":
                 raise
+            matrix = "its matrix is to_matrix(), and " if self.structure.is_linear else ""
             raise AttributeError(
-                f"{self._described()} has no weight: its matrix is to_matrix(), and select= of "
-                "replace_linears leaves out a layer whose weight is read"
+                f"{self._described()} has no weight: {matrix}select= of replace_linears leaves out "
+                "a layer whose weight is read"
             ) from None
 
     def factors(self) -> dict[str, nn.Parameter]:
@@ -406,7 +409,7 @@ class StructuredLinear(nn.Module):
         Raises
         ------
         InvalidInput
-            A mixture, which has no one matrix.
+            A layer that is not one matrix: a mixture, or one with an activation inside.
         ImportError
             cola is not installed.
 

@@ -83,11 +83,13 @@ _MATRIX_MOVES = 6
 
 
 def matrix_pays(structure: LinearStructure, tokens: int, device: torch.device) -> bool:
-    """Whether many layers of a structure train faster as the matrices that they are.
+    """Whether many layers of a structure are matrices, and train faster as these.
 
     Layers of equal structure are multiplied out together, in a few operations, which saves each
     its own; but their products are then as dear as dense ones.
     """
+    if not structure.is_linear:
+        return False
     entries = structure.d_in * structure.d_out
     if structure.is_dense or device.type != "cpu":
         return structure.is_dense or entries <= _SMALL_MATRIX

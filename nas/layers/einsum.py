@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nas.designs.einsum import Structure
+from nas.designs.einsum import Sizes, Structure
 from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
@@ -93,13 +93,10 @@ class EinsumLinear(StructuredLinear):
         )  # fmt: skip
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        structure, s = self.structure, self.structure.sizes
+        structure = self.structure
         if structure.is_dense:
             return {"weight": (structure.d_out, structure.d_in)}
-        return {
-            "A": (s.gamma, s.rho, s.phi, s.delta, s.alpha),
-            "B": (s.phi, s.gamma, s.rho, s.beta, s.epsilon),
-        }
+        return factor_shapes(structure.sizes)
 
     def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         return contract(x, *pair(factors), self.out_features, self._plan)
@@ -192,6 +189,14 @@ class EinsumLinear(StructuredLinear):
         if layer.bias is not None:
             layer.bias.copy_(linear.bias)
         return layer.train(linear.training)
+
+
+def factor_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """The shapes of A and B."""
+    return {
+        "A": (s.gamma, s.rho, s.phi, s.delta, s.alpha),
+        "B": (s.phi, s.gamma, s.rho, s.beta, s.epsilon),
+    }
 
 
 def pair(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -62,5 +62,5 @@ def _row(recipe: Recipe, plan: RunPlan) -> list[float]:
 
 
 def _rank(structure: LinearStructure) -> float:
-    """Generic rank; full where a family does not say: mixtures add up experts."""
+    """Generic rank; full where a family has none: mixtures add up experts, or it is not linear."""
     return max(1.0, float(getattr(structure, "rank", min(structure.d_in, structure.d_out))))

@@ -463,7 +463,16 @@ def test_the_frontier_is_the_non_dominated_set(client: TestClient) -> None:
 
 def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -> None:
     space = {
-        "families": ["einsum", "btt-moe", "dense-moe", "convolution", "blast", "pixelfly"],
+        "families": [
+            "einsum",
+            "btt-moe",
+            "dense-moe",
+            "convolution",
+            "blast",
+            "pixelfly",
+            "cola-mlp",
+            "activated",
+        ],
         "factors": [2, 3],
     }
     preview = client.post("/v1/searches/preview", json={**GOOD, "space": space}).json()
@@ -471,7 +480,7 @@ def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -
         "dense", "monarch", "low-rank:rho=1/2", "btt:cores=3,rho=1/8",
         "btt-moe:experts=8,active=2", "dense-moe:experts=8,active=2", "convolution",
         "blast",
-        "pixelfly",
+        "pixelfly", "cola-mlp", "activated(monarch;silu)",
     ]  # fmt: skip
     assert all(preview["widths"].values())
     alone = client.post("/v1/searches/preview", json=GOOD).json()
@@ -506,6 +515,8 @@ def test_a_space_that_cannot_be_is_a_problem(client: TestClient, space: Any, wor
         "block-sparse",
         "pixelfly",
         "sum(monarch;kronecker)",
+        "cola-mlp",
+        "activated(kronecker;relu)",
         "monarch@heads",
     ],
 )
@@ -913,6 +924,10 @@ def test_a_structure_has_a_page_with_its_network(client: TestClient) -> None:
     assert drawn.headers["content-type"] == "image/svg+xml"
     assert "γ 8" in drawn.text
     assert "network.svg" not in client.get("/structures?theta=ffn-moe&d_in=64&d_out=64").text
+    activated = client.get("/structures?theta=activated(monarch;relu)&d_in=64&d_out=64").text
+    assert "network.svg" in activated
+    assert "no: relu of 64 numbers per token between the factors" in activated
+    assert "<dt>rank</dt>" not in activated
     missing = client.get("/structures/network.svg?theta=convolution&d_in=64&d_out=64")
     assert missing.status_code == 404
     refused = client.get("/structures?theta=nonsense&d_in=64&d_out=64")

@@ -187,7 +187,7 @@ def test_rules_that_no_schema_says_are_listed(client: TestClient, document: dict
      "btt:cores=3,rho=1/8", "btt-moe:experts=8,active=2", "low-rank-moe", "dense-moe", "ffn-moe",
      "convolution:kernel=1/2", "blast:blocks=1/4,rho=1/2", "block-sparse",
      "block-sparse:pattern=channels", "pixelfly", "lost", "sum(monarch;kronecker)",
-     "sum(dense;monarch)"],
+     "sum(dense;monarch)", "cola-mlp", "activated(monarch;relu)"],
 )  # fmt: skip
 def test_structures_are_told_in_full(client: TestClient, text: str) -> None:
     answer = client.get("/v1/structures", params={"theta": text, "d_in": 64, "d_out": 256})

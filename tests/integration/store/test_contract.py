@@ -189,6 +189,8 @@ def test_a_search_can_be_claimed_by_its_id(store: Store, leases: Leases) -> None
         "block-sparse:blocks=0.3",
         "pixelfly:rank=0.3",
         "sum(monarch;btt:cores=3,rho=1/8)",
+        "cola-mlp:rank=0.3",
+        "activated(0.25,0.5,0.25,0.5,0.25,0.25,0;relu)",
     ],
 )
 def test_any_design_reads_back(store: Store, leases: Leases, text: str) -> None:

@@ -55,6 +55,17 @@ def test_a_picture_names_every_factor_and_axis(text: str) -> None:
     assert all(0 < x < width for x in places)
 
 
+@pytest.mark.parametrize("text", ["cola-mlp", "activated(0.5,0.25,0.25,0.25,0.5,0.25,0.25;relu)"])
+def test_an_activation_stands_between_the_factors(text: str) -> None:
+    found: dict[str, Any] = inspect_design(parse_design(text), 64, 256)
+    drawn = network(found)
+    assert drawn is not None
+    assert drawn.activation == found["activation"]
+    assert math.prod(a.size for a in drawn.axes if "x" in a.ends) == found["padded_in"]
+    assert math.prod(a.size for a in drawn.axes if "y" in a.ends) == found["padded_out"]
+    assert f"→ {drawn.activation} →" in svg(drawn, text)
+
+
 @pytest.mark.parametrize("text", ["convolution", "blast", "ffn-moe", "block-sparse", "pixelfly"])
 def test_what_is_no_product_of_factors_has_no_network(text: str) -> None:
     assert network(inspect_design(parse_design(text), 64, 64)) is None

@@ -58,6 +58,8 @@ DESIGNS = (
     "pixelfly:rank=1/4,blocks=1/2",
     "lost:rank=1/2,channels=1/2",
     "sum(monarch;btt:cores=3,rho=1/8)",
+    "cola-mlp:rank=1/2,activation=silu",
+    "activated(btt:rho=1/4;gelu)",
 )
 designs = pytest.mark.parametrize("text", DESIGNS)
 
@@ -90,6 +92,8 @@ def test_names_families_and_kinds() -> None:
     assert found["pixelfly:rank=1/4,blocks=1/2"] == ("pixelfly", "sum")
     assert found["lost:rank=1/2,channels=1/2"] == ("lost", "sum")
     assert found["sum(monarch;btt:cores=3,rho=1/8)"] == ("sum", "sum")
+    assert found["cola-mlp:rank=1/2,activation=silu"] == ("cola-mlp", "activated")
+    assert found["activated(btt:rho=1/4;gelu)"] == ("activated", "activated")
     assert parse_design("block-sparse").family == parse_design("block-sparse").kind
     assert parse_design("monarch@heads").name == "monarch@heads"
     assert len(parse_design("btt:cores=3").exponents) == 14
@@ -106,6 +110,9 @@ def test_names_families_and_kinds() -> None:
         ("convolution@heads", "convolution"),
         ("pixelfly@heads", "pixelfly"),
         ("sum(monarch;kronecker)@heads", "sum(monarch;kronecker"),
+        ("cola-mlp@heads", "cola-mlp"),
+        ("activated(monarch;silu)@heads", "activated(monarch;silu)"),
+        ("sum(cola-mlp;monarch)", "without an activation"),
         ("sum(monarch@heads;kronecker)", "nor aligned with heads"),
         ("sum(btt-moe;monarch)", "neither a mixture"),
         ("ffn-moe@heads", "ffn-moe"),

@@ -83,6 +83,12 @@ def test_taxonomy_of_worked_examples(text: str, omega: float, psi: float, nu: fl
         ("btt:rho=1/4", "btt:alpha=1/2,epsilon=1/2,rho=1/4"),
         ("low-rank:rho=1/2", "low-rank:rho=1/2"),
         ("btt:alpha=1,epsilon=1,rho=1/8", "low-rank:rho=1/8"),
+        ("block-dense", "block-dense:blocks=1/4,rho=1/2"),
+        ("btt:alpha=2/3,epsilon=1,rho=1/4", "block-dense:blocks=1/3,rho=1/4"),
+        ("block-dense:blocks=0,rho=1/4", "low-rank:rho=1/4"),
+        ("block-dense:blocks=1", "dense"),
+        # the transpose, dense first, has no name of its own
+        ("btt:alpha=1,epsilon=2/3,rho=1/4", "btt:alpha=1,epsilon=2/3,rho=1/4"),
         ("kronecker", "kronecker:alpha=1/2,epsilon=1/2"),
         ("tensor-train:rho=1/4", "tensor-train:alpha=1/2,epsilon=1/2,rho=1/4"),
         ("1/2,1/4,1/4,1/4,1/2,1/4,0", "einsum"),
@@ -116,6 +122,7 @@ twelfth = st.integers(0, 12).map(lambda n: Fraction(n, 12))
         ("tensor-train:alpha={a},epsilon={e},rho={r}",
          lambda a, e, r: (a, 1 - a, 0, 1 - e, e, 0, r)),
         ("btt:alpha={a},epsilon={e},rho={r}", lambda a, e, r: (a, 0, 1 - a, 0, e, 1 - e, r)),
+        ("block-dense:blocks={a},rho={r}", lambda a, _e, r: (1 - a, 0, a, 0, 1, 0, r)),
     ],
 )  # fmt: skip
 @given(twelfth, twelfth, twelfth)

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 DESIGNS = (
     "monarch", "low-rank:rho=1/3", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
     "low-rank-moe:rho=1,experts=4,active=2", "dense-moe", "convolution:kernel=1/2", "blast",
-    "pixelfly:rank=1/4,blocks=1/2", "lost",
+    "pixelfly:rank=1/4,blocks=1/2", "lost", "cola-mlp",
 )  # fmt: skip
 #: Options of layers, of which none may change what an adapter adds.
 LAYERS: tuple[dict[str, Any], ...] = (
@@ -101,7 +101,8 @@ def test_an_adapted_layer_adds_the_scaled_low_rank_product(
     model = chain(design, **layer_options)
     layer = model[0]
     assert isinstance(layer, StructuredLinear)
-    plain = copy.deepcopy(layer) if isinstance(layer, MixtureLinear) else layer.to_linear()
+    one_matrix = layer.structure.is_linear and not isinstance(layer, MixtureLinear)
+    plain = layer.to_linear() if one_matrix else copy.deepcopy(layer)
     config = lora_config(model, r=RANK, target_modules=["0"], init_lora_weights=False, **options)
     adapted: Any = get_peft_model(model, config).base_model.model[0].eval()
     a, b = adapted.lora_A["default"], adapted.lora_B["default"]

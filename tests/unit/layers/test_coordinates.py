@@ -11,6 +11,8 @@ from tests.support.coordinates import RECIPE, feature_updates, spread
 from tests.support.tiers import only
 
 WIDTHS = (64, 1024)
+#: Of which blind rates are not asked.
+COMPARED = ("lost", "pixelfly", "block-sparse", "cola-mlp", "activated(monarch;silu)")
 
 
 @pytest.mark.parametrize(
@@ -39,8 +41,8 @@ def test_feature_updates_are_flat_over_widths_only_with_structure_aware_rates(
     assert spread(blind) > 2.5
 
 
-@pytest.mark.parametrize("structure", only({"lost"}, ["lost", "pixelfly", "block-sparse"]))
-def test_feature_updates_of_sums_and_sparse_layers_are_flat_over_widths(structure: str) -> None:
+@pytest.mark.parametrize("structure", only({"lost"}, COMPARED))
+def test_feature_updates_of_other_layers_are_flat_over_widths(structure: str) -> None:
     assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) < 2
 
 
@@ -60,8 +62,8 @@ def test_what_all_branches_learn_does_not_grow_with_depth_under_completep() -> N
         recipe = replace(RECIPE, depth=depth, depth_rule=rule)
         return depth * branch_scale(recipe) * feature_updates(recipe, "monarch", 64)[-1]
 
-    assert learned(24, "completep") / learned(3, "completep") < 1.6
-    assert learned(24, "sqrt") / learned(3, "sqrt") > 2
+    assert 0.7 < learned(24, "completep") / learned(3, "completep") < 1.3
+    assert learned(24, "sqrt") / learned(3, "sqrt") > 1.7
 
 
 def test_feature_updates_are_flat_over_depths() -> None:

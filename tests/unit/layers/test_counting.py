@@ -110,7 +110,8 @@ def test_models_of_hugging_face_count_as_their_parts_do(kind: str, width: int) -
 @pytest.mark.parametrize(
     "design",
     ["dense", "monarch", "btt:rho=1/4", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
-     "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost", "pixelfly:rank=1/4"],
+     "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost", "pixelfly:rank=1/4",
+     "cola-mlp", "activated(monarch;relu)"],
 )  # fmt: skip
 @pytest.mark.parametrize("recipe", ["gpt-chars-1", "mlp-regression-1"])
 def test_built_in_models_count_as_their_budgets_do(design: str, recipe: str) -> None:

@@ -248,6 +248,13 @@ def test_special_cases_are_what_their_names_say() -> None:
     torch.testing.assert_close(monarch.to_matrix(), second @ permutation @ first)
     assert alpha * gamma == 36
 
+    block_dense = layer_of("block-dense:blocks=1/4,rho=1/2", 256, 48)  # arXiv:2406.16450
+    assert _axes(block_dense) == (64, 1, 4, 1, 48, 1, 7)
+    first = _block_diag(block_dense.A[:, :, 0, 0])  # 4 blocks (ρ, α)
+    second = block_dense.B.view(4 * 7, 48).T
+    torch.testing.assert_close(block_dense.to_matrix(), second @ first)
+    assert block_dense.structure.params == block_dense.structure.macs == 7 * (256 + 4 * 48)
+
     train = layer_of("tensor-train:rho=1/4", 36, 100)
     alpha, beta, _, delta, epsilon, _, rho = _axes(train)
     assert rho > 1

@@ -22,7 +22,7 @@ pytestmark = [  # of torch about itself
 DESIGNS = (
     "monarch", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2", "dense-moe",
     "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost",
-    "pixelfly:rank=1/4,blocks=1/2",
+    "pixelfly:rank=1/4,blocks=1/2", "cola-mlp", "activated(btt:rho=1/4;relu)",
 )  # fmt: skip
 D_IN, D_OUT = 60, 77  # padded and cut in every family
 ROWS = torch.export.Dim("rows", min=1, max=4096)

@@ -43,7 +43,7 @@ DESIGNS = (
     "monarch", "low-rank:rho=1/3", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
     "dense-moe", HALF, "blast:blocks=1/4", "block-sparse:blocks=2/3",
     "block-sparse:pattern=channels", "pixelfly:rank=1/4", "lost",
-    "sum(monarch;btt:cores=3,rho=1/8)",
+    "sum(monarch;btt:cores=3,rho=1/8)", "cola-mlp:rank=1/3", "activated(monarch;relu)",
 )  # fmt: skip
 TOKENS = torch.arange(12)[None]
 
@@ -93,6 +93,7 @@ EXPERTS = "btt-moe:experts=4,active={}"
         (ConvolutionLinear(HALF, 63, 64), ConvolutionLinear(HALF, 64, 64)),
         (layer_of("blast", 63, 64), layer_of("blast", 64, 64)),
         (layer_of("block-sparse", 63, 64), layer_of("block-sparse", 64, 64)),
+        (layer_of("cola-mlp", 63, 64), layer_of("cola-mlp:activation=gelu", 63, 64)),
         (layer_of("pixelfly", 63, 64), layer_of("pixelfly", 63, 64, normalize=True)),
     ],
 )

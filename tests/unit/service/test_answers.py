@@ -461,6 +461,8 @@ def test_a_front_tells_what_is_compute_optimal_and_its_laws(store: Store) -> Non
         "block-sparse:blocks=1/2",
         "pixelfly:rank=1/4",
         "sum(monarch;kronecker)",
+        "cola-mlp:rank=1/4,activation=relu",
+        "activated(monarch;silu)",
     ],
 )
 def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str) -> None:

@@ -32,6 +32,7 @@ DESIGNS = (
     "0.3,0.2,0.5,0.4,0.5,0.1,0.3", "btt:cores=3,rho=1/8", "monarch@heads",
     "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost:rank=1/2,channels=1/2",
     "pixelfly:rank=1/4,blocks=1/2", "btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=2",
+    "cola-mlp:rank=1/2,activation=silu",
 )  # fmt: skip
 #: Recipe → width: of token ids with capped factors, numbers with biases, patches.
 RECIPES: dict[str, tuple[Recipe, int]] = {
@@ -97,7 +98,7 @@ def together(recipe: Recipe, plan: RunPlan, runs: int, stacked: bool) -> Tensor:
     """The same of several runs at once (runs, steps)."""
     plans = {
         s.fingerprint: STACKED
-        if stacked
+        if stacked and s.is_linear
         else plan_text(s, recipe.tokens_per_step, torch.device("cpu"), torch.float64)
         for s in structures_of(recipe, plan.design, plan.width)
     }
