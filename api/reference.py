@@ -64,6 +64,7 @@ SEARCH_RULES = {
     **dict.fromkeys(SETTINGS, "valid together with the recipe's other settings"),
     "min_width, max_width": "multiples of head_dim",
     "active": "at most `experts`",
+    "shared": "less than `active`",
     "space.heads": "aligned only for models with attention",
     "stopping": "not none with a total budget; none for candidates that are given, and for recipes "
     "whose schedule is not constant",

@@ -24,6 +24,8 @@ _RULES = {
     "sum": "text of a sum of two designs, or of one with a name",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
+    "shared": "less than `active`",
+    "granularity": "1, or of feed-forward blocks of experts at most their hidden dimension",
     "heads": "only with two factors and mixtures of them",
     "sizing": "paper only with two factors",
 }
