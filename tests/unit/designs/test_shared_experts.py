@@ -102,7 +102,7 @@ def assert_every_plan_gives(
 # --- the definition -----------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(thetas(), st.integers(2, 12), st.integers(2, 12), st.booleans(), st.data())
 def test_a_layer_and_its_gradients_are_sums_over_experts_token_by_token(
     theta: Theta, d_in: int, d_out: int, bias: bool, data: st.DataObject
@@ -126,7 +126,7 @@ def feed_forward(block: MixtureFFN, e: int, token: Tensor) -> Tensor:
     return two.weight[e] @ functional.gelu(one.weight[e] @ token + one.bias)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 4), st.data())
 def test_a_block_and_its_gradients_are_those_of_deepseek_moe(
     granularity: int, data: st.DataObject
@@ -320,6 +320,7 @@ def compiled_alike(block: nn.Module, x: Tensor, error: float, **how: Any) -> Non
         torch.testing.assert_close(one, other, rtol=error, atol=error)
 
 
+@FULL
 def test_a_compiled_block() -> None:
     torch.manual_seed(0)
     block = drawn(MixtureFFN.of(FINE, 6, 12, dtype=torch.float64))
