@@ -49,7 +49,7 @@ def weights_of(layer: MixtureLinear, token: Tensor) -> dict[int, Tensor]:
     s = layer.structure
     logits = [layer.gate[e] @ token for e in range(s.experts - s.shared)]
     chosen = sorted(range(len(logits)), key=lambda e: -logits[e].item())[: s.active - s.shared]
-    total = sum(logits[e].exp() for e in chosen)
+    total = torch.stack([logits[e].exp() for e in chosen]).sum()
     weights = {e: logits[e].exp() / total for e in chosen}
     return weights | {e: torch.ones(()).double() for e in range(len(logits), s.experts)}
 
@@ -57,13 +57,14 @@ def weights_of(layer: MixtureLinear, token: Tensor) -> dict[int, Tensor]:
 def gate_loss_of(layer: MixtureLinear, x: Tensor) -> Tensor:
     """E·Σ p̂ f̂ + 0.1·mean(lse²) of the routed experts, token by token."""
     assert layer.gate is not None
-    s, total = layer.structure, torch.zeros(()).double()
+    s = layer.structure
     routed = s.experts - s.shared
+    total: Tensor = 0.1 * torch.stack([(layer.gate @ t).exp().sum().log() ** 2 for t in x]).mean()
     for e in range(routed):
-        p = sum(torch.softmax(layer.gate @ token, 0)[e] for token in x) / len(x)
+        p = torch.stack([torch.softmax(layer.gate @ token, 0)[e] for token in x]).mean()
         f = sum(e in weights_of(layer, token) for token in x)
         total = total + routed * p * f / (len(x) * (s.active - s.shared))
-    return total + 0.1 * sum((layer.gate @ t).exp().sum().log() ** 2 for t in x) / len(x)
+    return total
 
 
 def matrices_of(layer: MixtureLinear) -> list[Tensor]:
@@ -73,9 +74,7 @@ def matrices_of(layer: MixtureLinear) -> list[Tensor]:
     eye = torch.eye(s.d_in).double()
     names = [name for _, name, _ in one._factors]
     return [
-        torch.func.functional_call(
-            one, {n: layer._parameters[n][e] for n in names}, (eye,)  # type: ignore[index]
-        ).T
+        torch.func.functional_call(one, {n: getattr(layer, n)[e] for n in names}, (eye,)).T
         for e in range(s.experts)
     ]  # fmt: skip
 
@@ -109,21 +108,21 @@ def test_a_layer_and_its_gradients_are_sums_over_experts_token_by_token(
 ) -> None:
     torch.manual_seed(0)
     experts, active, shared = counts(data.draw)
-    structure = MixtureStructure(
-        Structure.of(theta, d_in, d_out), experts, active, shared=shared
-    )  # fmt: skip
+    structure = MixtureStructure(Structure.of(theta, d_in, d_out), experts, active, shared=shared)
     layer = drawn(MixtureLinear(structure, d_in, d_out, bias, dtype=torch.float64))
     x = torch.randn(4, d_in, dtype=torch.float64, requires_grad=True)
     w = matrices_of(layer)
-    rows = [sum(g * (w[e] @ token) for e, g in weights_of(layer, token).items()) for token in x]
-    expected = torch.stack(rows) + (layer.bias if bias else 0)  # type: ignore[arg-type]
+    rows = [sum(g * w[e] for e, g in weights_of(layer, token).items()) @ token for token in x]
+    expected = torch.stack(rows) + (layer.bias if bias else 0)
     assert_every_plan_gives(layer, x, expected, gate_loss_of(layer, x))
 
 
 def feed_forward(block: MixtureFFN, e: int, token: Tensor) -> Tensor:
     """One expert of a block, without the last bias."""
     one, two = block.mlp_in, block.mlp_out
-    return two.weight[e] @ functional.gelu(one.weight[e] @ token + one.bias)
+    assert isinstance(one.bias, Tensor)
+    y: Tensor = two.weight[e] @ functional.gelu(one.weight[e] @ token + one.bias)
+    return y
 
 
 @settings(max_examples=8, deadline=None)
@@ -131,8 +130,8 @@ def feed_forward(block: MixtureFFN, e: int, token: Tensor) -> Tensor:
 def test_a_block_and_its_gradients_are_those_of_deepseek_moe(
     granularity: int, data: st.DataObject
 ) -> None:
-    """y = Σ_shared FFN_i(x) + Σ_topk g_i FFN_i(x), arXiv:2401.06066, equations 9 to 11, without the
-    residual; g_i the paper's, softmax over all routed experts, over their sum."""
+    """y = Σ_shared FFN_i(x) + Σ_topk g_i FFN_i(x), arXiv:2401.06066, section 3.2, without the
+    residual; g_i are the paper's, a softmax over all routed experts, divided by their sum."""
     torch.manual_seed(0)
     experts, active, shared = counts(data.draw)
     mixture = Mixture(None, experts, active, shared, granularity)
@@ -142,11 +141,13 @@ def test_a_block_and_its_gradients_are_those_of_deepseek_moe(
     routed = experts - shared
     rows = []
     for token in x:
-        y = sum(feed_forward(block, e, token) for e in range(routed, experts))
+        y = torch.zeros(6).double()
+        for e in range(routed, experts):
+            y = y + feed_forward(block, e, token)
         s = torch.softmax(block.mlp_in.gate @ token, 0)
         best = s.topk(active - shared)
-        for g, e in zip(*best, strict=True):
-            y = y + g / best.values.sum() * feed_forward(block, int(e), token)
+        for g, at in zip(*best, strict=True):
+            y = y + g / best.values.sum() * feed_forward(block, int(at), token)
         rows.append(y)
     expected = torch.stack(rows) + block.mlp_out.bias
     assert_every_plan_gives(block, x, expected, gate_loss_of(block.mlp_in, x))
@@ -157,15 +158,17 @@ def test_fine_experts_that_are_all_used_are_the_whole_block() -> None:
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6, bias=False)).double()
     first, last = whole[0], whole[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
     block = drawn(
         MixtureFFN.of("ffn-moe:experts=4,active=4,shared=3,granularity=3", 6, 12, False,
                       dtype=torch.float64)
     )  # fmt: skip
     with torch.no_grad():
-        first.bias.zero_()  # type: ignore[union-attr, operator]
+        first.bias.zero_()
         block.mlp_out.weight[0].zero_()
-        block.mlp_in.weight[1:] = first.weight.view(3, 4, 6)  # type: ignore[operator, union-attr]
-        block.mlp_out.weight[1:] = last.weight.view(6, 3, 4).transpose(0, 1)  # type: ignore[operator, union-attr]
+        block.mlp_in.weight[1:] = first.weight.view(3, 4, 6)
+        block.mlp_out.weight[1:] = last.weight.view(6, 3, 4).transpose(0, 1)
     x = torch.randn(5, 6).double()
     torch.testing.assert_close(block(x), whole(x))
 
