@@ -70,6 +70,7 @@ SEARCH_RULES = {
     "whose schedule is not constant",
     "sampler": "surrogate with stopping frontier",
     "trials": "the number of `candidates`, where these are given",
+    "design": "text without NUL and lone surrogates",
     "candidates": "designs that can be read, at widths of the recipe that the budget admits; null "
     "for a confirmation",
     "total_train_flops": "at least the train FLOPs of the references, three candidates and six "
