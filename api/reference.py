@@ -64,11 +64,13 @@ SEARCH_RULES = {
     **dict.fromkeys(SETTINGS, "valid together with the recipe's other settings"),
     "min_width, max_width": "multiples of head_dim",
     "active": "at most `experts`",
+    "shared": "less than `active`",
     "space.heads": "aligned only for models with attention",
     "stopping": "not none with a total budget; none for candidates that are given, and for recipes "
     "whose schedule is not constant",
     "sampler": "surrogate with stopping frontier",
     "trials": "the number of `candidates`, where these are given",
+    "design": "text without NUL and lone surrogates",
     "candidates": "designs that can be read, at widths of the recipe that the budget admits; null "
     "for a confirmation",
     "total_train_flops": "at least the train FLOPs of the references, three candidates and six "

@@ -25,6 +25,8 @@ _RULES = {
     "cola": "text of two factors that are not dense with silu, gelu or relu between them",
     "experts": "a number of experts that the structure can have",
     "active": "at most `experts`",
+    "shared": "less than `active`",
+    "granularity": "1, or of feed-forward blocks of experts at most their hidden dimension",
     "heads": "only with two factors and mixtures of them",
     "sizing": "paper only with two factors",
 }

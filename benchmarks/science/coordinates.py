@@ -50,6 +50,7 @@ STRUCTURES = (
     "sum(monarch;btt:cores=3,rho=1/8)",
     "btt-moe:experts=8,active=2",
     "dense-moe:experts=4,active=2",
+    "btt-moe:experts=8,active=3,shared=1",
     "cola-mlp:rank=1/2,activation=silu",
     "activated(monarch;silu)",
 )

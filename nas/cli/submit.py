@@ -101,6 +101,12 @@ def search(
     active: Annotated[
         str | None, typer.Option(metavar="N,M", help="Experts that process a token; by default 2.")
     ] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,M", help="Those of them that process every token, unweighed; by default 0."
+        ),
+    ] = None,
     heads: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +141,8 @@ def search(
         "objective": objective, "seed": seed, "references": references,
         "replicates": replicates, "keep_weights": keep_weights,
         "space": _space(
-            families=families, factors=factors, experts=experts, active=active, heads=heads
+            families=families, factors=factors, experts=experts, active=active, shared=shared,
+            heads=heads,
         ),
         "limits": _given(
             trial_seconds=trial_seconds, seconds=seconds, total_train_flops=most_train_flops
@@ -178,7 +185,7 @@ def _given(**values: float | None) -> dict[str, float] | None:
 
 def _space(**choices: str | None) -> dict[str, list[Any]] | None:
     """Comma-separated choices as fields of a request's `Space`; None if there are none."""
-    numbers = ("factors", "experts", "active")
+    numbers = ("factors", "experts", "active", "shared")
     return {
         name: [whole(part) for part in text.split(",")] if name in numbers else text.split(",")
         for name, text in choices.items()

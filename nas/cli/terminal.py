@@ -356,8 +356,9 @@ def _structure_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 _STRUCTURE_ROWS = (
-    "name", "family", "theta", "canonical_theta", "experts", "active", "sizing", "sizes", "axes",
-    "kernel", "blocks", "blocks_in_a_row", "channel_spacing", "einsum", "contraction",
+    "name", "family", "theta", "canonical_theta", "experts", "active", "shared", "granularity",
+    "sizing", "sizes", "axes", "kernel", "blocks", "blocks_in_a_row", "channel_spacing", "einsum",
+    "contraction",
 )  # fmt: skip
 
 

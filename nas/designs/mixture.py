@@ -1,11 +1,17 @@
 """Mixtures of experts: a structured layer whose slices are chosen token by token.
 
-    y = Σ_{e chosen} g_e(x) W_e x,    g = softmax over the k largest of the logits x·gateᵀ
+    y = Σ_{e shared} W_e x + Σ_{e chosen} g_e(x) W_e x
+
+Of E experts a token uses k: the S shared ones, whatever it is, with weight 1, and k - S of the
+others, the routed ones.  g is the softmax over the k - S largest of the E - S logits x·gateᵀ, so
+that the weights of the chosen sum to 1.  S is 0 unless given.
 
 Each of E experts W_e is a two-factor einsum: its share of the slices of the ρ axis of one layer, so
 that only k of E shares are computed for a token.  With one slice each, experts of β = δ = 0 make up
 BTT-MoE (arXiv:2410.02117, section 5).  In dense-MoE an expert is a matrix, in the standard mixture
-("ffn-moe") a whole feed-forward block.  1 MAC = 2 FLOPs.
+("ffn-moe") a whole feed-forward block, or one of 1/m of its hidden dimension (`granularity` m).
+Shared and fine-grained experts are those of DeepSeekMoE (arXiv:2401.06066), whose weights are
+softmax values over all routed experts instead, not made to sum to 1.  1 MAC = 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from nas.designs.theta import (
 from nas.errors import InvalidInput
 
 MAX_EXPERTS = 1024
+MAX_GRANULARITY = 1024
 #: Family → its exponents with their defaults.
 _FAMILIES: dict[str, dict[str, float]] = {
     "btt-moe": {"alpha": 0.5, "epsilon": 0.5, "rho": 0.0},
@@ -40,11 +47,11 @@ _FAMILIES: dict[str, dict[str, float]] = {
     "ffn-moe": {},
     "einsum-moe": {},
 }
-_COUNTS = {"experts": 8, "active": 2}
+_COUNTS = {"experts": 8, "active": 2, "shared": 0}
 MIXTURE_FORMS = (
-    "btt-moe (alpha=1/2, epsilon=1/2, rho=0), low-rank-moe (rho=1/2), dense-moe, ffn-moe or "
-    "einsum-moe:theta=alpha beta gamma delta epsilon phi rho, each with experts=8, active=2, "
-    "such as btt-moe:experts=16,active=2"
+    "btt-moe (alpha=1/2, epsilon=1/2, rho=0), low-rank-moe (rho=1/2), dense-moe, ffn-moe "
+    "(granularity=1) or einsum-moe:theta=alpha beta gamma delta epsilon phi rho, each with "
+    "experts=8, active=2, shared=0, such as btt-moe:experts=16,active=2"
 )
 
 
@@ -52,29 +59,44 @@ MIXTURE_FORMS = (
 class Mixture(Design):
     """E experts of which each token uses k, whatever the dimensions.
 
+    `experts` E and `active` k count the `shared` S, which every token uses: k - S of E - S are
+    chosen.  `granularity` m is that of whole feed-forward blocks: each expert has 1/m of their
+    hidden dimension, to the nearest whole number.
+
     `theta` is the structure of the whole layer, kept canonical, whose ρ axis is divided evenly
     among the experts (θρ = 0: one slice each; else the multiple of E nearest to it); None where
     experts are whole feed-forward blocks.
 
     >>> Mixture(Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0), 8, 2).name
     'btt-moe:alpha=1/2,epsilon=1/2,experts=8,active=2'
+    >>> Mixture(None, 32, 8, shared=2, granularity=4).name
+    'ffn-moe:experts=32,active=8,shared=2,granularity=4'
 
     Raises
     ------
     InvalidInput
-        Not 2 to 1024 experts, or not 1 to `experts` active ones.
+        Not 2 to 1024 experts, not 1 to `experts` active ones, not 0 to `active` - 1 shared ones;
+        a granularity that is not 1, with θ, or not 1 to 1024, without.
     """
 
     theta: Theta | None
     experts: int
     active: int
+    shared: int = 0
+    granularity: int = 1
 
     def __post_init__(self) -> None:
         if self.theta is not None:
             if not isinstance(self.theta, Theta):
                 raise InvalidInput("theta", self.theta, "a Theta, or None for ffn-moe")
             object.__setattr__(self, "theta", self.theta.canonical())
-        check_experts(self.experts, self.active)
+        check_experts(self.experts, self.active, self.shared)
+        most = MAX_GRANULARITY if self.theta is None else 1
+        if not _is_whole(self.granularity, 1, most):
+            accepted = f"a whole number from 1 to {most}"
+            if self.theta is not None:
+                accepted = "1: E and θρ say how fine the experts of single layers are"
+            raise InvalidInput("granularity", self.granularity, accepted)
 
     @property
     def family(self) -> str:
@@ -128,23 +150,31 @@ class Mixture(Design):
 
     def _joined(self, family: str, options: list[str]) -> str:
         counts = [f"experts={self.experts}", f"active={self.active}"]
+        if self.shared:
+            counts.append(f"shared={self.shared}")
+        if self.granularity != 1:
+            counts.append(f"granularity={self.granularity}")
         return f"{family}:{','.join(options + counts)}"
 
     def __str__(self) -> str:
         return self.name
 
 
-def check_experts(experts: Any, active: Any) -> None:
-    """Raises `InvalidInput` unless 2 ≤ experts ≤ 1024 and 1 ≤ active ≤ experts."""
-    accepted = f"a whole number from 2 to {MAX_EXPERTS}; a mixture has at least 2 experts"
-    if isinstance(experts, bool) or not isinstance(experts, int):
+def check_experts(experts: Any, active: Any, shared: Any = 0) -> None:
+    """Raises `InvalidInput` unless 2 ≤ experts ≤ 1024 and 0 ≤ shared < active ≤ experts."""
+    if not _is_whole(experts, 2, MAX_EXPERTS):
+        accepted = f"a whole number from 2 to {MAX_EXPERTS}; a mixture has at least 2 experts"
         raise InvalidInput("experts", experts, accepted)
-    if not 2 <= experts <= MAX_EXPERTS:
-        raise InvalidInput("experts", experts, accepted)
-    whole = isinstance(active, int) and not isinstance(active, bool)
-    if not (whole and 1 <= active <= experts):
+    if not _is_whole(active, 1, experts):
         accepted = f"a whole number from 1 to {experts}, the number of experts"
         raise InvalidInput("active", f"active={active} of experts={experts}", accepted)
+    if not _is_whole(shared, 0, active - 1):
+        accepted = f"a whole number from 0 to {active - 1}; a token chooses at least one expert"
+        raise InvalidInput("shared", f"shared={shared} of active={active}", accepted)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def parse_mixture(text: str) -> Mixture:
@@ -164,6 +194,8 @@ def parse_mixture(text: str) -> Mixture:
     if family not in _FAMILIES:
         raise InvalidInput("mixture", text, MIXTURE_FORMS)
     exponents, counts = dict(_FAMILIES[family]), dict(_COUNTS)
+    if family == "ffn-moe":
+        counts["granularity"] = 1
     own = ["theta"] if family == "einsum-moe" else [*exponents]
     theta: Theta | None = None
     for key, value in read_options(text.strip(), (*own, *counts), "mixture").items():
@@ -187,7 +219,7 @@ def parse_mixture(text: str) -> Mixture:
             raise InvalidInput("mixture", text, "einsum-moe:theta= with seven numbers")
     elif family != "ffn-moe":
         theta = _theta_of(family, exponents)
-    return Mixture(theta, counts["experts"], counts["active"])
+    return Mixture(theta, **counts)
 
 
 def _exponent(text: str, field: str) -> float:
@@ -210,8 +242,10 @@ class MixtureStructure(LinearStructure):
     """The integers of a mixture for a layer d_in → d_out: one expert, and how many.
 
     `expert` is the two-factor structure of one expert, or dense; `gated` whether the layer has the
-    gate (d_in → E), or is told which experts to use.  Fans, and with them initialisation and
-    learning rates, are those of one expert, as if its slices were the ρ axis.
+    gate (d_in → E - S), or is told which experts to use.  The last S experts are the shared ones,
+    which every token uses; they count among the `experts` and among the `active`.  Fans, and with
+    them initialisation and learning rates, are those of one expert, as if its slices were the ρ
+    axis.
 
     >>> s = MixtureStructure.of(parse_mixture("btt-moe:experts=8,active=2"), 1024, 1024)
     >>> s.macs, s.params  # two experts and the gate; eight experts and the gate
@@ -222,9 +256,10 @@ class MixtureStructure(LinearStructure):
     experts: int
     active: int
     gated: bool = True
+    shared: int = 0
 
     def __post_init__(self) -> None:
-        check_experts(self.experts, self.active)
+        check_experts(self.experts, self.active, self.shared)
         if not isinstance(self.expert, Structure):
             raise InvalidInput("expert", self.expert, "the Structure of one expert")
 
@@ -271,9 +306,15 @@ class MixtureStructure(LinearStructure):
         return self.expert.d_out
 
     @property
+    def routed(self) -> int:
+        """The experts that are not shared, E - S, of which a token chooses k - S."""
+        return self.experts - self.shared
+
+    @property
     def gate_macs(self) -> int:
-        """Multiply-accumulates of the gate per token, and its parameters: d_in·E; 0 if none."""
-        return self.d_in * self.experts if self.gated else 0
+        """Multiply-accumulates of the gate per token, and its parameters: d_in·(E - S); 0 if
+        none."""
+        return self.d_in * self.routed if self.gated else 0
 
     @property
     def macs(self) -> int:
@@ -313,6 +354,8 @@ class MixtureStructure(LinearStructure):
     def fingerprint(self) -> str:
         """Equal for equal integer operators."""
         gate = "" if self.gated else " ungated"
+        if self.shared:
+            gate = f" {self.shared}shared{gate}"
         return f"{self.active}of{self.experts}{gate}:{self.expert.fingerprint}"
 
     @property
@@ -322,7 +365,7 @@ class MixtureStructure(LinearStructure):
 
     def fans(self, factor: str) -> tuple[int, int]:
         """(fan in, fan out) of a factor of one expert, or of the gate."""
-        return (self.d_in, self.experts) if factor == "gate" else self.expert.fans(factor)
+        return (self.d_in, self.routed) if factor == "gate" else self.expert.fans(factor)
 
     def init_std(self, factor: str) -> float:
         """Standard deviation of a factor at initialisation, that of one expert; 0 of the gate."""
@@ -342,14 +385,26 @@ class MixtureStructure(LinearStructure):
 def ffn_structures(
     mixture: Mixture, width: int, hidden: int
 ) -> tuple[MixtureStructure, MixtureStructure]:
-    """The layers width → hidden, gated, and hidden → width, ungated, of an ffn-moe block."""
+    """The layers width → hidden/m, gated, and hidden/m → width, ungated, of an ffn-moe block.
+
+    Of granularity m, to the nearest whole number.
+
+    Raises
+    ------
+    InvalidInput
+        A mixture with θ; a granularity above `hidden`.
+    """
     if mixture.theta is not None:
         raise InvalidInput("mixture", mixture.name, "ffn-moe, whose experts are whole blocks")
+    if mixture.granularity > hidden:
+        accepted = f"at most the hidden dimension of the block, {hidden}"
+        raise InvalidInput("granularity", mixture.granularity, accepted)
+    each = round(hidden / mixture.granularity)
+    one, other = Structure.of(DENSE, width, each), Structure.of(DENSE, each, width)
+    counts = mixture.experts, mixture.active
     return (
-        MixtureStructure(Structure.of(DENSE, width, hidden), mixture.experts, mixture.active),
-        MixtureStructure(
-            Structure.of(DENSE, hidden, width), mixture.experts, mixture.active, gated=False
-        ),
+        MixtureStructure(one, *counts, gated=True, shared=mixture.shared),
+        MixtureStructure(other, *counts, gated=False, shared=mixture.shared),
     )
 
 
@@ -365,7 +420,7 @@ def _mixture_structure(mixture: Mixture, d_in: int, d_out: int, gated: bool) -> 
             accepted = f"at most the rank axis of θ at {d_in} → {d_out}, ρ={rho}, or θρ = 0"
             raise InvalidInput("experts", experts, accepted)
         expert = _with_rho(expert, round(rho / experts))
-    return MixtureStructure(expert, experts, mixture.active, gated)
+    return MixtureStructure(expert, experts, mixture.active, gated, mixture.shared)
 
 
 def _with_rho(structure: Structure, rho: int) -> Structure:
@@ -384,7 +439,7 @@ def _with_rho(structure: Structure, rho: int) -> Structure:
 def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object]:
     """Everything exact about a mixture at d_in → d_out, as plain JSON values.
 
-    `macs` and `flops` are per token and forward, the k chosen experts and the gate;
+    `macs` and `flops` are per token and forward, the k experts that it uses and the gate;
     `experts_macs_all` is what computing all experts would take.  `sizes`, `rank`, `waste` and
     `factors` are those of one expert, `rho` the slices of all.
 
@@ -404,6 +459,7 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
         "family": mixture.family,
         "experts": mixture.experts,
         "active": mixture.active,
+        "shared": mixture.shared,
         "sizes": asdict(s),
         "rho": s.rho * mixture.experts,
         "expert_dense": expert.is_dense,
@@ -420,7 +476,8 @@ def inspect_mixture(mixture: Mixture, d_in: int, d_out: int) -> dict[str, object
 
 
 def _inspect_feed_forward(mixture: Mixture, width: int, hidden: int) -> dict[str, object]:
-    """A feed-forward block width → hidden → width of experts; dense MACs are those of one."""
+    """A feed-forward block width → hidden → width of experts; dense MACs are those of the block
+    without experts."""
     first, second = ffn_structures(mixture, width, hidden)
     macs = first.macs + second.macs
     return {
@@ -429,11 +486,13 @@ def _inspect_feed_forward(mixture: Mixture, width: int, hidden: int) -> dict[str
         "theta": [],
         "experts": mixture.experts,
         "active": mixture.active,
+        "shared": mixture.shared,
+        "granularity": mixture.granularity,
         "d_in": width,
         "d_out": hidden,
-        "contraction": [f"{width} → {hidden} → {width}, experts whole"],
+        "contraction": [f"{width} → {first.d_out} → {width}, experts whole"],
         "macs": macs,
-        "gate_macs": width * mixture.experts,
+        "gate_macs": first.gate_macs,
         "flops": 2 * macs,
         "params": first.params + second.params,
         "dense_macs": 2 * width * hidden,
@@ -503,15 +562,24 @@ def _btt(point: Mapping[str, Any]) -> Theta:
 
 def _proposals(name: str, theta: Callable[[Mapping[str, Any]], Theta | None]) -> Proposals:
     def examples(choices: Choices) -> dict[str, None]:  # the least and the most, if they differ
-        counts = ((f(choices.experts), f(choices.active)) for f in (min, max))
-        return dict.fromkeys(f"{name}:experts={e},active={a}" for e, a in counts)
+        counts = (
+            (least(choices.experts), least(choices.active), most(choices.shared))
+            for least, most in ((min, max), (max, min))
+        )
+        return dict.fromkeys(
+            f"{name}:experts={e},active={a}" + (f",shared={s}" if s else "") for e, a, s in counts
+        )
 
     return Proposals(
-        design=lambda point: Mixture(theta(point), point["experts"], point["active"]),
-        choices=("experts", "active"),
+        design=lambda point: Mixture(
+            theta(point), point["experts"], point["active"], point["shared"]
+        ),
+        choices=("experts", "active", "shared"),
         examples=examples,
-        # an expert costs at most a dense layer
-        dearest=lambda choices: Mixture(DENSE, max(choices.experts), max(choices.active)),
+        # an expert costs at most a dense layer, and only routed ones a column of the gate
+        dearest=lambda choices: Mixture(
+            DENSE, max(choices.experts), max(choices.active), min(choices.shared)
+        ),
     )
 
 

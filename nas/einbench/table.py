@@ -139,9 +139,9 @@ class EinBench:
 
         The distance of two designs of one family is the Euclidean distance of their exponents in
         canonical form, each as it was fitted to its width, plus |log₂ of the ratio of the widths|,
-        and of mixtures those of the numbers of experts and of active experts.  Designs of other
-        families, and ones that are aligned with heads and ones that are not, have none: they are
-        left out.
+        and of mixtures those of the numbers of experts, of active experts, of shared ones plus 1,
+        and of granularities.  Designs of other families, and ones that are aligned with heads and
+        ones that are not, have none: they are left out.
         """
         own = _Place.of(fit(self.recipe, as_design(design), width), width)
         found = [
@@ -239,14 +239,17 @@ class _Place:
     #: designs of different kinds have no distance
     kind: tuple[object, ...]
     exponents: tuple[float, ...]
-    #: base 2: of the width and, of a mixture, of its numbers of experts
+    #: base 2: of the width and, of a mixture, of its numbers of experts (1 more than are shared)
+    #: and its granularity
     logs: tuple[float, ...]
 
     @classmethod
     def of(cls, design: Design, width: int) -> _Place:
         canonical = design.canonical()
         inner = canonical.of if isinstance(canonical, Aligned) else canonical
-        sizes = [inner.experts, inner.active] if isinstance(inner, Mixture) else []
+        sizes = []
+        if isinstance(inner, Mixture):
+            sizes = [inner.experts, inner.active, 1 + inner.shared, inner.granularity]
         kind = (type(canonical), canonical.family, len(canonical.exponents))
         logs = tuple(math.log2(size) for size in (width, *sizes))
         return cls(kind, tuple(canonical.exponents), logs)

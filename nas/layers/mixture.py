@@ -25,16 +25,24 @@ from nas.layers.modes import (
     reshaped_like,
     without_autocast,
 )
-from nas.layers.routing import Gated, Routing, auxiliary_loss, route, router_statistics
+from nas.layers.routing import (
+    Gated,
+    Routing,
+    auxiliary_loss,
+    route,
+    router_statistics,
+    with_ones,
+)
 
 __all__ = ["MixtureFFN", "MixtureLinear", "auxiliary_loss", "router_statistics"]
 
 
 class MixtureLinear(Gated, StructuredLinear):
-    """y = Σ_e g_e(x) W_e x + bias over the k chosen of E experts; (..., d_in) → (..., d_out).
+    """y = Σ_e g_e(x) W_e x + bias over k of E experts; (..., d_in) → (..., d_out).
 
-    g is the softmax over the k largest logits x·gateᵀ.  Only the chosen experts are computed, and
-    no token is dropped, however unequal the loads.
+    The last S experts, the shared ones, are used by every token and have g = 1.  Of the others a
+    token chooses k - S; their g is the softmax over the k - S largest logits x·gateᵀ.  Only what is
+    used is computed, and no token is dropped, however unequal the loads.
 
     Parameters
     ----------
@@ -58,7 +66,7 @@ class MixtureLinear(Gated, StructuredLinear):
         The mixture, a dimension or the plan is not one that can be built.
 
     Parameters of the module: ``A`` (E, γ, ρ, φ, δ, α) and ``B`` (E, φ, γ, ρ, β, ε) with the ρ of
-    one expert, or ``weight`` (E, d_out, d_in) for dense experts; ``gate`` (E, d_in), zero at
+    one expert, or ``weight`` (E, d_out, d_in) for dense experts; ``gate`` (E - S, d_in), zero at
     initialisation, where all tokens choose the same experts with equal weights.  After each forward
     in training mode ``auxiliary_loss`` is that of the gate; see `nas.layers.routing`.
 
@@ -95,7 +103,7 @@ class MixtureLinear(Gated, StructuredLinear):
     def _shapes(self) -> dict[str, tuple[int, ...] | None]:
         structure, s = self.structure, self.structure.expert.sizes
         experts, d_in, d_out = structure.experts, structure.d_in, structure.d_out
-        gate = {"gate": (experts, d_in) if structure.gated else None}
+        gate = {"gate": (structure.routed, d_in) if structure.gated else None}
         if structure.expert.is_dense:
             return {"weight": (experts, d_out, d_in), **gate}
         return {
@@ -149,22 +157,23 @@ class MixtureLinear(Gated, StructuredLinear):
         return torch.einsum("nefsd,ne->nfsd", y, gates).flatten(1)[:, : e.d_out]
 
     def _gates(self, x: Tensor) -> Tensor:
-        """The weight of each expert (n, E), 0 for those that are not chosen; as `plain`."""
+        """The weight of each expert (n, E), 0 for those that are not used; as `plain`."""
         gate = self._parameters["gate"]
         if gate is None:
             raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate")
         dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
         with without_autocast(gate.device):  # as `route`
             logits = functional.linear(x.to(dtype), self.gate.to(dtype))  # type: ignore[union-attr]
-            best, chosen = torch.topk(logits, self.structure.active, dim=-1)
+            s = self.structure
+            best, chosen = torch.topk(logits, s.active - s.shared, dim=-1)
             gates = torch.zeros_like(logits).scatter(-1, chosen, torch.softmax(best, -1))
-        return gates.to(x.dtype)
+        return (with_ones(gates, s.shared) if s.shared else gates).to(x.dtype)
 
     def route(self, x: Tensor) -> Routing:
         """The gate's decision for x (n, d_in), which it remembers."""
         if self.gate is None:
             raise ValueError(f"MixtureLinear({self.extra_repr()}) has no gate; pass a routing")
-        routing = route(x, self.gate, self.structure.active)
+        routing = route(x, self.gate, self.structure.active, self.structure.shared)
         self._remember(routing, self.training)
         return routing
 
@@ -181,7 +190,8 @@ class MixtureLinear(Gated, StructuredLinear):
         `plan` in place of the layer's own.
         """
         inputs = Inputs(x, routing.weights, routing.chosen, *pair(factors))
-        return mix(inputs, self.out_features, plan or self._plan, form)
+        plan, shared = plan or self._plan, self.structure.shared > 0
+        return mix(inputs, self.out_features, plan, form, shared)
 
     def _checked_plan(self, value: object) -> MixturePlan:
         return checked_plan(MixturePlan, value, self.structure)
@@ -237,20 +247,21 @@ class MixtureLinear(Gated, StructuredLinear):
 
     def _design_repr(self) -> str:
         s = self.structure
-        return f"experts={s.experts}, active={s.active}, theta={s.expert.theta}"
+        shared = f", shared={s.shared}" if s.shared else ""
+        return f"experts={s.experts}, active={s.active}{shared}, theta={s.expert.theta}"
 
 
 class MixtureFFN(nn.Module):
     """The standard mixture: y = Σ_e g_e(x) W2_e gelu(W1_e x + b1) + b2; (..., width) → the same.
 
-    Tokens are routed once, by the gate of ``mlp_in``; hidden values stay sorted by expert between
-    the two layers, both `MixtureLinear` with dense experts.  Their biases are shared by the
-    experts.
+    Shared experts have g = 1, as in a `MixtureLinear`.  Tokens are routed once, by the gate of
+    ``mlp_in``; hidden values stay sorted by expert between the two layers, both `MixtureLinear`
+    with dense experts.  Their biases belong to all experts together.
 
     Parameters
     ----------
     mlp_in, mlp_out
-        Two layers of equal experts and active ones, the first with a gate; see `of`.
+        Two layers of equal experts, active and shared ones, the first with a gate; see `of`.
 
     Raises
     ------
@@ -264,11 +275,11 @@ class MixtureFFN(nn.Module):
     def __init__(self, mlp_in: MixtureLinear, mlp_out: MixtureLinear) -> None:
         super().__init__()
         one, other = mlp_in.structure, mlp_out.structure
-        fits = (one.d_out, one.experts, one.active) == (other.d_in, other.experts, other.active)
-        if not (fits and one.gated):
+        counts = (one.experts, one.active, one.shared), (other.experts, other.active, other.shared)
+        if not (one.d_out == other.d_in and counts[0] == counts[1] and one.gated):
             got = f"{one.fingerprint} and {other.fingerprint}"
             raise InvalidInput(
-                "layers", got, "layers of one hidden dimension, E and k, with a gate"
+                "layers", got, "layers of one hidden dimension, E, k and S, with a gate"
             )
         self.mlp_in, self.mlp_out = mlp_in, mlp_out
 
@@ -289,19 +300,20 @@ class MixtureFFN(nn.Module):
     ) -> MixtureFFN:
         """A block of a `Mixture` without θ, or of its text such as ``"ffn-moe:experts=8"``.
 
-        Options as of `MixtureLinear`, for both layers but `zero_init`, for ``mlp_out`` alone.
+        An expert has the hidden dimension hidden/m, of granularity m.  Options as of
+        `MixtureLinear`, for both layers but `zero_init`, for ``mlp_out`` alone.
         """
         if not isinstance(mixture, Mixture):
             mixture = parse_mixture(mixture)
         first, second = ffn_structures(mixture, width, hidden)
         return cls(
             MixtureLinear(
-                first, width, hidden, bias, normalize=normalize, gain=gain, plan=plan,
+                first, width, first.d_out, bias, normalize=normalize, gain=gain, plan=plan,
                 device=device, dtype=dtype,
             ),
             MixtureLinear(
-                second, hidden, width, bias, zero_init=zero_init, normalize=normalize, gain=gain,
-                plan=plan, device=device, dtype=dtype,
+                second, second.d_in, width, bias, zero_init=zero_init, normalize=normalize,
+                gain=gain, plan=plan, device=device, dtype=dtype,
             ),
         )  # fmt: skip
 

@@ -1,9 +1,12 @@
 """Which experts a token uses: gates, the losses that balance them, and what they did.
 
-A gate (E, d_in) gives each token logits; the k largest are chosen, and their softmax weighs the
+A gate gives each token a logit for each of the E - S routed experts; the k - S largest are chosen,
+and their softmax weighs the experts.  The S shared experts are used as well, with weight 1; the
+gate, its loss and its statistics know nothing of them, and of these E and k are those of the routed
 experts.  No token is ever dropped.  The auxiliary loss of a gate is E·Σ p̂ f̂ + 0.1·mean(lse²), with
 p̂ the mean probability of an expert, f̂ its share of the assignments and lse the logsumexp of a
-token's logits; a balanced router has 1 for the first term.  Source: arXiv:2410.02117, section 5.
+token's logits; a balanced router has 1 for the first term.  Source: arXiv:2410.02117, section 5;
+shared experts: arXiv:2401.06066, section 3.
 """
 
 from __future__ import annotations
@@ -25,18 +28,35 @@ Z_WEIGHT = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a gate decided for n tokens; `weights` sum to 1 for each token."""
+    """What n tokens use, S shared experts last: (n, k) of E with weights 1 for these, and for
+    others that sum to 1 for each token."""
 
     #: (n, k), at least float32
     weights: Tensor
-    #: (n, k) indices of experts
+    #: (n, k) indices of experts, of which the last S are the shared ones
     chosen: Tensor
-    #: (n, E), at least float32
+    #: (n, E - S), at least float32
     logits: Tensor
+    shared: int = 0
+
+    @staticmethod
+    def of(weights: Tensor, chosen: Tensor, logits: Tensor, shared: int) -> Routing:
+        """What a gate decided, (..., n, k - S) of the routed experts, and the shared ones."""
+        if shared:
+            routed = logits.shape[-1]
+            always = torch.arange(routed, routed + shared, device=chosen.device)
+            chosen = torch.cat([chosen, always.expand(*chosen.shape[:-1], shared)], -1)
+            weights = with_ones(weights, shared)
+        return Routing(weights, chosen, logits, shared)
 
     @property
     def experts(self) -> int:
-        return self.logits.shape[1]
+        return self.logits.shape[-1] + self.shared
+
+    @property
+    def routed(self) -> Tensor:
+        """(n, k - S) indices of the experts that the gate chose."""
+        return self.chosen[..., : self.chosen.shape[-1] - self.shared]
 
     @property
     def order(self) -> Tensor:
@@ -49,21 +69,27 @@ class Routing:
         return loads(self.chosen.reshape(-1), self.experts)
 
 
-def route(x: Tensor, gate: Tensor, active: int) -> Routing:
-    """The `active` experts with the largest logits x·gateᵀ for x (n, d_in), gate (E, d_in).
+def with_ones(weights: Tensor, shared: int) -> Tensor:
+    """Weights (..., n) and those of the shared experts, (..., n + S)."""
+    return functional.pad(weights, (0, shared), value=1.0)
+
+
+def route(x: Tensor, gate: Tensor, active: int, shared: int = 0) -> Routing:
+    """The `active` experts for x (n, d_in): the shared ones, and of the others those with the
+    largest logits x·gateᵀ, gate (E - S, d_in).
 
     In at least single precision, also under autocast.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
         logits = functional.linear(x.to(dtype), gate.to(dtype))
-        best, chosen = torch.topk(logits, active, dim=-1)
+        best, chosen = torch.topk(logits, active - shared, dim=-1)
         if torch.compiler.is_compiling():
             # no scatter in backward: inductor of torch 2.13 loses it where the gradient of the
             # auxiliary loss is added to it
             at = chosen[..., None] == torch.arange(logits.shape[1], device=logits.device)
             best = torch.where(at, logits[:, None], 0.0).sum(-1)
-        return Routing(softmax(best), chosen, logits)
+        return Routing.of(softmax(best), chosen, logits, shared)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -153,9 +179,9 @@ class Gated:
         if transforms_active():
             return  # their tensors mean nothing outside
         self.auxiliary_loss = (
-            gate_loss(routing.logits, routing.chosen, self.over_batch) if training else None
+            gate_loss(routing.logits, routing.routed, self.over_batch) if training else None
         )
-        self._last_logits, self._last_chosen = routing.logits.detach(), routing.chosen
+        self._last_logits, self._last_chosen = routing.logits.detach(), routing.routed
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left, whose graph cannot be copied."""
@@ -175,10 +201,12 @@ class Gated:
 def routing_statistics(logits: Tensor, chosen: Tensor) -> dict[str, Any]:
     """What a gate did, from its logits (n, E) and choices (n, k); asking waits for the device.
 
+    All of it is of routed experts, and tells nothing of shared ones.
+
     ``load``: share of the assignments per expert; ``load_entropy`` and ``gate_entropy``, in nats:
     of the load, and of the mean over tokens of the softmax of all logits; ``max_load``: largest
     load over a balanced one; ``dropped``: assignments that no expert took; ``assignments``: tokens
-    times active experts.
+    times the experts that each chose.
     """
     experts = logits.shape[1]
     counts = torch.bincount(chosen.reshape(-1), minlength=experts)

@@ -132,7 +132,10 @@ class Space(BaseModel):
         (8,), 16, "Experts of the mixtures."
     )
     active: tuple[Annotated[int, Field(ge=1, le=1024, strict=True), WHOLE], ...] = _choices(
-        (2,), 16, "Experts that process each token."
+        (2,), 16, "Experts that process each token, shared ones among them."
+    )
+    shared: tuple[Annotated[int, Field(ge=0, le=1023, strict=True), WHOLE], ...] = _choices(
+        (0,), 16, "Experts that process every token, and that no gate weighs."
     )
     heads: tuple[Heads, ...] = _choices(
         ("free",),
@@ -149,7 +152,8 @@ class Space(BaseModel):
                 raise InvalidInput(f"space.{name}", list(chosen), "each choice once")
         for experts in self.experts:
             for active in self.active:
-                Mixture(None, experts, active)  # raises if `active` exceeds `experts`
+                for shared in self.shared:  # raises if these contradict each other
+                    Mixture(None, experts, active, shared)
 
     def dearest(self) -> Design:
         """A design that at every width costs at least as much as any in the space."""

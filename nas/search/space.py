@@ -63,7 +63,8 @@ def _choices(designs: Space) -> dict[str, Sequence[Any]]:
     """Every choice that some allowed family takes."""
     taken = {name for proposed in _proposed(designs) for name in proposed.choices}
     found: dict[str, Sequence[Any]] = {"family": designs.families, "heads": designs.heads}
-    return found | {n: getattr(designs, n) for n in ("factors", "experts", "active") if n in taken}
+    numbers = ("factors", "experts", "active", "shared")
+    return found | {n: getattr(designs, n) for n in numbers if n in taken}
 
 
 def design_of(designs: Space, params: Mapping[str, Any]) -> Design:

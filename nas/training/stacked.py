@@ -77,7 +77,7 @@ class _Part:
     factors: tuple[Tensor, ...]
     #: (R, layers · d_out); of one model without R
     bias: Tensor | None
-    #: (R, layers · experts, d_in); of one model without R
+    #: (R, layers · routed experts, d_in); of one model without R
     gate: Tensor | None
 
 
@@ -140,7 +140,7 @@ class Stacked:
         #: of the present step: parameters by name, parts by layer
         self._values: dict[str, Tensor] = {}
         self._parts: dict[StructuredLinear, tuple[_Part, int]] = {}
-        #: number of layers, logits and chosen of each gate of the last run
+        #: number of layers, logits and chosen routed experts of each gate of the last run
         self._routed: list[tuple[int, Tensor, Tensor]] = []
 
     def _slot(self, parameters: Sequence[Tensor]) -> _Slot:
@@ -367,16 +367,17 @@ class Stacked:
     # --- mixtures
 
     def _route(self, part: _Part, layer: MixtureLinear, rows: Tensor) -> Routing:
-        """Of rows (R, n, d_in): weights and chosen (R, layers, n, k), logits (R, layers, n, E)."""
+        """Of rows (R, n, d_in): weights, chosen (R, layers, n, k), logits (R, layers, n, E - S)."""
         assert part.gate is not None
         dtype = torch.promote_types(rows.dtype, torch.float32)
         with without_autocast(rows.device):
             logits = self._dense(rows.to(dtype), part.gate.to(dtype), None)
             logits = logits.view(self.count, rows.shape[1], part.count, -1).transpose(1, 2)
-            best, chosen = torch.topk(logits, layer.structure.active, dim=-1)
+            s = layer.structure
+            best, chosen = torch.topk(logits, s.active - s.shared, dim=-1)
             weights = softmax(best)
         self._routed.append((part.count, logits, chosen))
-        return Routing(weights, chosen, logits)
+        return Routing.of(weights, chosen, logits, s.shared)
 
     def _plan_of(
         self, layer: MixtureLinear, layers: int, routing: Routing, form: Form
@@ -390,6 +391,7 @@ class Stacked:
         return choose_for_sizes(
             layer.structure.expert, stacked * layer.structure.experts, k, bucket(n), device.type,
             autocast_dtype(device, self.parameters[0].dtype), form != "both", self.count > 1,
+            layer.structure.shared > 0,
         )  # fmt: skip
 
     def _mixed(self, part: _Part, layer: MixtureLinear, rows: Tensor) -> Tensor:
@@ -408,12 +410,14 @@ class Stacked:
 
         Its logits are one layer's, for the number of experts alone is of use.
         """
-        models, layers, _, experts = routing.logits.shape
-        chosen = routing.chosen
+        (models, layers), chosen = routing.chosen.shape[:2], routing.chosen
         if models * layers > 1:
-            first = torch.arange(models * layers, device=chosen.device) * experts
+            first = torch.arange(models * layers, device=chosen.device) * routing.experts
             chosen = chosen + first.view(models, layers, 1, 1)
-        return Routing(*(t.flatten(0, 2) for t in (routing.weights, chosen, routing.logits)))
+        weights, chosen, logits = (
+            t.flatten(0, 2) for t in (routing.weights, chosen, routing.logits)
+        )
+        return Routing(weights, chosen, logits, routing.shared)
 
     def mixture_block(self, block: MixtureFFN, x: Tensor) -> Tensor:
         (first, _), (second, _) = self._parts[block.mlp_in], self._parts[block.mlp_out]
@@ -444,7 +448,8 @@ class Stacked:
         return torch.cat(losses, dim=1).mean(1)
 
     def _grouped(self) -> list[tuple[Tensor, Tensor]]:
-        """Logits (R, gates, n, E) and chosen (R, gates, n, k) of gates of equal shape together."""
+        """Logits (R, gates, n, E) and chosen (R, gates, n, k), both of routed experts, of gates of
+        equal shape together."""
         groups: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
         for _, logits, chosen in self._routed:
             groups.setdefault((logits.shape[2:], chosen.shape[2:]), []).append((logits, chosen))

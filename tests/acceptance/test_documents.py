@@ -48,6 +48,7 @@ EXPECTED: dict[str, list[list[str]]] = {
         ["residual below 1e-6: True", "torch.Size([32, 1, 32, 1, 32])"],
         ["btt-moe", "gate", "Pareto front"],
         ["'dropped': 0"],
+        ["torch.Size([32, 64, 64]) torch.Size([30, 64])\n768"],
         ["gemm=", "1024x1024:32.1.32.1.32.32.1 tokens=512"],
         [" GMAC/s; "],
     ],

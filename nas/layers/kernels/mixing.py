@@ -19,11 +19,18 @@ from nas.layers.kernels.plan import Sized, bucket
 from nas.layers.modes import autocast_dtype, is_recorded, transforms_active
 
 
-def mix(inputs: Inputs, d_out: int, plan: MixturePlan | None = None, form: Form = "both") -> Tensor:
+def mix(
+    inputs: Inputs,
+    d_out: int,
+    plan: MixturePlan | None = None,
+    form: Form = "both",
+    shared: bool = False,
+) -> Tensor:
     """The product, with gradients of x, weights, A and B; see `nas.layers.kernels.mixture_kernels`.
 
     Under autocast x and the factors are cast first.  Weights play no part in the forms "gather"
-    and "sorted".  Without a plan the cost model chooses one.
+    and "sorted".  Without a plan the cost model chooses one; `shared`: whether some experts are
+    used by every token.
     """
     x, weights, chosen, a, b = inputs
     dtype = autocast_dtype(x.device, a.dtype)
@@ -33,17 +40,21 @@ def mix(inputs: Inputs, d_out: int, plan: MixturePlan | None = None, form: Form 
     if transforms_active() or is_recorded(x):
         return plain(inputs, d_out, form)
     if torch.compiler.is_compiling():
-        return _MIX.compiled(*inputs, d_out, str(plan or ""), form)
-    return _MIX.eager(*inputs, d_out, _plan_of(inputs, d_out, plan, form), form)
+        return _MIX.compiled(*inputs, d_out, str(plan or ""), form, shared)
+    return _MIX.eager(*inputs, d_out, _plan_of(inputs, d_out, plan, form, shared), form, shared)
 
 
-def _plan_of(inputs: Inputs, d_out: int, plan: MixturePlan | str | None, form: str) -> MixturePlan:
+def _plan_of(
+    inputs: Inputs, d_out: int, plan: MixturePlan | str | None, form: str, shared: bool
+) -> MixturePlan:
     """The plan that runs: fixed (or its text), else by the cost model; its parts filled in."""
     x, _, chosen, a, b = inputs
     expert = Sized.of(x.shape[1], d_out, a.shape[1:], None if b is None else b.shape[1:])
     (n, k), kind = chosen.shape, x.device.type
     if not plan:
-        return choose_for_sizes(expert, len(a), k, bucket(n), kind, x.dtype, form != "both")
+        return choose_for_sizes(
+            expert, len(a), k, bucket(n), kind, x.dtype, form != "both", shared=shared
+        )
     if isinstance(plan, str):
         plan = MixturePlan.parse(plan)
     if plan.grouping == "all" and form != "both":
@@ -82,7 +93,7 @@ def plain(inputs: Inputs, d_out: int, form: str) -> Tensor:
 
 def _plain_gradients(*given: Any) -> Gradients:
     """The gradients by differentiable operations, for derivatives of them."""
-    (x, weights, chosen, a, b), (dy, d_out, _, form) = Inputs(*given[:5]), given[5:]
+    (x, weights, chosen, a, b), (dy, d_out, _, form, _) = Inputs(*given[:5]), given[5:]
     # aliases: x may be what the weights were made of
     x, weights, a = x.view_as(x), weights.view_as(weights), a.view_as(a)
     b = None if b is None else b.view_as(b)
@@ -96,18 +107,19 @@ def _plain_gradients(*given: Any) -> Gradients:
 
 
 def _forward(*given: Any) -> Tensor:
-    inputs, (d_out, plan, form) = Inputs(*given[:5]), given[5:]
-    return mixture_kernels.forward(inputs, d_out, _plan_of(inputs, d_out, plan, form), form)
+    inputs, (d_out, plan, form, shared) = Inputs(*given[:5]), given[5:]
+    plan = _plan_of(inputs, d_out, plan, form, shared)
+    return mixture_kernels.forward(inputs, d_out, plan, form)
 
 
 def _backward(*given: Any) -> Gradients:
-    inputs, (dy, d_out, plan, form, wanted) = Inputs(*given[:5]), given[5:]
-    plan = _plan_of(inputs, d_out, plan, form)
+    inputs, (dy, d_out, plan, form, shared, wanted) = Inputs(*given[:5]), given[5:]
+    plan = _plan_of(inputs, d_out, plan, form, shared)
     return mixture_kernels.backward(inputs, dy, plan, form, wanted)
 
 
 def _fake(*given: Any) -> Tensor:
-    inputs, (d_out, _, form) = Inputs(*given[:5]), given[5:]
+    inputs, (d_out, _, form, _) = Inputs(*given[:5]), given[5:]
     n, k = inputs.chosen.shape
     return inputs.x.new_empty(n if form in ("both", "combine") else n * k, d_out)
 
@@ -115,7 +127,7 @@ def _fake(*given: Any) -> Tensor:
 _MIX = Operation(
     "mix",
     "Tensor x, Tensor weights, Tensor chosen, Tensor a, Tensor? b",
-    "int d_out, str plan, str form",
+    "int d_out, str plan, str form, bool shared",
     forward=_forward,
     backward=_backward,
     differentiable=_plain_gradients,

@@ -132,7 +132,7 @@ def choose_mixture_plan(
     """
     return choose_for_sizes(
         structure.expert, structure.experts, structure.active, bucket(tokens),
-        torch.device(device).type, dtype, False,
+        torch.device(device).type, dtype, False, shared=structure.shared > 0,
     )  # fmt: skip
 
 
@@ -145,14 +145,18 @@ def choose_for_sizes(
     dtype: torch.dtype,
     sorted_rows: bool,
     apart: bool = False,
+    shared: bool = False,
 ) -> MixturePlan:
     """The same from what decides: `tokens` is a `bucket`, `sorted_rows` whether x or y has such.
 
     Where experts are those of several models and have to be kept `apart`, no plan multiplies the
-    numbers of one with zero weights of another, which would pass on what is not finite.
+    numbers of one with zero weights of another, which would pass on what is not finite.  Where
+    some are `shared`, used by every token, none is padded to their load, which is E/k of the mean.
     """
     rates = rates_for(device)
-    return _choose(expert, experts, active, tokens, device, dtype, sorted_rows, apart, rates)
+    return _choose(
+        expert, experts, active, tokens, device, dtype, sorted_rows, apart, shared, rates
+    )
 
 
 @lru_cache(maxsize=65536)
@@ -165,6 +169,7 @@ def _choose(
     dtype: torch.dtype,
     sorted_rows: bool,
     apart: bool,
+    shared: bool,
     rates: MachineRates,
 ) -> MixturePlan:
     kind = torch.device(device)
@@ -179,14 +184,15 @@ def _choose(
         if not (sorted_rows or apart) and experts * _expert_macs(expert) * tokens < 1 << 28:
             return everything  # so small that launches decide
         half = dtype in (torch.bfloat16, torch.float16)
-        return MixturePlan("grouped" if apart or (half and has_grouped_mm()) else "batched")
+        grouped = apart or shared or (half and has_grouped_mm())
+        return MixturePlan("grouped" if grouped else "batched")
     # rows of x and y gathered, scattered and combined
     dispatch = _DISPATCH_OPERATIONS * rates.operation
     dispatch += rows * 3 * (expert.d_in + expert.d_out) * rates.moved
     each = _EXPERT_OPERATIONS * rates.operation + cost(best, expert, mean, rates)
     padded = math.ceil(mean * _PADDING)
     found = {one_by_one: dispatch + experts * each}
-    if not apart:
+    if not (apart or shared):
         together = _batched_cost(expert, experts, padded, dtype, rates)
         found[MixturePlan("batched")] = dispatch + together
     by_matrix = MixturePlan("grouped" if expert.is_dense else "matrices")

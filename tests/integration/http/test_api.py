@@ -485,6 +485,11 @@ def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -
     assert all(preview["widths"].values())
     alone = client.post("/v1/searches/preview", json=GOOD).json()
     assert preview["minimum_train_flops"] >= alone["minimum_train_flops"]
+    space = {"families": ["dense-moe"], "experts": [4, 8], "active": [2, 3], "shared": [0, 1]}
+    preview = client.post("/v1/searches/preview", json={**GOOD, "space": space}).json()
+    assert list(preview["widths"]) == [
+        "dense", "dense-moe:experts=4,active=2,shared=1", "dense-moe:experts=8,active=3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -493,6 +498,7 @@ def test_a_preview_shows_every_family_that_may_be_proposed(client: TestClient) -
         ({"families": ["moe"]}, "btt-moe"),
         ({"experts": [8], "active": [9], "families": ["btt-moe"]}, "active=9 of experts=8"),
         ({"experts": [1]}, "2 to 1024"),
+        ({"active": [2], "shared": [2], "families": ["btt-moe"]}, "shared=2 of active=2"),
         ({"factors": [9]}, "2 to 4"),
         ([], "families, factors"),
     ],
@@ -510,6 +516,7 @@ def test_a_space_that_cannot_be_is_a_problem(client: TestClient, space: Any, wor
         "btt:cores=3,rho=1/8",
         "btt-moe:experts=8,active=2",
         "ffn-moe",
+        "ffn-moe:experts=8,active=4,shared=1,granularity=4",
         "convolution",
         "blast",
         "block-sparse",

@@ -184,6 +184,7 @@ def test_a_search_can_be_claimed_by_its_id(store: Store, leases: Leases) -> None
         "btt:cores=3,rho=1/8",
         "btt-moe:experts=4,active=2@heads",
         "ffn-moe",
+        "ffn-moe:experts=8,active=4,shared=1,granularity=4",
         "convolution",
         "blast",
         "block-sparse:blocks=0.3",

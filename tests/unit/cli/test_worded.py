@@ -22,7 +22,7 @@ ASKED: list[dict[str, Any]] = [
     {"train_flops": 2e11, "total_seconds": 60.0, "trials": 9},
     {"train_flops": 2e11, "limits": {"trial_seconds": 60.0, "total_train_flops": 1e13}},
     {"train_flops": 2e11, "space": {"families": ["einsum", "btt-moe"], "factors": [2, 3],
-                                    "experts": [8, 16], "active": [1]}},
+                                    "experts": [8, 16], "active": [2], "shared": [0, 1]}},
     {"train_flops": 2e11, "overrides": {"depth": 3, "lr": 0.003, "normalize": True}},
 ]  # fmt: skip
 

@@ -46,11 +46,12 @@ DESIGNS = (
     "0.5,0.25,0.25,0,0.5,0.5,0",
     "btt:cores=3,rho=1/8",
     "tensor-train:cores=3,rho=1/4",
-    "btt-moe:experts=8,active=2",
+    "btt-moe:experts=8,active=3,shared=1",
     "btt-moe:experts=4,active=2@heads",
     "low-rank-moe:rho=3/4,experts=4,active=1",
     "dense-moe:experts=4,active=2",
     "ffn-moe:experts=4,active=2",
+    "ffn-moe:experts=8,active=4,shared=1,granularity=4",
     "convolution:kernel=1/2",
     "blast:blocks=1/4,rho=1/2",
     "block-sparse:pattern=butterfly,blocks=1/2,stride=1",
@@ -274,6 +275,9 @@ def test_experts_that_are_feed_forward_blocks_leave_attention_dense() -> None:
     assert all(s.is_dense for s in attention)
     assert (first.d_in, first.d_out, second.d_out) == (32, 128, 32)
     assert first.macs - second.macs == 32 * 4  # one gate routes both
+    fine = parse_design("ffn-moe:experts=8,active=4,shared=1,granularity=2")
+    *_, narrow, _ = cost.structures_of(TEXT, fine, 32)
+    assert (narrow.d_in, narrow.d_out, narrow.macs) == (32, 64, 4 * 32 * 64 + 32 * 7)
     with pytest.raises(InvalidInput):
         structure_of(design, 32, 32)
 

@@ -22,7 +22,7 @@ from nas.designs.mixture import (
     inspect_mixture,
     parse_mixture,
 )
-from nas.designs.theta import DENSE, Theta
+from nas.designs.theta import Theta
 from nas.errors import InvalidInput
 from nas.layers.einsum import EinsumLinear
 from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan
@@ -48,6 +48,7 @@ NAMES = [
     "low-rank-moe:rho=0,experts=3,active=2",
     "dense-moe:experts=3,active=2",
     "einsum-moe:theta=.5 .25 .25 .25 .5 .25 0,experts=4,active=3",
+    "btt-moe:experts=5,active=4,shared=2",
 ]
 EINSUM = Theta(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0)
 
@@ -80,7 +81,8 @@ def assert_all_close(one: list[Tensor], other: list[Tensor], error: float = 1e-9
 
 
 def by_experts(layer: MixtureLinear, x: Tensor) -> Tensor:
-    """The definition: the weighted sum of the matrices of the chosen experts, token by token."""
+    """The definition: the weighted sum of the matrices of the chosen experts, token by token, and
+    those of the shared ones."""
     assert layer.gate is not None
     s = layer.structure
     matrices = []
@@ -92,9 +94,11 @@ def by_experts(layer: MixtureLinear, x: Tensor) -> Tensor:
         matrices.append(one.to_matrix())
     rows = []
     for token in x:
-        best, chosen = (layer.gate @ token).topk(s.active)
+        best, chosen = (layer.gate @ token).topk(s.active - s.shared)
         weights = torch.softmax(best, 0)
         matrix = sum(w * matrices[int(e)] for w, e in zip(weights, chosen, strict=True))
+        for e in range(s.experts - s.shared, s.experts):
+            matrix = matrix + matrices[e]
         rows.append(matrix @ token)
     y = torch.stack(rows)
     return y if layer.bias is None else y + layer.bias
@@ -168,9 +172,13 @@ def test_inspected(name: str) -> None:
 @settings(max_examples=200)
 @given(thetas(), st.integers(2, 1024), st.data())
 def test_texts_are_exact(theta: Theta, experts: int, data: st.DataObject) -> None:
-    mixture = Mixture(theta, experts, data.draw(st.integers(1, experts)))
+    active = data.draw(st.integers(1, experts))
+    mixture = Mixture(theta, experts, active, data.draw(st.integers(0, active - 1)))
     assert parse_mixture(mixture.text) == mixture
     assert mixture.name.startswith(f"{mixture.family}:")
+    assert ("shared" in mixture.text) == ("shared" in mixture.name) == (mixture.shared > 0)
+    whole = Mixture(None, experts, active, mixture.shared, data.draw(st.integers(1, 1024)))
+    assert parse_mixture(whole.text) == parse_mixture(whole.name) == whole
 
 
 @pytest.mark.parametrize(
@@ -181,6 +189,10 @@ def test_texts_are_exact(theta: Theta, experts: int, data: st.DataObject) -> Non
         ("low-rank-moe", "low-rank-moe:rho=1/2,experts=8,active=2"),
         ("dense-moe:experts=16", "dense-moe:experts=16,active=2"),
         ("ffn-moe:experts=16,active=1", "ffn-moe:experts=16,active=1"),
+        ("ffn-moe:shared=0,granularity=1", "ffn-moe:experts=8,active=2"),
+        ("ffn-moe:granularity=4,shared=1,experts=32,active=8",
+         "ffn-moe:experts=32,active=8,shared=1,granularity=4"),
+        ("dense-moe:shared=1", "dense-moe:experts=8,active=2,shared=1"),
         ("einsum-moe:theta=0.5 1/4 .25 0 .5 .5 0",
          "einsum-moe:theta=1/2 1/4 1/4 0 1/2 1/2 0,experts=8,active=2"),
     ],
@@ -203,6 +215,12 @@ def test_names(text: str, name: str) -> None:
         ("btt-moe:experts=-4", "experts: got -4"),
         ("btt-moe:experts=4,active=5", "active=5 of experts=4; accepted: .* from 1 to 4"),
         ("btt-moe:active=0", "active=0 of experts=8"),
+        ("btt-moe:shared=2", "shared=2 of active=2; accepted: .* from 0 to 1; .* chooses at least"),
+        ("ffn-moe:active=1,shared=1", "shared=1 of active=1"),
+        ("btt-moe:shared=1/2", "shared: got 1/2; accepted: a whole number"),
+        ("dense-moe:granularity=2", "dense-moe takes experts=, active=, shared="),
+        ("ffn-moe:granularity=0", "granularity: got 0; accepted: a whole number from 1 to 1024"),
+        ("ffn-moe:granularity=1025", "from 1 to 1024"),
         ("btt-moe:alpha=2", "theta.alpha"),
         ("einsum-moe", "einsum-moe:theta="),
         ("einsum-moe:theta=1 0 0", "seven numbers"),
@@ -214,10 +232,12 @@ def test_a_bad_mixture_is_named(text: str, message: str) -> None:
         parse_mixture(text)
 
 
-@pytest.mark.parametrize(("experts", "active"), [(True, 1), (4.0, 2), (4, 2.0), (4, True)])
-def test_counts_are_whole(experts: Any, active: Any) -> None:
+@pytest.mark.parametrize(
+    "counts", [(True, 1), (4.0, 2), (4, 2.0), (4, True), (4, 2, True), (4, 2, -1), (4, 2, 0, True)]
+)
+def test_counts_are_whole(counts: Any) -> None:
     with pytest.raises(InvalidInput, match="whole number"):
-        Mixture(DENSE, experts, active)
+        Mixture(None, *counts)
 
 
 # --- the layer ----------------------------------------------------------------------------------
@@ -279,7 +299,7 @@ def test_uneven_loads(name: str, load: str) -> None:
         assert_all_close(gradients(layer, x, dy), expected)
         found = router_statistics(layer)[""]
         assert found["dropped"] == 0
-        assert found["assignments"] == n * layer.structure.active
+        assert found["assignments"] == n * (layer.structure.active - layer.structure.shared)
 
 
 @pytest.mark.parametrize("name", NAMES)

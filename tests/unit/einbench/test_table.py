@@ -101,6 +101,7 @@ def test_mixtures_differ_by_their_numbers_of_experts(bench: EinBench) -> None:
     design = mixtures[0].design
     assert bench.nearest(design, 64)[0].curve is mixtures[0]
     assert bench.nearest("btt-moe:experts=2,active=1", 64)[0].distance >= 2
+    assert bench.nearest(f"{design},shared=1", 64)[0].distance == 1
 
 
 @pytest.mark.parametrize("seed_index", [None, 0, 2])

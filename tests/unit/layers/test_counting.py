@@ -110,6 +110,7 @@ def test_models_of_hugging_face_count_as_their_parts_do(kind: str, width: int) -
 @pytest.mark.parametrize(
     "design",
     ["dense", "monarch", "btt:rho=1/4", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
+     "btt-moe:experts=4,active=3,shared=1", "ffn-moe:experts=8,active=4,shared=1,granularity=4",
      "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost", "pixelfly:rank=1/4",
      "cola-mlp", "activated(monarch;relu)"],
 )  # fmt: skip
@@ -124,7 +125,7 @@ def test_built_in_models_count_as_their_budgets_do(design: str, recipe: str) -> 
 
 
 def test_a_block_of_experts_counts_what_a_token_uses() -> None:
-    block = MixtureFFN.of("ffn-moe:experts=4,active=2", 32, 128)
+    block = MixtureFFN.of("ffn-moe:experts=8,active=4,shared=1,granularity=4", 32, 128)
     macs = block.mlp_in.structure.macs + block.mlp_out.structure.macs
     assert forward_flops(block, torch.zeros(3, 5, 32)) == 2 * 15 * macs
 

@@ -21,6 +21,7 @@ pytestmark = [  # of torch about itself
 
 DESIGNS = (
     "monarch", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2", "dense-moe",
+    "btt-moe:experts=4,active=3,shared=1",
     "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost",
     "pixelfly:rank=1/4,blocks=1/2", "cola-mlp", "activated(btt:rho=1/4;relu)",
 )  # fmt: skip
@@ -31,7 +32,9 @@ ROWS = torch.export.Dim("rows", min=1, max=4096)
 def model_of(design: str) -> nn.Module:
     torch.manual_seed(0)
     if design == "ffn-moe":
-        model: nn.Module = MixtureFFN.of("ffn-moe:experts=4,active=2", D_IN, D_OUT)
+        model: nn.Module = MixtureFFN.of(
+            "ffn-moe:experts=8,active=4,shared=1,granularity=4", D_IN, D_OUT
+        )
     else:
         model = nn.Sequential(layer_of(design, D_IN, D_OUT, normalize=True, gain=True))
     for parameter in model.parameters():  # gates too, or all experts would be equally good

@@ -41,7 +41,8 @@ from tests.support.tiers import FULL
 HALF = "convolution:kernel=1/2"
 DESIGNS = (
     "monarch", "low-rank:rho=1/3", "dense", "btt:cores=3,rho=1/8", "btt-moe:experts=4,active=2",
-    "dense-moe", HALF, "blast:blocks=1/4", "block-sparse:blocks=2/3",
+    "btt-moe:experts=4,active=3,shared=1", "dense-moe", HALF, "blast:blocks=1/4",
+    "block-sparse:blocks=2/3",
     "block-sparse:pattern=channels", "pixelfly:rank=1/4", "lost",
     "sum(monarch;btt:cores=3,rho=1/8)", "cola-mlp:rank=1/3", "activated(monarch;relu)",
 )  # fmt: skip
@@ -89,6 +90,14 @@ EXPERTS = "btt-moe:experts=4,active={}"
     [
         (EinsumLinear("monarch", 64, 64), EinsumLinear("monarch", 64, 64, normalize=True)),
         (layer_of(EXPERTS.format(2), 64, 64), layer_of(EXPERTS.format(1), 64, 64)),
+        (
+            layer_of("dense-moe:experts=5,active=4", 64, 64),
+            layer_of("dense-moe:experts=5,active=4,shared=2", 64, 64),
+        ),
+        (
+            layer_of(EXPERTS.format("2,shared=1"), 64, 64),
+            layer_of(EXPERTS.format("3,shared=1"), 64, 64),
+        ),
         (EinsumLinear("monarch", 60, 64), EinsumLinear("monarch", 61, 64)),
         (ConvolutionLinear(HALF, 63, 64), ConvolutionLinear(HALF, 64, 64)),
         (layer_of("blast", 63, 64), layer_of("blast", 64, 64)),

@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from nas.designs.aligned import Aligned
 from nas.designs.chain import ChainTheta
 from nas.designs.design import parse_design
-from nas.designs.mixture import MixtureStructure
+from nas.designs.mixture import Mixture, MixtureStructure
 from nas.errors import InvalidInput
 from nas.planning.cost import structures_of
 from nas.planning.request import FAMILIES, OBJECTIVES, SAMPLERS, SearchRequest
@@ -21,8 +21,8 @@ from nas.search import PastTrial, propose
 from nas.search.space import design_of, distributions, plan_of
 
 EVERYTHING = {
-    "families": list(FAMILIES), "factors": [2, 3, 4], "experts": [4, 8], "active": [1, 2],
-    "heads": ["free", "aligned"],
+    "families": list(FAMILIES), "factors": [2, 3, 4], "experts": [4, 8], "active": [2, 3],
+    "shared": [0, 1], "heads": ["free", "aligned"],
 }  # fmt: skip
 
 
@@ -73,6 +73,9 @@ def test_a_point_of_the_box_is_of_the_family_it_names(data: st.DataObject) -> No
         assert design.family in ("activated", "cola-mlp")
     elif family != "btt-moe":
         assert design.family == family
+    if isinstance(inner := getattr(design, "of", design), Mixture):
+        counts = inner.experts, inner.active, inner.shared
+        assert counts == (params["experts"], params["active"], params["shared"])
     if params["heads"] == "free":
         assert not isinstance(design, Aligned)
 
@@ -84,6 +87,7 @@ def test_the_space_of_two_factors_is_what_it_was() -> None:
     }  # fmt: skip
     assert request(space={"families": ["einsum"]}) == req
     assert request(space={}).digest == req.digest
+    assert request(space={"shared": [0]}) == req
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -111,6 +115,8 @@ def test_every_sampler_proposes_from_every_family(sampler: str) -> None:
         ({"factors": [2.5]}, "2.5"),
         ({"experts": [1]}, "from 2 to 1024"),
         ({"families": ["btt-moe"], "experts": [8, 4], "active": [6]}, "active=6 of experts=4"),
+        ({"active": [3, 1], "shared": [0, 1]}, "shared=1 of active=1"),
+        ({"shared": [-1]}, "from 0 to 1023"),
         ({"heads": ["tails"]}, "tails"),
         ({"depth": 3}, "depth"),
         ("einsum", "einsum"),
@@ -121,7 +127,7 @@ def test_a_space_that_cannot_be_is_refused(space: Any, words: str) -> None:
     with pytest.raises(InvalidInput, match="accepted") as caught:
         request(space=space)
     assert words in str(caught.value)
-    assert caught.value.field.startswith("space") or caught.value.field == "active"
+    assert caught.value.field.startswith("space") or caught.value.field in ("active", "shared")
 
 
 def test_heads_need_attention() -> None:

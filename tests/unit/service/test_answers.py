@@ -456,6 +456,7 @@ def test_a_front_tells_what_is_compute_optimal_and_its_laws(store: Store) -> Non
         "btt:cores=3,rho=1/8",
         "btt-moe:experts=4,active=2",
         "dense-moe:experts=4,active=1",
+        "btt-moe:experts=4,active=3,shared=1",
         "convolution:kernel=1/2",
         "blast:blocks=1/4,rho=1/2",
         "block-sparse:blocks=1/2",
@@ -489,7 +490,7 @@ def test_an_answer_of_any_design_makes_layers_and_models(store: Store, text: str
 
 
 def test_the_snippet_of_whole_blocks_makes_one(store: Store) -> None:
-    plant(store, [planted("ffn-moe:experts=4,active=2", 0, 3.0, 2.0),
+    plant(store, [planted("ffn-moe:experts=8,active=4,shared=1,granularity=4", 0, 3.0, 2.0),
                   planted("dense", 0, 3.0, 2.5)], fingerprint="planted", budget=2e11)  # fmt: skip
     stand(store)
     best = get_best(store, task=TASK, train_flops=2e9)

@@ -31,8 +31,9 @@ DESIGNS = (
     "dense", "monarch", "btt:rho=1/4", "low-rank:rho=1/2", "kronecker", "tensor-train:rho=1/4",
     "0.3,0.2,0.5,0.4,0.5,0.1,0.3", "btt:cores=3,rho=1/8", "monarch@heads",
     "convolution:kernel=1/2", "blast", "block-sparse:blocks=1/2", "lost:rank=1/2,channels=1/2",
-    "pixelfly:rank=1/4,blocks=1/2", "btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=2",
-    "cola-mlp:rank=1/2,activation=silu",
+    "pixelfly:rank=1/4,blocks=1/2", "cola-mlp:rank=1/2,activation=silu",
+    "btt-moe:experts=4,active=2", "btt-moe:experts=4,active=3,shared=1",
+    "ffn-moe:experts=8,active=4,shared=1,granularity=4",
 )  # fmt: skip
 #: Recipe → width: of token ids with capped factors, numbers with biases, patches.
 RECIPES: dict[str, tuple[Recipe, int]] = {
@@ -44,7 +45,8 @@ RECIPES: dict[str, tuple[Recipe, int]] = {
 _STEPS = 12
 #: Designs that `make test` trains on text as well.
 _TEXT = ("dense", "monarch", "btt:rho=1/4", "btt:cores=3,rho=1/8", "monarch@heads", "blast",
-         "btt-moe:experts=4,active=2", "ffn-moe:experts=4,active=2")  # fmt: skip
+         "btt-moe:experts=4,active=2",
+         "ffn-moe:experts=8,active=4,shared=1,granularity=4")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

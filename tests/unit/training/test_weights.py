@@ -64,7 +64,13 @@ def validation_loss(model: nn.Module, recipe: Recipe, data: tuple[Arrays, Arrays
 @pytest.mark.parametrize(
     "name",
     only(
-        {"monarch", "blast", "pixelfly:rank=1/4,blocks=1/2", "ffn-moe:experts=4,active=2"}, DESIGNS
+        {
+            "monarch",
+            "blast",
+            "pixelfly:rank=1/4,blocks=1/2",
+            "ffn-moe:experts=8,active=4,shared=1,granularity=4",
+        },
+        DESIGNS,
     ),
 )
 def test_a_loaded_model_has_the_loss_of_its_run(name: str, tmp_path: Path) -> None:
