@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.reporting import report
-from nas.planning.recipe import Recipe
+from nas.planning.recipe import Recipe, with_overrides
 from tests.support.coordinates import RECIPE, STEPS, feature_updates, spread
 
 #: dense, Monarch, four BTT, low-rank, Kronecker, Tensor-Train, two without a name, chains, two
@@ -109,7 +109,10 @@ def main() -> None:
         for rule in ("sqrt", "completep"):
             found = {
                 f"depth {d}": _updates(
-                    replace(RECIPE, depth=d, depth_rule=rule), structure, 64, options.seeds
+                    with_overrides(RECIPE, {"depth": d, "depth_rule": rule}),
+                    structure,
+                    64,
+                    options.seeds,
                 )
                 for d in options.depths
             }

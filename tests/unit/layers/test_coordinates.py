@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from nas.planning.recipe import with_overrides
 from nas.training.models.parts import branch_scale
 from tests.support.coordinates import RECIPE, feature_updates, spread
 from tests.support.tiers import only
@@ -49,7 +50,9 @@ def test_feature_updates_of_other_layers_are_flat_over_widths(structure: str) ->
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_feature_updates_of_shared_factors_are_flat_at_spectral_rates(optimizer: str) -> None:
     structure = "tensor-train:rho=1/4"
-    spectral = replace(RECIPE, parametrization="spectral", optimizer=optimizer, sgd_lr=0.3)
+    spectral = with_overrides(
+        RECIPE, {"parametrization": "spectral", "optimizer": optimizer, "sgd_lr": 0.3}
+    )
     assert spread(feature_updates(spectral, structure, w) for w in WIDTHS) < 1.6
     if optimizer == "adamw":
         assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) > 2
@@ -59,7 +62,7 @@ def test_what_all_branches_learn_does_not_grow_with_depth_under_completep() -> N
     """Of all branches together: each layer's update times how many enter, and by how much."""
 
     def learned(depth: int, rule: str) -> float:
-        recipe = replace(RECIPE, depth=depth, depth_rule=rule)
+        recipe = with_overrides(RECIPE, {"depth": depth, "depth_rule": rule})
         return depth * branch_scale(recipe) * feature_updates(recipe, "monarch", 64)[-1]
 
     assert 0.7 < learned(24, "completep") / learned(3, "completep") < 1.3

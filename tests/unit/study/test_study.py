@@ -21,7 +21,7 @@ from nas.planning.runs import plan_of_steps
 from nas.study.runs import StudyRun, run_all
 from nas.study.scales import SCALES, STRUCTURES, Study, runs_of, studies_of
 from nas.tasks import TaskData, load_data
-from nas.training.run import Execution, train_replicates
+from nas.training.run import Execution, Point, train_replicates
 from tests.support.paths import ROOT
 from tests.support.tiers import FULL
 
@@ -188,4 +188,6 @@ def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
     for line, (width, seed) in zip(lines, [(16, 0), (16, 1), (32, 0), (32, 1)], strict=True):
         plan = plan_of_steps(data.recipe, parse_theta("monarch"), width, 400)
         *_, whole = train_replicates(plan, data.recipe, data.train, data.validation, (0, 1))
-        assert line == f"{width} {seed} {whole[seed].loss}"
+        last = whole[seed]
+        assert isinstance(last, Point)
+        assert line == f"{width} {seed} {last.loss}"

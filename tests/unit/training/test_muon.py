@@ -182,23 +182,17 @@ def test_the_engine_takes_the_steps_of_the_modules() -> None:
 @pytest.mark.parametrize("design", ["dense", "monarch", "tensor-train:rho=1/4", "blast"])
 @pytest.mark.parametrize("depth_rule", ["sqrt", "completep"])
 def test_sgd_takes_the_steps_of_torch(design: str, depth_rule: str) -> None:
-    recipe = replace(SGD, depth=6, depth_rule=depth_rule, normalize=False)
+    recipe = with_overrides(SGD, {"depth": 6, "depth_rule": depth_rule, "normalize": False})
     plan = plan_of_steps(recipe, parse_design(design), 32, 20)
     engine = Engine(plan, recipe, (0,), CPU, execution_plans(plan, recipe, CPU), torch.float64)
     model = copy.deepcopy(engine.model_of(0))
     factors = factors_of(model)
     lr = 0.1 * (2 if depth_rule == "completep" else 1)
-    of_factors = [
-        {"params": [model.get_parameter(name)], "lr": lr * sgd_rate(*factor)}
-        for name, factor in factors.items()
-    ]
-    sgd = torch.optim.SGD(of_factors, momentum=0.9)
+    rates = {model.get_parameter(name): lr * sgd_rate(*f) for name, f in factors.items()}
+    sgd = torch.optim.SGD([{"params": [p], "lr": r} for p, r in rates.items()], momentum=0.9)
     others = [
-        {
-            **g,
-            "params": [p for p in g["params"] if not any(p is f["params"][0] for f in of_factors)],
-        }
-        for g in learning_rates(model, recipe, 32)
+        {**group, "params": [p for p in group["params"] if p not in rates]}
+        for group in learning_rates(model, recipe, 32)
     ]
     adamw = torch.optim.AdamW(others, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0)
     for x, y in islice(batches(recipe, 1), 3):
