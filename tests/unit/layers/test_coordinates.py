@@ -19,7 +19,7 @@ COMPARED = ("lost", "pixelfly", "block-sparse", "cola-mlp", "activated(monarch;s
 @pytest.mark.parametrize(
     "structure",
     only(
-        {"monarch", "blast", "pixelfly:rank=1/4,blocks=3/4"},
+        {"monarch"},
         [
             "monarch",
             "2/3,0,1/3,0,1/3,2/3,0",
@@ -47,7 +47,7 @@ def test_feature_updates_of_other_layers_are_flat_over_widths(structure: str) ->
     assert spread(feature_updates(RECIPE, structure, w) for w in WIDTHS) < 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", only({"adamw"}, ["adamw", "muon", "sgd"]))
 def test_feature_updates_of_shared_factors_are_flat_at_spectral_rates(optimizer: str) -> None:
     structure = "tensor-train:rho=1/4"
     spectral = with_overrides(
