@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
+from nas.layers.alternating import drawn, nearest_factors
+from nas.layers.fitting import Fit, check_weight
 from nas.layers.modes import (
     autocast_dtype,
     is_recorded,
@@ -31,6 +33,11 @@ _Structure = TypeVar("_Structure", bound=LinearStructure)
 APART_OPERATIONS = 30
 #: Time of a structure's multiply-accumulates over that of a dense layer's.
 _SLOWER = 3.0
+#: What a dense weight can be projected to.
+OF_ONE_MATRIX = (
+    "a design of one matrix: two factors, chains, blast, block-sparse, convolutions, and sums of "
+    "these"
+)
 #: Ends the name under which a state_dict holds what a layer is.
 RECORD = "_extra_state"
 
@@ -54,6 +61,10 @@ class StructuredLinear(nn.Module):
     normalize: bool
     zero_init: bool
     bias: Tensor | None
+    #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
+    relative_error: float | None = None
+    #: whether it multiplies every token by one matrix, which may be near to a dense one
+    is_matrix: ClassVar[bool] = True
     #: whether it took the place of a layer whose weight is the transpose of its own
     in_place_of_conv1d: bool = False
     _plan: Any = None
@@ -171,6 +182,80 @@ class StructuredLinear(nn.Module):
         eye = torch.eye(self.in_features, dtype=factors[0].dtype, device=factors[0].device)
         rows = torch.func.vmap(lambda *own: self.plain(eye, own))(*factors)
         return rows.transpose(1, 2)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls, linear: nn.Linear, design: Any, *, d_in_base: int | None = None
+    ) -> Self:
+        """The layer of a design nearest to a dense one in Frobenius norm, with its bias.
+
+        How near is in `relative_error`: ‖W − Ŵ‖ / ‖W‖.
+
+        - Two factors: a truncated SVD per pair (γ, φ), and so globally optimal, where nothing is
+          padded: the SVD of low-rank, the rearranged SVD of Kronecker and Tensor-Train, the block
+          SVD of Monarch and BTT.  Where padding leaves entries of the matrix free, alternating
+          least squares goes on from it.
+        - Block-sparse layers and convolutions: least squares in their one factor, the optimum.
+        - Chains, from a truncated SVD for each bond, and BLAST, from the SVD of its rank:
+          alternating least squares; a local optimum that is no farther than its start.
+        - Sums: each part in turn is fitted to what the other leaves, beginning with the better of
+          both; no farther than either part alone.
+
+        Raises
+        ------
+        InvalidInput
+            Not a `torch.nn.Linear`; a weight with NaN or infinity or on the meta device; a mixture,
+            whose matrix is another for each token.
+
+        >>> from nas.layers import EinsumLinear
+        >>> dense = nn.Linear(64, 64)
+        >>> layer = EinsumLinear.from_linear(dense, "btt:rho=1/2")
+        >>> layer.relative_error < 1e-6  # at ρ = 1/2 a square BTT can be any matrix
+        True
+        """
+        if not isinstance(linear, nn.Linear):
+            raise InvalidInput("linear", type(linear).__name__, "a torch.nn.Linear")
+        if not cls.is_matrix:
+            raise InvalidInput("linear", f"a weight for a {cls.__name__}", OF_ONE_MATRIX)
+        made: Any = cls  # whose constructor is that of a family
+        layer: Self = made(
+            design, linear.in_features, linear.out_features, linear.bias is not None,
+            d_in_base=d_in_base, device=linear.weight.device, dtype=linear.weight.dtype,
+        )  # fmt: skip
+        layer.take_nearest(linear.weight)
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def take_nearest(self, weight: Tensor) -> None:
+        """Set the factors, which nothing normalises, to those nearest to `weight` (d_out, d_in)."""
+        if weight.is_meta:
+            raise InvalidInput("linear", "a weight on the meta device", "a weight with values")
+        fit = self.nearest(weight)
+        for (_, parameter, _), factor in zip(self._factors, fit.factors, strict=True):
+            getattr(self, parameter).copy_(factor)
+        self.relative_error = fit.relative_error
+
+    def nearest(self, weight: Tensor, start: Sequence[Tensor] | None = None) -> Fit:
+        """The factors nearest to `weight` (d_out, d_in), in its dtype; see `from_linear`.
+
+        From a `start`, where a family begins with one, alternating least squares makes one sweep.
+        """
+        check_weight(weight, self.structure)
+        return nearest_factors(
+            weight,
+            lambda factors: self.matrices([factor.unsqueeze(0) for factor in factors])[0],
+            self._start(weight.double()) if start is None else start,
+            [std for _, _, std in self._factors],
+            **({} if start is None else {"max_sweeps": 1}),
+        )
+
+    def _start(self, weight: Tensor) -> Sequence[Tensor]:
+        """Factors from which those nearest to `weight` (d_out, d_in) are sought."""
+        shapes = [getattr(self, parameter).shape for _, parameter, _ in self._factors]
+        return drawn(shapes, [std for _, _, std in self._factors])
 
     @property
     def record(self) -> LayerRecord:

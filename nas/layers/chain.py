@@ -16,7 +16,9 @@ from nas.designs.chain import ChainTheta, parse_chain
 from nas.designs.chain_structure import Axis, ChainStructure, Path
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
+from nas.layers.alternating import drawn
 from nas.layers.base import StructuredLinear
+from nas.layers.fitting import EMPTY
 from nas.layers.modes import autocast_dtype
 
 #: Tokens whose cheapest path is run by compiled code, which is made for any number of tokens.
@@ -107,6 +109,46 @@ class ChainLinear(StructuredLinear):
         w = torch.einsum(",".join(terms) + "->" + "".join((every, *outer)), *factors)
         w = w.reshape(len(w), s.padded_out, s.padded_in)
         return w[:, : s.d_out, : s.d_in]
+
+    def _start(self, weight: Tensor) -> list[Tensor]:
+        """One factor after another from a truncated SVD of what the later ones have to make.
+
+        For each value of the axes that factor k shares with later ones but the bond, it and the
+        product of those make a matrix of rank ≤ bond.  As of Tensor-Trains (Oseledets 2011), exact
+        for matrices of the structure where nothing is padded; else padding counts as zero.
+        """
+        s = self.structure
+        padding = (0, s.padded_in - s.d_in, 0, s.padded_out - s.d_out)
+        axes = [*s.output_axes, *s.input_axes]
+        rest = functional.pad(weight, padding).reshape([a.size for a in axes])
+        found: list[Tensor] = []
+        roots: list[tuple[Tensor, list[Axis]]] = []
+        for k, stored in enumerate(s.factor_axes[:-1]):
+            (bond,) = (a for a in stored if a not in axes)
+            shared = [a for a in stored if a in axes and a in s.factor_axes[k + 1]]
+            own = [a for a in stored if a in axes and a not in shared]
+            others = [a for a in axes if a not in stored]
+            matrices = _axes_moved(rest, axes, [*shared, *own, *others])
+            matrices = matrices.reshape(_volume_of(shared), _volume_of(own), -1)
+            u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+            n = min(bond.size, sigma.shape[-1])
+            # places on the bond beyond the rank make nothing yet, but can learn
+            (left,) = drawn([(*u.shape[:2], bond.size)], [u.shape[1] ** -0.5])
+            left = left.to(u)
+            left[..., :n] = u[..., :n]
+            right = functional.pad(sigma[:, :n, None] * vh[:, :n], (0, 0, 0, bond.size - n))
+            sizes = [a.size for a in (*shared, *own, bond)]
+            found.append(_axes_moved(left.reshape(sizes), [*shared, *own, bond], stored))
+            axes = [*shared, bond, *others]
+            rest = right.reshape([a.size for a in axes])
+            root = functional.pad(sigma[:, :n], (0, bond.size - n)).sqrt()
+            root = torch.where(root > EMPTY * root.max(), root, 1.0)
+            roots.append((root.reshape([a.size for a in (*shared, bond)]), [*shared, bond]))
+        found.append(_axes_moved(rest, axes, s.factor_axes[-1]))
+        for k, (root, of) in enumerate(roots):  # singular values are split evenly
+            found[k] = found[k] * _spread(root, of, s.factor_axes[k])
+            found[k + 1] = found[k + 1] / _spread(root, of, s.factor_axes[k + 1])
+        return found
 
     def _contracted(self, program: _Program, factors: Sequence[Tensor], x: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
@@ -289,6 +331,20 @@ def _fold(
 
 def _size(group: Sequence[str], sizes: dict[str, int]) -> int:
     return -1 if _TOKENS in group else _volume(group, sizes)
+
+
+def _axes_moved(tensor: Tensor, axes: Sequence[Axis], order: Sequence[Axis]) -> Tensor:
+    return tensor.permute([list(axes).index(a) for a in order])
+
+
+def _spread(tensor: Tensor, axes: Sequence[Axis], order: Sequence[Axis]) -> Tensor:
+    """As it multiplies a tensor of the axes `order`, which has all of `axes`."""
+    moved = _axes_moved(tensor, axes, [a for a in order if a in axes])
+    return moved.reshape([a.size if a in axes else 1 for a in order])
+
+
+def _volume_of(axes: Sequence[Axis]) -> int:
+    return math.prod(a.size for a in axes)
 
 
 def _volume(axes: Sequence[str], sizes: dict[str, int]) -> int:

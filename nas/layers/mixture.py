@@ -67,6 +67,7 @@ class MixtureLinear(Gated, StructuredLinear):
     torch.Size([5, 256])
     """
 
+    is_matrix = False
     structure: MixtureStructure
     A: nn.Parameter
     B: nn.Parameter

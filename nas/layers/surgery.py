@@ -18,11 +18,9 @@ from torch.nn.utils import parametrize
 
 from nas.designs.design import Design, as_design, family_of, parse_design
 from nas.designs.structure import MAX_DIMENSION, LinearStructure
-from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear, sized
+from nas.layers.base import OF_ONE_MATRIX, StructuredLinear, sized
 from nas.layers.building import build_layer, layer_of
-from nas.layers.einsum import EinsumLinear
 from nas.layers.record import LayerRecord
 from nas.layers.references import MOST_OBJECTS, held_elsewhere
 
@@ -172,9 +170,9 @@ def replace_linears(
         Which layers: a function of (name, module), or shell-style patterns on names.  Default: all.
         A layer held under several names is selected by any of them.
     from_dense
-        Start from the structured matrix nearest to each weight, as `EinsumLinear.from_linear`, and
-        report how near.  Default: drawn anew as `EinsumLinear` does; where the old weight was all
-        zero, as the zero map.
+        Start from the structured matrix nearest to each weight, as far as `from_linear` of the
+        layers finds it, and report how near.  Default: drawn anew as `EinsumLinear` does; where the
+        old weight was all zero, as the zero map.
     normalize, gain
         As in `EinsumLinear`.
 
@@ -206,8 +204,8 @@ def replace_linears(
     InvalidInput
         Not a module, itself a linear layer, or wrapped for data-parallel training; a θ that cannot
         be built; a pattern or function that selects no layer; different θ for one shared weight;
-        with `from_dense`, a weight on the meta device or with NaN, or `normalize`, which would
-        change the fitted matrix.  The model is then as it was.
+        with `from_dense`, a weight on the meta device or with NaN, a mixture, or `normalize`, which
+        would change the fitted matrix.  The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     >>> surgery = replace_linears(model, "monarch")
@@ -613,17 +611,7 @@ def _build(
         "dtype": weight.dtype,
     }
     try:
-        if from_dense and not isinstance(linear.design, Theta | LayerRecord):
-            got = linear.design.text
-            raise InvalidInput("from_dense", got, "two factors, or from_dense=False")
-        if from_dense and shared is None:
-            assert isinstance(linear.design, Theta)
-            dense = nn.Linear(d_in, d_out, bias=False, device="meta")
-            dense.weight = nn.Parameter(weight, requires_grad=False)
-            fitted = EinsumLinear.from_linear(dense, linear.design)
-            fitted.zero_init = zero_init
-            layer: StructuredLinear = fitted
-        elif isinstance(linear.design, LayerRecord):
+        if isinstance(linear.design, LayerRecord):
             options = {**linear.design.options, "bias": False, **place}
             layer = build_layer(sized(linear.design.structure, d_in, d_out), **options)
         else:
@@ -631,13 +619,17 @@ def _build(
                 linear.design, d_in, d_out, bias=False,
                 zero_init=zero_init, normalize=normalize, gain=gain, **place,
             )  # fmt: skip
+        if from_dense and not layer.is_matrix:
+            got = linear.design.text  # rebuilding asks for no weights
+            raise InvalidInput("from_dense", got, f"{OF_ONE_MATRIX}; or from_dense=False")
+        if from_dense and shared is None:
+            layer.take_nearest(weight)
     except InvalidInput as error:
         field = f"{linear.names[0]}.{error.field}"
         raise InvalidInput(field, error.value, error.accepted) from error
     if shared is not None:
         layer._parameters.update(shared._parameters)
-        if isinstance(shared, EinsumLinear) and isinstance(layer, EinsumLinear):
-            layer.relative_error = shared.relative_error
+        layer.relative_error = shared.relative_error
     else:
         layer.requires_grad_(stored.requires_grad)
     layer._parameters["bias"] = bias
@@ -663,7 +655,7 @@ def _row(linear: _Linear, layer: StructuredLinear) -> Replaced:
         params_after=_count([layer]),
         flops_before=FLOPS_PER_MAC * structure.d_in * structure.d_out,
         flops_after=FLOPS_PER_MAC * structure.macs,
-        relative_error=getattr(layer, "relative_error", None),
+        relative_error=layer.relative_error,
     )
 
 
