@@ -24,7 +24,7 @@ _ACCEPTED = (
 )
 _ALONE = (
     f"a design without {AT_HEADS}, for nothing here says which layers make heads: for those, "
-    "`nas.layers.layer_of(design, d_in, d_out, heads=…, side=…)`"
+    "`heads` of `nas.layers.replace_linears`, or of `nas.layers.layer_of`"
 )
 
 

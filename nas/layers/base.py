@@ -12,6 +12,7 @@ from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 from nas.layers.alternating import drawn, nearest_factors
 from nas.layers.fitting import Fit, check_weight
+from nas.layers.kernels import measuring
 from nas.layers.modes import (
     autocast_dtype,
     is_recorded,
@@ -427,6 +428,49 @@ class StructuredLinear(nn.Module):
     def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
         """The plan for `tokens` tokens where none is fixed."""
         raise NotImplementedError
+
+    def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Any:
+        """Time the plans worth trying on inputs of `tokens` tokens; remember, return the fastest.
+
+        From then on every layer of this structure that has no fixed plan runs it on inputs of so
+        many tokens, on this device, in this dtype and with this number of threads; see
+        `nas.layers.kernels.measuring`.  Where there is one way to run the layer, that is returned.
+
+        Raises
+        ------
+        InvalidInput
+            No token.
+        """
+        measuring.check_tokens(tokens)
+        factor = self._any_factor()
+        device, dtype = factor.device, factor.dtype if dtype is None else dtype
+        plans = self._plans_to_try(tokens, device, dtype)
+        if len(plans) == 1:
+            return plans[0]
+        kind: Any = type(self)  # whose constructor is that of a family
+        layer = kind(
+            self.structure, self.in_features, self.out_features, False, device=device, dtype=dtype
+        )
+        draw = torch.Generator(device).manual_seed(0)
+        for parameter in layer.parameters():  # gates too, which begin at zero
+            if not parameter.any():
+                with torch.no_grad():
+                    parameter.normal_(generator=draw)
+        shape = tokens, self.in_features
+        x = torch.randn(shape, generator=draw, device=device, dtype=dtype, requires_grad=True)
+
+        def run(plan: Any) -> None:
+            layer.plan = plan
+            layer(x).sum().backward()
+
+        with torch.enable_grad():
+            return measuring.fastest(self.structure, tokens, device, dtype, plans, run)
+
+    def _plans_to_try(
+        self, tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> Sequence[Any]:
+        """The plans among which `measure_plan` looks for the fastest."""
+        return [self._chosen_plan(tokens, device, dtype)]
 
     def expected_seconds(self, tokens: int) -> float:
         """Seconds of forward and backward on a CPU, roughly; see `nas.rates`.

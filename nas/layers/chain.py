@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from nas.errors import InvalidInput
 from nas.layers.alternating import drawn
 from nas.layers.base import StructuredLinear
 from nas.layers.fitting import EMPTY
+from nas.layers.kernels import measuring
 from nas.layers.modes import autocast_dtype
 
+#: Paths that are measured: so many at most, of so many times the least MACs.
+_MOST_TRIED, _NEAR = 8, 2
 #: Tokens whose cheapest path is run by compiled code, which is made for any number of tokens.
 _COMPILED_TOKENS = 4096
 
@@ -95,7 +98,7 @@ class ChainLinear(StructuredLinear):
         if dtype != x.dtype or dtype != factors[0].dtype:
             x, factors = x.to(dtype), [f.to(dtype) for f in factors]
         compiling = torch.compiler.is_compiling()
-        program = self._compiled if compiling else self._program_for(x.shape[0])
+        program = self._compiled if compiling else self._program_for(len(x), x.device, dtype)
         return self._contracted(program, factors, x).contiguous()
 
     def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -176,24 +179,39 @@ class ChainLinear(StructuredLinear):
     def plan(self, value: str | None) -> None:
         self._path = None if value is None else _parse_path(value, self.structure)
         # looked up here, since compiled code cannot
-        self._compiled = self._program_for(_COMPILED_TOKENS)
         s = self.structure
+        path = s.path_for(_COMPILED_TOKENS) if self._path is None else self._path
+        self._compiled = _program(s, path)
         self._beyond = s.padded_in - s.d_in, s.padded_out - s.d_out
 
     def plan_for(
         self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> str:
-        """The path that runs an input of `tokens` tokens: fixed, else the one of least MACs.
+        """The path that runs an input of `tokens` tokens: fixed, else as `measure_plan` found it,
+        else the one of least MACs.
 
-        On any device and in any dtype.  Compiled code runs that for 4096 tokens.
+        Compiled code runs that of least MACs for 4096 tokens.
         """
-        return _text(self._path_for(tokens))
+        factor = self._any_factor()
+        device = factor.device if device is None else device
+        return _text(self._path_for(tokens, device, factor.dtype if dtype is None else dtype))
 
-    def _path_for(self, tokens: int) -> Path:
-        return self.structure.path_for(tokens) if self._path is None else self._path
+    def _path_for(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Path:
+        if self._path is not None:
+            return self._path
+        found = measuring.remembered(self.structure, tokens, device, dtype)
+        return self.structure.path_for(tokens) if found is None else _parse_path(found, self.structure)
 
-    def _program_for(self, tokens: int) -> _Program:
-        return _program(self.structure, self._path_for(tokens))
+    def _plans_to_try(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """The paths of fewest MACs, as far as they have no more than a few times the least."""
+        s = self.structure
+        macs = {path: s.macs_along(path, tokens) for path in _paths(s.n_factors + 1)}
+        best = min(macs.values())
+        near = [path for path in sorted(macs, key=macs.__getitem__) if macs[path] <= _NEAR * best]
+        return [_text(path) for path in dict.fromkeys([s.path_for(tokens), *near[:_MOST_TRIED]])]
+
+    def _program_for(self, tokens: int, device: torch.device, dtype: torch.dtype) -> _Program:
+        return _program(self.structure, self._path_for(tokens, device, dtype))
 
 
 def _structure(
@@ -207,6 +225,16 @@ def _structure(
 
 def _text(path: Path) -> str:
     return " ".join(["path", *(f"({i},{j})" for i, j in path)])
+
+
+def _paths(operands: int) -> Iterator[Path]:
+    """Every order of pairwise products of so many operands."""
+    if operands == 1:
+        yield ()
+        return
+    for pair in combinations(range(operands), 2):
+        for rest in _paths(operands - 1):
+            yield (pair, *rest)
 
 
 def _parse_path(text: str, structure: ChainStructure) -> Path:

@@ -115,11 +115,6 @@ class EinsumLinear(StructuredLinear):
         return measuring.resolve(self.structure, tokens, device, dtype)
 
     def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Plan:
-        """Time the candidate plans on inputs of `tokens` tokens, remember and return the fastest.
-
-        From then on every layer of this structure runs it on inputs of so many tokens, on this
-        device, in this dtype and with this number of threads; see `nas.layers.kernels.measuring`.
-        """
         factor = self._any_factor()
         return measuring.measure(
             self.structure, tokens, factor.device, factor.dtype if dtype is None else dtype

@@ -179,6 +179,16 @@ class SumLinear(StructuredLinear):
     def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
         return self._told([part.plan_for(tokens, device, dtype) for part in self._parts])
 
+    def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> str:
+        """As of every layer, with each part measured by itself."""
+        factor = self._any_factor()
+        dtype = factor.dtype if dtype is None else dtype
+        parts = [
+            build_layer(part, bias=False, device=factor.device, dtype=dtype)
+            for part in self.structure.parts
+        ]
+        return self._told([part.measure_plan(tokens) for part in parts])
+
     def expected_seconds(self, tokens: int) -> float:
         return sum(part.expected_seconds(tokens) for part in self._parts)
 

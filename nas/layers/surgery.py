@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nas.designs.aligned import Aligned
 from nas.designs.design import Design, as_design, family_of, parse_design
 from nas.designs.structure import MAX_DIMENSION, LinearStructure
 from nas.errors import InvalidInput
@@ -26,6 +27,8 @@ from nas.layers.references import MOST_OBJECTS, held_elsewhere
 
 AnyDesign = Design | str | Sequence[float]
 Select = Callable[[str, nn.Module], bool] | str | Sequence[str]
+#: How many heads of attention a layer makes ("out") or reads ("in").
+Heads = tuple[int, str]
 
 #: What a structured layer draws and trains in.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -141,6 +144,7 @@ class _Linear:
     module: nn.Module
     names: list[str]
     design: Design | LayerRecord | None = None
+    heads: Heads | None = None
     reason: str | None = None
 
 
@@ -149,6 +153,7 @@ def replace_linears(
     theta: AnyDesign | Mapping[str, AnyDesign],
     select: Select | None = None,
     *,
+    heads: Mapping[str, Heads] | None = None,
     from_dense: bool = False,
     normalize: bool = False,
     gain: bool = False,
@@ -169,6 +174,11 @@ def replace_linears(
     select
         Which layers: a function of (name, module), or shell-style patterns on names.  Default: all.
         A layer held under several names is selected by any of them.
+    heads
+        For designs with ``@heads``, which layers are projections of attention, by patterns on names
+        of which the first that matches counts: how many heads they make, ``{"*.q_proj": (12,
+        "out")}``, or read, ``{"*.o_proj": (12, "in")}``.  One that makes query, key and value at
+        once makes three times as many.
     from_dense
         Start from the structured matrix nearest to each weight, as far as `from_linear` of the
         layers finds it, and report how near.  Default: drawn anew as `EinsumLinear` does; where the
@@ -203,7 +213,8 @@ def replace_linears(
     ------
     InvalidInput
         Not a module, itself a linear layer, or wrapped for data-parallel training; a θ that cannot
-        be built; a pattern or function that selects no layer; different θ for one shared weight;
+        be built; a pattern or function that selects no layer; different θ for one shared weight; ``@heads``
+        without `heads`, or heads that do not divide a dimension or whose design has no ``@heads``;
         with `from_dense`, a weight on the meta device or with NaN, a mixture, or `normalize`, which
         would change the fitted matrix.  The model is then as it was.
 
@@ -217,7 +228,7 @@ def replace_linears(
     if from_dense and normalize:
         raise InvalidInput("normalize", normalize, "False with from_dense")
     linears = _find(model)
-    _choose(linears, theta, select)
+    _choose(linears, theta, select, heads)
     return _replace(model, linears, from_dense, normalize, gain)
 
 
@@ -397,13 +408,22 @@ def _find(model: nn.Module) -> list[_Linear]:
 
 
 def _choose(
-    linears: list[_Linear], theta: AnyDesign | Mapping[str, AnyDesign], select: Select | None
+    linears: list[_Linear],
+    theta: AnyDesign | Mapping[str, AnyDesign],
+    select: Select | None,
+    heads: Mapping[str, Heads] | None,
 ) -> None:
-    """Give each selected layer its θ, each other one the reason."""
+    """Give each selected layer its θ and heads, each other one the reason."""
     by_pattern = theta if isinstance(theta, Mapping) else {"*": theta}
     if not by_pattern:
         raise InvalidInput("theta", theta, "a structure, or a structure for each pattern on names")
-    thetas = {_pattern("theta", pattern): _design(t) for pattern, t in by_pattern.items()}
+    thetas = {
+        _pattern("theta", pattern): _design(t, heads is not None)
+        for pattern, t in by_pattern.items()
+    }
+    of_attention = {} if heads is None else _checked_heads(heads)
+    if of_attention:
+        _matching("heads", list(of_attention), linears)
     if select is None:
         chosen = set(linears)
     elif callable(select):
@@ -419,11 +439,27 @@ def _choose(
             linear.reason = "not selected"
             continue
         linear.design = next(t for pattern, t in thetas.items() if _matches(linear, pattern))
+        found = (h for pattern, h in of_attention.items() if _matches(linear, pattern))
+        linear.heads = next(found, None)
 
 
-def _design(given: AnyDesign) -> Design:
+def _checked_heads(heads: object) -> dict[str, Heads]:
+    """Heads by pattern, each a pair; whether they divide a dimension shows when it is built."""
+    accepted = 'by pattern on names the number of heads and their side, such as (12, "out")'
+    if not isinstance(heads, Mapping):
+        raise InvalidInput("heads", heads, accepted)
+    for pattern, found in heads.items():
+        _pattern("heads", pattern)
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise InvalidInput("heads", found, accepted)
+    return dict(heads)
+
+
+def _design(given: AnyDesign, knows_heads: bool) -> Design:
     """A design that single layers can have."""
     design = as_design(given)
+    if knows_heads and isinstance(design, Aligned):
+        return design
     if accepted := family_of(design).alone(design):
         raise InvalidInput("theta", design.text, accepted)
     return design
@@ -581,7 +617,7 @@ def _sharing(model: nn.Module, linears: list[_Linear]) -> dict[nn.Module, Hashab
 def _factors_of(linear: _Linear) -> object:
     """Equal for layers that can share their factors."""
     found = linear.design
-    return (found.computes, found.gain) if isinstance(found, LayerRecord) else found
+    return (found.computes, found.gain) if isinstance(found, LayerRecord) else (found, linear.heads)
 
 
 def _memory(tensor: Tensor, *, whole: bool = False) -> Hashable:
@@ -615,8 +651,9 @@ def _build(
             options = {**linear.design.options, "bias": False, **place}
             layer = build_layer(sized(linear.design.structure, d_in, d_out), **options)
         else:
+            heads, side = linear.heads or (None, "out")
             layer = layer_of(
-                linear.design, d_in, d_out, bias=False,
+                linear.design, d_in, d_out, heads=heads, side=side, bias=False,
                 zero_init=zero_init, normalize=normalize, gain=gain, **place,
             )  # fmt: skip
         if from_dense and not layer.is_matrix:
