@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,8 +67,7 @@ def nearest_factors(
     w = (weight.cpu() if weight.device.type == "mps" else weight).double()  # mps has no float64
     scale = w.abs().max().item() or 1.0  # squares of the scaled entries stay in range
     w = w / scale
-    factors = [factor.to(w) for factor in start]
-    factors[-1] = factors[-1] / scale
+    factors = _balanced([factor.to(w) for factor in start], stds, 1 / scale)
     residual = w - product(factors)
     error = residual.norm()
     for _ in range(max_sweeps):
@@ -104,7 +104,8 @@ def _step(product: Product, factors: Sequence[Tensor], k: int, residual: Tensor)
         matvec=lambda vector: adjoint(change(tensor(vector)))[0].flatten().cpu().numpy(),
         dtype=target.dtype,
     )
-    found, _ = cg(normal, target, rtol=_SOLVED, maxiter=_ITERATIONS)
+    with np.errstate(divide="ignore", invalid="ignore"):  # at its end; then no step is taken
+        found, _ = cg(normal, target, rtol=_SOLVED, maxiter=_ITERATIONS)
     return tensor(found)
 
 
@@ -112,6 +113,7 @@ def _balanced(factors: Sequence[Tensor], stds: Sequence[float], scale: float) ->
     """Factors of `scale` times the product, with RMS / std equal among them."""
     sizes = [f.square().mean().sqrt().item() / std for f, std in zip(factors, stds, strict=True)]
     if min(sizes) == 0.0:
-        return [*drawn([f.shape for f in factors], stds)[:-1], torch.zeros_like(factors[-1])]
+        each = drawn([f.shape for f in factors], stds)
+        return [*(f.to(factors[-1]) for f in each[:-1]), torch.zeros_like(factors[-1])]
     shared = math.exp((sum(map(math.log, sizes)) + math.log(scale)) / len(sizes))
     return [factor * (shared / size) for factor, size in zip(factors, sizes, strict=True)]

@@ -256,6 +256,8 @@ class StructuredLinear(nn.Module):
     def _start(self, weight: Tensor) -> Sequence[Tensor]:
         """Factors from which those nearest to `weight` (d_out, d_in) are sought."""
         shapes = [getattr(self, parameter).shape for _, parameter, _ in self._factors]
+        if len(shapes) == 1:
+            return [weight.new_zeros(shapes[0])]
         return drawn(shapes, [std for _, _, std in self._factors])
 
     @property

@@ -141,7 +141,7 @@ class EinsumLinear(StructuredLinear):
     def nearest(self, weight: Tensor, start: Sequence[Tensor] | None = None) -> Fit:
         if self.structure.is_dense:
             check_weight(weight, self.structure)
-            return Fit((weight,), 0.0)
+            return Fit((weight.detach(),), 0.0)
         return fit_factors(weight, self.structure)
 
 
