@@ -97,7 +97,7 @@ def _step(product: Product, factors: Sequence[Tensor], k: int, residual: Tensor)
     def tensor(vector: object) -> Tensor:
         return torch.as_tensor(vector).to(residual).view_as(factors[k])
 
-    _, adjoint = torch.func.vjp(change, factors[k])
+    _, adjoint, *_ = torch.func.vjp(change, factors[k])
     target = adjoint(residual)[0].flatten().cpu().numpy()
     normal = LinearOperator(
         (target.size, target.size),
@@ -111,9 +111,14 @@ def _step(product: Product, factors: Sequence[Tensor], k: int, residual: Tensor)
 
 def _balanced(factors: Sequence[Tensor], stds: Sequence[float], scale: float) -> list[Tensor]:
     """Factors of `scale` times the product, with RMS / std equal among them."""
-    sizes = [f.square().mean().sqrt().item() / std for f, std in zip(factors, stds, strict=True)]
+    sizes = [_rms(factor) / std for factor, std in zip(factors, stds, strict=True)]
     if min(sizes) == 0.0:
         each = drawn([f.shape for f in factors], stds)
         return [*(f.to(factors[-1]) for f in each[:-1]), torch.zeros_like(factors[-1])]
     shared = math.exp((sum(map(math.log, sizes)) + math.log(scale)) / len(sizes))
     return [factor * (shared / size) for factor, size in zip(factors, sizes, strict=True)]
+
+
+def _rms(factor: Tensor) -> float:
+    most = factor.abs().max().item()
+    return most * (factor / most).square().mean().sqrt().item() if most else 0.0

@@ -186,9 +186,7 @@ class StructuredLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_linear(
-        cls, linear: nn.Linear, design: Any, *, d_in_base: int | None = None
-    ) -> Self:
+    def from_linear(cls, linear: nn.Linear, design: Any, *, d_in_base: int | None = None) -> Self:
         """The layer of a design nearest to a dense one in Frobenius norm, with its bias.
 
         How near is in `relative_error`: ‖W − Ŵ‖ / ‖W‖.
@@ -468,9 +466,7 @@ class StructuredLinear(nn.Module):
         with torch.enable_grad():
             return measuring.fastest(self.structure, tokens, device, dtype, plans, run)
 
-    def _plans_to_try(
-        self, tokens: int, device: torch.device, dtype: torch.dtype
-    ) -> Sequence[Any]:
+    def _plans_to_try(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Sequence[Any]:
         """The plans among which `measure_plan` looks for the fastest."""
         return [self._chosen_plan(tokens, device, dtype)]
 

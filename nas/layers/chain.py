@@ -200,7 +200,9 @@ class ChainLinear(StructuredLinear):
         if self._path is not None:
             return self._path
         found = measuring.remembered(self.structure, tokens, device, dtype)
-        return self.structure.path_for(tokens) if found is None else _parse_path(found, self.structure)
+        return (
+            self.structure.path_for(tokens) if found is None else _parse_path(found, self.structure)
+        )
 
     def _plans_to_try(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[str]:
         """The paths of fewest MACs, as far as they have no more than a few times the least."""

@@ -11,7 +11,6 @@ from nas.designs.einsum import Structure
 from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
-from nas.errors import InvalidInput
 from nas.layers.base import APART_OPERATIONS, StructuredLinear
 from nas.layers.fitting import Fit, check_weight, fit_factors
 from nas.layers.kernels import measuring

@@ -53,12 +53,12 @@ def fit_factors(
 ) -> Fit:
     """The factors of `structure` whose product is nearest to `weight` (d_out, d_in).
 
-    They are A (γ, ρ, φ, δ, α) and B (φ, γ, ρ, β, ε).  Singular values are split evenly, then one scalar moves scale between the factors until
-    RMS(A) / init_std("A") = RMS(B) / init_std("B").  Slices (γ, φ, ρ) that the weight leaves empty,
-    because it is zero there or ρ is past the rank min(βε, δα) of a block, are left out of that: B
-    is zero there, so that the product is exact, and A is drawn at its init std with a fixed seed,
-    so that they can learn.  Where the structure covers fewer inputs or outputs than the layer has,
-    what it cannot represent counts as error.
+    They are A (γ, ρ, φ, δ, α) and B (φ, γ, ρ, β, ε).  Singular values are split evenly, then one
+    scalar moves scale between the factors until RMS(A) / init_std("A") = RMS(B) / init_std("B").
+    Slices (γ, φ, ρ) that the weight leaves empty, because it is zero there or ρ is past the rank
+    min(βε, δα) of a block, are left out of that: B is zero there, so that the product is exact, and
+    A is drawn at its init std with a fixed seed, so that they can learn.  Where the structure
+    covers fewer inputs or outputs than the layer has, what it cannot represent counts as error.
 
     Parameters
     ----------

@@ -201,7 +201,7 @@ class MixtureLinear(Gated, StructuredLinear):
 
     def _plans_to_try(
         self, tokens: int, device: torch.device, dtype: torch.dtype
-    ) -> list[MixturePlan]:
+    ) -> Sequence[MixturePlan]:
         """One of each grouping, as for loads that are spread over the experts."""
         if self.gate is None:
             return super()._plans_to_try(tokens, device, dtype)

@@ -109,6 +109,7 @@ class SumLinear(StructuredLinear):
         (one, other), (first, second) = self._parts, self._divided(factors)
         return one.matrices(first) + other.matrices(second)
 
+    @torch.no_grad()
     def nearest(self, weight: Tensor, start: Sequence[Tensor] | None = None) -> Fit:
         """Each part in turn is fitted to what the other leaves; a fit that is no better is dropped.
 
@@ -122,7 +123,7 @@ class SumLinear(StructuredLinear):
             return self._parts[i].matrices([f.to(w).unsqueeze(0) for f in factors])[0]
 
         def size(t: Tensor) -> float:
-            return (t / scale).norm().item()
+            return float((t / scale).norm())
 
         alone = [part.nearest(w) for part in self._parts]
         best = min((0, 1), key=lambda i: alone[i].relative_error)

@@ -213,10 +213,10 @@ def replace_linears(
     ------
     InvalidInput
         Not a module, itself a linear layer, or wrapped for data-parallel training; a θ that cannot
-        be built; a pattern or function that selects no layer; different θ for one shared weight; ``@heads``
-        without `heads`, or heads that do not divide a dimension or whose design has no ``@heads``;
-        with `from_dense`, a weight on the meta device or with NaN, a mixture, or `normalize`, which
-        would change the fitted matrix.  The model is then as it was.
+        be built; a pattern or function that selects no layer; different θ for one shared weight;
+        ``@heads`` without `heads`; heads that do not divide a dimension, or for a design without
+        ``@heads``; with `from_dense`, a weight on the meta device or with NaN, a mixture, or
+        `normalize`, which would change the fitted matrix.  The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     >>> surgery = replace_linears(model, "monarch")
@@ -656,9 +656,9 @@ def _build(
                 linear.design, d_in, d_out, heads=heads, side=side, bias=False,
                 zero_init=zero_init, normalize=normalize, gain=gain, **place,
             )  # fmt: skip
-        if from_dense and not layer.is_matrix:
-            got = linear.design.text  # rebuilding asks for no weights
-            raise InvalidInput("from_dense", got, f"{OF_ONE_MATRIX}; or from_dense=False")
+            if from_dense and not layer.is_matrix:
+                accepted = f"{OF_ONE_MATRIX}; or from_dense=False"
+                raise InvalidInput("from_dense", linear.design.text, accepted)
         if from_dense and shared is None:
             layer.take_nearest(weight)
     except InvalidInput as error:

@@ -55,7 +55,7 @@ def member(structure: Structure, seed: int = 0) -> Tensor:
 
 
 def error(w: Tensor, fit: Fit, structure: Structure) -> float:
-    return float((w - matrix(*fit.factors, structure)).norm() / w.norm())
+    return float((w - matrix(fit.factors[0], fit.factors[1], structure)).norm() / w.norm())
 
 
 def is_padded(structure: Structure) -> bool:
@@ -153,8 +153,13 @@ def test_kronecker_is_the_svd_of_the_rearranged_matrix(name: str) -> None:
     fit = fit_factors(w, structure)
     squared = (fit.relative_error * w.norm().item()) ** 2
     assert squared == pytest.approx(discarded(torch.stack(rows), s.rho), rel=1e-10)
-    terms = [torch.kron(fit.factors[1][0, 0, r].T.contiguous(), fit.factors[0][0, r, 0]) for r in range(s.rho)]
-    torch.testing.assert_close(torch.stack(terms).sum(0), matrix(*fit.factors, structure))
+    terms = [
+        torch.kron(fit.factors[1][0, 0, r].T.contiguous(), fit.factors[0][0, r, 0])
+        for r in range(s.rho)
+    ]
+    torch.testing.assert_close(
+        torch.stack(terms).sum(0), matrix(fit.factors[0], fit.factors[1], structure)
+    )
 
 
 @pytest.mark.parametrize("name", ["monarch", "btt:rho=1/4"])
