@@ -49,8 +49,8 @@ def divide_axes(number: int, shares: Sequence[float], needed: int = 0) -> tuple[
 
     The first `needed` are above 1 as far as `number` has divisors for them.
 
-    >>> divide_axes(24, [1.0, 1.0]), divide_axes(53, [1.0, 1.0], needed=1)
-    ((4, 6), (53, 1))
+    >>> divide_axes(36, [1.0, 1.0]), divide_axes(53, [1.0, 1.0], needed=1)
+    ((6, 6), (53, 1))
     """
     rest, sizes = number, []
     for i, share in enumerate(shares):
