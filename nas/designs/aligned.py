@@ -19,10 +19,12 @@ from nas.designs.design import (
 from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 
-_ACCEPTED = "two factors, or a mixture of them, that are not dense"
+_ACCEPTED = (
+    "two factors, a mixture of them, a chain, blast, or a sum that has one of these, not dense"
+)
 _ALONE = (
     f"a design without {AT_HEADS}, for nothing here says which layers make heads: for those, "
-    "`nas.layers.layer_of(design, d_in, d_out, heads=…, side=…)`"
+    "`heads` of `nas.layers.replace_linears`, or of `nas.layers.layer_of`"
 )
 
 
@@ -34,11 +36,14 @@ class Aligned(Design):
     the output projection is the mirror image, γ = heads and α = head size.  The other layers, and
     the other sides of these, are as `of` says.  Source: arXiv:2410.02117, section 5 and figure 10.
 
+    Beyond the paper: in a chain the axis that all factors share is the heads; in BLAST block row h
+    makes head h, or block column h reads it; in a sum this holds for the parts that have blocks.
+
     Raises
     ------
     InvalidInput
-        A design without blocks: dense, three or more factors, one outside the space of θ, experts
-        that are dense or whole feed-forward blocks.
+        A design without blocks: dense, a convolution, block-sparse (whose blocks are powers of two
+        in number), a sum of these, experts that are dense or whole feed-forward blocks.
     """
 
     of: Design

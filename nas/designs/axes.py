@@ -44,6 +44,26 @@ def cover_axes(dimension: int, exponents: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(by_axis[i] for i in range(count))
 
 
+def divide_axes(number: int, shares: Sequence[float], needed: int = 0) -> tuple[int, ...]:
+    """Axis sizes of product `number` exactly, one after another near the shares of its logarithm.
+
+    The first `needed` are above 1 as far as `number` has divisors for them.
+
+    >>> divide_axes(36, [1.0, 1.0]), divide_axes(53, [1.0, 1.0], needed=1)
+    ((6, 6), (53, 1))
+    """
+    rest, sizes = number, []
+    for i, share in enumerate(shares):
+        target = share / sum(shares[i:]) * math.log(rest) if share else 0.0
+        divisors = [n for n in range(1, rest + 1) if rest % n == 0]
+        if i < needed:
+            divisors = divisors[1:] or divisors
+        sizes.append(min(divisors, key=lambda n: abs(math.log(n) - target)))
+        rest //= sizes[-1]
+    sizes[-1] *= rest
+    return tuple(sizes)
+
+
 def _least_waste(
     dimension: int, targets: Sequence[float], windows: Sequence[tuple[int, int]]
 ) -> tuple[int, ...] | None:

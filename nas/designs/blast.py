@@ -28,6 +28,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from nas.designs.design import BlockOf, Design, Family, Proposals
+from nas.designs.einsum import check_side, head_size
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import (
     DENSE,
@@ -112,9 +113,15 @@ class BlastStructure(LinearStructure):
     blast: Blast
     d_in: int
     d_out: int
+    #: so many equal block rows or block columns, in place of what L^blocks gives: heads
+    heads_out: int | None = None
+    heads_in: int | None = None
 
     def __post_init__(self) -> None:
         check_dimensions(self.d_in, self.d_out)
+        for dimension, heads in ((self.d_out, self.heads_out), (self.d_in, self.heads_in)):
+            if heads is not None:
+                head_size(dimension, heads)
 
     @staticmethod
     def of(blast: Blast, d_in: int, d_out: int) -> BlastStructure:
@@ -134,12 +141,16 @@ class BlastStructure(LinearStructure):
 
     @property
     def block_in(self) -> int:
-        """n = ⌈d_in / b⌉, inputs of a block."""
+        """n = ⌈d_in / b⌉, inputs of a block; of a projection that reads heads, those of one."""
+        if self.heads_in is not None:
+            return head_size(self.d_in, self.heads_in)
         return -(-self.d_in // self._count)
 
     @property
     def block_out(self) -> int:
-        """m = ⌈d_out / b⌉, outputs of a block."""
+        """m = ⌈d_out / b⌉, outputs of a block; of a projection that makes heads, those of one."""
+        if self.heads_out is not None:
+            return head_size(self.d_out, self.heads_out)
         return -(-self.d_out // self._count)
 
     @property
@@ -330,6 +341,14 @@ def _lower_rank(blast: Blast, block: BlockOf) -> Blast | None:
     return replace(blast, rho=min(limits))
 
 
+def _with_heads(structure: BlastStructure, heads: int, side: str) -> BlastStructure:
+    """Block row h makes head h alone, or block column h reads it; the other side stays."""
+    check_side(side)
+    if side == "out":
+        return replace(structure, heads_out=heads)
+    return replace(structure, heads_in=heads)
+
+
 def _proposed(point: Mapping[str, Any]) -> Blast:
     """Any number of blocks, and a rank with which compute is at most dense's in exponents:
     rho + max(1, 2 blocks) ≤ 2."""
@@ -346,6 +365,8 @@ FAMILY = Family(
     reads=lambda text: text.partition(":")[0] == "blast",
     parse=parse_blast,
     inspect=inspect_blast,
+    with_heads=_with_heads,
+    has_blocks=lambda blast: True,
     fit=_fit,
     proposals={
         "blast": Proposals(

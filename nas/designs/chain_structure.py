@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice, permutations, product
 from typing import Any
 
 import numpy as np
 
-from nas.designs.axes import cover_axes
+from nas.designs.axes import cover_axes, divide_axes
 from nas.designs.chain import (
     MAX_FACTORS,
     ChainTheta,
@@ -33,7 +33,17 @@ from nas.designs.chain import (
     without_first,
 )
 from nas.designs.design import BlockOf, Choices, Design, Family, Proposals
-from nas.designs.einsum import Structure, fingerprint, fit_theta, theta_of, with_zero
+from nas.designs.einsum import (
+    Structure,
+    check_side,
+    exponents_of,
+    fingerprint,
+    fit_theta,
+    head_size,
+    theta_of,
+    with_heads,
+    with_zero,
+)
 from nas.designs.structure import LinearStructure, check_dimensions
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
@@ -438,6 +448,14 @@ def _structure(theta: ChainTheta, d_in: int, d_out: int) -> ChainStructure:
     n = theta.factors
     if n > 2:
         sizes = _cheapest(sizes, theta)
+    return _without_idle(theta, d_in, d_out, sizes)
+
+
+def _without_idle(
+    theta: ChainTheta, d_in: int, d_out: int, sizes: tuple[int, ...]
+) -> ChainStructure:
+    """The structure of these sizes without idle end factors, in the cheaper direction."""
+    n = _SIZED[len(sizes)]
     while n > 1:
         own_in, own_out = sizes[0], sizes[len(intervals(n))]
         if own_in > 1 or own_out > 1:
@@ -453,6 +471,54 @@ def _structure(theta: ChainTheta, d_in: int, d_out: int) -> ChainStructure:
     one = ChainStructure(theta, d_in, d_out, sizes)
     other = ChainStructure(theta, d_in, d_out, reversed_axes(sizes, n))
     return max(one, other, key=_label_order)
+
+
+def _with_heads(
+    structure: ChainStructure | Structure, heads: int, side: str
+) -> ChainStructure | Structure:
+    """The structure of a projection whose heads are the axis of that side that all factors share.
+
+    It is the outermost axis, so that its place h makes, or reads, head h alone.  The other axes of
+    that side divide the head among themselves exactly, near the proportions that they had; ranks
+    and the other side stay.
+
+    Raises
+    ------
+    InvalidInput
+        `heads` does not divide the dimension.
+    """
+    check_side(side)
+    if isinstance(structure, Structure):
+        return with_heads(structure, heads, side)
+    s = structure
+    size = head_size(s.d_out if side == "out" else s.d_in, heads)
+    if s.is_dense:
+        return s
+    n = s.n_factors
+    inputs, outputs, bonds = split_axes(s.sizes, n)
+    changed, other = (outputs, inputs) if side == "out" else (inputs, outputs)
+    # an end factor whose only axis this is would else be idle
+    ends = [(k, k) for k in (1, n) if other[k, k] == 1]
+    order = [*ends, *(span for span in changed if span not in ends and span != (1, n))]
+    shares = [math.log(changed[span]) for span in order]
+    if not any(shares):
+        order, shares = [(n, n)], [1.0]
+    sizes = divide_axes(size, shares, len(ends))
+    changed.update(dict.fromkeys(changed, 1) | dict(zip(order, sizes, strict=True)))
+    changed[1, n] = heads
+    found = _without_idle(s.theta, s.d_in, s.d_out, (*inputs.values(), *outputs.values(), *bonds))
+    if found.is_dense:
+        return found
+    inputs, outputs, bonds = split_axes(found.sizes, found.n_factors)
+    narrow = math.log(min(s.d_in, s.d_out))
+    ranks = (min(1.0, math.log(b) / narrow) if narrow else 0.0 for b in bonds)
+    exponents = (*exponents_of(tuple(inputs.values())), *exponents_of(tuple(outputs.values())))
+    return replace(found, theta=ChainTheta((*exponents, *ranks)))
+
+
+def _has_blocks(theta: ChainTheta) -> bool:
+    found = theta.canonical()
+    return not (isinstance(found, Theta) and found.is_dense)
 
 
 @lru_cache(maxsize=MAX_FACTORS)
@@ -674,6 +740,8 @@ FAMILY = Family(
     reads=is_chain,
     parse=parse_chain,
     inspect=inspect_chain,
+    with_heads=_with_heads,
+    has_blocks=_has_blocks,
     fit=_fit,
     lowered=_lowered,
     slow=True,

@@ -208,7 +208,8 @@ def proposals() -> dict[str, Proposals]:
 def design_forms() -> str:
     """What `parse_design` reads, in words."""
     forms = "; ".join(family.forms for family in families() if family.forms)
-    return f"{forms}; and any of two factors, or a mixture of it, followed by {AT_HEADS}"
+    unlike = "dense, convolution, block-sparse, dense-moe and ffn-moe"
+    return f"{forms}; and any of these but {unlike}, followed by {AT_HEADS}"
 
 
 def parse_design(text: str) -> Design:

@@ -166,7 +166,7 @@ class Structure(LinearStructure):
         """
         if self.is_dense:
             return self
-        block = _block(self.d_out, count)
+        block = head_size(self.d_out, count)
         s = self.sizes
         return self._resized(Sizes(s.alpha, s.beta, s.gamma, 1, block, count, s.rho))
 
@@ -175,7 +175,7 @@ class Structure(LinearStructure):
         inputs of attention head h alone.  See `with_output_blocks`."""
         if self.is_dense:
             return self
-        block = _block(self.d_in, count)
+        block = head_size(self.d_in, count)
         s = self.sizes
         return self._resized(Sizes(block, 1, count, s.delta, s.epsilon, s.phi, s.rho))
 
@@ -183,8 +183,8 @@ class Structure(LinearStructure):
         """Other sizes, labelled so that A first is not dearer, with the θ that they amount to."""
         sizes = max(sizes, sizes.swapped(), key=_label_order)
         s = sizes
-        alpha, beta, gamma = _exponents((s.alpha, s.beta, s.gamma))
-        delta, epsilon, phi = _exponents((s.delta, s.epsilon, s.phi))
+        alpha, beta, gamma = exponents_of((s.alpha, s.beta, s.gamma))
+        delta, epsilon, phi = exponents_of((s.delta, s.epsilon, s.phi))
         narrow = min(self.d_in, self.d_out)
         rho = min(1.0, math.log(s.rho) / math.log(narrow)) if narrow > 1 else 0.0
         theta = Theta(alpha, beta, gamma, delta, epsilon, phi, rho)
@@ -326,13 +326,14 @@ def fingerprint(d_in: int, d_out: int, sizes: Sizes | None) -> str:
     return f"{d_in}x{d_out}:{'dense' if sizes is None else '.'.join(map(str, astuple(sizes)))}"
 
 
-def _block(dimension: int, count: int) -> int:
+def head_size(dimension: int, count: int) -> int:
+    """Size of each of `count` equal blocks of a dimension; `InvalidInput` if there is none."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1 or dimension % count:
         raise InvalidInput("heads", count, f"a divisor of the dimension, {dimension}")
     return dimension // count
 
 
-def _exponents(sizes: Sequence[int]) -> tuple[float, ...]:
+def exponents_of(sizes: Sequence[int]) -> tuple[float, ...]:
     """Logarithms of sizes over that of their product, which sum to 1."""
     whole = math.log(math.prod(sizes))
     return tuple(math.log(n) / whole for n in sizes) if whole else (1.0, *(0.0 for _ in sizes[1:]))
@@ -402,10 +403,15 @@ def inspect_structure(
     }
 
 
-def with_heads(structure: Structure, heads: int, side: str) -> Structure:
-    """The structure of a projection that makes (``out``) or reads (``in``) `heads` heads."""
+def check_side(side: str) -> None:
+    """Raises `InvalidInput` for what is no side of a projection."""
     if side not in ("in", "out"):
         raise InvalidInput("side", side, "in | out")
+
+
+def with_heads(structure: Structure, heads: int, side: str) -> Structure:
+    """The structure of a projection that makes (``out``) or reads (``in``) `heads` heads."""
+    check_side(side)
     if side == "out":
         return structure.with_output_blocks(heads)
     return structure.with_input_blocks(heads)

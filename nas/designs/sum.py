@@ -21,7 +21,7 @@ as the 1/2 of two factors shares one update between them (arXiv:2406.06248, sect
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,11 +35,12 @@ from nas.designs.design import (
     Proposals,
     family_of,
     fit_by_lowering,
+    layer_family,
     parse_design,
     shortened,
     structure_of,
 )
-from nas.designs.einsum import Structure
+from nas.designs.einsum import Structure, with_heads
 from nas.designs.mixture import Mixture, MixtureStructure
 from nas.designs.stored import AnyStructure
 from nas.designs.structure import LinearStructure
@@ -361,9 +362,27 @@ def _rank_is(design: Sum, structure: Structure | SumStructure) -> Literal["gener
 
 def _structure_of(design: Sum, d_in: int, d_out: int) -> Structure | SumStructure:
     """One dense matrix where a part is one."""
-    if any(structure_of(part, d_in, d_out).is_dense for part in design.parts):
-        return Structure.of(DENSE, d_in, d_out)
-    return SumStructure.of(design, d_in, d_out)
+    return _added([structure_of(part, d_in, d_out) for part in design.parts])
+
+
+def _added(parts: Sequence[LinearStructure]) -> Structure | SumStructure:
+    one, other = parts
+    if one.is_dense or other.is_dense:
+        return Structure.of(DENSE, one.d_in, one.d_out)
+    return SumStructure(one, other)
+
+
+def _with_heads(
+    structure: Structure | SumStructure, heads: int, side: str
+) -> Structure | SumStructure:
+    """Each part with heads that can have them; the other as it is."""
+    if isinstance(structure, Structure):
+        return with_heads(structure, heads, side)
+    return _added([layer_family(s).with_heads(s, heads, side) for s in structure.parts])
+
+
+def _has_blocks(design: Sum) -> bool:
+    return any(family_of(part).has_blocks(part) for part in design.parts)
 
 
 def _lowered(design: Sum, share: float) -> Sum:
@@ -395,6 +414,8 @@ FAMILY = Family(
     reads=lambda text: text.startswith("sum(") or text.partition(":")[0] in _OPTIONS,
     parse=parse_sum,
     inspect=inspect_sum,
+    with_heads=_with_heads,
+    has_blocks=_has_blocks,
     fit=_fit,
     lowered=_lowered,
     slow=True,

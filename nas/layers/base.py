@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nas.designs.structure import PARAMETRIZATIONS, LinearStructure, Parametrization
 from nas.errors import InvalidInput
+from nas.layers.alternating import drawn, nearest_factors
+from nas.layers.fitting import Fit, check_weight
+from nas.layers.kernels import measuring
 from nas.layers.modes import (
     autocast_dtype,
     is_recorded,
@@ -31,6 +34,11 @@ _Structure = TypeVar("_Structure", bound=LinearStructure)
 APART_OPERATIONS = 30
 #: Time of a structure's multiply-accumulates over that of a dense layer's.
 _SLOWER = 3.0
+#: What a dense weight can be projected to.
+OF_ONE_MATRIX = (
+    "a design of one matrix: two factors, chains, blast, block-sparse, convolutions, and sums of "
+    "these"
+)
 #: Ends the name under which a state_dict holds what a layer is.
 RECORD = "_extra_state"
 
@@ -58,6 +66,10 @@ class StructuredLinear(nn.Module):
     #: by which rule the factors were drawn and `param_groups` sets their learning rates
     parametrization: Parametrization = "published"
     bias: Tensor | None
+    #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
+    relative_error: float | None = None
+    #: whether it multiplies every token by one matrix, which may be near to a dense one
+    is_matrix: ClassVar[bool] = True
     #: whether it took the place of a layer whose weight is the transpose of its own
     in_place_of_conv1d: bool = False
     _plan: Any = None
@@ -200,6 +212,80 @@ class StructuredLinear(nn.Module):
         eye = torch.eye(self.in_features, dtype=factors[0].dtype, device=factors[0].device)
         rows = torch.func.vmap(lambda *own: self.plain(eye, own))(*factors)
         return rows.transpose(1, 2)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, design: Any, *, d_in_base: int | None = None) -> Self:
+        """The layer of a design nearest to a dense one in Frobenius norm, with its bias.
+
+        How near is in `relative_error`: ‖W − Ŵ‖ / ‖W‖.
+
+        - Two factors: a truncated SVD per pair (γ, φ), and so globally optimal, where nothing is
+          padded: the SVD of low-rank, the rearranged SVD of Kronecker and Tensor-Train, the block
+          SVD of Monarch and BTT.  Where padding leaves entries of the matrix free, alternating
+          least squares goes on from it.
+        - Block-sparse layers and convolutions: least squares in their one factor, the optimum.
+        - Chains, from a truncated SVD for each bond, and BLAST, from the SVD of its rank:
+          alternating least squares; a local optimum that is no farther than its start.
+        - Sums: each part in turn is fitted to what the other leaves, beginning with the better of
+          both; no farther than either part alone.
+
+        Raises
+        ------
+        InvalidInput
+            Not a `torch.nn.Linear`; a weight with NaN or infinity or on the meta device; a mixture,
+            whose matrix is another for each token.
+
+        >>> from nas.layers import EinsumLinear
+        >>> dense = nn.Linear(64, 64)
+        >>> layer = EinsumLinear.from_linear(dense, "btt:rho=1/2")
+        >>> layer.relative_error < 1e-6  # at ρ = 1/2 a square BTT can be any matrix
+        True
+        """
+        if not isinstance(linear, nn.Linear):
+            raise InvalidInput("linear", type(linear).__name__, "a torch.nn.Linear")
+        if not cls.is_matrix:
+            raise InvalidInput("linear", f"a weight for a {cls.__name__}", OF_ONE_MATRIX)
+        made: Any = cls  # whose constructor is that of a family
+        layer: Self = made(
+            design, linear.in_features, linear.out_features, linear.bias is not None,
+            d_in_base=d_in_base, device=linear.weight.device, dtype=linear.weight.dtype,
+        )  # fmt: skip
+        layer.take_nearest(linear.weight)
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def take_nearest(self, weight: Tensor) -> None:
+        """Set the factors, which nothing normalises, to those nearest to `weight` (d_out, d_in)."""
+        if weight.is_meta:
+            raise InvalidInput("linear", "a weight on the meta device", "a weight with values")
+        fit = self.nearest(weight)
+        for (_, parameter, _), factor in zip(self._factors, fit.factors, strict=True):
+            getattr(self, parameter).copy_(factor)
+        self.relative_error = fit.relative_error
+
+    def nearest(self, weight: Tensor, start: Sequence[Tensor] | None = None) -> Fit:
+        """The factors nearest to `weight` (d_out, d_in), in its dtype; see `from_linear`.
+
+        From a `start`, where a family begins with one, alternating least squares makes one sweep.
+        """
+        check_weight(weight, self.structure)
+        return nearest_factors(
+            weight,
+            lambda factors: self.matrices([factor.unsqueeze(0) for factor in factors])[0],
+            self._start(weight.double()) if start is None else start,
+            [std for _, _, std in self._factors],
+            **({} if start is None else {"max_sweeps": 1}),
+        )
+
+    def _start(self, weight: Tensor) -> Sequence[Tensor]:
+        """Factors from which those nearest to `weight` (d_out, d_in) are sought."""
+        shapes = [getattr(self, parameter).shape for _, parameter, _ in self._factors]
+        if len(shapes) == 1:
+            return [weight.new_zeros(shapes[0])]
+        return drawn(shapes, [std for _, _, std in self._factors])
 
     @property
     def record(self) -> LayerRecord:
@@ -373,6 +459,47 @@ class StructuredLinear(nn.Module):
     def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Any:
         """The plan for `tokens` tokens where none is fixed."""
         raise NotImplementedError
+
+    def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Any:
+        """Time the plans worth trying on inputs of `tokens` tokens; remember, return the fastest.
+
+        From then on every layer of this structure that has no fixed plan runs it on inputs of so
+        many tokens, on this device, in this dtype and with this number of threads; see
+        `nas.layers.kernels.measuring`.  Where there is one way to run the layer, that is returned.
+
+        Raises
+        ------
+        InvalidInput
+            No token.
+        """
+        measuring.check_tokens(tokens)
+        factor = self._any_factor()
+        device, dtype = factor.device, factor.dtype if dtype is None else dtype
+        plans = self._plans_to_try(tokens, device, dtype)
+        if len(plans) == 1:
+            return plans[0]
+        kind: Any = type(self)  # whose constructor is that of a family
+        layer = kind(
+            self.structure, self.in_features, self.out_features, False, device=device, dtype=dtype
+        )
+        draw = torch.Generator(device).manual_seed(0)
+        for parameter in layer.parameters():  # gates too, which begin at zero
+            if not parameter.any():
+                with torch.no_grad():
+                    parameter.normal_(generator=draw)
+        shape = tokens, self.in_features
+        x = torch.randn(shape, generator=draw, device=device, dtype=dtype, requires_grad=True)
+
+        def run(plan: Any) -> None:
+            layer.plan = plan
+            layer(x).sum().backward()
+
+        with torch.enable_grad():
+            return measuring.fastest(self.structure, tokens, device, dtype, plans, run)
+
+    def _plans_to_try(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Sequence[Any]:
+        """The plans among which `measure_plan` looks for the fastest."""
+        return [self._chosen_plan(tokens, device, dtype)]
 
     def expected_seconds(self, tokens: int) -> float:
         """Seconds of forward and backward on a CPU, roughly; see `nas.rates`.

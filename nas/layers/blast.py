@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.designs.blast import Blast, BlastStructure, parse_blast
@@ -56,6 +56,7 @@ class BlastLinear(StructuredLinear):
     """
 
     structure: BlastStructure
+    S: nn.Parameter
 
     def __init__(
         self,
@@ -110,6 +111,17 @@ class BlastLinear(StructuredLinear):
         right = torch.einsum("zkij,zjkn->zikjn", mix, v).flatten(3)
         w = torch.matmul(u, right).flatten(1, 2)
         return w[:, : self.out_features, : self.in_features]
+
+    def _start(self, weight: Tensor) -> list[Tensor]:
+        """The best matrix of rank r, which all s_ij = 1 make."""
+        s = self.structure
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        root = sigma[: s.rho].sqrt()
+        # where the weight is of lower rank, V goes on, so that U can learn
+        u, v = u[:, : s.rho] * root, vh[: s.rho] * torch.where(root > 0, root, 1.0).unsqueeze(1)
+        v = functional.pad(v, (0, self._padding)).view(s.rho, s.columns, s.block_in)
+        u = functional.pad(u, (0, 0, 0, s.padded_out - s.d_out)).view(s.rows, s.block_out, s.rho)
+        return [v.transpose(0, 1), torch.ones(self.S.shape, dtype=u.dtype, device=u.device), u]
 
     def _checked_plan(self, value: object) -> str:
         if value != _PLAN:

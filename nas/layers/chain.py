@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 
 import torch
 from torch import Tensor
@@ -16,9 +16,14 @@ from nas.designs.chain import ChainTheta, parse_chain
 from nas.designs.chain_structure import Axis, ChainStructure, Path
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
+from nas.layers.alternating import drawn
 from nas.layers.base import StructuredLinear
+from nas.layers.fitting import EMPTY
+from nas.layers.kernels import measuring
 from nas.layers.modes import autocast_dtype
 
+#: Paths that are measured: so many at most, of so many times the least MACs.
+_MOST_TRIED, _NEAR = 8, 2
 #: Tokens whose cheapest path is run by compiled code, which is made for any number of tokens.
 _COMPILED_TOKENS = 4096
 
@@ -93,7 +98,7 @@ class ChainLinear(StructuredLinear):
         if dtype != x.dtype or dtype != factors[0].dtype:
             x, factors = x.to(dtype), [f.to(dtype) for f in factors]
         compiling = torch.compiler.is_compiling()
-        program = self._compiled if compiling else self._program_for(x.shape[0])
+        program = self._compiled if compiling else self._program_for(len(x), x.device, dtype)
         return self._contracted(program, factors, x).contiguous()
 
     def plain(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -107,6 +112,46 @@ class ChainLinear(StructuredLinear):
         w = torch.einsum(",".join(terms) + "->" + "".join((every, *outer)), *factors)
         w = w.reshape(len(w), s.padded_out, s.padded_in)
         return w[:, : s.d_out, : s.d_in]
+
+    def _start(self, weight: Tensor) -> list[Tensor]:
+        """One factor after another from a truncated SVD of what the later ones have to make.
+
+        For each value of the axes that factor k shares with later ones but the bond, it and the
+        product of those make a matrix of rank ≤ bond.  As of Tensor-Trains (Oseledets 2011), exact
+        for matrices of the structure where nothing is padded; else padding counts as zero.
+        """
+        s = self.structure
+        padding = (0, s.padded_in - s.d_in, 0, s.padded_out - s.d_out)
+        axes = [*s.output_axes, *s.input_axes]
+        rest = functional.pad(weight, padding).reshape([a.size for a in axes])
+        found: list[Tensor] = []
+        roots: list[tuple[Tensor, list[Axis]]] = []
+        for k, stored in enumerate(s.factor_axes[:-1]):
+            (bond,) = (a for a in stored if a not in axes)
+            shared = [a for a in stored if a in axes and a in s.factor_axes[k + 1]]
+            own = [a for a in stored if a in axes and a not in shared]
+            others = [a for a in axes if a not in stored]
+            matrices = _axes_moved(rest, axes, [*shared, *own, *others])
+            matrices = matrices.reshape(_volume_of(shared), _volume_of(own), -1)
+            u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+            n = min(bond.size, sigma.shape[-1])
+            # places on the bond beyond the rank make nothing yet, but can learn
+            (left,) = drawn([(*u.shape[:2], bond.size)], [u.shape[1] ** -0.5])
+            left = left.to(u)
+            left[..., :n] = u[..., :n]
+            right = functional.pad(sigma[:, :n, None] * vh[:, :n], (0, 0, 0, bond.size - n))
+            sizes = [a.size for a in (*shared, *own, bond)]
+            found.append(_axes_moved(left.reshape(sizes), [*shared, *own, bond], stored))
+            axes = [*shared, bond, *others]
+            rest = right.reshape([a.size for a in axes])
+            root = functional.pad(sigma[:, :n], (0, bond.size - n)).sqrt()
+            root = torch.where(root > EMPTY * root.max(), root, 1.0)
+            roots.append((root.reshape([a.size for a in (*shared, bond)]), [*shared, bond]))
+        found.append(_axes_moved(rest, axes, s.factor_axes[-1]))
+        for k, (root, of) in enumerate(roots):  # singular values are split evenly
+            found[k] = found[k] * _spread(root, of, s.factor_axes[k])
+            found[k + 1] = found[k + 1] / _spread(root, of, s.factor_axes[k + 1])
+        return found
 
     def _contracted(self, program: _Program, factors: Sequence[Tensor], x: Tensor) -> Tensor:
         """(n, d_in) → (n, d_out)."""
@@ -134,24 +179,41 @@ class ChainLinear(StructuredLinear):
     def plan(self, value: str | None) -> None:
         self._path = None if value is None else _parse_path(value, self.structure)
         # looked up here, since compiled code cannot
-        self._compiled = self._program_for(_COMPILED_TOKENS)
         s = self.structure
+        path = s.path_for(_COMPILED_TOKENS) if self._path is None else self._path
+        self._compiled = _program(s, path)
         self._beyond = s.padded_in - s.d_in, s.padded_out - s.d_out
 
     def plan_for(
         self, tokens: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> str:
-        """The path that runs an input of `tokens` tokens: fixed, else the one of least MACs.
+        """The path that runs an input of `tokens` tokens: fixed, else as `measure_plan` found it,
+        else the one of least MACs.
 
-        On any device and in any dtype.  Compiled code runs that for 4096 tokens.
+        Compiled code runs that of least MACs for 4096 tokens.
         """
-        return _text(self._path_for(tokens))
+        factor = self._any_factor()
+        device = factor.device if device is None else device
+        return _text(self._path_for(tokens, device, factor.dtype if dtype is None else dtype))
 
-    def _path_for(self, tokens: int) -> Path:
-        return self.structure.path_for(tokens) if self._path is None else self._path
+    def _path_for(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Path:
+        if self._path is not None:
+            return self._path
+        found = measuring.remembered(self.structure, tokens, device, dtype)
+        return (
+            self.structure.path_for(tokens) if found is None else _parse_path(found, self.structure)
+        )
 
-    def _program_for(self, tokens: int) -> _Program:
-        return _program(self.structure, self._path_for(tokens))
+    def _plans_to_try(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """The paths of fewest MACs, as far as they have no more than a few times the least."""
+        s = self.structure
+        macs = {path: s.macs_along(path, tokens) for path in _paths(s.n_factors + 1)}
+        best = min(macs.values())
+        near = [path for path in sorted(macs, key=macs.__getitem__) if macs[path] <= _NEAR * best]
+        return [_text(path) for path in dict.fromkeys([s.path_for(tokens), *near[:_MOST_TRIED]])]
+
+    def _program_for(self, tokens: int, device: torch.device, dtype: torch.dtype) -> _Program:
+        return _program(self.structure, self._path_for(tokens, device, dtype))
 
 
 def _structure(
@@ -165,6 +227,16 @@ def _structure(
 
 def _text(path: Path) -> str:
     return " ".join(["path", *(f"({i},{j})" for i, j in path)])
+
+
+def _paths(operands: int) -> Iterator[Path]:
+    """Every order of pairwise products of so many operands."""
+    if operands == 1:
+        yield ()
+        return
+    for pair in combinations(range(operands), 2):
+        for rest in _paths(operands - 1):
+            yield (pair, *rest)
 
 
 def _parse_path(text: str, structure: ChainStructure) -> Path:
@@ -289,6 +361,20 @@ def _fold(
 
 def _size(group: Sequence[str], sizes: dict[str, int]) -> int:
     return -1 if _TOKENS in group else _volume(group, sizes)
+
+
+def _axes_moved(tensor: Tensor, axes: Sequence[Axis], order: Sequence[Axis]) -> Tensor:
+    return tensor.permute([list(axes).index(a) for a in order])
+
+
+def _spread(tensor: Tensor, axes: Sequence[Axis], order: Sequence[Axis]) -> Tensor:
+    """As it multiplies a tensor of the axes `order`, which has all of `axes`."""
+    moved = _axes_moved(tensor, axes, [a for a in order if a in axes])
+    return moved.reshape([a.size if a in axes else 1 for a in order])
+
+
+def _volume_of(axes: Sequence[Axis]) -> int:
+    return math.prod(a.size for a in axes)
 
 
 def _volume(axes: Sequence[str], sizes: dict[str, int]) -> int:

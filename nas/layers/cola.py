@@ -50,6 +50,7 @@ class ActivatedLinear(StructuredLinear):
     torch.Size([5, 256])
     """
 
+    is_matrix = False
     structure: ActivatedStructure
     A: nn.Parameter
     B: nn.Parameter

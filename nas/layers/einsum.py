@@ -11,9 +11,8 @@ from nas.designs.einsum import Sizes, Structure
 from nas.designs.structure import Sizing
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
-from nas.errors import InvalidInput
 from nas.layers.base import APART_OPERATIONS, StructuredLinear
-from nas.layers.fitting import check_finite, fit_factors
+from nas.layers.fitting import Fit, check_weight, fit_factors
 from nas.layers.kernels import measuring
 from nas.layers.kernels.contraction import contract, matrices, plain
 from nas.layers.kernels.einsum import matrix, workspace_elements
@@ -64,8 +63,6 @@ class EinsumLinear(StructuredLinear):
     torch.Size([5, 256])
     """
 
-    #: Frobenius ‖W − Ŵ‖ / ‖W‖ of the dense matrix this layer was fitted to, if it was
-    relative_error: float | None = None
     structure: Structure
     A: nn.Parameter
     B: nn.Parameter
@@ -116,8 +113,7 @@ class EinsumLinear(StructuredLinear):
     def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> Plan:
         """Time the candidate plans on inputs of `tokens` tokens, remember and return the fastest.
 
-        From then on every layer of this structure runs it on inputs of so many tokens, on this
-        device, in this dtype and with this number of threads; see `nas.layers.kernels.measuring`.
+        See `StructuredLinear.measure_plan`.
         """
         factor = self._any_factor()
         return measuring.measure(
@@ -142,53 +138,11 @@ class EinsumLinear(StructuredLinear):
         """The matrix W (d_out, d_in) that the layer applies, without the bias."""
         return matrix(*pair(self.effective_factors()), self.out_features, self.in_features)
 
-    @classmethod
-    @torch.no_grad()
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        theta: Theta | str | Sequence[float],
-        *,
-        d_in_base: int | None = None,
-    ) -> EinsumLinear:
-        """The layer of structure θ nearest to a dense one in Frobenius norm, with its bias.
-
-        How near is in `relative_error`: ‖W − Ŵ‖ / ‖W‖.  A truncated SVD per pair (γ, φ), and so
-        globally optimal, where nothing is padded: this is the SVD of low-rank, the rearranged SVD
-        of Kronecker and Tensor-Train, the block SVD of Monarch and BTT.  Where padding leaves
-        entries of the matrix free, alternating least squares goes on from it.
-
-        Raises
-        ------
-        InvalidInput
-            Not a `torch.nn.Linear`, or a weight with NaN or infinity or on the meta device.
-
-        >>> dense = nn.Linear(64, 64)
-        >>> layer = EinsumLinear.from_linear(dense, "btt:rho=1/2")
-        >>> layer.relative_error < 1e-6  # at ρ = 1/2 a square BTT can be any matrix
-        True
-        """
-        if not isinstance(linear, nn.Linear):
-            raise InvalidInput("linear", type(linear).__name__, "a torch.nn.Linear")
-        w = linear.weight
-        if w.is_meta:
-            raise InvalidInput("linear", "a weight on the meta device", "a weight with values")
-        layer = cls(
-            theta, linear.in_features, linear.out_features, linear.bias is not None,
-            d_in_base=d_in_base, device=w.device, dtype=w.dtype,
-        )  # fmt: skip
-        if layer.structure.is_dense:
-            check_finite(w)
-            layer.weight.copy_(w)
-            layer.relative_error = 0.0
-        else:
-            fit = fit_factors(w, layer.structure)
-            layer.A.copy_(fit.A)
-            layer.B.copy_(fit.B)
-            layer.relative_error = fit.relative_error
-        if layer.bias is not None:
-            layer.bias.copy_(linear.bias)
-        return layer.train(linear.training)
+    def nearest(self, weight: Tensor, start: Sequence[Tensor] | None = None) -> Fit:
+        if self.structure.is_dense:
+            check_weight(weight, self.structure)
+            return Fit((weight.detach(),), 0.0)
+        return fit_factors(weight, self.structure)
 
 
 def factor_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:

@@ -23,27 +23,27 @@ import torch
 from torch import Tensor
 
 from nas.designs.einsum import Structure
+from nas.designs.structure import LinearStructure
 from nas.errors import InvalidInput
 
 #: Entries of W that one batched decomposition takes in float64 (32 MiB), if a block is not larger.
 _CHUNK_ENTRIES = 1 << 22
 #: A slice is empty whose factor is smaller than this beside the largest: singular values enter
 #: factors by their root, and double precision leaves 1e-16 of one that is zero.
-_EMPTY = 1e-7
+EMPTY = 1e-7
 #: Directions of an orthonormal basis that the real entries see less than this are not fitted.
 _SEEN = 1e-8
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors nearest to a matrix, in its dtype and on its device, detached.
+    """Factors near to a matrix, in its dtype and on its device, detached, as the layer has them.
 
-    A is (γ, ρ, φ, δ, α), B is (φ, γ, ρ, β, ε); `relative_error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) over
-    the (d_out, d_in) entries of W, for the factors as rounded to their dtype; 0 if W is zero.
+    `relative_error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) over the (d_out, d_in) entries of W, for the
+    factors as rounded to their dtype; 0 if W is zero.
     """
 
-    A: Tensor
-    B: Tensor
+    factors: tuple[Tensor, ...]
     relative_error: float
 
 
@@ -53,12 +53,12 @@ def fit_factors(
 ) -> Fit:
     """The factors of `structure` whose product is nearest to `weight` (d_out, d_in).
 
-    Singular values are split evenly, then one scalar moves scale between the factors until
-    RMS(A) / init_std("A") = RMS(B) / init_std("B").  Slices (γ, φ, ρ) that the weight leaves empty,
-    because it is zero there or ρ is past the rank min(βε, δα) of a block, are left out of that: B
-    is zero there, so that the product is exact, and A is drawn at its init std with a fixed seed,
-    so that they can learn.  Where the structure covers fewer inputs or outputs than the layer has,
-    what it cannot represent counts as error.
+    They are A (γ, ρ, φ, δ, α) and B (φ, γ, ρ, β, ε).  Singular values are split evenly, then one
+    scalar moves scale between the factors until RMS(A) / init_std("A") = RMS(B) / init_std("B").
+    Slices (γ, φ, ρ) that the weight leaves empty, because it is zero there or ρ is past the rank
+    min(βε, δα) of a block, are left out of that: B is zero there, so that the product is exact, and
+    A is drawn at its init std with a fixed seed, so that they can learn.  Where the structure
+    covers fewer inputs or outputs than the layer has, what it cannot represent counts as error.
 
     Parameters
     ----------
@@ -97,28 +97,28 @@ def fit_factors(
     b *= math.sqrt(scale) / balance
     # slices (γ, φ, ρ) without a part in W: zero in both factors they could never learn
     norms = torch.linalg.vector_norm(b, dim=(3, 4))
-    empty = (norms <= _EMPTY * norms.max()).permute(1, 2, 0)
+    empty = (norms <= EMPTY * norms.max()).permute(1, 2, 0)
     b.masked_fill_(empty.permute(2, 0, 1)[..., None, None], 0.0)
     draw = torch.Generator().manual_seed(0)
     drawn = std * torch.randn(a.shape, dtype=a.dtype, generator=draw).to(a)
     a = torch.where(empty[..., None, None], drawn, a)
     a, b = a.to(w.dtype), b.to(w.dtype)
-    return Fit(a.to(weight), b.to(weight), _relative_error(w, a, b, scale))
+    return Fit((a.to(weight), b.to(weight)), _relative_error(w, a, b, scale))
 
 
 def _check(weight: Tensor, structure: Structure) -> None:
     if structure.is_dense:
         raise InvalidInput("structure", "dense", "a structure of two factors")
+    check_weight(weight, structure)
+
+
+def check_weight(weight: Tensor, structure: LinearStructure) -> None:
+    """Raise `InvalidInput` for a weight that no matrix of the structure can be near to."""
     expected = (structure.d_out, structure.d_in)
     if weight.shape != expected:
         raise InvalidInput("weight", tuple(weight.shape), f"shape (d_out, d_in) = {expected}")
     if not weight.dtype.is_floating_point:
         raise InvalidInput("weight", weight.dtype, "a real floating-point dtype")
-    check_finite(weight)
-
-
-def check_finite(weight: Tensor) -> None:
-    """Raise `InvalidInput` for a weight with NaN or infinity."""
     if bad := weight.numel() - int(weight.isfinite().sum()):
         raise InvalidInput("weight", f"{bad} entries that are NaN or infinite", "finite entries")
 

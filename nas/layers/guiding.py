@@ -35,8 +35,8 @@ class SelfGuided:
     steps
         Optimiser steps of the warm-up, at least 1.
     from_dense
-        As in `replace_linears`, but on by default.  Families of other than two factors, and
-        `normalize`, need False: their layers start from random factors.
+        As in `replace_linears`, but on by default.  Mixtures, and `normalize`, need False: their
+        layers start from random factors.
 
     Build the optimiser afterwards; call `step` after each of its steps.  Parameters of the model
     are from the start those that it has at the end, the same objects.  A forward pass of the

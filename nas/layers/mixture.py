@@ -13,12 +13,14 @@ from nas.designs.mixture import Mixture, MixtureStructure, ffn_structures, parse
 from nas.errors import InvalidInput
 from nas.layers.base import StructuredLinear
 from nas.layers.einsum import EinsumLinear, pair
+from nas.layers.kernels import measuring
 from nas.layers.kernels.contraction import matrices
 from nas.layers.kernels.mixing import mix
 from nas.layers.kernels.mixture_kernels import Form, Inputs
-from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan
+from nas.layers.kernels.mixture_plan import MixturePlan, choose_mixture_plan, mixture_plans
 from nas.layers.kernels.plan import checked_plan
 from nas.layers.modes import (
+    autocast_dtype,
     is_recorded,
     over_nested,
     plus_bias,
@@ -75,6 +77,7 @@ class MixtureLinear(Gated, StructuredLinear):
     torch.Size([5, 256])
     """
 
+    is_matrix = False
     structure: MixtureStructure
     A: nn.Parameter
     B: nn.Parameter
@@ -136,7 +139,11 @@ class MixtureLinear(Gated, StructuredLinear):
         return self._finished(y, x)
 
     def product(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        return self.mixed(x, self.route(x), factors)
+        plan = self._plan
+        if plan is None and not torch.compiler.is_compiling():
+            dtype = autocast_dtype(x.device, x.dtype)
+            plan = measuring.remembered(self.structure, len(x), x.device, dtype)
+        return self.mixed(x, self.route(x), factors, plan=plan)
 
     def matrices(self, factors: Sequence[Tensor]) -> Tensor:
         """W (n, E, d_out, d_in) of all experts of n layers like this one."""
@@ -197,7 +204,18 @@ class MixtureLinear(Gated, StructuredLinear):
         return checked_plan(MixturePlan, value, self.structure)
 
     def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> MixturePlan:
+        found: MixturePlan | None = measuring.remembered(self.structure, tokens, device, dtype)
+        if found is not None:
+            return found.checked(self.structure)
         return choose_mixture_plan(self.structure, tokens, device, dtype)
+
+    def _plans_to_try(
+        self, tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> Sequence[MixturePlan]:
+        """One of each grouping, as for loads that are spread over the experts."""
+        if self.gate is None:
+            return super()._plans_to_try(tokens, device, dtype)
+        return mixture_plans(self.structure, tokens, device, dtype)
 
     def to_matrix(self) -> Tensor:
         """Raises TypeError: which matrix a mixture applies depends on the token."""

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nas.designs.sum import Sum, SumStructure, parse_sum
 from nas.errors import InvalidInput
+from nas.layers.alternating import MAX_SWEEPS, TOLERANCE
 from nas.layers.base import StructuredLinear
 from nas.layers.building import build_layer
+from nas.layers.fitting import Fit, check_weight
 
 _BETWEEN = " + "
 
@@ -107,6 +109,42 @@ class SumLinear(StructuredLinear):
         (one, other), (first, second) = self._parts, self._divided(factors)
         return one.matrices(first) + other.matrices(second)
 
+    @torch.no_grad()
+    def nearest(self, weight: Tensor, start: Sequence[Tensor] | None = None) -> Fit:
+        """Each part in turn is fitted to what the other leaves; a fit that is no better is dropped.
+
+        The part that alone leaves less comes first, so that the sum leaves no more than either.
+        """
+        check_weight(weight, self.structure)
+        w = (weight.cpu() if weight.device.type == "mps" else weight).double()  # mps has no float64
+        scale = w.abs().max().item() or 1.0  # squares of the scaled entries stay in range
+
+        def made(i: int, factors: Sequence[Tensor]) -> Tensor:
+            return self._parts[i].matrices([f.to(w).unsqueeze(0) for f in factors])[0]
+
+        def size(t: Tensor) -> float:
+            return float((t / scale).norm())
+
+        alone = [part.nearest(w) for part in self._parts]
+        best = min((0, 1), key=lambda i: alone[i].relative_error)
+        found = [fit.factors for fit in alone]
+        found[1 - best] = self._parts[1 - best].nearest(torch.zeros_like(w)).factors
+        matrices = [made(i, found[i]) for i in (0, 1)]
+        error = size(w - sum(matrices))
+        for sweep in range(MAX_SWEEPS):
+            before = error
+            for i in (1 - best, best):
+                goal, own = w - matrices[1 - i], None if sweep == 0 and i != best else found[i]
+                factors = self._parts[i].nearest(goal, own).factors
+                matrix = made(i, factors)
+                if size(goal - matrix) < error:
+                    found[i], matrices[i], error = factors, matrix, size(goal - matrix)
+            if not before - error > TOLERANCE * before:
+                break
+        rounded = [[f.to(weight) for f in factors] for factors in found]
+        left = size(w - made(0, rounded[0]) - made(1, rounded[1]))
+        return Fit((*rounded[0], *rounded[1]), left / size(w) if size(w) else 0.0)
+
     def _divided(self, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The factors of the first part and of the second."""
         count = len(self.structure.first.factors)
@@ -141,6 +179,16 @@ class SumLinear(StructuredLinear):
 
     def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
         return self._told([part.plan_for(tokens, device, dtype) for part in self._parts])
+
+    def measure_plan(self, tokens: int, dtype: torch.dtype | None = None) -> str:
+        """As of every layer, with each part measured by itself."""
+        factor = self._any_factor()
+        dtype = factor.dtype if dtype is None else dtype
+        parts = [
+            build_layer(part, bias=False, device=factor.device, dtype=dtype)
+            for part in self.structure.parts
+        ]
+        return self._told([part.measure_plan(tokens) for part in parts])
 
     def expected_seconds(self, tokens: int) -> float:
         return sum(part.expected_seconds(tokens) for part in self._parts)

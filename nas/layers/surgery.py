@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nas.designs.aligned import Aligned
 from nas.designs.design import Design, as_design, family_of, parse_design
 from nas.designs.structure import MAX_DIMENSION, LinearStructure
-from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear, sized
+from nas.layers.base import OF_ONE_MATRIX, StructuredLinear, sized
 from nas.layers.building import build_layer, layer_of
-from nas.layers.einsum import EinsumLinear
 from nas.layers.record import LayerRecord
 from nas.layers.references import MOST_OBJECTS, held_elsewhere
 
 AnyDesign = Design | str | Sequence[float]
 Select = Callable[[str, nn.Module], bool] | str | Sequence[str]
+#: How many heads of attention a layer makes ("out") or reads ("in").
+Heads = tuple[int, str]
 
 #: What a structured layer draws and trains in.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -143,6 +144,7 @@ class _Linear:
     module: nn.Module
     names: list[str]
     design: Design | LayerRecord | None = None
+    heads: Heads | None = None
     reason: str | None = None
 
 
@@ -151,6 +153,7 @@ def replace_linears(
     theta: AnyDesign | Mapping[str, AnyDesign],
     select: Select | None = None,
     *,
+    heads: Mapping[str, Heads] | None = None,
     from_dense: bool = False,
     normalize: bool = False,
     gain: bool = False,
@@ -171,10 +174,15 @@ def replace_linears(
     select
         Which layers: a function of (name, module), or shell-style patterns on names.  Default: all.
         A layer held under several names is selected by any of them.
+    heads
+        For designs with ``@heads``, which layers are projections of attention, by patterns on names
+        of which the first that matches counts: how many heads they make, ``{"*.q_proj": (12,
+        "out")}``, or read, ``{"*.o_proj": (12, "in")}``.  One that makes query, key and value at
+        once makes three times as many.
     from_dense
-        Start from the structured matrix nearest to each weight, as `EinsumLinear.from_linear`, and
-        report how near.  Default: drawn anew as `EinsumLinear` does; where the old weight was all
-        zero, as the zero map.
+        Start from the structured matrix nearest to each weight, as far as `from_linear` of the
+        layers finds it, and report how near.  Default: drawn anew as `EinsumLinear` does; where the
+        old weight was all zero, as the zero map.
     normalize, gain
         As in `EinsumLinear`.
 
@@ -206,8 +214,9 @@ def replace_linears(
     InvalidInput
         Not a module, itself a linear layer, or wrapped for data-parallel training; a θ that cannot
         be built; a pattern or function that selects no layer; different θ for one shared weight;
-        with `from_dense`, a weight on the meta device or with NaN, or `normalize`, which would
-        change the fitted matrix.  The model is then as it was.
+        ``@heads`` without `heads`; heads that do not divide a dimension, or for a design without
+        ``@heads``; with `from_dense`, a weight on the meta device or with NaN, a mixture, or
+        `normalize`, which would change the fitted matrix.  The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     >>> surgery = replace_linears(model, "monarch")
@@ -219,7 +228,7 @@ def replace_linears(
     if from_dense and normalize:
         raise InvalidInput("normalize", normalize, "False with from_dense")
     linears = _find(model)
-    _choose(linears, theta, select)
+    _choose(linears, theta, select, heads)
     return _replace(model, linears, from_dense, normalize, gain)
 
 
@@ -399,13 +408,22 @@ def _find(model: nn.Module) -> list[_Linear]:
 
 
 def _choose(
-    linears: list[_Linear], theta: AnyDesign | Mapping[str, AnyDesign], select: Select | None
+    linears: list[_Linear],
+    theta: AnyDesign | Mapping[str, AnyDesign],
+    select: Select | None,
+    heads: Mapping[str, Heads] | None,
 ) -> None:
-    """Give each selected layer its θ, each other one the reason."""
+    """Give each selected layer its θ and heads, each other one the reason."""
     by_pattern = theta if isinstance(theta, Mapping) else {"*": theta}
     if not by_pattern:
         raise InvalidInput("theta", theta, "a structure, or a structure for each pattern on names")
-    thetas = {_pattern("theta", pattern): _design(t) for pattern, t in by_pattern.items()}
+    thetas = {
+        _pattern("theta", pattern): _design(t, heads is not None)
+        for pattern, t in by_pattern.items()
+    }
+    of_attention = {} if heads is None else _checked_heads(heads)
+    if of_attention:
+        _matching("heads", list(of_attention), linears)
     if select is None:
         chosen = set(linears)
     elif callable(select):
@@ -421,11 +439,27 @@ def _choose(
             linear.reason = "not selected"
             continue
         linear.design = next(t for pattern, t in thetas.items() if _matches(linear, pattern))
+        found = (h for pattern, h in of_attention.items() if _matches(linear, pattern))
+        linear.heads = next(found, None)
 
 
-def _design(given: AnyDesign) -> Design:
+def _checked_heads(heads: object) -> dict[str, Heads]:
+    """Heads by pattern, each a pair; whether they divide a dimension shows when it is built."""
+    accepted = 'by pattern on names the number of heads and their side, such as (12, "out")'
+    if not isinstance(heads, Mapping):
+        raise InvalidInput("heads", heads, accepted)
+    for pattern, found in heads.items():
+        _pattern("heads", pattern)
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise InvalidInput("heads", found, accepted)
+    return dict(heads)
+
+
+def _design(given: AnyDesign, knows_heads: bool) -> Design:
     """A design that single layers can have."""
     design = as_design(given)
+    if knows_heads and isinstance(design, Aligned):
+        return design
     if accepted := family_of(design).alone(design):
         raise InvalidInput("theta", design.text, accepted)
     return design
@@ -583,7 +617,7 @@ def _sharing(model: nn.Module, linears: list[_Linear]) -> dict[nn.Module, Hashab
 def _factors_of(linear: _Linear) -> object:
     """Equal for layers that can share their factors."""
     found = linear.design
-    return (found.computes, found.gain) if isinstance(found, LayerRecord) else found
+    return (found.computes, found.gain) if isinstance(found, LayerRecord) else (found, linear.heads)
 
 
 def _memory(tensor: Tensor, *, whole: bool = False) -> Hashable:
@@ -613,31 +647,26 @@ def _build(
         "dtype": weight.dtype,
     }
     try:
-        if from_dense and not isinstance(linear.design, Theta | LayerRecord):
-            got = linear.design.text
-            raise InvalidInput("from_dense", got, "two factors, or from_dense=False")
-        if from_dense and shared is None:
-            assert isinstance(linear.design, Theta)
-            dense = nn.Linear(d_in, d_out, bias=False, device="meta")
-            dense.weight = nn.Parameter(weight, requires_grad=False)
-            fitted = EinsumLinear.from_linear(dense, linear.design)
-            fitted.zero_init = zero_init
-            layer: StructuredLinear = fitted
-        elif isinstance(linear.design, LayerRecord):
+        if isinstance(linear.design, LayerRecord):
             options = {**linear.design.options, "bias": False, **place}
             layer = build_layer(sized(linear.design.structure, d_in, d_out), **options)
         else:
+            heads, side = linear.heads or (None, "out")
             layer = layer_of(
-                linear.design, d_in, d_out, bias=False,
+                linear.design, d_in, d_out, heads=heads, side=side, bias=False,
                 zero_init=zero_init, normalize=normalize, gain=gain, **place,
             )  # fmt: skip
+            if from_dense and not layer.is_matrix:
+                accepted = f"{OF_ONE_MATRIX}; or from_dense=False"
+                raise InvalidInput("from_dense", linear.design.text, accepted)
+        if from_dense and shared is None:
+            layer.take_nearest(weight)
     except InvalidInput as error:
         field = f"{linear.names[0]}.{error.field}"
         raise InvalidInput(field, error.value, error.accepted) from error
     if shared is not None:
         layer._parameters.update(shared._parameters)
-        if isinstance(shared, EinsumLinear) and isinstance(layer, EinsumLinear):
-            layer.relative_error = shared.relative_error
+        layer.relative_error = shared.relative_error
     else:
         layer.requires_grad_(stored.requires_grad)
     layer._parameters["bias"] = bias
@@ -663,7 +692,7 @@ def _row(linear: _Linear, layer: StructuredLinear) -> Replaced:
         params_after=_count([layer]),
         flops_before=FLOPS_PER_MAC * structure.d_in * structure.d_out,
         flops_after=FLOPS_PER_MAC * structure.macs,
-        relative_error=getattr(layer, "relative_error", None),
+        relative_error=layer.relative_error,
     )
 
 

@@ -141,7 +141,7 @@ class Space(BaseModel):
         ("free",),
         2,
         "Whether attention heads coincide with blocks of the projections: free | aligned. Applies "
-        "to two factors, btt-moe and low-rank-moe; other designs are free.",
+        "to einsums, btt-moe, low-rank-moe, blast, pixelfly and lost; other designs are free.",
     )
 
     def check(self) -> None:

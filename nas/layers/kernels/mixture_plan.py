@@ -136,6 +136,22 @@ def choose_mixture_plan(
     )  # fmt: skip
 
 
+def mixture_plans(
+    structure: MixtureStructure, tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[MixturePlan]:
+    """One plan of each grouping that is worth measuring, the chosen one first."""
+    expert = structure.expert
+    tile = tile_of(_all_sizes(expert, structure.experts), device, dtype)
+    found = [
+        choose_mixture_plan(structure, tokens, device, dtype),
+        MixturePlan("experts"),
+        MixturePlan("batched"),
+        MixturePlan("grouped" if expert.is_dense else "matrices"),
+        MixturePlan("all", 0 if 2 * tile >= tokens else tile),
+    ]
+    return list({plan.grouping: plan for plan in reversed(found)}.values())[::-1]
+
+
 def choose_for_sizes(
     expert: Operator,
     experts: int,

@@ -525,6 +525,8 @@ def test_a_space_that_cannot_be_is_a_problem(client: TestClient, space: Any, wor
         "cola-mlp",
         "activated(kronecker;relu)",
         "monarch@heads",
+        "blast@heads",
+        "btt:cores=3,rho=1/8@heads",
     ],
 )
 def test_every_design_can_be_inspected(client: TestClient, text: str) -> None:

@@ -183,6 +183,8 @@ def test_a_search_can_be_claimed_by_its_id(store: Store, leases: Leases) -> None
     [
         "btt:cores=3,rho=1/8",
         "btt-moe:experts=4,active=2@heads",
+        "blast@heads",
+        "pixelfly@heads",
         "ffn-moe",
         "ffn-moe:experts=8,active=4,shared=1,granularity=4",
         "convolution",

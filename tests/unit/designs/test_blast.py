@@ -16,7 +16,7 @@ from nas.designs.blast import Blast, BlastStructure, inspect_blast, parse_blast
 from nas.designs.design import parse_design, proposals
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput
-from nas.layers import param_groups, replace_linears
+from nas.layers import param_groups
 from nas.layers.blast import BlastLinear
 from nas.planning import runs
 from nas.planning.cost import structures_of
@@ -238,10 +238,6 @@ def test_what_no_layer_can_be_built_from_is_named() -> None:
     with pytest.raises(InvalidInput, match=r"d_in, d_out: got 8, 8; accepted: 8, 9"):
         BlastLinear(structure, 8, 8)
     assert BlastLinear(structure, 8, 9, plan="batched").plan_for(3) == "batched"
-    with pytest.raises(InvalidInput, match="from_dense"):
-        replace_linears(torch.nn.Sequential(torch.nn.Linear(8, 8)), "blast", from_dense=True)
-    with pytest.raises(InvalidInput, match="blast"):
-        parse_design("blast@heads")
 
 
 def test_inspection_is_plain() -> None:

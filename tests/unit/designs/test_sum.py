@@ -23,7 +23,7 @@ from nas.designs.sum import Sum, SumStructure, parse_sum
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import DENSE
 from nas.errors import InvalidInput
-from nas.layers import SumLinear, build_layer, layer_of, param_groups, replace_linears
+from nas.layers import SumLinear, build_layer, layer_of, param_groups
 from nas.planning.recipe import TEXT
 from nas.planning.runs import fit
 from tests.support.strategies import thetas
@@ -244,8 +244,6 @@ def test_what_no_sum_can_be_built_from_is_named() -> None:
         SumLinear(0.5, 8, 8)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="d_in, d_out: got 16, 32; accepted: 16, 16"):
         SumLinear(nested, 16, 32)
-    with pytest.raises(InvalidInput, match=r"from_dense: got pixelfly.*; accepted: two factors"):
-        replace_linears(torch.nn.Sequential(torch.nn.Linear(16, 16)), "pixelfly", from_dense=True)
 
 
 @pytest.mark.parametrize("text", TEXTS)

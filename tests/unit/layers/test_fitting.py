@@ -55,7 +55,7 @@ def member(structure: Structure, seed: int = 0) -> Tensor:
 
 
 def error(w: Tensor, fit: Fit, structure: Structure) -> float:
-    return float((w - matrix(fit.A, fit.B, structure)).norm() / w.norm())
+    return float((w - matrix(fit.factors[0], fit.factors[1], structure)).norm() / w.norm())
 
 
 def is_padded(structure: Structure) -> bool:
@@ -78,8 +78,8 @@ def test_a_matrix_of_the_structure_is_recovered(
     assume(not structure.is_dense)
     w, s = member(structure), structure.sizes
     fit = fit_factors(w, structure)
-    assert fit.A.shape == (s.gamma, s.rho, s.phi, s.delta, s.alpha)
-    assert fit.B.shape == (s.phi, s.gamma, s.rho, s.beta, s.epsilon)
+    assert fit.factors[0].shape == (s.gamma, s.rho, s.phi, s.delta, s.alpha)
+    assert fit.factors[1].shape == (s.phi, s.gamma, s.rho, s.beta, s.epsilon)
     assert fit.relative_error == pytest.approx(error(w, fit, structure), abs=1e-12)
     # one factor has the private input axis, the other the private output axis: free entries are
     # whole rows and columns of a block
@@ -153,8 +153,13 @@ def test_kronecker_is_the_svd_of_the_rearranged_matrix(name: str) -> None:
     fit = fit_factors(w, structure)
     squared = (fit.relative_error * w.norm().item()) ** 2
     assert squared == pytest.approx(discarded(torch.stack(rows), s.rho), rel=1e-10)
-    terms = [torch.kron(fit.B[0, 0, r].T.contiguous(), fit.A[0, r, 0]) for r in range(s.rho)]
-    torch.testing.assert_close(torch.stack(terms).sum(0), matrix(fit.A, fit.B, structure))
+    terms = [
+        torch.kron(fit.factors[1][0, 0, r].T.contiguous(), fit.factors[0][0, r, 0])
+        for r in range(s.rho)
+    ]
+    torch.testing.assert_close(
+        torch.stack(terms).sum(0), matrix(fit.factors[0], fit.factors[1], structure)
+    )
 
 
 @pytest.mark.parametrize("name", ["monarch", "btt:rho=1/4"])
@@ -175,7 +180,7 @@ def test_btt_is_the_svd_of_every_block(name: str) -> None:
 def test_the_fit_is_a_local_minimum(name: str, shape: tuple[int, int]) -> None:
     structure, w = structure_of(name, *shape), random(*shape)
     fit = fit_factors(w, structure, max_sweeps=5000, tolerance=0)
-    a, b = fit.A.clone().requires_grad_(), fit.B.clone().requires_grad_()
+    a, b = fit.factors[0].clone().requires_grad_(), fit.factors[1].clone().requires_grad_()
     loss = (w - matrix(a, b, structure)).square().sum()
     gradients = torch.autograd.grad(loss, (a, b))
     assert max(g.abs().max().item() for g in gradients) < 1e-5 * w.norm().item()
@@ -189,7 +194,7 @@ def test_a_wrong_pairing_of_axes_would_be_noticed() -> None:
     structure = structure_of(GENERAL, 16, 16)
     w = member(structure)
     fit = fit_factors(w, structure)
-    assert error(w, replace(fit, A=fit.A.flip(4)), structure) > 0.1
+    assert error(w, replace(fit, factors=(fit.factors[0].flip(4), fit.factors[1])), structure) > 0.1
 
 
 def test_factors_stay_bounded_where_no_nearest_product_exists() -> None:
@@ -197,7 +202,7 @@ def test_factors_stay_bounded_where_no_nearest_product_exists() -> None:
     structure, w = structure_of(GENERAL, 13, 19), random(13, 19)
     start, fit = fit_factors(w, structure, max_sweeps=0), fit_factors(w, structure)
     assert fit.relative_error < start.relative_error
-    assert fit.A.abs().max() < 10 * start.A.abs().max()
+    assert fit.factors[0].abs().max() < 10 * start.factors[0].abs().max()
     halved = fit_factors(w.bfloat16(), structure).relative_error
     assert halved == pytest.approx(fit.relative_error, rel=0.01)
 
@@ -207,8 +212,8 @@ def test_factors_stay_bounded_where_no_nearest_product_exists() -> None:
 def test_factors_are_balanced_at_their_initial_stds(name: str, shape: tuple[int, int]) -> None:
     structure = structure_of(name, *shape)
     fit = fit_factors(random(*shape), structure)
-    used = fit.B.abs().sum((3, 4)).permute(1, 2, 0)[..., None, None] > 0  # (γ, ρ, φ, 1, 1)
-    rms = [f.square().mean().sqrt().item() for f in (fit.A * used, fit.B)]
+    used = fit.factors[1].abs().sum((3, 4)).permute(1, 2, 0)[..., None, None] > 0  # (γ, ρ, φ, 1, 1)
+    rms = [f.square().mean().sqrt().item() for f in (fit.factors[0] * used, fit.factors[1])]
     assert rms[0] / structure.init_std("A") == pytest.approx(rms[1] / structure.init_std("B"))
 
 
@@ -222,10 +227,10 @@ def test_dtype_is_kept_and_the_error_is_that_of_the_rounded_factors(
     structure = structure_of(name, 16, 16)
     w = torch.nn.Parameter(member(structure).to(dtype))
     fit = fit_factors(w, structure)
-    assert fit.A.dtype == fit.B.dtype == dtype
-    assert not fit.A.requires_grad
-    assert not fit.B.requires_grad
-    wide = Fit(fit.A.double(), fit.B.double(), 0.0)
+    assert fit.factors[0].dtype == fit.factors[1].dtype == dtype
+    assert not fit.factors[0].requires_grad
+    assert not fit.factors[1].requires_grad
+    wide = Fit(tuple(factor.double() for factor in fit.factors), 0.0)
     assert fit.relative_error == pytest.approx(error(w.detach().double(), wide, structure))
     assert fit.relative_error < bound
 
@@ -236,15 +241,15 @@ def test_zero_gives_a_zero_product_that_can_learn(name: str, shape: tuple[int, i
     structure = structure_of(name, *shape)
     fit = fit_factors(torch.zeros(shape), structure)
     assert fit.relative_error == 0.0
-    assert torch.count_nonzero(fit.B) == 0
-    assert fit.A.abs().min() > 0
+    assert torch.count_nonzero(fit.factors[1]) == 0
+    assert fit.factors[0].abs().min() > 0
 
 
 def test_blocks_of_zeros_can_learn() -> None:
     structure, w = structure_of("monarch", 16, 16), random(16, 16)
     w[:8, :8] = 0.0
     fit = fit_factors(w, structure)
-    assert fit.A.abs().min() > 0
+    assert fit.factors[0].abs().min() > 0
     alone = fit_factors(torch.where(w == 0, w, 2 * w), structure)
     assert fit.relative_error == pytest.approx(alone.relative_error)
 
@@ -264,10 +269,10 @@ def test_surplus_slices_change_nothing_and_can_learn() -> None:
     assert s.rho > rank
     fit = fit_factors(w, structure)
     assert fit.relative_error < 1e-12
-    assert torch.count_nonzero(fit.B[:, :, rank:]) == 0
-    assert fit.A[:, rank:].std().item() == pytest.approx(structure.init_std("A"), rel=0.2)
-    assert torch.equal(fit.A, fit_factors(w, structure).A)
-    a, b = fit.A.clone().requires_grad_(), fit.B.clone().requires_grad_()
+    assert torch.count_nonzero(fit.factors[1][:, :, rank:]) == 0
+    assert fit.factors[0][:, rank:].std().item() == pytest.approx(structure.init_std("A"), rel=0.2)
+    assert torch.equal(fit.factors[0], fit_factors(w, structure).factors[0])
+    a, b = fit.factors[0].clone().requires_grad_(), fit.factors[1].clone().requires_grad_()
     torch.autograd.backward((full_product(a, b) + random(16, 16, seed=1)).square().sum())
     assert b.grad is not None
     assert b.grad[:, :, rank:].abs().min() > 0

@@ -27,10 +27,11 @@ from nas.layers import (
     save,
 )
 
-#: Of each family with a matrix: design, and whether a dense weight can be projected to it.
+#: Of each family with a matrix: design, and whether it starts from the dense weight.
 FAMILIES = [
     ("btt:rho=1/4", True), ("low-rank:rho=1/2", True), ("dense", True),
-    ("btt:cores=3,rho=1/8", False), ("convolution:kernel=1/2", False),
+    ("btt:cores=3,rho=1/8", False), ("btt:cores=3,rho=1/8", True), ("convolution:kernel=1/2", True),
+    ("blast", True), ("block-sparse", True), ("lost", True),
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from nas.designs.einsum import Structure
 from nas.designs.taxonomy import parse_theta
 from nas.designs.theta import Theta
 from nas.errors import InvalidInput
-from nas.layers import EinsumLinear, Plan
+from nas.layers import EinsumLinear, Plan, layer_of
 from nas.layers.kernels import einsum as kernels
 from nas.layers.kernels.contraction import contract, plain
 from nas.layers.kernels.measuring import remember_plans, remembered_plans
@@ -473,6 +473,56 @@ def test_a_measured_plan_is_remembered_and_can_be_carried_over() -> None:
 def test_measuring_leaves_out_what_is_hopeless() -> None:
     layer = EinsumLinear("low-rank:rho=3/4", 512, 512)  # B first would need gigabytes
     assert layer.measure_plan(256).order != "b-first"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("btt:cores=3,rho=1/8", 4), ("btt-moe:experts=4,active=2", 4), ("pixelfly", 1),
+        ("blast", 1), ("convolution", 1), ("block-sparse", 1),
+    ],
+)  # fmt: skip
+def test_every_family_is_measured_or_says_its_one_way(text: str, count: int) -> None:
+    layer = layer_of(text, 24, 32)
+    before = dict(remembered_plans())
+    assert len(layer._plans_to_try(32, CPU, torch.float32)) == count
+    plan = layer.measure_plan(32)
+    assert plan == layer.plan_for(32) == layer_of(text, 24, 32).plan_for(32)
+    found = {key: said for key, said in remembered_plans().items() if key not in before}
+    if count > 1:
+        (said,) = found.values()
+        assert said == str(plan)
+        assert layer.structure.fingerprint in next(iter(found))
+    else:  # of a sum that of its einsum
+        assert len(found) == (text == "pixelfly")
+    remember_plans(found)
+    assert layer.plan_for(32) == plan
+    layer.plan = plan
+    fixed = layer(torch.ones(32, 24))
+    layer.plan = None
+    torch.testing.assert_close(layer(torch.ones(32, 24)), fixed)
+    with pytest.raises(InvalidInput, match="tokens: got 0"):
+        layer.measure_plan(0)
+
+
+def test_a_remembered_plan_is_the_one_that_runs() -> None:
+    def keys(fingerprint: str) -> list[str]:
+        return [k for k in remembered_plans() if k.startswith(f"{fingerprint} tokens=64 ")]
+
+    layer = layer_of("btt:cores=3,rho=1/8", 24, 32)
+    layer.measure_plan(64)
+    (key,) = keys(layer.structure.fingerprint)
+    remember_plans({key: "path (0,1) (0,2) (0,1)"})
+    assert layer.plan_for(64) == "path (0,1) (0,2) (0,1)"
+    remember_plans({key: "path (0,9) (0,2) (0,1)"})  # which no chain of three has
+    with pytest.raises(InvalidInput, match=r"plan: got path \(0,9\)"):
+        layer(torch.zeros(64, 24))
+    remember_plans({key: "path (0,3) (0,2) (0,1)"})
+    mixture = layer_of("btt-moe:experts=4,active=2", 24, 32)
+    mixture.measure_plan(64)
+    (key,) = keys(mixture.structure.fingerprint)
+    remember_plans({key: "grouping=batched"})
+    assert str(mixture.plan_for(64)) == "grouping=batched"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
