@@ -104,9 +104,9 @@ def _in_role(design: Aligned, role: LinearRole) -> LinearStructure:
 
 
 def _fit(design: Aligned, width: int, block: BlockOf) -> Design:
-    family = family_of(design.of)
-    fitted = family.fit(design.of, width, lambda inner: block(aligned(inner)))
-    return Aligned(fitted) if family.has_blocks(fitted) else fitted
+    fitted = family_of(design.of).fit(design.of, width, lambda inner: block(aligned(inner)))
+    # which may be dense, of another family
+    return Aligned(fitted) if family_of(fitted).has_blocks(fitted) else fitted
 
 
 FAMILY = Family(
