@@ -27,6 +27,7 @@ from nas.layers import SumLinear, build_layer, layer_of, param_groups
 from nas.planning.recipe import TEXT
 from nas.planning.runs import fit
 from tests.support.strategies import thetas
+from tests.support.tiers import thinned
 from tests.unit.designs.test_block_sparse import designs as block_sparse
 from tests.unit.designs.test_chain import chains, three
 
@@ -299,7 +300,7 @@ def test_function_transforms(text: str) -> None:
             torch.testing.assert_close(each[name][i], found)
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", thinned(TEXTS, 1))
 def test_compiles_as_one_graph_for_any_number_of_tokens(text: str) -> None:
     torch._dynamo.reset()
     layer = SumLinear(text, 37, 50, normalize=True)

@@ -44,8 +44,7 @@ RECIPES: dict[str, tuple[Recipe, int]] = {
 }
 _STEPS = 12
 #: Designs that `make test` trains on text as well.
-_TEXT = ("dense", "monarch", "btt:rho=1/4", "btt:cores=3,rho=1/8", "monarch@heads", "blast",
-         "btt-moe:experts=4,active=2",
+_TEXT = ("dense", "btt:rho=1/4", "btt:cores=3,rho=1/8", "monarch@heads",
          "ffn-moe:experts=8,active=4,shared=1,granularity=4")  # fmt: skip
 
 
