@@ -454,9 +454,7 @@ def test_a_guide_takes_it_from_random_factors_alone() -> None:
         return nn.Sequential(nn.Linear(16, 16))
 
     for surgery in (replace_linears, lambda m, t, **o: SelfGuided(m, t, steps=2, **o)):
-        with pytest.raises(
-            InvalidInput, match=r"from_dense: got cola-mlp.*: a design of one"
-        ):
+        with pytest.raises(InvalidInput, match=r"from_dense: got cola-mlp.*: a design of one"):
             surgery(dense(), "cola-mlp", from_dense=True)
     model, x = dense(), torch.randn(3, 16)
     guide = SelfGuided(model, "cola-mlp", steps=2, from_dense=False)
