@@ -40,8 +40,9 @@ _SYMBOLS = {
 _OTHER = "hexagon"
 #: Characters of a line beside the axis of losses, and the height of one, pixels.
 _AXIS_LINE, _AXIS_LINE_HEIGHT = 26, 15
-#: Height of a row of the legend, pixels, and the entries that leave room for the title.
-_LEGEND_ROW, _SERIES_OF_ONE_KIND = 22, 4
+#: Height of a row of the legend, pixels, the entries that leave room for the title, and those
+#: above which the legend would leave no room for the points, so that it stands beside them.
+_LEGEND_ROW, _SERIES_OF_ONE_KIND, _SERIES_ABOVE = 22, 4, 7
 #: Half width of a 95% interval in standard errors, and points of the line of a power law.
 _NORMAL_95, _LAW_POINTS = 1.96, 24
 #: Zoom and selection survive the live updates.
@@ -179,7 +180,10 @@ def draw_scatter(
     measured = f", measured on {plain_text(device)}" if device else ""
     x_title = f"{shown.unit.partition(':')[0]}{measured}"
     layout = loss_layout(f"Loss against {shown.meaning}", x_title, unit, **_KEPT)
-    if len(data) > _SERIES_OF_ONE_KIND:  # the legend grows upwards, into the title
+    if len(data) > _SERIES_ABOVE:
+        layout["legend"] = {"x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top"}
+        layout["margin"]["t"] = 48
+    elif len(data) > _SERIES_OF_ONE_KIND:  # the legend grows upwards, into the title
         layout["margin"]["t"] += _LEGEND_ROW * (len(data) - _SERIES_OF_ONE_KIND)
     traces = []
     for key, colour in (("structured", STRUCTURED), ("dense", DENSE)):

@@ -726,6 +726,11 @@ def test_a_picture_tells_kinds_of_designs_apart() -> None:
     assert data["structured_front"].symbols == ("circle", "diamond", "square")
     drawn = draw_scatter(data, "train_flops", "nats")
     assert [t["name"] for t in drawn["data"]][:3] == kinds
+    assert drawn["layout"]["legend"]["y"] == 1  # above the points
+    more = ("blast", "lost", "convolution", "cola-mlp")
+    points += [curve_point(i, 10.0**i, 1.0, text) for i, text in enumerate(more, 4)]
+    many = draw_scatter(scatter_data(points), "train_flops", "nats")
+    assert many["layout"]["legend"]["x"] > 1  # beside them, or there would be no room for points
     alone = scatter_data(points[:1])
     assert set(alone) == {"structured", "dense", "structured_front", "dense_front"}
 
