@@ -62,7 +62,9 @@ def _await_ready(client: Client, service: subprocess.Popen[bytes]) -> None:
 
 
 def reproduce(
-    scale: Annotated[str, typer.Option(help="cpu: under an hour on two cores | gpu")] = "cpu",
+    scale: Annotated[
+        str, typer.Option(help="cpu: a quarter of an hour on two cores | gpu")
+    ] = "cpu",
     out: Annotated[
         Path, typer.Option(help="Folder for runs and report; runs already in it are reused.")
     ] = Path("reproduction"),
