@@ -208,7 +208,7 @@ def proposals() -> dict[str, Proposals]:
 def design_forms() -> str:
     """What `parse_design` reads, in words."""
     forms = "; ".join(family.forms for family in families() if family.forms)
-    unlike = "dense, convolution, block-sparse, dense-moe and ffn-moe"
+    unlike = "dense, convolution, block-sparse, dense-moe, ffn-moe, cola-mlp and activated"
     return f"{forms}; and any of these but {unlike}, followed by {AT_HEADS}"
 
 
