@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -23,8 +24,12 @@ UNLIMITED = dict.fromkeys(("rate_limit", "submit_limit"), "1000000/second")
 
 
 def free_port() -> int:
-    """A port of the loopback on which nothing listens."""
-    return port_or_free(0)
+    """A port on which nothing listens.
+
+    Below those that systems give to outgoing connections, one of which could take it before it is
+    used.
+    """
+    return port_or_free(20_000 + secrets.randbelow(12_000))
 
 
 def service_environment(
