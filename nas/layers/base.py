@@ -141,18 +141,21 @@ class StructuredLinear(nn.Module):
             accepted = " | ".join(PARAMETRIZATIONS)
             raise InvalidInput("parametrization", parametrization, accepted)
         self.parametrization = parametrization
-        spectral = parametrization == "spectral"
         self._factors = tuple(
-            (n, p, self.structure.init_std(n) * (self.structure.spectral_gains(n)[0] ** spectral))
-            for n, p, _ in self._factors
+            (name, parameter, self.structure.init_std(name) * self._gains(name)[0])
+            for name, parameter, _ in self._factors
         )
         self.reset_parameters()
 
     def adam_lr_multiplier(self, factor: str, d_in_base: int | None = None) -> float:
         """That of the structure under the layer's parametrization."""
-        multiplier = self.structure.adam_lr_multiplier(factor, d_in_base)
-        spectral = self.parametrization == "spectral" and factor in self.structure.factors
-        return multiplier * (self.structure.spectral_gains(factor)[1] if spectral else 1.0)
+        return self.structure.adam_lr_multiplier(factor, d_in_base) * self._gains(factor)[1]
+
+    def _gains(self, factor: str) -> tuple[float, float]:
+        """Of standard deviation and Adam learning rate over the published ones; a gate has none."""
+        if self.parametrization == "spectral" and factor in self.structure.factors:
+            return self.structure.spectral_gains(factor)
+        return 1.0, 1.0
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -41,8 +41,8 @@ class Study:
 #: Scale → its studies.  At CPU scale both together take a quarter of an hour on two cores.
 SCALES: Mapping[str, tuple[Study, ...]] = {
     "cpu": (
-        Study(with_overrides(REGRESSION, {"batch": 1024}), 2e11, (0.1, 0.3, 0.5)),
-        Study(TEXT, 2e11, (0.1, 0.3, 0.5)),
+        Study(with_overrides(REGRESSION, {"batch": 1024}), 1e11, (0.1, 0.3, 0.5)),
+        Study(TEXT, 1e11, (0.1, 0.3, 0.5)),
     ),
     "gpu": (
         Study(
