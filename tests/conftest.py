@@ -17,11 +17,12 @@ from nas.store import upgrade
 from tests.support.databases import DATABASES, new_postgresql, new_sqlite, on_server
 from tests.support.services import UNLIMITED, Service, running
 from tests.support.small import SMALL_SEARCH
+from tests.support.tiers import FULL
 
 #: What begins first: files that wait for processes, the longest at the front, so that none is left
 #: over when everything else has ended, and others compute meanwhile.
 _LONG = (
-    "test_documents", "test_cli.py", "test_end_to_end", "test_browser.py", "test_kill.py",
+    "test_documents", "test_cli.py", "test_end_to_end", "test_browser.py", "test_own_model",
     "test_hostile", "test_trial_faults", "test_browser_security", "test_browser_origins",
     "test_event_streams", "test_kills", "integration/workers", "integration/http", "test_proxy",
     "test_mixture", "test_plans", "integration/faults", "acceptance", "test_backup",
@@ -48,8 +49,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests so that the long ones begin first."""
+    """Leave to `make test-all` what `one_database` says, and sort so that the long tests begin
+    first."""
+    for item in items:
+        both = item.get_closest_marker("one_database") is not None
+        if both and "postgresql" in item.name:
+            item.add_marker(FULL)
 
     def order(item: pytest.Item) -> int:
         path = item.path.as_posix()

@@ -19,21 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.designs.blast import Blast, BlastStructure, parse_blast
-from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
 from nas.layers.modes import autocast_dtype
+from nas.layers.of_design import DesignLinear
 
-_PLAN = "batched"
 
-
-class BlastLinear(StructuredLinear):
+class BlastLinear(DesignLinear[Blast, BlastStructure]):
     """y = x Wᵀ + bias with W (d_out, d_in) a BLAST matrix; shape (..., d_in) → (..., d_out).
 
     Block (i, j) of W is U_i diag(s_ij) V_jᵀ; see `nas.designs.blast`.
 
     Parameters
     ----------
-    blast
+    design
         A `Blast`, its text, or the `BlastStructure` of a layer d_in → d_out.
     d_in, d_out
         Any dimensions; inputs are zero-padded, outputs cut, at their end.
@@ -57,30 +54,18 @@ class BlastLinear(StructuredLinear):
 
     structure: BlastStructure
     S: nn.Parameter
+    family = "blast"
+    design_class = Blast
+    structure_class = BlastStructure
+    parse = staticmethod(parse_blast)
+    only_plan = "batched"
 
-    def __init__(
-        self,
-        blast: Blast | str | BlastStructure,
-        d_in: int,
-        d_out: int,
-        bias: bool = True,
-        *,
-        zero_init: bool = False,
-        normalize: bool = False,
-        gain: bool = False,
-        d_in_base: int | None = None,
-        plan: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _structure(blast, d_in, d_out), d_in, d_out, bias,
-            zero_init, normalize, gain, d_in_base, plan, device, dtype,
-        )  # fmt: skip
-        s = self.structure
+    def _structure_of(self, design: Blast | str | BlastStructure, *sides: int) -> BlastStructure:
+        s = super()._structure_of(design, *sides)
         # looked up here, since compiled code cannot
         self._columns, self._block_in, self._padded_out = s.columns, s.block_in, s.padded_out
         self._padding = s.padded_in - s.d_in
+        return s
 
     def _shapes(self) -> dict[str, tuple[int, int, int]]:
         return self.structure.shapes
@@ -123,22 +108,5 @@ class BlastLinear(StructuredLinear):
         u = functional.pad(u, (0, 0, 0, s.padded_out - s.d_out)).view(s.rows, s.block_out, s.rho)
         return [v.transpose(0, 1), torch.ones(self.S.shape, dtype=u.dtype, device=u.device), u]
 
-    def _checked_plan(self, value: object) -> str:
-        if value != _PLAN:
-            raise InvalidInput("plan", value, f"None or {_PLAN}")
-        return _PLAN
-
-    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-        return _PLAN
-
     def _design_repr(self) -> str:
         return self.structure.blast.name
-
-
-def _structure(blast: Blast | str | BlastStructure, d_in: int, d_out: int) -> BlastStructure:
-    if isinstance(blast, BlastStructure):
-        return blast
-    found = parse_blast(blast) if isinstance(blast, str) else blast
-    if not isinstance(found, Blast):
-        raise InvalidInput("blast", found, "a Blast, its text, or a BlastStructure")
-    return BlastStructure.of(found, d_in, d_out)

@@ -14,14 +14,11 @@ from nas.designs.block_sparse import (
     Channels,
     parse_block_sparse,
 )
-from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
 from nas.layers.modes import autocast_dtype
+from nas.layers.of_design import DesignLinear
 
-_PLAN = "gathered"
 
-
-class BlockSparseLinear(StructuredLinear):
+class BlockSparseLinear(DesignLinear[BlockSparse, BlockSparseStructure]):
     """y = x Wᵀ + bias with W zero outside a pattern; shape (..., d_in) → (..., d_out).
 
     W is (d_out, d_in).  Block i of the output is Σ_j W[i,j] x[j] over the stored blocks (i, j); see
@@ -51,26 +48,11 @@ class BlockSparseLinear(StructuredLinear):
     """
 
     structure: BlockSparseStructure
-
-    def __init__(
-        self,
-        design: BlockSparse | str | BlockSparseStructure,
-        d_in: int,
-        d_out: int,
-        bias: bool = True,
-        *,
-        zero_init: bool = False,
-        normalize: bool = False,
-        gain: bool = False,
-        d_in_base: int | None = None,
-        plan: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _structure(design, d_in, d_out), d_in, d_out, bias,
-            zero_init, normalize, gain, d_in_base, plan, device, dtype,
-        )  # fmt: skip
+    family = "block_sparse"
+    design_class = BlockSparse
+    structure_class = BlockSparseStructure
+    parse = staticmethod(parse_block_sparse)
+    only_plan = "gathered"
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {"A": self.structure.shape}
@@ -118,17 +100,6 @@ class BlockSparseLinear(StructuredLinear):
         made = torch.bmm(rows, stored.transpose(1, 2)).transpose(0, 1)
         return _joined(made, s.d_out, s.blocks)
 
-    def _checked_plan(self, value: object) -> str:
-        if value != _PLAN:
-            raise InvalidInput("plan", value, f"None or {_PLAN}")
-        return _PLAN
-
-    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-        return _PLAN
-
-    def _design_repr(self) -> str:
-        return self.structure.design.name
-
 
 def _split(x: Tensor, dimension: int, blocks: int) -> Tensor:
     """(n, dimension) → (n, blocks, size); the last blocks are one short, and end in a zero."""
@@ -148,15 +119,3 @@ def _joined(y: Tensor, dimension: int, blocks: int) -> Tensor:
         return y.flatten(1, 2)
     whole = blocks - short
     return torch.cat((y[:, :whole].flatten(1, 2), y[:, whole:, :-1].flatten(1, 2)), dim=1)
-
-
-def _structure(
-    design: BlockSparse | str | BlockSparseStructure, d_in: int, d_out: int
-) -> BlockSparseStructure:
-    if isinstance(design, BlockSparseStructure):
-        return design
-    found = parse_block_sparse(design) if isinstance(design, str) else design
-    if not isinstance(found, BlockSparse):
-        accepted = "a BlockSparse, its text, or a BlockSparseStructure"
-        raise InvalidInput("block_sparse", found, accepted)
-    return BlockSparseStructure.of(found, d_in, d_out)

@@ -11,17 +11,16 @@ from torch.nn import functional
 
 from nas.designs.cola import Activated, ActivatedStructure, parse_cola
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
 from nas.layers.einsum import factor_shapes
 from nas.layers.modes import autocast_dtype
+from nas.layers.of_design import DesignLinear
 
-_PLAN = "a-first"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu,
 }  # fmt: skip
 
 
-class ActivatedLinear(StructuredLinear):
+class ActivatedLinear(DesignLinear[Activated, ActivatedStructure]):
     """y = B act(A x) + bias, for two factors A and B; shape (..., d_in) → (..., d_out).
 
     Not linear in x: `to_matrix`, `to_linear` and `as_operator` refuse.  See `nas.designs.cola`.
@@ -54,26 +53,11 @@ class ActivatedLinear(StructuredLinear):
     structure: ActivatedStructure
     A: nn.Parameter
     B: nn.Parameter
-
-    def __init__(
-        self,
-        design: Activated | str | ActivatedStructure,
-        d_in: int,
-        d_out: int,
-        bias: bool = True,
-        *,
-        zero_init: bool = False,
-        normalize: bool = False,
-        gain: bool = False,
-        d_in_base: int | None = None,
-        plan: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _structure(design, d_in, d_out), d_in, d_out, bias,
-            zero_init, normalize, gain, d_in_base, plan, device, dtype,
-        )  # fmt: skip
+    family = "cola"
+    design_class = Activated
+    structure_class = ActivatedStructure
+    parse = staticmethod(parse_cola)
+    only_plan = "a-first"
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return factor_shapes(self.structure.sizes)
@@ -115,25 +99,3 @@ class ActivatedLinear(StructuredLinear):
     def as_operator(self) -> NoReturn:
         """Raises InvalidInput, as `to_matrix`."""
         self.to_matrix()
-
-    def _checked_plan(self, value: object) -> str:
-        if value != _PLAN:
-            raise InvalidInput("plan", value, f"None or {_PLAN}")
-        return _PLAN
-
-    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-        return _PLAN
-
-    def _design_repr(self) -> str:
-        return self.structure.design.described
-
-
-def _structure(
-    design: Activated | str | ActivatedStructure, d_in: int, d_out: int
-) -> ActivatedStructure:
-    if isinstance(design, ActivatedStructure):
-        return design
-    found = parse_cola(design) if isinstance(design, str) else design
-    if not isinstance(found, Activated):
-        raise InvalidInput("cola", found, "an Activated, its text, or an ActivatedStructure")
-    return ActivatedStructure.of(found, d_in, d_out)

@@ -9,14 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from nas.designs.convolution import Convolution, ConvolutionStructure, parse_convolution
-from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
 from nas.layers.modes import autocast_dtype
+from nas.layers.of_design import DesignLinear
 
-_PLAN = "conv1d"
 
-
-class ConvolutionLinear(StructuredLinear):
+class ConvolutionLinear(DesignLinear[Convolution, ConvolutionStructure]):
     """y = x Wᵀ + bias with W (d_out, d_in) blocks of circulants; shape (..., d_in) → (..., d_out).
 
     With z the input as channels (c_in, L), output channel o at position l is
@@ -24,7 +21,7 @@ class ConvolutionLinear(StructuredLinear):
 
     Parameters
     ----------
-    convolution
+    design
         A `Convolution`, its text, or the `ConvolutionStructure` of a layer d_in → d_out.
     d_in, d_out
         Any dimensions; inputs are zero-padded, outputs cut, at their end.
@@ -46,26 +43,11 @@ class ConvolutionLinear(StructuredLinear):
     """
 
     structure: ConvolutionStructure
-
-    def __init__(
-        self,
-        convolution: Convolution | str | ConvolutionStructure,
-        d_in: int,
-        d_out: int,
-        bias: bool = True,
-        *,
-        zero_init: bool = False,
-        normalize: bool = False,
-        gain: bool = False,
-        d_in_base: int | None = None,
-        plan: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _structure(convolution, d_in, d_out), d_in, d_out, bias,
-            zero_init, normalize, gain, d_in_base, plan, device, dtype,
-        )  # fmt: skip
+    family = "convolution"
+    design_class = Convolution
+    structure_class = ConvolutionStructure
+    parse = staticmethod(parse_convolution)
+    only_plan = "conv1d"
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         s = self.structure
@@ -94,25 +76,5 @@ class ConvolutionLinear(StructuredLinear):
         y = functional.conv1d(z, kernel).flatten(1)
         return y[:, : s.d_out] if s.padded_out > s.d_out else y
 
-    def _checked_plan(self, value: object) -> str:
-        if value != _PLAN:
-            raise InvalidInput("plan", value, f"None or {_PLAN}")
-        return _PLAN
-
-    def _chosen_plan(self, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-        return _PLAN
-
     def _design_repr(self) -> str:
         return self.structure.convolution.name
-
-
-def _structure(
-    convolution: Convolution | str | ConvolutionStructure, d_in: int, d_out: int
-) -> ConvolutionStructure:
-    if isinstance(convolution, ConvolutionStructure):
-        return convolution
-    found = parse_convolution(convolution) if isinstance(convolution, str) else convolution
-    if not isinstance(found, Convolution):
-        accepted = "a Convolution, its text, or a ConvolutionStructure"
-        raise InvalidInput("convolution", found, accepted)
-    return ConvolutionStructure.of(found, d_in, d_out)

@@ -11,14 +11,14 @@ from torch import Tensor
 from nas.designs.sum import Sum, SumStructure, parse_sum
 from nas.errors import InvalidInput
 from nas.layers.alternating import MAX_SWEEPS, TOLERANCE
-from nas.layers.base import StructuredLinear
 from nas.layers.building import build_layer
 from nas.layers.fitting import Fit, check_weight
+from nas.layers.of_design import DesignLinear
 
 _BETWEEN = " + "
 
 
-class SumLinear(StructuredLinear):
+class SumLinear(DesignLinear[Sum, SumStructure]):
     """y = x (W1 + W2)ᵀ + bias with W1, W2 of two structures; shape (..., d_in) → (..., d_out).
 
     Parameters
@@ -51,31 +51,18 @@ class SumLinear(StructuredLinear):
     """
 
     structure: SumStructure
+    family = "sum"
+    design_class = Sum
+    structure_class = SumStructure
+    parse = staticmethod(parse_sum)
 
-    def __init__(
-        self,
-        design: Sum | str | SumStructure,
-        d_in: int,
-        d_out: int,
-        bias: bool = True,
-        *,
-        zero_init: bool = False,
-        normalize: bool = False,
-        gain: bool = False,
-        d_in_base: int | None = None,
-        plan: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        structure = _structure(design, d_in, d_out)
+    def _structure_of(self, design: Sum | str | SumStructure, *sides: int) -> SumStructure:
+        structure = super()._structure_of(design, *sides)
         # how each part multiplies; without numbers, and in a tuple so as to be no submodules
         self._parts = tuple(
             build_layer(part, bias=False, device="meta") for part in structure.parts
         )
-        super().__init__(
-            structure, d_in, d_out, bias,
-            zero_init, normalize, gain, d_in_base, plan, device, dtype,
-        )  # fmt: skip
+        return structure
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -195,12 +182,3 @@ class SumLinear(StructuredLinear):
 
     def _design_repr(self) -> str:
         return _BETWEEN.join(part._design_repr() for part in self._parts)
-
-
-def _structure(design: Sum | str | SumStructure, d_in: int, d_out: int) -> SumStructure:
-    if isinstance(design, SumStructure):
-        return design
-    found = parse_sum(design) if isinstance(design, str) else design
-    if not isinstance(found, Sum):
-        raise InvalidInput("sum", found, "a Sum, its text, or a SumStructure")
-    return SumStructure.of(found, d_in, d_out)

@@ -18,6 +18,7 @@ from nas.store.keys import Keys
 from tests.support.planting import open_store
 from tests.support.services import Service, api, running
 from tests.support.small import SMALL_SEARCH
+from tests.support.tiers import FULL
 
 TOOLS = {
     "list_tasks", "list_searches", "preview_search", "submit_search", "get_search",
@@ -141,6 +142,7 @@ def test_what_is_wrong_is_told_and_nothing_is_done(tmp_path: Path) -> None:
     store.close()
 
 
+@FULL
 def test_a_key_decides_what_an_agent_may_do(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'einsum-nas.db'}")
     with running(api(tmp_path, access_control="true", tenant_searches="1")) as service:

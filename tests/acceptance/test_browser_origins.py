@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.browser import chromium, needs_chromium, watched
 from tests.support.services import Service, api, running
-from tests.support.tiers import only, thinned
+from tests.support.tiers import FULL, only, thinned
 
 pytestmark = needs_chromium
 SEARCH = {"train_flops": 2e11, "trials": 2}
@@ -117,6 +117,7 @@ FRAME = """([url, kind]) => new Promise((resolve) => {
 })"""
 
 
+@FULL
 def test_nothing_shows_in_a_frame(browser: Any, open_service: Service, elsewhere: str) -> None:
     search = submit(open_service)
     with watched(browser, open_service.url, elsewhere) as (context, _):
@@ -356,7 +357,7 @@ def test_what_is_no_key_is_told_and_repeated_nowhere(browser: Any, locked_servic
     "target",
     thinned(["https://evil.invalid/", "//evil.invalid/", "/\\evil.invalid/", "javascript:hit(1)",
      "\t//evil.invalid/", "/\t/evil.invalid/", "data:text/html,<script>hit(1)</script>",
-     "/%2f/evil.invalid/..%2f..", "http:evil.invalid", '"><script>hit(1)</script>'], 2),
+     "/%2f/evil.invalid/..%2f..", "http:evil.invalid", '"><script>hit(1)</script>'], 1),
 )  # fmt: skip
 def test_signing_in_leads_nowhere_else(browser: Any, locked_service: Service, target: str) -> None:
     key = make_key(locked_service, "led away", "read")

@@ -13,6 +13,7 @@ from nas.store.processes import Processes
 from tests.support.browser import Seen, chromium, needs_chromium, watched
 from tests.support.filling import FINGERPRINT, REQUEST, Filling, fill
 from tests.support.services import Service, api, running
+from tests.support.tiers import only
 
 pytestmark = needs_chromium
 TASK = f"text@{FINGERPRINT}"
@@ -48,7 +49,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield ready
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), only([(390, "dark")], [(1400, "light"), (390, "dark")])
+)
 def test_each_page_fits_and_does_nothing_it_should_not(
     browser: Any, service: Service, width: int, scheme: str
 ) -> None:
@@ -78,7 +81,11 @@ def test_the_space_is_drawn_without_webgl_too_and_leads_to_trials(
         dots = page.locator("#inputs .scatterlayer .point")
         assert dots.count() == page.locator("#outputs .scatterlayer .point").count() == 2
         box = dots.first.bounding_box()
-        page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(*middle)
+        # Plotly takes a click for one on a point only once it has shown the point's label
+        page.wait_for_selector("#inputs .hoverlayer .hovertext")
+        page.mouse.click(*middle)
         page.wait_for_selector("h1:has-text('Trial')")
         assert seen == Seen()
 

@@ -71,6 +71,7 @@ def test_layers_need_torch_and_numpy_alone() -> None:
     assert found.stdout.strip() == "3", found.stderr
 
 
+@FULL
 def test_training_needs_pydantic_besides() -> None:
     code = _BLOCKED.format(blocked=SERVICE) + (
         "import benchmarks.gpu.steps, benchmarks.gpu.study, nas.tasks.corpus\n"

@@ -164,7 +164,7 @@ def _refused(answer: Any, name: str, hostile: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.timeout(DEADLINE, func_only=True)
-@pytest.mark.parametrize("name", thinned([*NAMES, *MADE], 40), ids=lambda name: ascii(name)[1:40])
+@pytest.mark.parametrize("name", thinned([*NAMES, *MADE], 15), ids=lambda name: ascii(name)[1:40])
 def test_what_may_not_be_read_is_refused_before_anything_runs(
     name: str, client: TestClient, hostile: tuple[Path, Path], never: Openings
 ) -> None:

@@ -111,6 +111,7 @@ def all_ids(store: Store, search_id: str) -> list[int]:
     return [event.id for event in found]
 
 
+@pytest.mark.one_database
 def test_a_tenant_has_half_of_all_streams_at_most(store: Store) -> None:
     search = new_search(store)
 
@@ -243,6 +244,7 @@ def test_a_slow_stream_holds_up_nobody(store: Store) -> None:
     following(store, work)
 
 
+@pytest.mark.one_database
 def test_a_search_that_is_tried_again_is_followed_on(store: Store) -> None:
     leases = Leases(store, max_attempts=1)
     search_id = new_search(store)
@@ -283,6 +285,7 @@ def test_a_search_that_is_tried_again_is_followed_on(store: Store) -> None:
     following(store, work)
 
 
+@pytest.mark.one_database
 def test_the_stream_of_a_deleted_search_ends(store: Store) -> None:
     search_id, other = new_search(store), new_search(store)
 
@@ -301,6 +304,7 @@ def test_the_stream_of_a_deleted_search_ends(store: Store) -> None:
     following(store, work)
 
 
+@pytest.mark.one_database
 def test_nothing_is_looked_at_for_nobody(store: Store) -> None:
     search_id = new_search(store)
 
@@ -322,6 +326,7 @@ def test_nothing_is_looked_at_for_nobody(store: Store) -> None:
     following(store, work)
 
 
+@pytest.mark.one_database
 def test_no_more_streams_than_may_be(store: Store) -> None:
     search_id = new_search(store)
 
@@ -336,6 +341,7 @@ def test_no_more_streams_than_may_be(store: Store) -> None:
     following(store, work, streams=2)
 
 
+@pytest.mark.one_database
 def test_who_is_no_longer_welcome_is_told_no_more(store: Store) -> None:
     search_id = new_search(store)
 

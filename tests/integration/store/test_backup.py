@@ -41,6 +41,7 @@ from tests.support.stored import (
     draft,
     run_to_plan,
 )
+from tests.support.tiers import only
 
 KINDS = ("sqlite", "postgresql")
 HEAD = known_revisions()[-1]
@@ -243,7 +244,7 @@ def test_a_snapshot_neither_sees_nor_stops_writers(new_database: NewDatabase, ki
     store.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", only(["postgresql"], KINDS))
 def test_a_backup_under_load_is_one_moment(
     new_database: NewDatabase, tmp_path: Path, kind: str
 ) -> None:
@@ -549,7 +550,7 @@ def test_a_row_that_postgresql_has_no_room_for_fails_as_a_whole(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
+@pytest.mark.parametrize("revision", only(["0001"], ["0001", "0002", "0003"]))
 def test_an_older_database_is_backed_up_as_it_is(
     new_database: NewDatabase, tmp_path: Path, kind: str, revision: str
 ) -> None:

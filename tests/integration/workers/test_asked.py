@@ -24,6 +24,8 @@ from nas.store.schema import OfferRow
 from tests.support.services import wait_for
 from workers.asked import Keeper
 
+pytestmark = pytest.mark.one_database
+
 REQUEST: dict[str, Any] = {
     "task": "regression", "train_flops": 1e10, "trials": 3, "references": 3, "trainer": "client",
     "sampler": "random",

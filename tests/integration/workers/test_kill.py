@@ -46,6 +46,7 @@ def await_trials(store: Store, search_id: str, complete: int, running: int) -> N
     raise AssertionError(store.search(search_id))
 
 
+@FULL
 def test_kill_nine_loses_no_trial_and_changes_no_proposal(
     tmp_path: Path, text_folder: Path
 ) -> None:

@@ -220,6 +220,7 @@ def test_a_workers_own_ray_listens_on_the_loopback_alone(namespaces: Namespaces)
     assert not (Path(namespaces.environment("")["HOME"]) / ".ray").exists()  # nor does a file
 
 
+@FULL
 def test_a_cluster_refuses_whoever_lacks_its_token(namespaces: Namespaces) -> None:
     token = secrets.token_hex(32)
     namespaces.start_head(token)

@@ -28,6 +28,8 @@ from tests.support.commands import execute
 from tests.support.services import wait_for
 from workers.webhooks import NotTold, Teller, address_of, tell
 
+pytestmark = pytest.mark.one_database
+
 REQUEST = SearchRequest.checked({"train_flops": 2e11, "trials": 2})
 
 

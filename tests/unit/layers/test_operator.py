@@ -21,6 +21,7 @@ from nas.errors import InvalidInput
 from nas.layers import EinsumLinear, StructuredLinear, layer_of
 from nas.layers.operators import LayerOperator, SquareBlocksOperator
 from tests.support.strategies import thetas
+from tests.support.tiers import thinned
 
 #: Square blocks with every axis larger than 1 but ρ, and with ρ > 1.
 WIDE_BLOCKS, RANK_BLOCKS = "1/2,1/4,1/4,1/4,1/2,1/4,0", "2/3,0,1/3,0,2/3,1/3,1/3"
@@ -114,7 +115,7 @@ def test_complex_vectors() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("design", "d", "kind"), INVERTIBLE, ids=str)
+@pytest.mark.parametrize(("design", "d", "kind"), thinned(INVERTIBLE, 5), ids=str)
 def test_direct_algorithms(design: str, d: int, kind: type, options: dict[str, Any]) -> None:
     layer = made(design, d, d, **options)
     a, w = layer.as_operator(), layer.to_matrix().detach()
@@ -194,7 +195,7 @@ def _ridge(a: Any, b: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     "function", [_product, _transpose, _solve, _logdet, _trace, _ridge], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("design", "d", "kind"), INVERTIBLE, ids=str)
+@pytest.mark.parametrize(("design", "d", "kind"), thinned(INVERTIBLE, 5), ids=str)
 def test_gradients_reach_the_factors(
     design: str,
     d: int,
@@ -242,6 +243,7 @@ def test_layers_run_without_cola() -> None:
 import sys
 sys.modules["cola"] = None
 from nas.layers import layer_of
+from tests.support.tiers import thinned
 try:
     layer_of("monarch", 16, 16).as_operator()
 except ImportError as error:

@@ -139,7 +139,7 @@ def test_the_matrix_helper_notices_a_wrong_factor() -> None:
     assert not torch.allclose(by_matrix(layer, x, dy)[0], right[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thinned(NAMES, 3))
 @pytest.mark.parametrize("shape", [(6, 8), (7, 5)])
 def test_first_and_second_derivatives_of_every_plan(name: str, shape: tuple[int, int]) -> None:
     structure = Structure.of(parse_theta(name), *shape)

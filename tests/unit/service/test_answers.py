@@ -34,6 +34,8 @@ from tests.support.planting import PlantedRun, open_store, plant, stand
 from tests.support.tiers import only
 from tests.support.truths import BUDGET, draw_runs, draw_truths, run_store
 
+pytestmark = pytest.mark.one_database
+
 TASK = "text@planted"
 
 

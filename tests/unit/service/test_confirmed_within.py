@@ -25,6 +25,8 @@ from nas.store.rows import add_event
 from nas.store.schema import SearchRow
 from tests.support.planting import PlantedRun, open_store, plant, stand
 
+pytestmark = pytest.mark.one_database
+
 TASK, BUDGET, TOTAL = "text@planted", 2e11, 4e12
 STEPS = 4000
 #: Structure → loss of the run that it was ranked by, and of its fresh seeds.

@@ -28,6 +28,8 @@ from nas.store import Store
 from nas.store.dump import StoredRun, iterate_runs
 from tests.support.filling import FINGERPRINT, ODD, PLANS, Filling, fill
 
+pytestmark = pytest.mark.one_database
+
 
 @pytest.fixture
 def filling(migrated_url: str) -> Iterator[Filling]:

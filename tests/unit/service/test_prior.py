@@ -22,6 +22,8 @@ from nas.store.schema import EventRow, SearchRow, TrialRow
 from tests.support.planting import PlantedRun, open_store, plant, stand
 from tests.support.tables import RECIPE, small_table
 
+pytestmark = pytest.mark.one_database
+
 BUDGET = 2e11
 
 

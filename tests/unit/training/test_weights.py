@@ -21,7 +21,7 @@ from nas.training import weights as module
 from nas.training.run import Point, train_replicates
 from nas.training.tasks import task_of
 from nas.training.weights import Keeping, load_model, run_of
-from tests.support.tiers import only
+from tests.support.tiers import FULL, only
 from tests.unit.training.test_run import TINY, TRAIN, VALIDATION
 from tests.unit.training.test_stacked import DESIGNS
 
@@ -91,6 +91,7 @@ def test_a_loaded_model_has_the_loss_of_its_run(name: str, tmp_path: Path) -> No
         assert (run["seed"], run["loss"], run["trial_id"]) == (seed, last[seed].loss, 100 + seed)
 
 
+@FULL
 def test_of_a_task_with_features_too(tmp_path: Path) -> None:
     recipe = replace(REGRESSION, depth=2, batch=32, min_steps=16, warmup_steps=2)
     loaded = load_data(recipe, None)

@@ -185,7 +185,7 @@ def run_with_deaths(store: Store, search: Search, first: int, every: int, *, aft
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("first", thinned([0, 3, 17, 18, 19, 31, 44, 57, 70, 83, 97, 110], 4))
+@pytest.mark.parametrize("first", thinned([0, 3, 17, 18, 19, 31, 44, 57, 70, 83, 97, 110], 2))
 def test_killed_workers_change_no_decision(store: Store, first: int, after: bool) -> None:
     whole = begun(store)
     drain(claimed(store, whole))
