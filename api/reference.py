@@ -65,6 +65,7 @@ SEARCH_RULES = {
     "min_width, max_width": "multiples of head_dim",
     "active": "at most `experts`",
     "shared": "less than `active`",
+    "granularity": "at most the hidden dimension of the recipe's narrowest feed-forward block",
     "space.heads": "aligned only for models with attention",
     "stopping": "not none with a total budget; none for candidates that are given, and for recipes "
     "whose schedule is not constant",

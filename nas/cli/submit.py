@@ -107,6 +107,21 @@ def search(
             metavar="N,M", help="Those of them that process every token, unweighed; by default 0."
         ),
     ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,M",
+            help="Each expert of ffn-moe has 1/N of the hidden dimension; by default 1.",
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="silu | gelu | relu, between the factors of cola-mlp and activated; by default "
+            "silu.",
+        ),
+    ] = None,
     heads: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +157,7 @@ def search(
         "replicates": replicates, "keep_weights": keep_weights,
         "space": _space(
             families=families, factors=factors, experts=experts, active=active, shared=shared,
-            heads=heads,
+            granularity=granularity, activation=activation, heads=heads,
         ),
         "limits": _given(
             trial_seconds=trial_seconds, seconds=seconds, total_train_flops=most_train_flops
@@ -185,7 +200,7 @@ def _given(**values: float | None) -> dict[str, float] | None:
 
 def _space(**choices: str | None) -> dict[str, list[Any]] | None:
     """Comma-separated choices as fields of a request's `Space`; None if there are none."""
-    numbers = ("factors", "experts", "active", "shared")
+    numbers = ("factors", "experts", "active", "shared", "granularity")
     return {
         name: [whole(part) for part in text.split(",")] if name in numbers else text.split(",")
         for name, text in choices.items()

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from nas.designs.design import BlockOf, Design, Family, Proposals, shortened
 from nas.designs.einsum import Factor, Sizes, fit_labelled, sizes_of, theta_of
@@ -43,7 +43,8 @@ from nas.designs.theta import (
 )
 from nas.errors import InvalidInput
 
-ACTIVATIONS = ("silu", "gelu", "relu")
+Activation = Literal["silu", "gelu", "relu"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 COLA_FORMS = (
     "cola-mlp:rank=1/2,activation=silu, or activated(btt:rho=1/4;silu) of any two factors that are "
     f"not dense with {', '.join(ACTIVATIONS)} between them"
@@ -272,8 +273,8 @@ def _activated(theta: Any, activation: str) -> Design:
 
 
 def _of_point(point: Mapping[str, Any]) -> Design:
-    """A canonical θ, of which A first is the cheaper order, with silu."""
-    return Activated(theta_of(point))
+    """A canonical θ, of which A first is the cheaper order."""
+    return Activated(theta_of(point), point["activation"])
 
 
 FAMILY = Family(
@@ -288,9 +289,18 @@ FAMILY = Family(
     fit=_fit,
     proposals={
         "cola-mlp": Proposals(
-            lambda point: Activated(_low_rank(point["rank"])),
+            lambda point: Activated(_low_rank(point["rank"]), point["activation"]),
+            choices=("activation",),
             coordinates=lambda choices: {"rank": (0.0, 1.0)},
+            examples=lambda choices: [
+                "cola-mlp" if a == _OPTIONS["activation"] else f"cola-mlp:activation={a}"
+                for a in choices.activation
+            ],
         ),
-        "activated": Proposals(_of_point, examples=lambda choices: ("activated(monarch;silu)",)),
+        "activated": Proposals(
+            _of_point,
+            choices=("activation",),
+            examples=lambda choices: [f"activated(monarch;{a})" for a in choices.activation],
+        ),
     },
 )

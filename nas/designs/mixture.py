@@ -560,21 +560,29 @@ def _btt(point: Mapping[str, Any]) -> Theta:
     return theta_of({**point, "beta_share": 0.0, "delta_share": 0.0})
 
 
-def _proposals(name: str, theta: Callable[[Mapping[str, Any]], Theta | None]) -> Proposals:
+def _proposals(
+    name: str, theta: Callable[[Mapping[str, Any]], Theta | None], *, finer: bool = False
+) -> Proposals:
     def examples(choices: Choices) -> dict[str, None]:  # the least and the most, if they differ
-        counts = (
-            (least(choices.experts), least(choices.active), most(choices.shared))
-            for least, most in ((min, max), (max, min))
-        )
-        return dict.fromkeys(
-            f"{name}:experts={e},active={a}" + (f",shared={s}" if s else "") for e, a, s in counts
-        )
+        found: dict[str, None] = {}
+        for least, most in ((min, max), (max, min)):
+            text = f"{name}:experts={least(choices.experts)},active={least(choices.active)}"
+            if shared := most(choices.shared):
+                text += f",shared={shared}"
+            if finer and (granularity := most(choices.granularity)) != 1:
+                text += f",granularity={granularity}"
+            found[text] = None
+        return found
 
     return Proposals(
         design=lambda point: Mixture(
-            theta(point), point["experts"], point["active"], point["shared"]
+            theta(point),
+            point["experts"],
+            point["active"],
+            point["shared"],
+            point["granularity"] if finer else 1,
         ),
-        choices=("experts", "active", "shared"),
+        choices=("experts", "active", "shared", *(("granularity",) if finer else ())),
         examples=examples,
         # an expert costs at most a dense layer, and only routed ones a column of the gate
         dearest=lambda choices: Mixture(
@@ -602,6 +610,6 @@ FAMILY = Family(
         "btt-moe": _proposals("btt-moe", _btt),
         "low-rank-moe": _proposals("low-rank-moe", _low_rank),
         "dense-moe": _proposals("dense-moe", lambda point: DENSE),
-        "ffn-moe": _proposals("ffn-moe", lambda point: None),
+        "ffn-moe": _proposals("ffn-moe", lambda point: None, finer=True),
     },
 )

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
+from nas.designs.cola import ACTIVATIONS, Activation
 from nas.designs.design import Design, parse_design, proposals, structure_of
-from nas.designs.mixture import Mixture
+from nas.designs.mixture import MAX_GRANULARITY, Mixture
 from nas.designs.theta import DENSE, Theta
 from nas.errors import InvalidInput
 from nas.planning.accepted import validated
+from nas.planning.cost import structures_of
 from nas.planning.recipe import (
     SETTINGS,
     ImageRecipe,
@@ -137,6 +139,16 @@ class Space(BaseModel):
     shared: tuple[Annotated[int, Field(ge=0, le=1023, strict=True), WHOLE], ...] = _choices(
         (0,), 16, "Experts that process every token, and that no gate weighs."
     )
+    granularity: tuple[Annotated[int, Field(ge=1, le=MAX_GRANULARITY, strict=True), WHOLE], ...] = (
+        _choices(
+            (1,), 16, "m of ffn-moe, each expert of which has 1/m of the block's hidden dimension."
+        )
+    )
+    activation: tuple[Activation, ...] = _choices(
+        ("silu",),
+        len(ACTIVATIONS),
+        "Between the factors of cola-mlp and activated: " + " | ".join(ACTIVATIONS) + ".",
+    )
     heads: tuple[Heads, ...] = _choices(
         ("free",),
         2,
@@ -154,6 +166,10 @@ class Space(BaseModel):
             for active in self.active:
                 for shared in self.shared:  # raises if these contradict each other
                     Mixture(None, experts, active, shared)
+
+    def finest(self) -> Design:
+        """The feed-forward blocks whose experts are the smallest."""
+        return Mixture(None, max(self.experts), max(self.active), granularity=max(self.granularity))
 
     def dearest(self) -> Design:
         """A design that at every width costs at least as much as any in the space."""
@@ -428,6 +444,8 @@ class SearchRequest(BaseModel):
         if not recipe.attends and "aligned" in self.designs.heads:
             accepted = f"free: models of recipe {recipe.name} have no attention"
             raise InvalidInput("space.heads", list(self.designs.heads), accepted)
+        if "ffn-moe" in self.designs.families:  # raises if that is finer than the narrowest block
+            structures_of(recipe, self.designs.finest(), min(recipe.widths))
         if self.data is not None and (not self.data or not clean_text(self.data)):
             raise InvalidInput("data", self.data, _ACCEPTED["data"])
         if self.trainer == "client":

@@ -63,8 +63,8 @@ def _choices(designs: Space) -> dict[str, Sequence[Any]]:
     """Every choice that some allowed family takes."""
     taken = {name for proposed in _proposed(designs) for name in proposed.choices}
     found: dict[str, Sequence[Any]] = {"family": designs.families, "heads": designs.heads}
-    numbers = ("factors", "experts", "active", "shared")
-    return found | {n: getattr(designs, n) for n in numbers if n in taken}
+    others = ("factors", "experts", "active", "shared", "granularity", "activation")
+    return found | {n: getattr(designs, n) for n in others if n in taken}
 
 
 def design_of(designs: Space, params: Mapping[str, Any]) -> Design:

@@ -11,8 +11,8 @@ let hidden = new Set((wanted.get("hide") || "").split(",").filter(Boolean));
 
 // the family with its main options: cores of a chain, experts of a mixture, heads
 function shortName(name) {
-  const experts = /experts=(\d+),active=(\d+)(?:,shared=(\d+))?/.exec(name);
-  const mixed = experts ? ` ${experts[2]} of ${experts[1]}${experts[3] ? `, ${experts[3]} shared` : ""}` : "";
+  const experts = /experts=(\d+),active=(\d+)(?:,shared=(\d+))?(?:,granularity=(\d+))?/.exec(name);
+  const mixed = experts ? ` ${experts[2]} of ${experts[1]}${experts[3] ? `, ${experts[3]} shared` : ""}${experts[4] ? `, 1/${experts[4]} of the hidden dimension` : ""}` : "";
   const cores = /cores=(\d+)/.exec(name);
   const many = cores ? ` ${cores[1]} cores` : "";
   return name.split(/[:@]/)[0] + many + mixed + (name.endsWith("@heads") ? " @heads" : "");

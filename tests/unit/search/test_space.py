@@ -12,6 +12,7 @@ from optuna.distributions import CategoricalDistribution
 
 from nas.designs.aligned import Aligned
 from nas.designs.chain import ChainTheta
+from nas.designs.cola import Activated
 from nas.designs.design import parse_design
 from nas.designs.mixture import Mixture, MixtureStructure
 from nas.errors import InvalidInput
@@ -22,7 +23,8 @@ from nas.search.space import design_of, distributions, plan_of
 
 EVERYTHING = {
     "families": list(FAMILIES), "factors": [2, 3, 4], "experts": [4, 8], "active": [2, 3],
-    "shared": [0, 1], "heads": ["free", "aligned"],
+    "shared": [0, 1], "granularity": [1, 4], "activation": ["silu", "relu"],
+    "heads": ["free", "aligned"],
 }  # fmt: skip
 
 
@@ -76,6 +78,10 @@ def test_a_point_of_the_box_is_of_the_family_it_names(data: st.DataObject) -> No
     if isinstance(inner := getattr(design, "of", design), Mixture):
         counts = inner.experts, inner.active, inner.shared
         assert counts == (params["experts"], params["active"], params["shared"])
+        finer = params["granularity"] if family == "ffn-moe" else 1
+        assert inner.granularity == finer
+    if isinstance(design, Activated):
+        assert design.activation == params["activation"]
     if params["heads"] == "free":
         assert not isinstance(design, Aligned)
 
@@ -87,7 +93,7 @@ def test_the_space_of_two_factors_is_what_it_was() -> None:
     }  # fmt: skip
     assert request(space={"families": ["einsum"]}) == req
     assert request(space={}).digest == req.digest
-    assert request(space={"shared": [0]}) == req
+    assert request(space={"shared": [0], "granularity": [1], "activation": ["silu"]}) == req
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -117,6 +123,9 @@ def test_every_sampler_proposes_from_every_family(sampler: str) -> None:
         ({"families": ["btt-moe"], "experts": [8, 4], "active": [6]}, "active=6 of experts=4"),
         ({"active": [3, 1], "shared": [0, 1]}, "shared=1 of active=1"),
         ({"shared": [-1]}, "from 0 to 1023"),
+        ({"granularity": [0]}, "from 1 to 1024"),
+        ({"families": ["ffn-moe"], "granularity": [1, 65]}, "hidden dimension of the block, 64"),
+        ({"activation": ["tanh"]}, "tanh"),
         ({"heads": ["tails"]}, "tails"),
         ({"depth": 3}, "depth"),
         ("einsum", "einsum"),
@@ -127,7 +136,8 @@ def test_a_space_that_cannot_be_is_refused(space: Any, words: str) -> None:
     with pytest.raises(InvalidInput, match="accepted") as caught:
         request(space=space)
     assert words in str(caught.value)
-    assert caught.value.field.startswith("space") or caught.value.field in ("active", "shared")
+    field = caught.value.field
+    assert field.startswith("space") or field in ("active", "shared", "granularity")
 
 
 def test_heads_need_attention() -> None:
