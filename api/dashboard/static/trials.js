@@ -9,13 +9,16 @@ const NAMES = ["sort", "state", "text", "page"];
 let best = null;
 let hidden = new Set((wanted.get("hide") || "").split(",").filter(Boolean));
 
-// the family with its main options: cores of a chain, experts of a mixture, heads
+// the family with its main options: cores of a chain, experts of a mixture, an activation, heads
 function shortName(name) {
   const experts = /experts=(\d+),active=(\d+)(?:,shared=(\d+))?(?:,granularity=(\d+))?/.exec(name);
   const mixed = experts ? ` ${experts[2]} of ${experts[1]}${experts[3] ? `, ${experts[3]} shared` : ""}${experts[4] ? `, 1/${experts[4]} of the hidden dimension` : ""}` : "";
   const cores = /cores=(\d+)/.exec(name);
   const many = cores ? ` ${cores[1]} cores` : "";
-  return name.split(/[:@]/)[0] + many + mixed + (name.endsWith("@heads") ? " @heads" : "");
+  const activation = /activation=(\w+)/.exec(name);
+  const between = activation ? ` ${activation[1]}` : "";
+  // without options, also those of parts in parentheses
+  return name.replace(/@heads$/, "").replace(/:[^;()]*/g, "") + many + mixed + between + (name.endsWith("@heads") ? " @heads" : "");
 }
 
 // exponents of inputs · outputs · ranks; a chain of n factors has n(n+1)/2, n(n+1)/2 and n-1 of them
