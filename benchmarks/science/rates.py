@@ -32,8 +32,9 @@ STRUCTURES = (
     "dense", "monarch", "btt:rho=1/4", "low-rank:rho=1/2", "kronecker", "tensor-train:rho=1/4",
     "blast",
 )  # fmt: skip
-#: Rates of the grid over that of the rule.
+#: Rates of the grid over that of the rule.  Muon's best are an order of magnitude above AdamW's.
 _GRID = tuple(2.0**k for k in range(-2, 5))
+_GRID_OF_MUON = tuple(2.0**k for k in range(2, 9))
 _STEPS = 200
 _RECIPE = replace(
     REGRESSION, batch=64, schedule="cosine", warmup_steps=20, min_steps=100, evaluations=1,
@@ -45,7 +46,8 @@ def _grid(rule: str) -> dict[float, Recipe]:
     """Learning rate → recipe."""
     chosen = {name: getattr(RULES[rule], name) for name in ("parametrization", "optimizer")}
     tuned = "sgd_lr" if rule == "sgd" else "lr"
-    rates = [getattr(RULES[rule], tuned) * factor for factor in _GRID]
+    grid = _GRID_OF_MUON if rule == "muon" else _GRID
+    rates = [getattr(RULES[rule], tuned) * factor for factor in grid]
     return {rate: with_overrides(_RECIPE, chosen | {tuned: rate}) for rate in rates}
 
 
