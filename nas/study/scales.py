@@ -38,7 +38,7 @@ class Study:
     positions: tuple[float, ...]
 
 
-#: Scale → its studies.  At CPU scale both together take a quarter of an hour on two cores.
+#: Scale → its studies.  At CPU scale both together take 20 minutes on two cores.
 SCALES: Mapping[str, tuple[Study, ...]] = {
     "cpu": (
         Study(with_overrides(REGRESSION, {"batch": 1024}), 1e11, (0.1, 0.3, 0.5)),
