@@ -62,9 +62,7 @@ def _await_ready(client: Client, service: subprocess.Popen[bytes]) -> None:
 
 
 def reproduce(
-    scale: Annotated[
-        str, typer.Option(help="cpu: 20 minutes on two cores | gpu")
-    ] = "cpu",
+    scale: Annotated[str, typer.Option(help="cpu: 20 minutes on two cores | gpu")] = "cpu",
     out: Annotated[
         Path, typer.Option(help="Folder for runs and report; runs already in it are reused.")
     ] = Path("reproduction"),
