@@ -17,7 +17,7 @@ from tests.support.dashboard import FINGERPRINT, WHY, House, planted_house, url_
 from tests.support.filling import REQUEST, Filling, fill
 from tests.support.planting import open_store
 from tests.support.services import Service, api, running
-from tests.support.tiers import only
+from tests.support.tiers import FULL, only
 
 pytestmark = needs_chromium
 #: Of a task in the way pages name it, and of a structure of two factors.
@@ -94,6 +94,7 @@ def judge(page: Any, url: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("width", "every"), only([(390, 3)], [(390, 3), (390, 1), (1400, 1)]),)  # fmt: skip
+@FULL
 def test_axe_finds_nothing_serious_on_any_page(building: Building, width: int, every: int) -> None:
     house, empty = building.house, building.empty
     base = house.service.url

@@ -138,6 +138,7 @@ def test_a_part_that_raises_harms_no_other(tmp_path: Path) -> None:
     assert any(plan.startswith("materialised") for plan in low_rank)
 
 
+@FULL
 def test_without_time_nothing_is_measured_and_all_of_it_told(tmp_path: Path) -> None:
     arguments = ("correctness", str(tmp_path), "cpu", "0", "--toy")
     done, found = module(tmp_path, "benchmarks.gpu.part", *arguments)

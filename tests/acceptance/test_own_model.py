@@ -68,6 +68,7 @@ def test_the_files_of_the_page_are_short() -> None:
     assert len(code_of("loop.py").splitlines()) <= 25
 
 
+@FULL
 def test_a_small_task_is_searched_and_shown(service: Service) -> None:
     with Client(service.url) as client:
         search = client.search(task="plain", train_flops=WRONG, trials=1, references=3)
@@ -116,6 +117,7 @@ def test_a_task_of_a_users_own_is_searched_over_rest(mixing: Service) -> None:
         ("unfinished", "numbers that are not finite"),
     ],
 )
+@FULL
 def test_data_that_cannot_be_loaded_fails_the_search_with_the_reason(
     service: Service, recipe: str, said: str
 ) -> None:
@@ -128,6 +130,7 @@ def test_data_that_cannot_be_loaded_fails_the_search_with_the_reason(
         assert "<home>" not in found.data["error"]
 
 
+@FULL
 def test_loading_that_hangs_ends_when_it_is_cancelled(service: Service) -> None:
     with Client(service.url) as client:
         search = client.search(task="wrong", recipe="hangs", train_flops=WRONG, data="numbers")
@@ -161,6 +164,7 @@ def test_data_that_changes_between_runs_ends_the_search(service: Service) -> Non
         pytest.param("hangs-in-training", "timeout", "time limit", marks=FULL),
     ],
 )
+@FULL
 def test_runs_that_go_wrong_say_why(service: Service, recipe: str, failure: str, said: str) -> None:
     limits = {"trial_seconds": 10.0} if recipe.startswith("hangs") else None
     with Client(service.url) as client:
