@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from nas.designs.mixture import Mixture, MixtureStructure, ffn_structures, parse_mixture
 from nas.errors import InvalidInput
-from nas.layers.base import StructuredLinear
 from nas.layers.einsum import EinsumLinear, pair
 from nas.layers.kernels import measuring
 from nas.layers.kernels.contraction import matrices
@@ -27,6 +26,7 @@ from nas.layers.modes import (
     reshaped_like,
     without_autocast,
 )
+from nas.layers.of_design import DesignLinear
 from nas.layers.routing import (
     Gated,
     Routing,
@@ -39,7 +39,7 @@ from nas.layers.routing import (
 __all__ = ["MixtureFFN", "MixtureLinear", "auxiliary_loss", "router_statistics"]
 
 
-class MixtureLinear(Gated, StructuredLinear):
+class MixtureLinear(Gated, DesignLinear[Mixture, MixtureStructure]):
     """y = Σ_e g_e(x) W_e x + bias over k of E experts; (..., d_in) → (..., d_out).
 
     The last S experts, the shared ones, are used by every token and have g = 1.  Of the others a
@@ -48,7 +48,7 @@ class MixtureLinear(Gated, StructuredLinear):
 
     Parameters
     ----------
-    mixture
+    design
         A `Mixture` with θ, its text such as ``"btt-moe:experts=8,active=2"``, or the sized
         `MixtureStructure` of a layer d_in → d_out.
     bias
@@ -82,26 +82,10 @@ class MixtureLinear(Gated, StructuredLinear):
     A: nn.Parameter
     B: nn.Parameter
     gate: nn.Parameter | None
-
-    def __init__(
-        self,
-        mixture: Mixture | str | MixtureStructure,
-        d_in: int,
-        d_out: int,
-        bias: bool = True,
-        *,
-        zero_init: bool = False,
-        normalize: bool = False,
-        gain: bool = False,
-        d_in_base: int | None = None,
-        plan: MixturePlan | str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _structure(mixture, d_in, d_out), d_in, d_out, bias,
-            zero_init, normalize, gain, d_in_base, plan, device, dtype,
-        )  # fmt: skip
+    family = "mixture"
+    design_class = Mixture
+    structure_class = MixtureStructure
+    parse = staticmethod(parse_mixture)
 
     def _shapes(self) -> dict[str, tuple[int, ...] | None]:
         structure, s = self.structure, self.structure.expert.sizes
@@ -361,16 +345,6 @@ class MixtureFFN(nn.Module):
         y = torch.einsum("nei,eoi->neo", functional.gelu(hidden), second)
         y = torch.einsum("neo,ne->no", y, self.mlp_in._gates(x))
         return y if self.mlp_out.bias is None else y + self.mlp_out.bias.to(y.dtype)
-
-
-def _structure(
-    mixture: Mixture | str | MixtureStructure, d_in: int, d_out: int
-) -> MixtureStructure:
-    if isinstance(mixture, MixtureStructure):
-        return mixture
-    if not isinstance(mixture, Mixture):
-        mixture = parse_mixture(mixture)
-    return MixtureStructure.of(mixture, d_in, d_out)
 
 
 def _split(factor: Tensor, axis: int, experts: int) -> Tensor:

@@ -26,7 +26,7 @@ class DesignLinear(StructuredLinear, Generic[_Design, _Structure]):
     family: ClassVar[str]
     design_class: ClassVar[type[Design]]
     structure_class: ClassVar[type[Any]]
-    #: the only way it is run; of a family with several, `_checked_plan` and `_chosen_plan` know
+    #: the only way it is run; families with several know `_checked_plan` and `_chosen_plan`
     only_plan: ClassVar[str]
 
     def __init__(
@@ -40,7 +40,7 @@ class DesignLinear(StructuredLinear, Generic[_Design, _Structure]):
         normalize: bool = False,
         gain: bool = False,
         d_in_base: int | None = None,
-        plan: str | None = None,
+        plan: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
