@@ -1,4 +1,8 @@
-"""Runs the service under uvicorn, with bounds on connections and open files."""
+"""Runs the service under uvicorn, with bounds on connections and open files.
+
+Slow clients and floods of many requests are kept away by the proxy in front, `docker/edge`, without
+which others should not reach this port.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,17 @@ import gc
 import ipaddress
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api.declared import declared_of
-from api.limits.connections import Gate, Limits
-from api.limits.fair_queue import FairQueue
 from api.middleware.prefix import Prefix, checked_root, own_segments
-from api.uvicorn_private import believing, guarded
 from nas.errors import InvalidInput
-from nas.settings import Settings
+from nas.settings import Settings, is_loopback
 
 _log = logging.getLogger(__name__)
 #: Most open connections, where the system allows as many files.
@@ -28,10 +29,11 @@ _CONNECTIONS = 10_000
 _FILES_OF_ONE = 2
 #: Files for everything else: the database, logs, pages, and connections about to be refused.
 _OTHER_FILES = 300
-#: Connections of one address besides event streams.
-_PLAIN = 1000
-#: Share of all connections that one address may have.
-_SHARE = 0.75
+#: Largest head of a request, bytes; beyond it uvicorn answers 400.
+_HEAD_BYTES = 64 * 1024
+#: Seconds for which a connection without a request is kept: longer than a proxy keeps it, which
+#: would otherwise send a request on one that is just being closed.
+_KEEP_ALIVE_SECONDS = 75
 #: Interpreter's switch interval, seconds.  A response passes through several threads, and beside
 #: requests that compute it would wait for one interval at each of them.
 _SWITCH_SECONDS = 0.0005
@@ -56,19 +58,15 @@ def raise_file_limit() -> int:
     return soft
 
 
-def limits_for(settings: Settings, files: int) -> Limits:
-    """Bounds on connections for a process that may open `files` files.
-
-    One address may have all event streams open and some more connections, but never all of them.
-    """
+def connections_for(settings: Settings, files: int) -> int:
+    """Most connections of a process that may open `files` files; more are answered 503."""
     connections = max(8, min(_CONNECTIONS, (files - _OTHER_FILES) // _FILES_OF_ONE))
-    of_one = min(settings.event_streams + _PLAIN, int(_SHARE * connections))
     if settings.event_streams > connections:
         _log.warning(
             "event_streams is %d, but this process may open %d files: at most %d connections",
             settings.event_streams, files, connections,
         )  # fmt: skip
-    return Limits(connections, of_one)
+    return connections
 
 
 def checked_proxies(given: Iterable[str]) -> list[str]:
@@ -89,8 +87,8 @@ def checked_proxies(given: Iterable[str]) -> list[str]:
     return proxies
 
 
-def behind_proxies(app: FastAPI, settings: Settings) -> tuple[ASGIApp, Callable[[str], bool]]:
-    """(the application with what proxies tell of a request, whether that of an address is believed)
+def behind_proxies(app: FastAPI, settings: Settings) -> ASGIApp:
+    """The application with what trusted proxies tell of a request.
 
     Raises
     ------
@@ -100,31 +98,35 @@ def behind_proxies(app: FastAPI, settings: Settings) -> tuple[ASGIApp, Callable[
     """
     own = own_segments(app)
     root = checked_root(settings, own)
-    queued = FairQueue(app, lambda scope: declared_of(scope, app).probe)
-    believed, trusted = believing(queued, checked_proxies(settings.trusted_proxies))
+    proxies = checked_proxies(settings.trusted_proxies)
+    believed = ProxyHeadersMiddleware(app, proxies)  # type: ignore[arg-type]
+    networks = [ipaddress.ip_network(proxy) for proxy in proxies]
+
+    def is_trusted(address: str) -> bool:
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in network for network in networks)
+
     # outside: it has to see the proxy's own address
-    return Prefix(believed, root, trusted, own), trusted
+    return Prefix(believed, root, is_trusted, own)  # type: ignore[arg-type]
 
 
-def serve(
-    app: FastAPI, settings: Settings, host: str, port: int, *, limits: Limits | None = None
-) -> None:
+def serve(app: FastAPI, settings: Settings, host: str, port: int) -> None:
     """Serve an application until this process is told to end.
-
-    Parameters
-    ----------
-    limits
-        By default as many as the system's limit on open files, once raised, allows.
 
     Raises
     ------
     InvalidInput
         See `behind_proxies`.
     """
-    outside, trusted = behind_proxies(app, settings)
-    files = raise_file_limit()
-    used = limits or limits_for(settings, files)
-    gate = Gate(used, trusted=trusted)
+    outside = behind_proxies(app, settings)
+    if not (is_loopback(host) or settings.trusted_proxies):
+        _log.warning(
+            "%s can be reached by others, and no proxy is named in EINSUM_NAS_TRUSTED_PROXIES: "
+            "keys travel readable, and one slow or greedy client can stop the others", host,
+        )  # fmt: skip
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # a full collection over all modules would delay every response by 0.1 s
@@ -132,7 +134,10 @@ def serve(
         outside,
         host=host,
         port=port,
-        http=guarded(gate),
+        http="h11",  # the one of uvicorn's parsers that bounds a request's head
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        limit_concurrency=connections_for(settings, raise_file_limit()),
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         ws="none",
         workers=1,
         proxy_headers=False,  # done above

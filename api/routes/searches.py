@@ -33,7 +33,6 @@ from api.deps import (
     describe,
     paged,
 )
-from api.limits.fair_queue import release_slot
 from api.middleware.bodies import Absent, read_json, read_json_if_any
 from api.middleware.prefix import root_of
 from api.problems import OF_BODIES, refusals
@@ -122,7 +121,6 @@ async def usable_data(
     place = data_inside(settings.data_dir, wanted.data, tenant)
     if _waiting.total() >= _MOST_WAITING or _waiting[store.tenant] >= _MOST_OF_ONE:
         raise HTTPException(503, "data of other requests is being read; try again later")
-    release_slot(request.scope)
     _waiting[store.tenant] += 1
     try:
         # errors show the name that was sent, never the path on this host

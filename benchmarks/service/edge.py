@@ -1,10 +1,12 @@
 """What a client waits for an answer while others take all they can get.
 
-A service with access control runs in a process of its own on a store with one answer.  A client
-with a key asks for a search and for the best structure, in turn, one request at a time, first alone
-and then beside each of these, which run in processes of their own and come from another address:
+A service with access control runs in a process of its own on a store with one answer, behind nginx
+as `docker/edge` sets it up, which everyone here reaches over TLS.  A client with a key asks for a
+search and for the best structure, in turn, one request at a time, first alone and then beside each
+of these, which run in processes of their own and come from another address:
 
 - flood: one key, many connections, requests sent ahead of the answers without a pause
+- costly: the same, with previews of searches, each of which the service computes
 - unknown keys: the same, with another made-up key in each request
 - new connections: one key, a connection for each request
 - slow: connections that say nothing, send heads and bodies by the byte, or read nothing; opened
@@ -29,13 +31,14 @@ import json
 import multiprocessing
 import os
 import secrets
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,8 @@ from nas.processes import free_port
 from nas.store import Store
 from nas.store.keys import Keys
 from tests.support.planting import PlantedRun, open_store, plant, stand
+from tests.support.services import wait_for
+from tests.support.serving import Edge
 
 _TARGET_MILLISECONDS = 100.0
 _FINGERPRINT, _BUDGET = "0011223344556677", 1e12
@@ -71,6 +76,8 @@ class Target:
     key: str
     searches: tuple[str, ...]
     connections: int
+    #: file of the certificate that the edge shows
+    certificate: str
     #: set by the parent when the load is to end
     done: Any
     #: set by the load when it is there in full
@@ -87,20 +94,24 @@ class Target:
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(
-            "127.0.0.1", self.port, local_addr=(_ELSEWHERE, 0), limit=2**20
-        )
+            "127.0.0.1", self.port, local_addr=(_ELSEWHERE, 0), limit=2**20,
+            ssl=ssl.create_default_context(cafile=self.certificate), server_hostname="localhost",
+        )  # fmt: skip
 
 
-async def _flood(target: Target, counts: Counter[str], key: Callable[[], str | None]) -> None:
+_LIST = "/v1/searches?limit=1"
+
+
+async def _flood(
+    target: Target, counts: Counter[str], request: Callable[[], bytes] | None = None
+) -> None:
+    ask = request or (lambda: target.head(_LIST) + b"\r\n")
     while not target.done.is_set():
         with suppress(ConnectionError):
             reader, writer = await target.connect()
             waiting = 0
             while not target.done.is_set():
-                ahead = b"".join(
-                    target.head("/v1/searches?limit=1", key()) + b"\r\n"
-                    for _ in range(_AHEAD - waiting)
-                )
+                ahead = b"".join(ask() for _ in range(_AHEAD - waiting))
                 waiting = _AHEAD
                 writer.write(ahead)
                 received = await reader.read(65536)
@@ -114,18 +125,28 @@ async def _flood(target: Target, counts: Counter[str], key: Callable[[], str | N
 
 
 async def flood(target: Target, counts: Counter[str]) -> None:
-    await asyncio.gather(*(_flood(target, counts, lambda: None) for _ in range(target.connections)))
+    await asyncio.gather(*(_flood(target, counts) for _ in range(target.connections)))
+
+
+async def costly(target: Target, counts: Counter[str]) -> None:
+    def preview() -> bytes:
+        asked = {"train_flops": 1e12 * (1 + secrets.randbelow(10**6) / 1e6), "trials": 16}
+        body = json.dumps(asked).encode()
+        kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        return target.head("/v1/searches/preview", method="POST") + kind + body
+
+    await asyncio.gather(*(_flood(target, counts, preview) for _ in range(target.connections)))
 
 
 async def unknown_keys(target: Target, counts: Counter[str]) -> None:
-    def made_up() -> str:
-        return f"{target.key[:5]}{secrets.token_urlsafe(32)}"
+    def made_up() -> bytes:
+        return target.head(_LIST, f"{target.key[:5]}{secrets.token_urlsafe(32)}") + b"\r\n"
 
     await asyncio.gather(*(_flood(target, counts, made_up) for _ in range(target.connections)))
 
 
 async def new_connections(target: Target, counts: Counter[str]) -> None:
-    request = target.head("/v1/searches?limit=1") + b"\r\n"
+    request = target.head(_LIST) + b"\r\n"
 
     async def ask() -> None:
         while not target.done.is_set():
@@ -196,6 +217,7 @@ async def streams(target: Target, counts: Counter[str]) -> None:
 
 _LOADS: dict[str, tuple[Callable[[Target, Counter[str]], Any], str]] = {
     "flood": (flood, "connections"),
+    "costly": (costly, "connections"),
     "unknown keys": (unknown_keys, "connections"),
     "new connections": (new_connections, "connections"),
     "slow": (slow, "slow"),
@@ -222,8 +244,8 @@ def _run(load: str, target: Target) -> None:
 class Client:
     """Who is measured."""
 
-    def __init__(self, port: int, key: str, search: str) -> None:
-        self._port, self._headers = port, {"Authorization": f"Bearer {key}"}
+    def __init__(self, edge: Edge, key: str, search: str) -> None:
+        self._edge, self._headers = edge, {"Authorization": f"Bearer {key}"}
         self._paths = {
             "search": f"/v1/searches/{search}",
             "best": f"/v1/best?task=text@{_FINGERPRINT}&train_flops={_BUDGET}",
@@ -233,7 +255,9 @@ class Client:
         """(milliseconds of every answer by what was asked, how many of which status)."""
         taken: dict[str, list[float]] = {name: [] for name in self._paths}
         statuses: Counter[int] = Counter()
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_PATIENCE)
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", self._edge.port, timeout=_PATIENCE, context=self._edge.context()
+        )
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             for name, path in self._paths.items():
@@ -254,6 +278,7 @@ def service(home: Path, port: int, database: str) -> Iterator[psutil.Process]:
     environment = {
         **os.environ, "EINSUM_NAS_HOME": str(home), "EINSUM_NAS_DATABASE_URL": database,
         "EINSUM_NAS_ACCESS_CONTROL": "true", "EINSUM_NAS_LOG_LEVEL": "info",
+        "EINSUM_NAS_TRUSTED_PROXIES": "127.0.0.1",
     }  # fmt: skip
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
@@ -360,8 +385,9 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, dict[str, Any]
     greedy = keys.create("default", "greedy", ["read", "submit"])[1]
     port = free_port(0)
     found: dict[str, dict[str, Any]] = {}
-    with service(home, port, database) as process:
-        client = Client(port, key, best)
+    with service(home, port, database) as process, closing(Edge(home / "edge", port)) as edge:
+        wait_for(edge.is_ready, "the edge")
+        client = Client(edge, key, best)
         client.measure(2.0)
 
         def figures(counts: Counter[str]) -> dict[str, Any]:
@@ -379,8 +405,8 @@ def measure(options: argparse.Namespace, home: Path) -> dict[str, dict[str, Any]
             if options.only and load not in options.only:
                 continue
             target = Target(
-                port, greedy, idle, getattr(options, number), _PROCESSES.Event(),
-                _PROCESSES.Event(), _PROCESSES.Queue(),
+                edge.port, greedy, idle, getattr(options, number), str(edge.certificate),
+                _PROCESSES.Event(), _PROCESSES.Event(), _PROCESSES.Queue(),
             )  # fmt: skip
             with loaded(load, target, store) as counts:
                 found[load] = figures(counts)

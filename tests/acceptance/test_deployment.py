@@ -128,11 +128,11 @@ def service_faults(name: str, service: Document, document: Document) -> Faults:
     if not check.get("test") or check.get("disable") or check["test"] == ["NONE"]:
         yield f"{name}: nothing tells whether it is healthy"
     for port in service.get("ports", []):
-        if not str(port).startswith("127.0.0.1:"):
+        if not str(port).startswith(("127.0.0.1:", "${EDGE_ADDRESS:-127.0.0.1}:")):
             yield f"{name}: port {port} is published beyond this machine"
     networks = service.get("networks", ["default"])
     outside = [n for n in networks if not (document["networks"].get(n) or {}).get("internal")]
-    if outside and name != "api":
+    if outside and name != "edge":
         yield f"{name}: is on the open networks {outside}"
     yield from _service_secrets(name, service, document)
     yield from _service_program(name, service)
@@ -155,10 +155,12 @@ def _service_program(name: str, service: Document) -> Faults:
         yield from command_faults(name, list(check[1:]))
     if not service["image"].startswith("einsum-nas:"):
         return
-    words = [*service.get("entrypoint", ["einsum-nas"]), *service.get("command", [])]
-    yield from command_faults(name, words)
     if service.get("pull_policy") != "never":
         yield f"{name}: its image may be fetched from elsewhere"
+    if service["image"] == "einsum-nas:edge":
+        return
+    words = [*service.get("entrypoint", ["einsum-nas"]), *service.get("command", [])]
+    yield from command_faults(name, words)
     if words[0] in ("ray", "attached-worker"):
         shared = _bytes(service.get("shm_size", "64mb"))
         yield from ray_faults(name, service.get("environment", {}), shared, words)
@@ -210,7 +212,7 @@ def test_every_service_is_confined() -> None:
     document = _compose()
     assert compose_faults(document) == []
     assert set(document["services"]) == {
-        "postgres", "api", "worker", "ray-head", "ray-worker", "ray-gpu-worker"
+        "postgres", "api", "edge", "worker", "ray-head", "ray-worker", "ray-gpu-worker"
     }  # fmt: skip
     assert document["services"]["ray-gpu-worker"]["profiles"] == ["gpu"]
     devices = document["services"]["ray-gpu-worker"]["deploy"]["resources"]["reservations"]
@@ -232,7 +234,9 @@ def test_every_service_is_confined() -> None:
         ("api", {"restart": "no"}, "restart is 'no'"),
         ("api", {"security_opt": []}, "may gain privileges"),
         ("api", {"logging": {"options": {"max-size": "1m"}}}, "log grows"),
-        ("api", {"ports": ["8000:8000"]}, "beyond this machine"),
+        ("edge", {"ports": ["8443:8443"]}, "beyond this machine"),
+        ("edge", {"environment": {"EDGE_KEY": "x"}}, "holds a secret"),
+        ("api", {"networks": ["published"]}, "open networks"),
         ("api", {"volumes": ["/var/run/docker.sock:/s"]}, "governs the engine"),
         ("api", {"healthcheck": {"disable": True}}, "nothing tells"),
         ("api", {"command": ["apo"]}, "no command einsum-nas apo"),
@@ -267,7 +271,7 @@ def test_a_service_with_a_fault_is_found(service: str, change: Document, fault: 
 def test_there_is_time_to_hand_a_search_back() -> None:
     """A worker is stopped before what it needs, and its nodes have Ray's time to drain."""
     services = _compose()["services"]
-    assert set(services["worker"]["depends_on"]) == set(services) - {"worker", "api"}
+    assert set(services["worker"]["depends_on"]) == set(services) - {"worker", "api", "edge"}
     patience = re.search(r"^patience=(\d+)", (DOCKER / "attached-worker").read_text(), re.M)
     assert patience is not None
     assert services["worker"]["stop_grace_period"] == "3m"

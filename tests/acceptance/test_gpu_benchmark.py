@@ -18,7 +18,7 @@ from tests.support.tiers import FULL
 PARTS = ("correctness", "layers", "mixtures", "steps", "study")
 #: What `pyproject.toml` asks for and a machine with torch need not have.
 SERVICE = (
-    "alembic,cachetools,fastapi,httptools,httpx2,jinja2,limits,optuna,pandas,plotly,prometheus_client,"
+    "alembic,cachetools,fastapi,httpx2,jinja2,limits,optuna,pandas,plotly,prometheus_client,"
     "psycopg,pyarrow,pydantic_settings,ray,rich,scipy,sklearn,sqlalchemy,sse_starlette,starlette,"
     "structlog,tenacity,tokenizers,transformers,typer,uvicorn,safetensors,opt_einsum,PIL,packaging"
 )

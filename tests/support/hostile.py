@@ -74,6 +74,10 @@ class HostileService(Service):
     def __init__(self, home: Path, data: Path) -> None:
         super().__init__(home, "api", data_dir=str(data), failure_limit="1000000/second")
 
+    def ask_at(self, port: int) -> None:
+        """Send everything to a port from now on: that of what stands before the service."""
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+
     @property
     def document(self) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"{self.url}/openapi.json").json()

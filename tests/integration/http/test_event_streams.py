@@ -416,10 +416,7 @@ class RawStream:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    # no deadline: 500 streams of one process may take seconds to ask
-    waits = dict.fromkeys(("head_seconds", "body_seconds", "stall_seconds"), PATIENCE)
-    bounds = {"connections": 1000, "connections_of_one": 1000, **waits}
-    with serving(tmp_path_factory.mktemp("streams"), bounds) as running:
+    with serving(tmp_path_factory.mktemp("streams")) as running:
         yield running
 
 

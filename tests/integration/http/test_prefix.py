@@ -73,7 +73,7 @@ def key(home: Path) -> str:
 
 def client(home: Path, address: str = PROXY, **options: Any) -> TestClient:
     used = Settings(home=home, access_control=True, trusted_proxies=PROXY, **options)
-    app, _ = behind_proxies(create_app(used), used)
+    app = behind_proxies(create_app(used), used)
     return TestClient(app, "http://127.0.0.1", client=(address, 5000), follow_redirects=False)
 
 
