@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -410,6 +413,19 @@ def test_a_handshake_that_is_never_complete_is_cut_off(tmp_path: Path, service: 
             with edge.connect("127.0.0.2") as connection:
                 connection.sendall(begun)
                 assert answers_of(connection) == b""
+
+
+def test_the_command_line_asks_for_a_certificate_that_it_trusts(secure: Edge) -> None:
+    found = {}
+    for trusted in ({}, {"SSL_CERT_FILE": str(secure.certificate)}):
+        found[len(trusted)] = subprocess.run(
+            [sys.executable, "-m", "nas.cli", "searches", "--server", secure.url],
+            env={**os.environ, **trusted}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert found[0].returncode == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in found[0].stderr
+    assert "Traceback" not in found[0].stderr
+    assert (found[1].returncode, found[1].stderr) == (0, "")
 
 
 @pytest.mark.parametrize("coding", ["br", "gzip"])
