@@ -205,6 +205,13 @@ def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
         assert {rule["alert"] for rule in rules} <= said
 
 
+def test_the_documentation_tells_every_alert() -> None:
+    page = (ROOT / "docs" / "howto" / "operate.md").read_text()
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", page.partition("| alert ")[2], re.M)
+    told = {f"EinsumNas{name}" for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert told == alerts().keys()
+
+
 @FULL
 def test_a_real_prometheus_reads_it_all(tmp_path: Path, worker_port: int) -> None:
     program = shutil.which("prometheus")
