@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-from-dense bench-answers bench-faults bench-edge bench-gpu bench-search einbench serve clean browser
+.PHONY: demo test test-all coverage docs lint audit bench bench-layers bench-training bench-from-dense bench-answers bench-faults bench-edge bench-gpu bench-search einbench serve clean programs wheel sbom
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
@@ -30,13 +30,13 @@ serve: $(VENV)/.run  ## REST service, dashboard and a worker on http://127.0.0.1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.accounting \
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder --durations 20
 
-test: $(VENV)/.dev browser  ## within ten minutes: SQLite, PostgreSQL, Ray and a browser, all real
+test: $(VENV)/.dev programs  ## within ten minutes: SQLite, PostgreSQL, Ray and a browser, all real
 	$(PYTEST) -m "not full"
 
-test-all: $(VENV)/.docs browser  ## every test: half an hour
+test-all: $(VENV)/.docs programs  ## every test: half an hour
 	$(PYTEST)
 
-coverage: $(VENV)/.dev browser  ## which lines the tests of `make test` reach, as htmlcov/index.html
+coverage: $(VENV)/.dev programs  ## which lines the tests of `make test` reach, as htmlcov/index.html
 	$(PYTEST) -m "not full" --cov --cov-report html --cov-report term:skip-covered
 
 docs: $(VENV)/.docs  ## the documentation: site/index.html, which loads nothing from elsewhere
@@ -95,12 +95,25 @@ einbench: $(VENV)/.dev  ## collects what EinBench lacks into EINSUM_NAS_HOME, an
 	$(BIN)/python -m benchmarks.einbench collect
 	$(BIN)/python -m benchmarks.einbench write
 
-# The browser tests drive Chromium; where it is missing and this is a Debian machine, install it.
-browser:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+wheel:  ## builds the wheel, and uses it in an empty environment: 2 GB for some minutes
+	$(PYTHON) .ci/wheel
+
+sbom: $(VENV)/.dev  ## what the program brings along at run time, as CycloneDX: dist/sbom.cdx.json
+	$(BIN)/python .ci/sbom
+
+# Programs that some tests run.  Where one is missing and this is a Debian machine, it is installed;
+# else its tests are skipped.  The packages of nginx and promtool start servers, which no test needs.
+programs:
+	@$(call program,chromium google-chrome,chromium)
+	@$(call program,nginx,--no-install-recommends nginx-light libnginx-mod-http-brotli-filter gettext-base openssl,[ ! -d /run/systemd/system ] || systemctl disable --now --quiet nginx)
+	@$(call program,promtool,--no-install-recommends prometheus,[ ! -d /run/systemd/system ] || systemctl disable --now --quiet prometheus)
+
+# one of these programs, or else this package, and what is done after it was installed
+program = for name in $(1); do command -v $$name >/dev/null && exit 0; done; \
 	{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
-	echo "no Chromium found and none could be installed: the browser tests will be skipped"
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(2) >/dev/null; } || \
+	{ echo "no $(1) found, and none could be installed: the tests that run it will be skipped"; exit 0; }; \
+	$(or $(3),true)
 
 clean:  ## everything that the commands above made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov site build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov site build dist *.egg-info

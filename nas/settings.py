@@ -152,6 +152,8 @@ class Settings(BaseSettings):
     """Least severity that is logged: `debug`, `info`, `warning`, `error`."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
     """Port of each worker's `/metrics` on `host`; none by default."""
+    metrics_tenants: int = Field(50, ge=0, le=10_000)
+    """Tenants that the service's `/metrics` tells by name; the others are told together."""
 
     @property
     def resolved_home(self) -> Path:

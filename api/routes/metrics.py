@@ -21,14 +21,17 @@ from api.declared import ADMIN, PROBE
 from nas.errors import StoreUnavailable
 from nas.records.search import SearchState
 from nas.records.trial import TrialState
+from nas.settings import Settings
 from nas.store import Store
-from nas.store.gauges import Gauges, read_gauges
+from nas.store.gauges import Gauges, of_most, read_gauges
 from nas.store.processes import ProcessState
 
 _log = logging.getLogger(__name__)
 router = APIRouter(include_in_schema=False, dependencies=[ADMIN, PROBE])
 #: Seconds that a scrape waits for the store; then it is answered without the store's metrics.
 PATIENCE_SECONDS = 4.0
+#: Label of the tenants beyond `EINSUM_NAS_METRICS_TENANTS` together; no tenant can have this name.
+REST = "_other"
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -96,8 +99,9 @@ class StoreReader:
 class StoreCollector(Collector):
     """The store's metrics; if it could not be read, only that the database is down."""
 
-    def __init__(self, found: Gauges | None) -> None:
+    def __init__(self, found: Gauges | None, most_tenants: int) -> None:
         self._found = found
+        self._most_tenants = most_tenants
 
     def collect(self) -> Iterator[Metric]:
         found, of_python = self._found, platform.python_version()
@@ -137,6 +141,25 @@ class StoreCollector(Collector):
             "Writes refused because another worker had claimed the search",
             value=found.stale_writes,
         )
+        yield from self._of_tenants(found)
+
+    def _of_tenants(self, found: Gauges) -> Iterator[Metric]:
+        told = of_most(found.tenants, self._most_tenants, REST)
+        states = get_args(SearchState)
+        yield _labelled(
+            "tenant_searches", "Searches of a tenant by state", ("tenant", "state"),
+            {(name, state): t.searches[state] for name, t in told.items() for state in states},
+        )  # fmt: skip
+        yield _labelled(
+            "tenant_train_flops",
+            "Train FLOPs charged to a tenant's quota: of searches that have not ended, or ended "
+            "within EINSUM_NAS_QUOTA_DAYS",
+            ("tenant",), {(name,): t.train_flops for name, t in told.items()},
+        )  # fmt: skip
+        yield _labelled(
+            "tenant_weights_bytes", "Bytes of the kept weights of a tenant",
+            ("tenant",), {(name,): t.weights_bytes for name, t in told.items()},
+        )  # fmt: skip
 
 
 def _labelled(
@@ -153,7 +176,8 @@ async def metrics(request: Request) -> Response:
     """All metrics in Prometheus' text format; status 200 even if the database is down."""
     reader: StoreReader = request.app.state.store_reader
     scraped = CollectorRegistry()
-    scraped.register(StoreCollector(await reader.read()))
+    used: Settings = request.app.state.settings
+    scraped.register(StoreCollector(await reader.read(), used.metrics_tenants))
     own: CollectorRegistry = request.app.state.metrics
     body = generate_latest(own) + generate_latest(scraped)
     return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})

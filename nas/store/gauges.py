@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import and_, case, func, select, text
 from sqlalchemy.orm import Session
 
 from nas.store import rows
-from nas.store.engine import reading
+from nas.store.engine import SECONDS_PER_DAY, reading
 from nas.store.migrate import known_revisions, stored_revision
 from nas.store.processes import LIVE_SECONDS
-from nas.store.schema import ProcessRow, SearchRow, database_now
+from nas.store.quotas import counted
+from nas.store.schema import ProcessRow, SearchRow, TrialRow, WeightsRow, database_now
 from nas.store.searches import Store
 
 
@@ -57,6 +59,23 @@ class Database:
     schema: SchemaState
 
 
+@dataclass(slots=True)
+class TenantGauges:
+    """What one tenant has, or several together."""
+
+    #: state → how many
+    searches: Counter[str] = field(default_factory=Counter)
+    #: charged to its quota now; see `nas.store.quotas`
+    train_flops: float = 0.0
+    #: of all kept weights
+    weights_bytes: int = 0
+
+    def add(self, other: TenantGauges) -> None:
+        self.searches.update(other.searches)
+        self.train_flops += other.train_flops
+        self.weights_bytes += other.weights_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Gauges:
     """The state of a store at one moment."""
@@ -76,6 +95,8 @@ class Gauges:
     stale_writes: int
     #: searches given up after too many attempts
     dead_lettered: int
+    #: of every tenant that has a search
+    tenants: Mapping[str, TenantGauges]
 
 
 def _schema(session: Session) -> SchemaState:
@@ -117,7 +138,6 @@ def read_gauges(store: Store) -> Gauges:
         func.count(case((given_up, 1))),
         func.coalesce(database_now() - func.min(queued_at), 0.0),
     )
-    by_state = select(SearchRow.state, func.count()).group_by(SearchRow.state)
     working = (
         select(ProcessRow.state, func.count())
         .where(
@@ -127,16 +147,58 @@ def read_gauges(store: Store) -> Gauges:
     )  # fmt: skip
     with reading(store.engine) as session:
         stale, leases, dead, oldest = session.execute(totals).one()
+        tenants = _tenants(session, store.quotas.days)
         return Gauges(
             schema=_schema(session),
-            searches=_counted(session, by_state),
+            searches=_sum(tenants.values()).searches,
             trials=_counted(session, _tallies(session)),
             workers=_counted(session, working),
             oldest_queued_seconds=max(0.0, float(oldest)),
             leases_expired=int(leases),
             stale_writes=int(stale),
             dead_lettered=int(dead),
+            tenants=tenants,
         )
+
+
+def of_most(tenants: Mapping[str, TenantGauges], most: int, rest: str) -> dict[str, TenantGauges]:
+    """The tenants that have been charged the most, and the others together under the name `rest`.
+
+    So the number of time series has a bound, and sums over all tenants are those of the store.
+    """
+    ordered = sorted(tenants, key=lambda name: (-tenants[name].train_flops, name))
+    told = {name: tenants[name] for name in ordered[:most]}
+    if ordered[most:]:
+        told[rest] = _sum(tenants[name] for name in ordered[most:])
+    return told
+
+
+def _sum(tenants: Iterable[TenantGauges]) -> TenantGauges:
+    total = TenantGauges()
+    for tenant in tenants:
+        total.add(tenant)
+    return total
+
+
+def _tenants(session: Session, quota_days: float) -> dict[str, TenantGauges]:
+    since = database_now() - quota_days * SECONDS_PER_DAY
+    charged = func.coalesce(func.sum(case((counted(since), SearchRow.charged_flops))), 0.0)
+    by_state = select(SearchRow.tenant, SearchRow.state, func.count(), charged).group_by(
+        SearchRow.tenant, SearchRow.state
+    )
+    found: dict[str, TenantGauges] = {}
+    for name, state, count, flops in session.execute(by_state):
+        part = TenantGauges(Counter({state: int(count)}), float(flops))
+        found.setdefault(name, TenantGauges()).add(part)
+    kept = (
+        select(SearchRow.tenant, func.sum(WeightsRow.bytes))
+        .join(TrialRow, TrialRow.search_id == SearchRow.id)
+        .join(WeightsRow, WeightsRow.trial_id == TrialRow.id)
+        .group_by(SearchRow.tenant)
+    )
+    for name, kept_bytes in session.execute(kept):
+        found.setdefault(name, TenantGauges()).weights_bytes = int(kept_bytes)
+    return found
 
 
 def _counted(session: Session, query: Any) -> dict[str, int]:

@@ -138,12 +138,16 @@ def use_of(session: Session, tenant: str, quotas: Quotas) -> Use:
     since = rows.now(session) - quotas.days * SECONDS_PER_DAY
     unended = SearchRow.state.not_in(TERMINAL)
     own = SearchRow.tenant == tenant
-    counted = or_(unended, SearchRow.finished_at > since)
     counts = select(func.count()).select_from(SearchRow)
     return Use(
         tenant,
         session.scalar(counts.where(own, unended)) or 0,
         session.scalar(counts.where(own, SearchRow.state == "running")) or 0,
-        _total(session, SearchRow.charged_flops, own, counted),
+        _total(session, SearchRow.charged_flops, own, counted(since)),
         quotas,
     )  # fmt: skip
+
+
+def counted(since: float | ColumnElement[float]) -> ColumnElement[bool]:
+    """Whether the charge of a search counts: it has not ended, or ended after a time."""
+    return or_(SearchRow.state.not_in(TERMINAL), SearchRow.finished_at > since)

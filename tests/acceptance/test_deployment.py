@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,10 @@ from tests.support.paths import ROOT
 
 DOCKER = ROOT / "docker"
 COMPOSE = ROOT / "docker-compose.yml"
-KUBERAY = DOCKER / "kuberay.yaml"
+KUBERNETES_FILES = DOCKER / "kubernetes"
+KUBERAY = KUBERNETES_FILES / "base" / "kuberay.yaml"
+#: Folders of which kustomize makes a layout.
+LAYOUTS = ("base", "overlays/example")
 BIN = Path(sys.executable).parent
 #: Version of Kubernetes whose schemas the layout must meet.
 KUBERNETES = "1.34"
@@ -44,8 +48,17 @@ def _compose() -> Document:
     return dict(yaml.safe_load(COMPOSE.read_text()))
 
 
-def _kuberay() -> list[Document]:
-    return list(yaml.safe_load_all(KUBERAY.read_text()))
+def _kustomize(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "kubectl", "kustomize", folder], capture_output=True, text=True, check=False
+    )
+
+
+def _layout(name: str = "base") -> list[Document]:
+    """What would be applied."""
+    built = _kustomize(KUBERNETES_FILES / name)
+    assert (built.returncode, built.stderr) == (0, "")
+    return list(yaml.safe_load_all(built.stdout))
 
 
 def _bytes(size: str) -> int:
@@ -394,20 +407,68 @@ def kubernetes_faults(documents: list[Document]) -> Faults:
             yield from command_faults(name, words)
 
 
-def test_the_layout_for_kubernetes() -> None:
-    documents = _kuberay()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_for_kubernetes(layout: str) -> None:
+    documents = _layout(layout)
     assert list(kubernetes_faults(documents)) == []
-    assert [name for name, _ in _pods(documents)] == [
+    assert {name for name, _ in _pods(documents)} == {
         "ray head", "ray cpu", "ray gpu", "worker", "api"
-    ]  # fmt: skip
+    }  # fmt: skip
     assert "Secret" not in {d["kind"] for d in documents}
     assert list(setting_faults("kuberay.yaml", KUBERAY.read_text())) == []
     assert "has not been applied to a cluster" in KUBERAY.read_text()
 
 
-def test_the_layout_meets_the_schemas_of_kubernetes() -> None:
+def test_an_overlay_chooses_images_namespace_and_replicas() -> None:
+    base, documents = _layout(), _layout("overlays/example")
+    kinds = [(d["kind"], d["metadata"]["name"]) for d in base if d["kind"] != "Namespace"]
+    assert kinds == [
+        (d["kind"], d["metadata"]["name"]) for d in documents if d["kind"] != "Namespace"
+    ]
+    namespaces = {
+        d["metadata"]["name" if d["kind"] == "Namespace" else "namespace"] for d in documents
+    }
+    assert namespaces == {"team-nas"}
+    images = {name: t["spec"]["containers"][0]["image"] for name, t in _pods(documents)}
+    assert set(images.values()) == {
+        "registry.example.com/einsum-nas:0.1.0-cpu", "registry.example.com/einsum-nas:0.1.0-cuda"
+    }  # fmt: skip
+    assert [name for name, image in images.items() if image.endswith("-cuda")] == ["ray gpu"]
+    specs = {(d["kind"], d["metadata"]["name"]): d.get("spec", {}) for d in documents}
+    assert specs["Deployment", "worker"]["replicas"] == 3
+    groups = specs["RayCluster", "ray"]["workerGroupSpecs"]
+    assert {g["groupName"]: g["replicas"] for g in groups} == {"cpu": 4, "gpu": 1}
+    assert specs["PersistentVolumeClaim", "home"]["storageClassName"] == "shared"
+    (api,) = specs["Deployment", "api"]["template"]["spec"]["containers"]
+    assert {"name": "EINSUM_NAS_ALLOWED_HOSTS", "value": "nas.example.com"} in api["env"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("replicas:\n", "replica:\n", "replica"),
+        ("{name: worker, count: 3}", "{name: workers, count: 3}", "workers"),
+        ("/spec/workerGroupSpecs/1/", "/spec/workerGroupSpecs/2/", "workerGroupSpecs/2"),
+        ("../../base", "../../bases", "bases"),
+    ],
+)
+def test_kustomize_refuses_an_overlay_with_a_fault(
+    tmp_path: Path, old: str, new: str, fault: str
+) -> None:
+    shutil.copytree(KUBERNETES_FILES, tmp_path, dirs_exist_ok=True)
+    overlay = tmp_path / "overlays" / "example"
+    text = (overlay / "kustomization.yaml").read_text()
+    assert old in text
+    (overlay / "kustomization.yaml").write_text(text.replace(old, new, 1))
+    built = _kustomize(overlay)
+    assert built.returncode != 0
+    assert fault in built.stderr
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_meets_the_schemas_of_kubernetes(layout: str) -> None:
     """Pod templates of the Ray cluster as well; of the rest of it, the names of its fields."""
-    documents = _kuberay()
+    documents = _layout(layout)
     for document in documents:
         if document["kind"] != "RayCluster":
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
@@ -431,7 +492,7 @@ def _as_deployment(template: Document) -> Document:
 
 
 def test_the_ray_cluster_of_kubernetes_fits_the_others() -> None:
-    cluster = next(d for d in _kuberay() if d["kind"] == "RayCluster")
+    cluster = next(d for d in _layout() if d["kind"] == "RayCluster")
     assert f"ray=={cluster['spec']['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
     address = f"{cluster['metadata']['name']}-head-svc:6379"  # the name that KubeRay gives
     assert KUBERAY.read_text().count(f'RAY_ADDRESS, value: "{address}"') == 2

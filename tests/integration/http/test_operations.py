@@ -22,6 +22,7 @@ from api import readiness
 from api.app import create_app
 from nas.errors import EinsumNasError, InvalidInput
 from nas.logs import configure
+from nas.planning.request import SearchRequest
 from nas.settings import Settings
 from nas.store import Store, upgrade
 from nas.store.engine import writing
@@ -186,6 +187,24 @@ def test_the_store_is_read_at_the_scrape(client: TestClient, tmp_path: Path) -> 
     assert after["einsum_nas_stale_writes_refused_total", ()] == 0
     client.post(f"/v1/searches/{made['id']}/cancel")
     assert samples(client)["einsum_nas_searches", (("state", "cancelled"),)] == 1
+
+
+def test_tenants_are_told_apart_up_to_a_bound(tmp_path: Path) -> None:
+    with serving(create_app(Settings(home=tmp_path, metrics_tenants=2))) as client:
+        store: Store = client.app.state.store  # type: ignore[attr-defined]
+        for tenant, trials in {"a": 4, "b": 2, "c": 3, "d": 1}.items():
+            store.view(tenant).create_search(SearchRequest(**BODY | {"trials": trials}))
+        found = samples(client)
+    name = "einsum_nas_tenant_train_flops"
+    flops = {dict(k[1])["tenant"]: v for k, v in found.items() if k[0] == name}
+    # the five references are charged as well
+    assert flops == {"a": 9 * 2e11, "c": 8 * 2e11, "_other": (7 + 6) * 2e11}
+    queued = {
+        dict(k[1])["tenant"]: v for k, v in found.items()
+        if k[0] == "einsum_nas_tenant_searches" and ("state", "queued") in k[1]
+    }  # fmt: skip
+    assert queued == {"a": 1, "c": 1, "_other": 2}
+    assert found["einsum_nas_tenant_weights_bytes", (("tenant", "_other"),)] == 0
 
 
 def test_applications_count_apart(tmp_path: Path) -> None:

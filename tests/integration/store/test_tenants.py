@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from nas.errors import InvalidInput, NotFound, QuotaExceeded
 from nas.planning.request import SearchRequest
@@ -15,8 +15,11 @@ from nas.service.catalogue import get_tasks
 from nas.service.confirm import ConfirmRequest, create_confirmation
 from nas.store import Leases, Standings, Store, StoredPoint, task_scope, upgrade
 from nas.store.audit import Audit
+from nas.store.engine import SECONDS_PER_DAY, writing
+from nas.store.gauges import of_most, read_gauges
 from nas.store.migrate import downgrade_within, migrating
 from nas.store.quotas import Quotas, most_flops
+from nas.store.schema import SearchRow
 from nas.store.standings import LAYOUT
 from nas.store.tenants import all_use, set_quotas
 from tests.support.stored import LONG, REQUEST, begun, draft, run, standing, together
@@ -324,3 +327,44 @@ def test_an_upgrade_parts_what_tenants_had_in_common(database_url: str, others: 
     assert (standing(store) == after) is others  # only then are they built anew
     assert [s.charged_flops for s in store.searches()] == [0.0] * (1 + others)
     store.close()
+
+
+def test_gauges_of_tenants_agree_with_their_use(store: Store) -> None:
+    ended(store, "a", [3.0, 2.5])
+    store.view("a").create_search(REQUEST)
+    old = ended(store, "b", [3.0])
+    with writing(store.engine) as session:
+        month = 31 * SECONDS_PER_DAY
+        session.execute(
+            update(SearchRow)
+            .where(SearchRow.id == old)
+            .values(finished_at=SearchRow.finished_at - month)
+        )
+    lease = begun(store.view("c"))
+    leases = Leases(store)
+    for number, file in enumerate((b"12345", b"1234567")):
+        trial = leases.add_trial(lease, draft(number))
+        leases.start_trial(lease, trial.id)
+        loss = 3.0 - number
+        leases.add_point(lease, trial.id, StoredPoint(trial.steps, 1e9, loss, 0.01, 1.0, (loss,)))
+        leases.complete_trial(lease, trial.id, None, None, file)
+    found = read_gauges(store)
+    use = {u.tenant: u for u in all_use(store)}
+    assert {name: t.train_flops for name, t in found.tenants.items()} == {
+        name: u.train_flops for name, u in use.items()
+    }
+    assert use["b"].train_flops == 0 < use["a"].train_flops
+    assert {name: dict(t.searches) for name, t in found.tenants.items()} == {
+        "a": {"succeeded": 1, "queued": 1}, "b": {"succeeded": 1}, "c": {"running": 1}
+    }  # fmt: skip
+    assert {name: t.weights_bytes for name, t in found.tenants.items()} == {
+        "a": 0, "b": 0, "c": 7
+    }  # fmt: skip
+    assert found.searches == {"succeeded": 2, "queued": 1, "running": 1}
+    told = of_most(found.tenants, 1, "others")
+    assert set(told) == {"a", "others"}
+    assert told["a"] == found.tenants["a"]
+    assert dict(told["others"].searches) == {"succeeded": 1, "running": 1}
+    assert told["others"].weights_bytes == 7
+    assert told["others"].train_flops == found.tenants["c"].train_flops
+    assert set(of_most(found.tenants, 3, "others")) == {"a", "b", "c"}

@@ -306,7 +306,9 @@ def test_every_deployed_node_asks_for_the_token() -> None:
         assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
         assert "ports" not in service
         assert "published" not in service["networks"]
-    for document in yaml.safe_load_all((ROOT / "docker" / "kuberay.yaml").read_text()):
+    for document in yaml.safe_load_all(
+        (ROOT / "docker" / "kubernetes" / "base" / "kuberay.yaml").read_text()
+    ):
         if document["kind"] != "RayCluster":
             continue
         groups = [document["spec"]["headGroupSpec"], *document["spec"]["workerGroupSpecs"]]
