@@ -388,7 +388,8 @@ def test_images_are_those_of_the_dockerfile() -> None:
     ]
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
     targets = re.findall(r"^FROM runtime AS (\S+)$", dockerfile, re.M)
-    assert sorted(job["strategy"]["matrix"]["target"]) == sorted(targets)
+    assert sorted(job["strategy"]["matrix"]["target"]) == sorted([*targets, "edge"])
+    assert re.search(r"^FROM \S+ AS edge$", dockerfile, re.M)
     build = next(s["with"] for s in job["steps"] if s.get("id") == "build")
     assert (build["sbom"], build["provenance"], build["push"]) == (True, "mode=max", True)
     assert job["permissions"] == {
