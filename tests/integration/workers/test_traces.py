@@ -123,6 +123,7 @@ def check_tree(collector: Collector, service: Service, search_id: str) -> dict[s
 
     with Client(service.url) as client:
         stored = {t["id"]: t for t in client.get_search(search_id).trials()}
+        evaluations = {i: len(client.trial(i)["curve"]) for i in stored}
     done = [t for t in found["trial"] if t.attributes["einsum_nas.trial.state"] == "complete"]
     assert sorted(t.attributes["einsum_nas.trial.id"] for t in done) == sorted(stored)
     for span in done:
@@ -133,7 +134,7 @@ def check_tree(collector: Collector, service: Service, search_id: str) -> dict[s
         (trained,) = (t for t in found["train"] if t.parent == span.id)
         assert trained.status == 0
         assert trained.attributes["einsum_nas.seed"] == trial["seed"]
-        assert trained.events == ("evaluation",) * len(client.trial(trial["id"])["curve"])
+        assert trained.events == ("evaluation",) * evaluations[trial["id"]]
         # by a process of Ray's, within the time that the worker has seen
         assert trained.resource["process.pid"] != span.resource["process.pid"]
         assert span.begun <= trained.begun
@@ -188,9 +189,9 @@ def test_a_search_that_another_worker_takes_over_stays_one_trace(
         heir = start_worker(home, lease_seconds)
         assert heir.wait(PATIENCE) == 0, (home / "log").read_text()
         found = check_tree(collector, service, search_id)
-    (claim,) = found["claim"]
-    assert claim.attributes["einsum_nas.epoch"] == 2
-    assert found["search"][0].attributes["einsum_nas.search.claims"] == 2
+    claims = found["search"][0].attributes["einsum_nas.search.claims"]
+    # that of the victim is lost with it
+    assert len(found["claim"]) == claims - 1 >= 1
     assert {t.resource["process.pid"] for t in found["trial"]} == {victim.pid, heir.pid}
 
 
