@@ -178,7 +178,7 @@ def test_a_search_that_another_worker_takes_over_stays_one_trace(
     tmp_path: Path, data_dir: Path, collector: Collector
 ) -> None:
     lease_seconds, home = 15, tmp_path / "home"
-    with running(api(home, "api", data_dir=str(data_dir))) as service:
+    with running(api(home, data_dir=str(data_dir))) as service:
         search_id = submit(service)
         victim = start_worker(home, lease_seconds)
         wait_for(lambda: bool(collector.named("trial")), "the span of a trial")
@@ -204,8 +204,7 @@ def test_a_collector_that_takes_nothing_holds_nothing_up(
     with collecting(answers=False) as collector:
         hangs = kind == "hangs"
         send_to(collector.url if hangs else f"http://127.0.0.1:{free_port()}", monkeypatch)
-        options = {"data_dir": str(data_dir), "concurrency": "1"}
-        service = Service(tmp_path / "home", "serve", **options)
+        service = Service(tmp_path / "home", "serve", data_dir=str(data_dir), concurrency="1")
         with running(service), Client(service.url) as client:
             search = client.search(**{**REQUEST, "trials": 1, "replicates": 1})
             assert search.wait(timeout_seconds=PATIENCE).state == "succeeded"
