@@ -222,6 +222,7 @@ def test_without_a_collector_nothing_is_imported(
     with running(service), Client(service.url) as client:
         search = client.search(**{**REQUEST, "trials": 1, "replicates": 1})
         assert search.wait(timeout_seconds=PATIENCE).state == "succeeded"
-        events = httpx.get(f"{service.url}/v1/searches/{search.id}/events?follow=false").text
+        events = httpx.get(f"{service.url}/v1/searches/{search.id}/events").text
+    assert "queued" in events
     assert "traceparent" not in events
     assert not imported.exists()
