@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 
 from nas.client import Client
 from tests.support.collector import Collector, Told, collecting
+from tests.support.faults.worker import small_request, write_text
+from tests.support.paths import ROOT
 from tests.support.services import (
     PATIENCE,
     Service,
@@ -84,18 +88,18 @@ def data_dir(text_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def submit(service: Service) -> str:
+def submit(service: Service, request: dict[str, Any] = REQUEST) -> str:
     """The id of a search that is submitted within a trace of the client's."""
     headers = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
     query = {"text": SECRET}
     httpx.get(f"{service.url}/v1/searches", params=query, headers=headers)
-    made = httpx.post(f"{service.url}/v1/searches", json=REQUEST, headers=headers)
+    made = httpx.post(f"{service.url}/v1/searches", json=request, headers=headers)
     assert made.status_code == 201, made.text
     return str(made.json()["id"])
 
 
-def check_tree(collector: Collector, service: Service, search_id: str) -> dict[str, list[Told]]:
-    """The spans of the search by their name, whose tree is what it has to be."""
+def tree(collector: Collector, search_id: str) -> dict[str, list[Told]]:
+    """The spans of the search by their name, whose parents are what they have to be."""
     spans = [s for s in collector.spans if s.attributes.get("http.request.method") != "GET"]
     spans = [s for s in spans if s.trace == TRACE]
     found: dict[str, list[Told]] = {}
@@ -118,9 +122,13 @@ def check_tree(collector: Collector, service: Service, search_id: str) -> dict[s
     for name in ("claim", "load data", "propose", "trial"):
         assert {span.parent for span in found[name]} == {search.id}, name
         assert {span.attributes["einsum_nas.search.id"] for span in found[name]} == {search_id}
-    trials = {t.id: t for t in found["trial"]}
-    assert {span.parent for span in found["train"]} <= trials.keys()
+    return found
 
+
+def check_tree(collector: Collector, service: Service, search_id: str) -> dict[str, list[Told]]:
+    """`tree`, in which every trial that the service has was trained in a process of Ray's."""
+    found = tree(collector, search_id)
+    assert {span.parent for span in found["train"]} <= {span.id for span in found["trial"]}
     with Client(service.url) as client:
         stored = {t["id"]: t for t in client.get_search(search_id).trials()}
         evaluations = {i: len(client.trial(i)["curve"]) for i in stored}
@@ -173,6 +181,53 @@ def test_a_request_and_its_search_and_its_trials_are_one_trace(
     assert len(pids) == 3  # service, worker, actor
 
 
+#: A worker that trains nothing, so that no test waits for Ray.
+WORKER = """
+import sys
+from pathlib import Path
+from nas import tracing
+from tests.support.faults.worker import WorkerPlan, work
+
+folder = Path(sys.argv[1])
+database = f"sqlite:///{folder / 'einsum-nas.db'}"
+tracing.start()
+work(WorkerPlan(database, folder, lease_seconds=3.0, points=3, pause=0.5))
+tracing.stop()
+"""
+
+
+def test_a_search_whose_worker_was_killed_stays_one_trace(
+    tmp_path: Path, data_dir: Path, collector: Collector
+) -> None:
+    write_text(data_dir)
+    home = tmp_path / "home"
+    request = small_request(3, trials=3).model_dump(mode="json", exclude_none=True)
+    command = [sys.executable, "-c", WORKER, str(home)]
+    with running(api(home, data_dir=str(data_dir))) as service:
+        search_id = submit(service, {**request, "data": "text.txt"})
+        victim = subprocess.Popen(command, cwd=ROOT)
+        wait_for(lambda: bool(collector.named("trial")), "the span of a trial")
+        victim.kill()
+        victim.wait()
+        assert not collector.named("search")
+        heir = subprocess.Popen(command, cwd=ROOT)
+        try:
+            wait_for(lambda: bool(collector.named("search")), "the span of the search")
+            wait_for(lambda: bool(collector.named("claim")), "the span of the heir")
+            found = tree(collector, search_id)
+        finally:
+            heir.terminate()
+            heir.wait(PATIENCE)
+        with Client(service.url) as client:
+            trials = client.get_search(search_id).trials()
+    assert found["claim"][-1].attributes["einsum_nas.epoch"] >= 2
+    assert found["search"][0].attributes["einsum_nas.search.claims"] >= 2
+    # what the victim was doing is lost with it, and done again
+    done = [t.attributes["einsum_nas.trial.id"] for t in found["trial"]]
+    assert sorted(done) == sorted(t["id"] for t in trials)
+    assert {t.resource["process.pid"] for t in found["trial"]} == {victim.pid, heir.pid}
+
+
 @FULL
 def test_a_search_that_another_worker_takes_over_stays_one_trace(
     tmp_path: Path, data_dir: Path, collector: Collector
@@ -199,18 +254,38 @@ def test_a_search_that_another_worker_takes_over_stays_one_trace(
 def test_a_collector_that_takes_nothing_holds_nothing_up(
     kind: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # who waits for it does so for longer than any test
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(10 * PATIENCE))
+    write_text(data_dir)
+    home, hangs = tmp_path / "home", kind == "hangs"
+    request = small_request(3, trials=1).model_dump(mode="json", exclude_none=True)
     with collecting(answers=False) as collector:
-        hangs = kind == "hangs"
         send_to(collector.url if hangs else f"http://127.0.0.1:{free_port()}", monkeypatch)
+        # who waits for it does so for longer than any test
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(10 * PATIENCE))
+        with running(api(home, data_dir=str(data_dir))) as service:
+            search_id = submit(service, {**request, "data": "text.txt"})
+            worker = subprocess.Popen([sys.executable, "-c", WORKER, str(home)], cwd=ROOT)
+            with Client(service.url) as client:
+                search = client.get_search(search_id).wait(timeout_seconds=PATIENCE)
+            assert search.state == "succeeded"
+            worker.terminate()
+            assert worker.wait(PATIENCE) == 0
+        # the service and the worker have told it something, and have ended all the same
+        assert len(collector.received) >= (2 if hangs else 0)
+
+
+@FULL
+def test_actors_do_not_wait_for_a_collector_that_hangs(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with collecting(answers=False) as collector:
+        send_to(collector.url, monkeypatch)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(10 * PATIENCE))
         service = Service(tmp_path / "home", "serve", data_dir=str(data_dir), concurrency="1")
         with running(service), Client(service.url) as client:
             search = client.search(**{**REQUEST, "trials": 1, "replicates": 1})
             assert search.wait(timeout_seconds=PATIENCE).state == "succeeded"
         assert service.process.returncode == 0
-        # hung up on are the service, the worker and the actor
-        assert len(collector.received) >= (3 if hangs else 0)
+        assert len(collector.received) >= 3
 
 
 def test_without_a_collector_nothing_is_imported(
