@@ -292,12 +292,20 @@ def test_without_a_collector_nothing_is_imported(
     tmp_path: Path, data_dir: Path, imported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    options = {"data_dir": str(data_dir), "concurrency": "1"}
-    service = Service(tmp_path / "home", "serve", patches=tmp_path / "patches", **options)
+    write_text(data_dir)
+    home, request = tmp_path / "home", small_request(3, trials=1)
+    body = {**request.model_dump(mode="json", exclude_none=True), "data": "text.txt"}
+    service = api(home, patches=tmp_path / "patches", data_dir=str(data_dir))
+    # Ray's actors begin with this import
+    command = [sys.executable, "-c", f"import workers.ray.runner\n{WORKER}", str(home)]
     with running(service), Client(service.url) as client:
-        search = client.search(**{**REQUEST, "trials": 1, "replicates": 1})
-        assert search.wait(timeout_seconds=PATIENCE).state == "succeeded"
-        events = httpx.get(f"{service.url}/v1/searches/{search.id}/events").text
+        search_id = submit(service, body)
+        worker = subprocess.Popen(command, cwd=ROOT, env=service.environment)
+        search = client.get_search(search_id).wait(timeout_seconds=PATIENCE)
+        assert search.state == "succeeded"
+        worker.terminate()
+        assert worker.wait(PATIENCE) == 0
+        events = httpx.get(f"{service.url}/v1/searches/{search_id}/events").text
     assert "queued" in events
     assert "traceparent" not in events
     assert not imported.exists()
