@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 
 from api import auth, problems
@@ -16,7 +17,7 @@ from api.caching.following import Follower
 from api.dashboard import pages, plotly_js, service_pages, signin, views
 from api.declared import NotAllowed, read_declarations
 from api.limits.rates import Rates
-from api.middleware import access, bodies, headers, hosts
+from api.middleware import access, bodies, headers, hosts, traces
 from api.readiness import Readiness, SchemaGate
 from api.routes import (
     admin,
@@ -30,6 +31,7 @@ from api.routes import (
     searches,
     trials,
 )
+from nas import tracing
 from nas.errors import InvalidInput
 from nas.planning.tasks import task_cards
 from nas.settings import Settings, is_loopback, settings
@@ -85,7 +87,9 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
             await follower.stop()
             await readiness.stop()
             store.close()
+            await run_in_threadpool(tracing.stop)
 
+    tracing.start()
     app = FastAPI(
         title="einsum-nas",
         version=version("einsum-nas"),
@@ -96,6 +100,7 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         docs_url=None,  # that page loads scripts from another site; use /openapi.json
         redoc_url=None,
         exception_handlers=problems.HANDLERS,
+        telemetry=traces.configured(),
     )
     app.add_exception_handler(NotAllowed, service_pages.not_allowed)
     app.state.access_control = access_control

@@ -50,6 +50,7 @@ _NAMED_SECRET = re.compile(
 _QUIETER = {
     "alembic": logging.WARNING,
     "httpx2": logging.WARNING,
+    "opentelemetry": logging.ERROR,  # it warns of each attempt to reach its collector
     "asgi_correlation_id": logging.ERROR,  # it warns of every id that it replaces
 }
 

@@ -123,7 +123,8 @@ class Keeper:
         session = SearchSession(
             self._store, lease, search, recipe, stored, signals, leases=self._leases
         )
-        AskedRuns(session, self._store, self._settings.max_attempts).run()
+        with session.spans.ending():
+            AskedRuns(session, self._store, self._settings.max_attempts).run()
         close(session)
 
 

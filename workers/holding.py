@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec
 
+from nas import tracing
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.logs import bound, carried
 from nas.store import Lease, Leases, Search
@@ -124,8 +125,11 @@ def hold(
     with ids, Heartbeat(leases, lease, signals, **options) as heartbeat:
         _log.info("search %s claimed, epoch %d", search.id, lease.epoch)
         metrics.lease_renewed()
+        about = {"einsum_nas.search.id": search.id, "einsum_nas.epoch": lease.epoch}
         try:
-            work()
+            # what is done for the search is not within the claim, which is lost with its process
+            with tracing.current(leases.span(lease)), tracing.span("claim", about, alone=True):
+                work()
         except LeaseLost as error:
             metrics.STALE_WRITES.inc()
             _log.warning("%s", error)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from nas import tracing
 from nas.errors import ClusterUnavailable, InvalidInput, LeaseLost, StoreUnavailable
 from nas.logs import bound
 from nas.records.evidence import Evidence
@@ -169,10 +170,11 @@ class Worker:
     def _run_search(self, lease: Lease, search: Search, signals: Signals) -> None:
         wanted, name = search.request, search.request.data
         try:
-            data = load_data(
-                wanted.settings, search.data_path,
-                shown=name, root=search.data_root, stop=lambda: signals.stop,
-            )  # fmt: skip
+            with tracing.span("load data", {"einsum_nas.search.id": search.id}):
+                data = load_data(
+                    wanted.settings, search.data_path,
+                    shown=name, root=search.data_root, stop=lambda: signals.stop,
+                )  # fmt: skip
         except LoadingStopped as stopped:
             self._end_unloaded(lease, search, signals, str(stopped))
             return
@@ -189,7 +191,8 @@ class Worker:
             self._store, lease, search, data.recipe, data.fingerprint, signals,
             leases=self._leases, scheduler=self._scheduler(lease, search, data),
         )  # fmt: skip
-        self._runner(session, data, self._settings)
+        with session.spans.ending():
+            self._runner(session, data, self._settings)
         self._wait = _FIRST_WAIT
         close(session)
 
@@ -243,4 +246,8 @@ def main(settings: Settings, *, until_idle: bool = False, search_id: str | None 
         signal.signal(number, lambda *_: worker.stop())
     if settings.metrics_port is not None:
         metrics.serve(settings.metrics_port, settings.host)
-    worker.run(until_idle=until_idle, search_id=search_id)
+    tracing.start()
+    try:
+        worker.run(until_idle=until_idle, search_id=search_id)
+    finally:
+        tracing.stop()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from nas import tracing
 from nas.errors import EinsumNasError, StoreUnavailable
 from nas.planning.recipe import Recipe
 from nas.planning.request import MAX_TRIALS, Confirm
@@ -45,8 +46,10 @@ from workers.packs import Pack, each_apart, pack_key, run_key
 from workers.progress import Progress, Proposals
 from workers.reasons import grouped
 from workers.rounds import Planner, view_of
+from workers.traces import OpenSpans, about_trial
 
 T = TypeVar("T")
+_STATE = "einsum_nas.trial.state"
 
 
 @dataclass
@@ -126,6 +129,8 @@ class SearchSession:
         #: key → trials that equal the running one and will share its result
         self._twins: dict[str, list[Trial]] = {}
         self._running: dict[int, Trial] = {}
+        #: of the trials that run, by id
+        self.spans: OpenSpans[int] = OpenSpans()
         self._progress = Progress(self.request)
         self._proposals = Proposals(self.request, recipe)
         self._scheduler, self._rounds, self._decided_all = scheduler, search.rounds, False
@@ -299,12 +304,16 @@ class SearchSession:
         self._sql(start, self._lease, trial.id)
         self._twins[trial.key] = []
         self._running[trial.id] = trial
+        self._begin_span(trial)
         known = self._progress[trial.id]
         kept = known.trained_steps
         known.points = {step: p for step, p in known.points.items() if step <= kept}
         if adopted:
             known.points = dict(self.adopted[trial.id])
         self._progress.set_state(trial.id, "running")
+
+    def _begin_span(self, trial: Trial) -> None:
+        self.spans.begin(trial.id, "trial", about_trial(trial, self.request.sampler))
 
     def _is_due(self, trial: Trial) -> bool:
         """Whether a trial has to run: no equal one is running or has a result."""
@@ -318,12 +327,16 @@ class SearchSession:
         twin = self._sql(self._store.trial, trial.id)
         points = self._sql(self._store.curve, trial.id) if self._scheduler is not None else ()
         self._progress.shared(trial.id, twin, points)
+        self._begin_span(trial)
+        shared = {_STATE: twin.state, "einsum_nas.trial.reused_from": twin.reused_from}
+        self.spans.end(trial.id, shared)
         return False
 
     def restart(self, trial_id: int) -> None:
         """Begin a running trial anew, for its process is gone."""
         self._sql(self._leases.start_trial, self._lease, trial_id, anew=True)
         self._progress[trial_id].points = {}
+        self.spans.event(trial_id, "started anew", {})
 
     @property
     def due(self) -> set[int]:
@@ -378,7 +391,11 @@ class SearchSession:
         most = int(min(self._unproposed, self._affordable))
         number, unseen = self._progress.next_number, self._progress.unseen()
         packs: list[list[TrialDraft]] = []
-        for found in self._proposals.next(self._progress, self._is_known, most):
+        with tracing.span("propose", {"einsum_nas.search.id": self.search.id}) as span:
+            proposed = self._proposals.next(self._progress, self._is_known, most)
+            span.set({"einsum_nas.sampler": self.request.sampler})
+            span.set({"einsum_nas.candidates": len(proposed)})
+        for found in proposed:
             drafts = self._drafts(
                 found.plan, number, "candidate", sampler_state=found.sampler_state,
                 params=found.params, unseen=unseen,
@@ -400,8 +417,14 @@ class SearchSession:
                 self._progress, self.request, slots=self._slots, held_seconds=self._held_seconds,
                 left=int(min(self._unproposed, self._affordable)),
             )  # fmt: skip
-            moves = self._scheduler.next_round(view)
-            round_ = self._planner.round_of(self._rounds + 1, moves)
+            about = {
+                "einsum_nas.search.id": self.search.id, "einsum_nas.round": self._rounds + 1,
+                "einsum_nas.sampler": self.request.sampler,
+            }  # fmt: skip
+            with tracing.span("round", about) as span:
+                moves = self._scheduler.next_round(view)
+                round_ = self._planner.round_of(self._rounds + 1, moves)
+                span.set({"einsum_nas.moves": round_.moves})
             self._decided_all = not moves
             if round_.moves:
                 packs = self._packs(self._begin(round_))
@@ -510,6 +533,10 @@ class SearchSession:
     def _settle(self, trial_id: int, state: TrialState) -> None:
         trial = self._running.pop(trial_id)
         self._progress.set_state(trial_id, state)
+        # back to planned: its process has died
+        failure = self._progress[trial_id].failure if state == "failed" else None
+        died = "process" if state == "planned" else None
+        self.spans.end(trial_id, {_STATE: state}, failure or died)
         if self._scheduler is None:
             self._progress[trial_id].points = {}  # nobody asks for them again
         # back to the queue: `next_pack` finds the result there, or runs the twin itself

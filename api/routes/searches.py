@@ -37,6 +37,7 @@ from api.middleware.bodies import Absent, read_json, read_json_if_any
 from api.middleware.prefix import root_of
 from api.problems import OF_BODIES, refusals
 from api.schemas import Preview, PriorityIn, SearchDetail, SearchOut, SearchPage
+from nas import tracing
 from nas.errors import InvalidInput
 from nas.planning.recipe import Recipe
 from nas.planning.request import MAX_PRIORITY, SearchRequest
@@ -87,6 +88,7 @@ class Creation:
         """The response: 201, or 200 if the key had created the search before."""
         ids = {"idempotency_key": self._key, "request_id": correlation_id.get()}
         search, new = await run_in_threadpool(create, *given, **options, **ids)
+        tracing.now().set({"einsum_nas.search.id": search.id})
         self._response.status_code = 201 if new else 200
         self._response.headers["Location"] = f"{self._root}/v1/searches/{search.id}"
         return describe(search)

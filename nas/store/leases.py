@@ -16,11 +16,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, select, true
 from sqlalchemy.orm import Session
 
+from nas import tracing
 from nas.errors import LeaseLost
 from nas.planning.request import Trainer
 from nas.records.search import Search, SearchFailure, SearchState
 from nas.records.trial import MeasuredCost, StoredPoint, Trial, TrialFailure, TrialState
-from nas.store import lifecycle, queue, rounds, rows, scopes, standings
+from nas.store import lifecycle, queue, rounds, rows, scopes, standings, traces
 from nas.store.engine import one_at_a_time, writing
 from nas.store.records import DUE, Lease, Renewal, Round, TrialDraft
 from nas.store.schema import EventRow, PointRow, SearchRow, TrialRow
@@ -164,6 +165,10 @@ class Leases:
             limits = (row.request.get("limits") or {}).get("seconds")
             over = limits is not None and held >= limits
             return Renewal(row.cancel_requested, row.pause_requested, over)
+
+    def span(self, lease: Lease) -> tracing.Span:
+        """The span of the search, which whoever writes its end tells."""
+        return traces.span_of(self._engine, lease.search_id)
 
     def once(
         self, lease: Lease, kind: str, data: Mapping[str, Any] | None = None

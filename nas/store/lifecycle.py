@@ -16,10 +16,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from nas import tracing
 from nas.errors import Conflict, counted
 from nas.records.search import SearchFailure, SearchState
 from nas.records.trial import TrialState
-from nas.store import rows
+from nas.store import rows, traces
 from nas.store.quotas import used_flops
 from nas.store.records import TERMINAL, UNFINISHED
 from nas.store.schema import PointRow, SearchRow, TrialRow
@@ -62,6 +63,7 @@ def end(
     if row.limit_reached is not None:
         data["limit_reached"] = row.limit_reached
     rows.add_event(session, row.id, state, data)
+    traces.tell(session, row)
 
 
 def trained() -> Any:
@@ -205,7 +207,8 @@ def retry(session: Session, row: SearchRow) -> None:
     row.state, row.failures, row.not_before = "queued", 0, 0.0
     row.error = row.failure = row.finished_at = None
     row.cancel_requested = False
-    rows.add_event(session, row.id, "retried", {"trials": [t.number for t in owed]})
+    retried = {"trials": [t.number for t in owed], **tracing.carrier()}
+    rows.add_event(session, row.id, "retried", retried)
 
 
 def why_not_retried(session: Session, row: SearchRow) -> str | None:

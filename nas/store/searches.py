@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Select, String, cast, func, or_, select, t
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from nas import tracing
 from nas.errors import IdempotencyConflict, NotFound
 from nas.planning.request import SearchRequest
 from nas.records.run import CurvePoint
@@ -154,7 +155,7 @@ class Store:
             )
             session.add(row)
             session.flush()
-            rows.add_event(session, row.id, "queued", logged)
+            rows.add_event(session, row.id, "queued", {**logged, **tracing.carrier()})
             if row.cloned_from is not None:
                 rows.add_event(session, row.id, "cloned", {"from": row.cloned_from})
             return rows.to_search(row), True

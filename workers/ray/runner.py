@@ -407,6 +407,8 @@ class _Attempts(_OfExperiment, Callback):
         run = json.loads(experiment.give(trial.trial_id, pack)["run"])
         # those that failed by themselves are not repeated
         run["seeds"] = [t.seed for t in experiment.session.unfinished(pack)]
+        for t in experiment.session.unfinished(pack):
+            experiment.session.spans.event(t.id, "process died", {})
         if failed is None:
             _log.warning("trial started anew: %s", reason)
         else:
@@ -477,6 +479,8 @@ def trial_config(
         "next": follows,
         "key": _stored_as(session, pack.key),
     }
+    if traces := {t.seed: p for t in pack.trials if (p := session.spans.traceparent(t.id))}:
+        run["traces"] = traces
     keeps, below = session.keeps
     if keeps and weights_bytes and pack.until is None:
         about = {

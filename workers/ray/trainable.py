@@ -20,6 +20,7 @@ import torch
 from ray import tune
 from ray.exceptions import RayError
 
+from nas import tracing
 from nas.errors import InvalidInput, RunFailed, one_line
 from nas.layers.kernels.machine import machine_rates
 from nas.planning.recipe import Recipe, stored_recipe
@@ -32,6 +33,7 @@ from nas.training.metering import CostMeter
 from nas.training.run import Evaluations, Execution, Point, execution_plans, train_replicates
 from nas.training.weights import Keeping
 from workers.ray.cluster import handed, leave, taken
+from workers.traces import OpenSpans
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class ProxyTrainable(tune.Trainable):
     _owner: Any = None
     #: execution plan of each structure, by fingerprint; stored with the trial
     _plans: dict[str, str]
+    #: of the runs, by seed
+    _spans: OpenSpans[int]
 
     def setup(
         self,
@@ -112,6 +116,7 @@ class ProxyTrainable(tune.Trainable):
 
     def _begin_run(self, run: dict[str, Any]) -> None:
         self._over, self._next = not run, run.get("next")
+        self._begin_spans(run.get("traces", {}))
         self._waiting = [] if self._over else [{"begun": f"{socket.gethostname()}:{os.getpid()}"}]
         #: of all runs, known before they begin
         self._failure: dict[str, Any] | None = run.get("failure")
@@ -125,6 +130,16 @@ class ProxyTrainable(tune.Trainable):
             self._prepare(run)
         except InvalidInput as error:  # such as a plug-in that is another one here
             self._failure = {"reason": one_line(error), "kind": "run"}
+
+    def _begin_spans(self, traces: Mapping[str, str]) -> None:
+        """Spans of the runs within those of their trials, if this process has a collector, too."""
+        self._spans = OpenSpans()
+        if not traces:
+            return
+        tracing.start()
+        about = {"einsum_nas.device": self._execution.device, "einsum_nas.threads": self._threads}
+        for seed, parent in traces.items():
+            self._spans.begin(int(seed), "train", {**about, "einsum_nas.seed": int(seed)}, parent)
 
     def _prepare(self, run: dict[str, Any]) -> None:
         plan = RunPlan.from_dict(run["plan"])
@@ -178,10 +193,13 @@ class ProxyTrainable(tune.Trainable):
 
     def cleanup(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+        self._spans.end_all()
+        tracing.stop()
 
     def _advance(self) -> dict[str, Any]:
         """The next evaluation, or the end of the runs."""
         if self._failure is not None:
+            self._spans.end_all(self._failure["kind"])
             return {"failure": self._failure}
         try:
             found = next(self._evaluations)
@@ -191,13 +209,21 @@ class ProxyTrainable(tune.Trainable):
             environments = {seed: self._environment(router) for seed, router in end.value.items()}
             weights = {} if self._keeping is None else self._leave(self._keeping)
             cost = asdict(self._meter.result())
+            self._spans.end_all()
             return {"ended": {"environments": environments, "cost": cost, "weights": weights}}
         except Exception as error:
-            if out_of_memory(error) or isinstance(error, ProcessLost):
+            fresh = out_of_memory(error) or isinstance(error, ProcessLost)
+            self._spans.end_all("memory" if out_of_memory(error) else type(error).__name__)
+            if fresh:
                 raise
             self._checkpoint.remove()
             _log.exception("the run failed")
             return {"failure": {"reason": f"{type(error).__name__}: {error}", "kind": "run"}}
+        for seed, each in found.items():
+            if isinstance(each, RunFailed):
+                self._spans.end(seed, failure="run")
+            else:
+                self._spans.event(seed, "evaluation", {"einsum_nas.step": each.step})
         return {"runs": {seed: _told(each) for seed, each in found.items()}}
 
     def _leave(self, keeping: Keeping) -> dict[int, dict[str, str]]:
