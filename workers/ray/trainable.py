@@ -26,6 +26,7 @@ from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
 from nas.rates import current_rates
 from nas.records.device import processor_name
+from nas.remote import RemoteFolder
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.metering import CostMeter
@@ -76,6 +77,7 @@ class ProxyTrainable(tune.Trainable):
         rates: str,
         memory: int | None = None,
         report_seconds: float = 0.0,
+        checkpoints_url: str | None = None,
     ) -> None:
         """Prepare a process for one trial after another.
 
@@ -91,11 +93,14 @@ class ProxyTrainable(tune.Trainable):
             Bytes that a trial may add to the process; None for any number.
         report_seconds
             Evaluations that follow one another sooner are reported together.
+        checkpoints_url
+            Where checkpoints are copied to, for other nodes; see `nas.remote`.
         """
         self._owner, self._report_seconds = data, report_seconds
         self._data: tuple[Arrays, Arrays] = tuple(taken(data))
         self._threads, self._checkpoints = threads, Path(checkpoints)
         self._memory = memory
+        self._remote = None if checkpoints_url is None else RemoteFolder(checkpoints_url)
         torch.set_num_threads(threads)
         gpu = ray.get_gpu_ids() and torch.cuda.is_available()
         self._execution = Execution.on("cuda" if gpu else "cpu")
@@ -150,7 +155,7 @@ class ProxyTrainable(tune.Trainable):
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
         versions = [version("einsum-nas"), torch.__version__]
         how = [asdict(self._execution), self._threads, self._plans, versions]
-        return checkpoint_of(self._checkpoints, run_key, how)
+        return checkpoint_of(self._checkpoints, run_key, how, self._remote)
 
     def step(self) -> dict[str, Any]:
         if self._over and self._next is not None:
@@ -186,7 +191,9 @@ class ProxyTrainable(tune.Trainable):
         try:
             found = next(self._evaluations)
         except StopIteration as end:
-            if not self._pauses:
+            if self._pauses:
+                self._checkpoint.flush()
+            else:
                 self._checkpoint.remove()
             environments = {seed: self._environment(router) for seed, router in end.value.items()}
             weights = {} if self._keeping is None else self._leave(self._keeping)

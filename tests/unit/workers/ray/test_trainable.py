@@ -40,7 +40,7 @@ def actor(
     data = load_data(recipe)
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
-    made._memory = None
+    made._memory = made._remote = None
     give(made, recipe, key, design, seeds, until)
     return made
 
