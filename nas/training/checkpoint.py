@@ -56,7 +56,9 @@ class Checkpoint:
         self._path, self._key, self._every = path, key, every_seconds
         self._saved_at = time.monotonic()
         self._remote = remote
-        #: the copy that was begun last, whether it lacks the last save, and whether there may be one
+        #: step of the state that was loaded
+        self.resumed_at: int | None = None
+        #: the copy begun last, whether it lacks the last save, and whether there may be one
         self._sending: Sending | None = None
         self._behind, self._copied = False, False
 
@@ -119,7 +121,9 @@ class Checkpoint:
         if self._remote is not None:
             found.append(self._fetched(self._remote))
         usable = [state for state in found if state is not None]
-        return max(usable, key=lambda state: int(state.get("step", 0)), default=None)
+        best = max(usable, key=lambda state: int(state.get("step", 0)), default=None)
+        self.resumed_at = None if best is None else best.get("step")
+        return best
 
     def _fetched(self, remote: RemoteFolder) -> dict[str, Any] | None:
         """The state in the remote folder, if it can be used."""

@@ -353,6 +353,8 @@ class _SessionSearcher(_OfExperiment, Searcher):
             self._give_up(trial_id, pack, **report["failure"])
         else:
             cost = MeasuredCost(**report["ended"]["cost"]) if "ended" in report else None
+            if cost is not None and report["ended"]["resumed_at"] is not None:
+                _log.info("trial had gone on from step %d", report["ended"]["resumed_at"])
             for trial in session.unfinished(pack):
                 if cost is not None:
                     ended, seed = report["ended"], str(trial.seed)

@@ -49,7 +49,8 @@ class ProxyTrainable(tune.Trainable):
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
     results: {"begun": …}; at each evaluation {"runs": {seed: {"point": …} or {"failure": …}}}, of
     which the latter is the run's own error; at last {"ended": {"environments": {seed: …},
-    "cost": …, "weights": {seed: {"key": …} or {"left": …}}}}, or {"failure": …} of all runs.
+    "cost": …, "resumed_at": step of the checkpoint or None,
+    "weights": {seed: {"key": …} or {"left": …}}}}, or {"failure": …} of all runs.
     Several of these that follow one another soon are {"batch": [...]}.  Only what a fresh process
     may cure (memory) is raised, so that Ray starts the trial anew.
 
@@ -198,7 +199,9 @@ class ProxyTrainable(tune.Trainable):
             environments = {seed: self._environment(router) for seed, router in end.value.items()}
             weights = {} if self._keeping is None else self._leave(self._keeping)
             cost = asdict(self._meter.result())
-            return {"ended": {"environments": environments, "cost": cost, "weights": weights}}
+            resumed_at = self._checkpoint.resumed_at
+            ended = {"environments": environments, "cost": cost, "weights": weights}
+            return {"ended": {**ended, "resumed_at": resumed_at}}
         except Exception as error:
             if out_of_memory(error) or isinstance(error, ProcessLost):
                 raise

@@ -39,6 +39,10 @@ def remote(
         monkeypatch.setenv(name, value)
     yield found
     found.stop()
+    for _ in range(4):  # calls that hung have ended, and take no room of the next test's
+        assert nas.remote._threads.acquire(timeout=100)
+    for _ in range(4):
+        nas.remote._threads.release()
 
 
 @pytest.fixture(scope="module")

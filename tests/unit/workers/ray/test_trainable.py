@@ -72,6 +72,7 @@ def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
             each.get("point", {}).pop("seconds", None)
         found.append(report(made))
     found[-1].get("ended", {}).pop("cost", None)  # measured: never twice the same
+    found[-1].get("ended", {}).pop("resumed_at", None)  # of the way, not of the result
     return found
 
 
