@@ -94,7 +94,8 @@ class Checkpoint:
         for _ in range(2):  # the copy under way, and one of the last save
             if self._remote is not None and self._sending is not None:
                 what = f"{self._path.name} is not waited for"
-                self._remote.await_(what, self._sending.done, _LAST_SECONDS)
+                if not self._remote.await_(what, self._sending.done, _LAST_SECONDS):
+                    return
             if self._behind:
                 self._send()
 

@@ -121,7 +121,7 @@ def test_a_damaged_copy_is_never_used(
     number = content.index(torch.full((1000,), 7.0).numpy().tobytes())
     content[number + 1000] ^= 1
     damaged = {"torn": content[: len(content) // 2], "flipped": content, "empty": b""}[damage]
-    (remote.folder / name).write_bytes(damaged)
+    (remote.folder / name).write_bytes(bytes(damaged))
     assert step_of(checkpoint(tmp_path / "elsewhere", remote.url)) is None
     assert "damaged" in caplog.text
     assert step_of(checkpoint(tmp_path / "here", remote.url)) == 7  # the last good one
