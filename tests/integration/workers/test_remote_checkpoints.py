@@ -18,6 +18,8 @@ import torch
 import nas.remote
 import nas.training.checkpoint
 from nas.remote import RemoteFolder
+from nas.service import doctor
+from nas.settings import Settings
 from nas.training.checkpoint import Checkpoint, checkpoint_of, forget, prune
 from nas.training.run import Point
 from tests.support.paths import ROOT
@@ -203,6 +205,16 @@ def test_a_process_ends_while_its_store_hangs(served: Remote, tmp_path: Path) ->
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "no answer for 1 s" in done.stderr
+
+
+def test_the_doctor_tries_it(served: Remote) -> None:
+    used = Settings(checkpoints_url=served.url)
+    (check,) = doctor._checkpoints(used)
+    assert (check.status, served.names()) == ("ok", [])
+    served.stop()
+    (check,) = doctor._checkpoints(used)
+    assert check.status == "problem"
+    assert PASSWORD not in check.finding
 
 
 def test_calls_that_hang_are_bounded(
