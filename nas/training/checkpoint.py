@@ -130,12 +130,15 @@ class Checkpoint:
         """The state in the remote folder, if it can be used."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._path.parent, prefix="fetched-") as folder:
-                copy = Path(folder) / self._path.name
-                if not remote.fetch(self._path.name, copy):
+            handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f"{self._path.name}.")
+            os.close(handle)
+            try:
+                if not remote.fetch(self._path.name, Path(name)):
                     return None
                 self._copied = True
-                return self._read(copy, f"the remote copy of {self._path.name}")
+                return self._read(Path(name), f"the remote copy of {self._path.name}")
+            finally:
+                Path(name).unlink(missing_ok=True)
         except OSError as error:
             _log.warning("no remote checkpoint is read: %s", error)
             return None
