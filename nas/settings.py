@@ -25,7 +25,9 @@ from nas.errors import InvalidInput
 #: Names the folder whose files give settings that are no one else's to read.
 SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
 #: Settings whose values no message repeats.
-_SECRETS = ("database_url", "api_key")
+_SECRETS = ("database_url", "api_key", "checkpoints_url")
+#: Kinds of URLs that pyarrow reaches by itself.
+_PYARROWS = ("s3", "gs", "gcs", "abfs", "abfss")
 #: Whose searches are that nobody was named for.
 DEFAULT_TENANT = "default"
 #: Names of tenants.
@@ -139,7 +141,10 @@ class Settings(BaseSettings):
     failed_days: float | None = Field(None, gt=0.0)
     """Days for which failed and cancelled searches without results are kept; default: for ever."""
     checkpoint_bytes: ByteSize = Field(ByteSize(10 * 2**30), ge=0)
-    """Size of the checkpoint folder above which the oldest are deleted."""
+    """Size of the checkpoint folder, and of its copy, above which the oldest are deleted."""
+    checkpoints_url: str | None = None
+    """Where checkpoints are also copied to, so that runs go on on nodes that share no folder, as
+    fsspec takes it: `s3://bucket/prefix`, `sftp://host/folder`; the default is nowhere."""
     weights_bytes: ByteSize = Field(ByteSize(64 * 2**20), ge=0)
     """Size of a model above which the weights of its run are not kept."""
     tenant_weights_bytes: ByteSize | None = Field(ByteSize(4 * 2**30), ge=0)
@@ -154,6 +159,27 @@ class Settings(BaseSettings):
     """Port of each worker's `/metrics` on `host`; none by default."""
     metrics_tenants: int = Field(50, ge=0, le=10_000)
     """Tenants that the service's `/metrics` tells by name; the others are told together."""
+
+    @field_validator("checkpoints_url")
+    @classmethod
+    def _writable(cls, given: str | None) -> str | None:
+        """A URL of a file system that can be written and whose package is there."""
+        if given is None:
+            return None
+        import fsspec  # few need it
+
+        kind, apart, _ = given.partition("://")
+        if not apart or kind in ("http", "https"):  # which fsspec only reads
+            raise ValueError("a URL that can be written to, such as s3://bucket/prefix")
+        try:
+            fsspec.get_filesystem_class(kind)
+        except ImportError as error:
+            if kind not in _PYARROWS:
+                raise ValueError(f"a URL whose package is installed ({error})") from None
+        except ValueError:
+            known = "a URL of a kind that fsspec knows, such as s3://, gs://, sftp:// or file://"
+            raise ValueError(known) from None
+        return given
 
     @property
     def resolved_home(self) -> Path:

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from nas.errors import EinsumNasError, InvalidInput, StoreUnavailable
 from nas.logs import masked
 from nas.rates import KeptRates, MachineRates, kept_rates, processor
+from nas.remote import ANSWER_SECONDS, RemoteFolder
 from nas.settings import Settings, settings
 from nas.store import Store
 from nas.store.engine import parse, shown_url, sqlite_file
@@ -81,7 +82,15 @@ def examine_here() -> tuple[Settings | None, list[Check]]:
 def examine(used: Settings) -> list[Check]:
     """Every check but those of the Ray cluster, none of which takes long."""
     checks = [_settings(used)]
-    for look in (_database, _folders, _data, lambda _: _versions(), _rates, lambda _: _gpu()):
+    for look in (
+        _database,
+        _folders,
+        _checkpoints,
+        _data,
+        lambda _: _versions(),
+        _rates,
+        lambda _: _gpu(),
+    ):
         try:
             checks.extend(look(used))
         except EinsumNasError as error:
@@ -224,6 +233,33 @@ def _space(name: str, folder: Path) -> Check:
     status: Status = "problem" if free < _LEAST_FREE else "warning"
     advice = "free space, or choose a folder on another disk"
     return Check.of(name, text, (free < _LITTLE_FREE, status, advice))
+
+
+def _checkpoints(used: Settings) -> Iterator[Check]:
+    """Whether a file can be written to the remote folder, read again and deleted."""
+    if used.checkpoints_url is None:
+        return
+    remote, name = RemoteFolder(used.checkpoints_url), f"doctor-{secrets.token_hex(8)}"
+    where = masked(used.checkpoints_url)
+    with tempfile.TemporaryDirectory() as folder:
+        own, back = Path(folder) / "own", Path(folder) / "back"
+        own.write_bytes(secrets.token_bytes(16))
+        sent = remote.send(own, name)
+        whole = (
+            sent is not None
+            and remote.await_(f"{name} is not waited for", sent.done, ANSWER_SECONDS)
+            and remote.fetch(name, back)
+            and back.read_bytes() == own.read_bytes()
+        )
+        gone = whole and remote.await_(
+            f"{name} stays behind", remote.delete(lambda _: [name]), ANSWER_SECONDS
+        )
+    advice = (
+        "see the warning; credentials come from the environment, and a bucket has to be there: "
+        "training goes on without copies"
+    )
+    found = f"{where}: {'written, read and deleted' if gone else 'cannot be used'}"
+    yield Check.of("remote checkpoints", found, (not gone, "problem", advice))
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Check]:

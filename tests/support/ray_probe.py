@@ -3,6 +3,9 @@
 Speaks gRPC by itself, for Ray's own client would only use the token that it finds.  Its words are
 host, token (or `none`), ports and methods (or none, for all); it writes JSON: port → the services
 that its server names, and method → status, as gRPC numbers them.
+
+With `malformed`, host, ports and certificates it makes the call that ends Ray's servers: over a
+connection without TLS (`plain`), over TLS without a certificate (`none`), and with a folder's.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import pkgutil
 import re
 import socket
+import ssl
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,14 +48,15 @@ def methods() -> Iterator[str]:
 
 
 def asked(
-    host: str, port: int, token: str | None, wanted: list[str], message: bytes = b""
-) -> dict[str, tuple[str, bytes]]:
+    host: str, port: int, token: str | None, wanted: list[str], message: bytes = b"",
+    *, node: bool = True, certificate: str = "plain",
+) -> dict[str, tuple[str, bytes]]:  # fmt: skip
     """Status of each method and what it answered; none for what does not answer in time."""
     connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
     found: dict[int, str] = {}
     names: dict[int, str] = {}
     bodies: dict[int, bytes] = {}
-    with socket.create_connection((host, port), _SECONDS) as stream:
+    with _connected(host, port, certificate) as stream:
         stream.settimeout(_SECONDS)
         connection.initiate_connection()
         for method in wanted:
@@ -60,8 +65,9 @@ def asked(
             headers = [
                 (":method", "POST"), (":scheme", "http"), (":authority", f"{host}:{port}"),
                 (":path", method), ("content-type", "application/grpc"), ("te", "trailers"),
-                ("node_id", "0" * 56),  # without which StartSync ends Ray before it looks at tokens
             ]  # fmt: skip
+            if node:  # without which StartSync ends Ray before it looks at tokens
+                headers.append(("node_id", "0" * 56))
             if token:
                 headers.append(("authorization", f"Bearer {token}"))
             connection.send_headers(number, headers)
@@ -84,6 +90,33 @@ def asked(
         except (OSError, h2.exceptions.ProtocolError):
             pass
     return {names[n]: (status, bodies.get(n, b"")) for n, status in found.items()}
+
+
+def _connected(host: str, port: int, certificate: str) -> socket.socket:
+    stream = socket.create_connection((host, port), _SECONDS)
+    if certificate == "plain":
+        return stream
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    if certificate != "none":
+        context.load_cert_chain(f"{certificate}/head.crt", f"{certificate}/head.key")
+    return context.wrap_socket(stream)
+
+
+def malformed(host: str, ports: Iterable[str], certificates: list[str]) -> None:
+    """Write what each port says to the call, JSON: port → certificate → status, if any."""
+    method = "/ray.rpc.syncer.RaySyncer/StartSync"
+    found: dict[int, dict[str, str]] = {}
+    for port in map(int, ports):
+        found[port] = {}
+        for each in certificates:
+            try:
+                told = asked(host, port, None, [method], node=False, certificate=each)
+                found[port][each] = "".join(status for status, _ in told.values())
+            except OSError:  # refused by TLS
+                found[port][each] = ""
+    print(json.dumps(found))
 
 
 def services(host: str, port: int) -> list[str]:
@@ -131,4 +164,7 @@ def main(host: str, token: str, ports: Iterable[str], wanted: list[str]) -> None
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "malformed":
+        malformed(sys.argv[2], sys.argv[3].split(","), sys.argv[4:])
+        sys.exit()
     main(sys.argv[1], sys.argv[2], sys.argv[3].split(","), sys.argv[4:] or list(methods()))

@@ -48,6 +48,28 @@ def test_an_empty_variable_is_refused(
         settings()
 
 
+@pytest.mark.parametrize(
+    "url", ["bucket/prefix", "https://a:hush@host/x", "nosuch://a:hush@host/x", "dask://a:hush@h/x"]
+)
+def test_checkpoints_go_to_a_url_that_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("EINSUM_NAS_CHECKPOINTS_URL", url)
+    with pytest.raises(
+        InvalidInput, match="CHECKPOINTS_URL: got a value that is not repeated"
+    ) as e:
+        settings()
+    assert "hush" not in str(e.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/prefix", "gs://b", "ftp://a:b@h/x", "file:///mnt/x"])
+def test_what_pyarrow_and_fsspec_reach_by_themselves_needs_no_package(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("EINSUM_NAS_CHECKPOINTS_URL", url)
+    assert settings().checkpoints_url == url
+
+
 def test_an_empty_list_is_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EINSUM_NAS_ALLOWED_HOSTS", "")
     assert settings().allowed_hosts == ()

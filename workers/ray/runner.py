@@ -41,6 +41,7 @@ from ray.tune.stopper import Stopper
 from nas.errors import EinsumNasError, counted
 from nas.logs import bound
 from nas.planning.runs import RunPlan
+from nas.remote import RemoteFolder
 from nas.settings import Settings
 from nas.store import MeasuredCost, StoredPoint, Trial, TrialFailure
 from nas.tasks import TaskData
@@ -168,13 +169,15 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
     capacity = max(1, cluster.trial_capacity(needs) // ranks)
     slots = min(settings.concurrency or capacity, capacity)
     checkpoints = settings.resolved_home / "checkpoints"
-    session.forget = lambda key: forget(checkpoints, _stored_as(session, key))
+    url = settings.checkpoints_url
+    remote = None if url is None else RemoteFolder(url)
+    session.forget = lambda key: forget(checkpoints, _stored_as(session, key), remote)
     remaining = session.prepare("cuda" if "GPU" in needs else "cpu", slots)
     if remaining == 0:
         return
     limits = session.request.limits
     trial_seconds = (limits and limits.trial_seconds) or settings.trial_timeout_seconds
-    prune(checkpoints, max_bytes=settings.checkpoint_bytes)
+    prune(checkpoints, max_bytes=settings.checkpoint_bytes, remote=remote)
     shared = cluster.Shared(data.train, data.validation)
     spread = {"resources": needs} if ranks > 1 else {}
     trainable = tune.with_resources(
@@ -186,6 +189,7 @@ def run_session(session: SearchSession, data: TaskData, settings: Settings) -> N
             rates=str(settings.resolved_rates_home),
             memory=settings.memory_per_trial,
             report_seconds=_REPORT_SECONDS,
+            checkpoints_url=url,
             **spread,
         ),
         tune.PlacementGroupFactory([OF_TRIAL if spread else needs]),  # one bundle: on one node
@@ -349,6 +353,8 @@ class _SessionSearcher(_OfExperiment, Searcher):
             self._give_up(trial_id, pack, **report["failure"])
         else:
             cost = MeasuredCost(**report["ended"]["cost"]) if "ended" in report else None
+            if cost is not None and report["ended"]["resumed_at"] is not None:
+                _log.info("trial had gone on from step %d", report["ended"]["resumed_at"])
             for trial in session.unfinished(pack):
                 if cost is not None:
                     ended, seed = report["ended"], str(trial.seed)

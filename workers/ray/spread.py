@@ -33,6 +33,7 @@ from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
 from nas.records.device import processor_name
 from nas.records.trial import MeasuredCost
+from nas.remote import RemoteFolder
 from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.distributed import rank_execution, rank_plans, train_on_rank
 from nas.training.metering import CostMeter
@@ -70,6 +71,7 @@ class SpreadTrainable(ProxyTrainable):
             "data": given["data"],
             "threads": given["threads"],
             "checkpoints": given["checkpoints"],
+            "checkpoints_url": given.get("checkpoints_url"),
             "memory": given.get("memory"),
         }
         self._resources = resources
@@ -109,7 +111,8 @@ def spread(
         Of each rank; with a GPU, ranks talk through NCCL, else through gloo.
     config
         ``data`` (owner, see `workers.ray.cluster.Shared`), ``threads``, ``checkpoints`` (folder on
-        each node), ``memory`` (bytes or None), and ``run``, JSON of the plan, recipe, seed and key.
+        each node), ``checkpoints_url`` (where they are copied to, or None), ``memory`` (bytes or
+        None), and ``run``, JSON of the plan, recipe, seed and key.
     ended
         Set to where the run was trained and what its steps cost.
 
@@ -238,6 +241,8 @@ def _rank(config: dict[str, Any]) -> None:
         if first and meter is not None:
             if run.get("until") is None:
                 checkpoint.remove()
+            else:
+                checkpoint.flush()
             environment = {
                 "ranks": recipe.ranks,
                 "sharding": recipe.sharding,
@@ -274,4 +279,6 @@ def _checkpoint_of(
     """The key of the run has its ranks."""
     versions = [version("einsum-nas"), torch.__version__]
     how = ["ranks", asdict(execution), config["threads"], plans, versions]
-    return checkpoint_of(Path(config["checkpoints"]), run_key, how)
+    url = config["checkpoints_url"]
+    remote = None if url is None else RemoteFolder(url)
+    return checkpoint_of(Path(config["checkpoints"]), run_key, how, remote)

@@ -27,6 +27,7 @@ from nas.planning.recipe import Recipe, stored_recipe
 from nas.planning.runs import RunPlan
 from nas.rates import current_rates
 from nas.records.device import processor_name
+from nas.remote import RemoteFolder
 from nas.tasks.data import Arrays
 from nas.training.checkpoint import Checkpoint, checkpoint_of
 from nas.training.metering import CostMeter
@@ -50,7 +51,8 @@ class ProxyTrainable(tune.Trainable):
     What it reports is under the one key `report` as JSON text, because Tune flattens nested
     results: {"begun": …}; at each evaluation {"runs": {seed: {"point": …} or {"failure": …}}}, of
     which the latter is the run's own error; at last {"ended": {"environments": {seed: …},
-    "cost": …, "weights": {seed: {"key": …} or {"left": …}}}}, or {"failure": …} of all runs.
+    "cost": …, "resumed_at": step of the checkpoint or None,
+    "weights": {seed: {"key": …} or {"left": …}}}}, or {"failure": …} of all runs.
     Several of these that follow one another soon are {"batch": [...]}.  Only what a fresh process
     may cure (memory) is raised, so that Ray starts the trial anew.
 
@@ -80,6 +82,7 @@ class ProxyTrainable(tune.Trainable):
         rates: str,
         memory: int | None = None,
         report_seconds: float = 0.0,
+        checkpoints_url: str | None = None,
     ) -> None:
         """Prepare a process for one trial after another.
 
@@ -95,11 +98,14 @@ class ProxyTrainable(tune.Trainable):
             Bytes that a trial may add to the process; None for any number.
         report_seconds
             Evaluations that follow one another sooner are reported together.
+        checkpoints_url
+            Where checkpoints are copied to, for other nodes; see `nas.remote`.
         """
         self._owner, self._report_seconds = data, report_seconds
         self._data: tuple[Arrays, Arrays] = tuple(taken(data))
         self._threads, self._checkpoints = threads, Path(checkpoints)
         self._memory = memory
+        self._remote = None if checkpoints_url is None else RemoteFolder(checkpoints_url)
         torch.set_num_threads(threads)
         gpu = ray.get_gpu_ids() and torch.cuda.is_available()
         self._execution = Execution.on("cuda" if gpu else "cpu")
@@ -165,7 +171,7 @@ class ProxyTrainable(tune.Trainable):
     def _checkpoint_of(self, run_key: str) -> Checkpoint:
         versions = [version("einsum-nas"), torch.__version__]
         how = [asdict(self._execution), self._threads, self._plans, versions]
-        return checkpoint_of(self._checkpoints, run_key, how)
+        return checkpoint_of(self._checkpoints, run_key, how, self._remote)
 
     def step(self) -> dict[str, Any]:
         if self._over and self._next is not None:
@@ -204,13 +210,17 @@ class ProxyTrainable(tune.Trainable):
         try:
             found = next(self._evaluations)
         except StopIteration as end:
-            if not self._pauses:
+            if self._pauses:
+                self._checkpoint.flush()
+            else:
                 self._checkpoint.remove()
             environments = {seed: self._environment(router) for seed, router in end.value.items()}
             weights = {} if self._keeping is None else self._leave(self._keeping)
             cost = asdict(self._meter.result())
             self._spans.end_all()
-            return {"ended": {"environments": environments, "cost": cost, "weights": weights}}
+            resumed_at = self._checkpoint.resumed_at
+            ended = {"environments": environments, "cost": cost, "weights": weights}
+            return {"ended": {**ended, "resumed_at": resumed_at}}
         except Exception as error:
             fresh = out_of_memory(error) or isinstance(error, ProcessLost)
             self._spans.end_all("memory" if out_of_memory(error) else type(error).__name__)

@@ -4,6 +4,8 @@
 - `lost`: a node is lost in the middle of a search, then the head with all nodes, and the worker
   waits for another; no finished result may change or be lost.
 - `away`: a worker whose cluster is not there yet claims nothing; the search keeps its attempts.
+- `elsewhere`: the node of a long trial is lost, and the trial goes on on another from the copy of
+  its checkpoint in an object store; nodes share no folder.
 - `fleet`: eight workers on one cluster run 30 searches, none twice within an epoch.
 
     python -m benchmarks.service.cluster [--database sqlite|postgresql|both] [--only scale,lost]
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -25,14 +28,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.reporting import show
 from benchmarks.service.cluster.nodes import Cluster, SupervisedWorker
 from nas.planning.request import SearchRequest
 from nas.store import Store
 from tests.support.faults.databases import Database, PostgresqlServer, new_sqlite
+from tests.support.remotes import Remote
+from tests.support.services import wait_for
 
 #: Seconds within which a search of these must end.
 _PATIENCE = 900.0
+#: Budget of a run that takes some minutes.
+_LONG_FLOPS = 3e11
 _FAST = {"min_steps": 20, "warmup_steps": 5, "validation_samples": 64}
 
 Result = tuple[dict[str, Any], list[str]]
@@ -223,6 +232,64 @@ def away(database: Database, folder: Path) -> Result:
     }, broken
 
 
+def elsewhere(database: Database, folder: Path) -> Result:
+    """The node of a long trial is lost; the trial ends on another that has none of its files."""
+    store = Store(database.url)
+    worker_folder = folder / "worker"
+    hidden = (worker_folder / "home", worker_folder / "scratch")
+    for made in hidden:
+        made.mkdir(parents=True)
+    with ExitStack() as stack:
+        remote = Remote("s3", folder / "remote")
+        remote.start()
+        stack.callback(remote.stop)
+        cluster = stack.enter_context(Cluster(folder, hidden, remote.environment))
+        cluster.start_head()
+        first = cluster.add_node()
+        cluster.await_cpus(1)
+        settings = {"checkpoints_url": remote.url, "concurrency": "1"}
+        worker = SupervisedWorker(worker_folder, _environment(database, cluster, **settings))
+        search = store.create_search(_request(seed=31, trials=1, train_flops=_LONG_FLOPS))[0].id
+        worker.look()
+        _await(store, [worker], [search], lambda: bool(remote.names()))
+        (name,) = remote.names()
+        copied = torch.load(remote.folder / name, weights_only=True)["step"]
+        trial = next(t for t in store.trials(search) if t.state == "running")
+        cluster.lose(first)
+        cluster.add_node()
+        reached = max((p.step for p in store.curve(trial.id)), default=0)
+        _await(
+            store,
+            [worker],
+            [search],
+            lambda: store.trial(trial.id).state not in ("planned", "running"),
+        )
+        wait_for(lambda: name not in remote.names(), "the copy to be deleted")
+        store.cancel(search)
+        _await(store, [worker], [search], _ended(store, search))
+        worker.stop()
+    trial, curve = store.trial(trial.id), [p.step for p in store.curve(trial.id)]
+    store.close()
+    told = worker.log.read_text()
+    resumed = [int(step) for step in re.findall("trial had gone on from step ([0-9]+)", told)]
+    broken = []
+    if not cluster.isolated:
+        broken.append("nodes share folders: run this as root on Linux")
+    if trial.state != "complete" or curve != sorted(set(curve)) or curve[-1] != trial.steps:
+        broken.append(f"the trial is {trial.state}; its curve has steps {curve}")
+    if len(resumed) != 1 or resumed[0] < copied:
+        broken.append(f"the trial went on from {resumed}, its copy was of step {copied}")
+    return {
+        "steps": trial.steps,
+        "last_step_told_before_the_loss": reached,
+        "step_of_the_copy": copied,
+        "resumed_at_step": resumed,
+        "steps_done_again": [max(0, reached - step) for step in resumed],
+        "steps_done_again_from_scratch": reached,
+        "nodes_share_folders": not cluster.isolated,
+    }, broken
+
+
 def fleet(database: Database, folder: Path, workers: int = 8, searches: int = 30) -> Result:
     """Many workers, many searches, one cluster."""
     store = Store(database.url)
@@ -270,7 +337,7 @@ def fleet(database: Database, folder: Path, workers: int = 8, searches: int = 30
 
 
 SCENARIOS: dict[str, Callable[[Database, Path], Result]] = {
-    "scale": scale, "lost": lost, "away": away, "fleet": fleet,
+    "scale": scale, "lost": lost, "away": away, "elsewhere": elsewhere, "fleet": fleet,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -49,14 +50,22 @@ class Cluster:
     ----------
     hidden
         Folders of the worker that nodes do not see.
+    environment
+        What nodes and workers are told besides.
     """
 
-    def __init__(self, folder: Path, hidden: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        hidden: tuple[Path, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._log, self._hidden = folder / "ray.log", hidden
         # Ray's sockets have paths of at most 107 bytes
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self.port = free_port()
-        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment = {**token, **(environment or {})}
         self.head: subprocess.Popen[bytes] | None = None
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.isolated = self._can_isolate()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -172,6 +172,16 @@ class Namespaces:
         )  # fmt: skip
         return {int(port): said for port, said in json.loads(asked.stdout).items()}
 
+    def malformed(self, ports: list[int], *certificates: str) -> dict[int, dict[str, str]]:
+        """What somebody outside is told who makes the call that ends Ray, with each certificate."""
+        asked = subprocess.run(
+            ["ip", "netns", "exec", self.outside, sys.executable, PROBE, "malformed", INSIDE,
+             ",".join(map(str, ports)), *certificates],
+            env=self.environment(None), capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+            check=True,
+        )  # fmt: skip
+        return {int(port): said for port, said in json.loads(asked.stdout).items()}
+
 
 def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
@@ -269,6 +279,40 @@ def test_without_a_token_a_cluster_lets_anyone_in(namespaces: Namespaces) -> Non
     let_in = {m for a in said.values() for m, s in a.get("methods", {}).items() if s == "0"}
     assert let_in >= set(HARMLESS[:3])
     assert namespaces.health(namespaces.environment(None), namespaces.outside).returncode == 0
+
+
+@FULL
+def test_mutual_tls_keeps_out_the_call_that_ends_ray(
+    namespaces: Namespaces, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A call of RaySyncer without its metadata ends a server before it looks at the token."""
+    script = ROOT / "docker" / "ray-certificates"
+    for folder in ("ours", "theirs"):
+        subprocess.run([script, tmp_path / folder, "head", INSIDE], check=True, capture_output=True)
+    monkeypatch.setattr(namespaces, "environment", tls(namespaces.environment, tmp_path / "ours"))
+    token = secrets.token_hex(32)
+    namespaces.start_head(token)
+    # as a worker joins it
+    environment = {**namespaces.environment(token), "RAY_ADDRESS": f"{INSIDE}:6379"}
+    namespaces.start_script(OWN, environment)
+    ports = [p for p, address in namespaces.listening().items() if address != "127.0.0.1"]
+    assert len(ports) >= 5, ports
+    told = namespaces.malformed(ports, "plain", "none", str(tmp_path / "theirs"))
+    assert not any(answers for of_port in told.values() for answers in of_port.values()), told
+    assert namespaces.health(environment, namespaces.outside).returncode == 0
+    namespaces.start_script(DRIVER, environment)  # tasks run as before
+    # the same with a certificate of the cluster's
+    namespaces.malformed([6379], str(tmp_path / "ours"))
+    assert namespaces.health(environment, namespaces.outside).returncode != 0
+
+
+def tls(
+    environment: Callable[[str | None], dict[str, str]], folder: Path
+) -> Callable[[str | None], dict[str, str]]:
+    """The environment of a node with a certificate."""
+    files = {"SERVER_CERT": "head.crt", "SERVER_KEY": "head.key", "CA_CERT": "ca.crt"}
+    own = {f"RAY_TLS_{name}": str(folder / file) for name, file in files.items()}
+    return lambda token: {**environment(token), "RAY_USE_TLS": "1", **own}
 
 
 def test_the_own_token_goes_with_the_own_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def actor(
     data = load_data(recipe)
     made._data = (data.train, data.validation)
     made._threads, made._checkpoints, made._execution = 1, folder, CPU
-    made._memory = None
+    made._memory = made._remote = None
     give(made, recipe, key, design, seeds, until)
     return made
 
@@ -72,6 +72,7 @@ def reports(made: ProxyTrainable) -> list[dict[str, Any]]:
             each.get("point", {}).pop("seconds", None)
         found.append(report(made))
     found[-1].get("ended", {}).pop("cost", None)  # measured: never twice the same
+    found[-1].get("ended", {}).pop("resumed_at", None)  # of the way, not of the result
     return found
 
 
