@@ -217,7 +217,8 @@ class Provider:
         several = isinstance(claims["aud"], list) and len(claims["aud"]) > 1
         if claims.get("azp", None if several else self._client_id) != self._client_id:
             raise SignInRefused("the ID token was issued to another client")
-        if not (isinstance(claims["sub"], str) and 0 < len(claims["sub"]) <= 255):
+        sub = str(claims["sub"])
+        if not (0 < len(sub) <= 255 and sub.isascii() and sub.isprintable()):
             raise SignInRefused("the ID token names nobody: sub")
         return claims
 
@@ -239,9 +240,11 @@ class Provider:
                     if self._metadata is not None:
                         return self._metadata
                     raise ProviderTrouble("the provider could not be reached a moment ago")
-                self._tried_at = now
                 url = f"{self.issuer.rstrip('/')}/.well-known/openid-configuration"
-                found = await self._ask("GET", url)
+                try:
+                    found = await self._ask("GET", url)
+                finally:
+                    self._tried_at = time.monotonic()  # which waiting for it may have delayed
                 if found.get("issuer") != self.issuer:
                     told = echo(found.get("issuer"))
                     raise ProviderTrouble(f"the provider names itself {told}, not {self.issuer}")

@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from api.dashboard.pages import templates
 from api.dashboard.signin import admit, inside, page
 from api.declared import AUDITED, PUBLIC
+from api.limits.fair_queue import release_slot
 from api.limits.rates import Rates, network_of
 from api.middleware.prefix import root_of
 from nas.errors import InvalidInput, NotPermitted
@@ -29,6 +30,8 @@ router = APIRouter(prefix="/login/oidc", include_in_schema=False, dependencies=[
 #: Of the sign-in that a browser has begun.  The provider leads back from another site, so that a
 #: cookie for this site alone would not come along.
 _COOKIE = "einsum_nas_oidc"
+#: Characters of it; browsers drop cookies of 4,096 bytes with their name.
+_LONGEST_COOKIE = 3500
 _SECONDS_PER_HOUR = 3600.0
 Sent = Annotated[str, Query(max_length=4096)]
 
@@ -65,7 +68,10 @@ async def begin(
     from api.oidc import FLOW_SECONDS, Flow, ProviderTrouble
 
     provider: Provider = request.app.state.provider
-    flow = Flow.begin(inside(target, root_of(request.scope)), admin=admin == "true")
+    root, asked = root_of(request.scope), admin == "true"
+    flow = Flow.begin(inside(target, root), admin=asked)
+    if len(flow.cookie) > _LONGEST_COOKIE:
+        flow = Flow.begin(f"{root}/", admin=asked)
     try:
         url = await provider.sign_in_url(flow, _redirect_uri(request))
     except ProviderTrouble as error:
@@ -101,6 +107,7 @@ async def end(
     if error or not code or iss not in ("", provider.issuer):
         told = f"The provider let nobody in: {error[:100]}" if error else "This is no answer of it."
         return _refused(request, target, told, 403)
+    release_slot(request.scope)
     try:
         claims = await provider.claims(flow, code, _redirect_uri(request))
         session, secret = await run_in_threadpool(_open, request, flow, claims)
@@ -130,7 +137,7 @@ def _open(request: Request, flow: Flow, claims: dict[str, Any]) -> Any:
     names = (claims.get(name) for name in ("name", "preferred_username", "email", "sub"))
     return Keys(request.app.state.store).sign_in_account(
         f"{provider.issuer}\n{claims['sub']}",
-        next(name for name in names if isinstance(name, str) and name.strip()),
+        next((name for name in names if isinstance(name, str) and name.strip()), ""),
         access.tenant, access.scopes, _SECONDS_PER_HOUR * settings.session_hours, admin=flow.admin,
     )  # fmt: skip
 

@@ -231,6 +231,22 @@ def test_the_operator_ends_it(house: House) -> None:
         keys.restore(made.id)
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("<script>alert(1)</script>", "scriptalert(1)/script"), ("Zoë 李", "Zoë 李"), (" ", "ada"),
+     (None, "ada"), (7, "ada"), ("\ud800\x00\n", "no name"), ("x" * 500, "x" * 64)],
+)  # fmt: skip
+def test_a_name_is_what_a_key_may_be_called(house: House, name: Any, shown: str) -> None:
+    house.provider.claims["name"] = name
+    leads_to(house.sign_in())
+    assert [a.name for a in accounts(house)] == [shown]
+
+
+def test_a_page_too_far_to_keep(house: House) -> None:
+    """Browsers would drop the cookie."""
+    assert leads_to(house.sign_in("?" + urlencode({"next": "/" + "é" * 2000}))) == "/"
+
+
 def test_groups_decide_the_tenant_and_the_scopes(house: House) -> None:
     claims = house.provider.claims
     claims["groups"] = ["others", "nas", "unknown"]  # the order of the settings counts
@@ -334,7 +350,8 @@ def test_a_token_that_the_provider_has_not_signed(house: House, sign: Any, part:
      ({"exp": "later"}, "the ID token is not usable"), ({"iat": 9e9}, "not yet valid"),
      ({"nbf": 9e9}, "not yet valid"), ({"aud": [CLIENT, "another"]}, "another client"),
      ({"azp": "another"}, "another client"), ({"sub": ""}, "names nobody"),
-     ({"sub": "x" * 300}, "names nobody"), ({"sub": 7}, "the ID token is not usable")],
+     ({"sub": "x" * 300}, "names nobody"), ({"sub": "\ud800"}, "names nobody"),
+     ({"sub": 7}, "the ID token is not usable")],
 )  # fmt: skip
 def test_a_token_that_is_not_for_this_sign_in(house: House, change: Any, part: str) -> None:
     def changed(claims: dict[str, Any]) -> dict[str, Any]:
