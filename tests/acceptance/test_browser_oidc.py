@@ -10,6 +10,8 @@ from tests.support.provider import independent_provider
 from tests.support.services import api, running
 
 pytestmark = needs_chromium
+#: What the provider's own page asks for, which nobody answers here.
+STYLES = "https://cdn.jsdelivr.net/"
 PEOPLE = (
     {"sub": "grace", "groups": ["team"], "name": "Grace H."},
     {"sub": "eve", "groups": ["elsewhere"], "name": "Eve"},
@@ -23,7 +25,8 @@ def test_a_person_signs_in_by_the_provider_and_out(tmp_path: Path) -> None:
             "oidc_client_secret": "hush", "oidc_access": json.dumps({"team": {"tenant": "vision"}}),
         }  # fmt: skip
         with running(api(tmp_path, **options)) as service, chromium() as browser:
-            with watched(browser, service.url, issuer) as (context, seen):
+            with watched(browser, service.url, issuer, STYLES) as (context, seen):
+                context.route(f"{STYLES}**", lambda route: route.abort())
                 page = context.new_page()
                 page.goto(f"{service.url}/tasks")
                 assert page.url.startswith(f"{service.url}/login?next=")
