@@ -14,7 +14,7 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 from api import auth, problems
 from api.caching.cache import AnswerCache
 from api.caching.following import Follower
-from api.dashboard import pages, plotly_js, service_pages, signin, views
+from api.dashboard import pages, plotly_js, provider_signin, service_pages, signin, views
 from api.declared import NotAllowed, read_declarations
 from api.limits.rates import Rates
 from api.middleware import access, bodies, headers, hosts, traces
@@ -27,6 +27,7 @@ from api.routes import (
     events,
     exports,
     health,
+    keys,
     metrics,
     searches,
     trials,
@@ -60,7 +61,8 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
     Raises
     ------
     InvalidInput
-        Other origins are allowed without access control.
+        Other origins are allowed without access control, or a provider of OpenID Connect cannot be
+        used as it is set.
     """
     used = configured or settings()
     task_cards()  # now: a plug-in that is not counted yet takes a while, and one may be missing
@@ -124,10 +126,14 @@ def create_app(configured: Settings | None = None, *, address: str = "127.0.0.1"
         ),
     )  # fmt: skip
     headers.install(app)
+    app.state.provider = provider_signin.provider_of(used, access_control=access_control)
+    if app.state.provider is not None:
+        app.include_router(provider_signin.router)
     for router in (
         health.router, metrics.router, searches.changing, searches.router, trials.router,
         answers.router, asked.router, catalogue.router, events.router, exports.router, admin.router,
-        pages.router, views.router, service_pages.router, plotly_js.router, signin.router,
+        keys.router, pages.router, views.router, service_pages.router, plotly_js.router,
+        signin.router,
     ):  # fmt: skip
         app.include_router(router)
     app.mount("/static", pages.Files(), name="static")

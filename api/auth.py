@@ -136,7 +136,9 @@ class Access:
             refusal = await self._refusal(context, scope)
             if refusal is not None:
                 await refusal(scope, receive, send)
-            elif self._on and (context.caller is not None or context.changes):
+            elif self._on and (
+                context.caller is not None or context.changes or context.declared.audited
+            ):
                 await self._traced(context, scope, receive, send)
             else:
                 await self._app(scope, receive, send)

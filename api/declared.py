@@ -69,11 +69,13 @@ class _Mark:
     async def __call__(self) -> None: ...
 
 
-READ, SUBMIT, ADMIN = (Security(require, scopes=[scope]) for scope in ("read", "submit", "admin"))
+READ, SUBMIT, ADMIN, KEYS = (Security(require, scopes=[scope]) for scope in SCOPES)
 #: Any key, whatever its scopes.
 SIGNED_IN = Security(require)
 #: Open to anyone: the route reveals nothing about any tenant.
 PUBLIC = Depends(_Mark())
+#: What the route refuses is recorded in the audit log, although it needs no key.
+AUDITED = Depends(_Mark())
 #: Whatever supervises the service requests the route every few seconds: it is answered whatever
 #: the state of the database, waits in no queue, and is not in the access log.
 PROBE = Depends(_Mark())
@@ -88,6 +90,8 @@ class Declared:
     #: scopes that a key must have; None: no key is needed
     scopes: tuple[str, ...] | None
     probe: bool = False
+    #: whether its refusals are recorded although it needs no key
+    audited: bool = False
     #: whether the route waits until the database has the needed schema
     needs_store: bool = True
 
@@ -111,7 +115,9 @@ def _declared(route: RouteContext) -> Declared:
     if len(needed) != 1:
         raise LookupError(f"{route.path} declares {len(needed)} permissions, not one")
     probe = PROBE in given
-    return Declared(needed[0], probe, needs_store=not probe and WITHOUT_STORE not in given)
+    return Declared(
+        needed[0], probe, AUDITED in given, needs_store=not probe and WITHOUT_STORE not in given
+    )
 
 
 def read_declarations(app: FastAPI) -> None:

@@ -49,7 +49,7 @@ IdempotencyKey = Annotated[
     Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | Absent,
     Header(
         description="a name for this request, in visible ASCII: a repetition with the same key "
-        "returns the search that the first one created"
+        "returns what the first one created"
     ),
 ]
 TenantName = Annotated[str, Field(pattern=TENANT)] | Absent

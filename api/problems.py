@@ -23,10 +23,12 @@ from nas.errors import (
     InvalidInput,
     LeaseLost,
     NotFound,
+    NotPermitted,
     QuotaExceeded,
     StoreUnavailable,
     echo,
 )
+from nas.logs import masked
 from nas.planning.accepted import in_words
 from nas.store.troubles import DatabaseTrouble
 
@@ -57,6 +59,7 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 }
 #: What parameters accept whose schemas do not say it in words that suit a client.
 _PARAMETER_ACCEPTS = {
+    "key_id": "the id of a key: 12 hex digits",
     "search_id": "the id of a search",
     "search": "the id of a search",
     "task": "the name of a task, or name@fingerprint",
@@ -82,7 +85,8 @@ def problem(
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     body = {"type": f"urn:einsum-nas:{kind}", "title": title, "status": status, "detail": detail}
-    texts = {k: v[:_LONGEST] for k, v in {**body, **extra}.items() if isinstance(v, str)}
+    # such as a secret that was sent where an id belongs
+    texts = {k: masked(v)[:_LONGEST] for k, v in {**body, **extra}.items() if isinstance(v, str)}
     return JSONResponse({**body, **extra, **texts}, status, headers, media_type=PROBLEM_JSON)
 
 
@@ -123,7 +127,7 @@ _MEANINGS = {
     401: "No usable key",
     403: "Not allowed",
     404: "Not found",
-    409: "Not possible in the search's present state",
+    409: "Not possible in the present state",
     413: "The body is too long",
     415: "The body is not JSON in UTF-8",
     422: "A field, parameter or header is invalid; `field` names it, `accepted` says what is valid",
@@ -163,6 +167,11 @@ def _quota(_request: Request, error: QuotaExceeded) -> JSONResponse:
     return problem(
         429, "quota-exceeded", "Quota exceeded", str(error), quota=error.quota, tenant=error.tenant
     )
+
+
+def _not_permitted(request: Request, error: NotPermitted) -> JSONResponse:
+    request.state.refusal = str(error)  # the reason in the audit log
+    return problem(403, "not-allowed", "Not allowed", str(error))
 
 
 def _telling(status: int, kind: str, title: str) -> Callable[[Request, Exception], JSONResponse]:
@@ -217,6 +226,7 @@ HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
     InvalidInput: _invalid,
     RequestValidationError: _invalid_parameter,
     NotAllowed: _telling(403, "not-allowed", "Not allowed"),
+    NotPermitted: _not_permitted,
     NotFound: _telling(404, "not-found", "Not found"),
     IdempotencyConflict: _idempotency,
     Conflict: _telling(409, "conflict", "Conflict"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from api.schemas import PriorityIn, SearchOut
+from api.schemas import MadeKey, PriorityIn, SearchOut
 from nas.planning.accepted import schema_of
 from nas.planning.recipe import SETTINGS
 from nas.planning.request import SearchRequest
 from nas.service.asking import Ask, Tell
 from nas.service.confirm import ConfirmRequest
+from nas.service.keys import NewKey, Rotation
 from nas.service.labels import Labels
 
 
@@ -52,6 +53,13 @@ TELL_BODY = _body(
     failure={"token": "0" * 32, "outcome": "failed", "error": "out of memory"},
 )  # fmt: skip
 PRIORITY_BODY = _body(schema_of(PriorityIn), first={"priority": 10})
+KEY_BODY = _body(
+    schema_of(NewKey), ci={"name": "ci", "scopes": ["read"]},
+    month={"name": "ada's laptop", "lifetime_seconds": 2_592_000},
+)  # fmt: skip
+ROTATION_BODY = _body(
+    schema_of(Rotation), required=False, day={"grace_seconds": 86_400}, now={"grace_seconds": 0}
+)
 
 #: Rules between several fields, which a schema cannot express.
 _KEY = {"Idempotency-Key": "not used before with another request"}
@@ -93,6 +101,13 @@ TELL_RULES = {
     "outcome": "complete once the last step was told",
     "error": "null unless the outcome is failed",
 }
+KEYS_RULES = {"cursor": "the `next` of an earlier page"}
+KEY_RULES = {
+    **_KEY,
+    "name": "printable characters only",
+    "scopes": "each once",
+}
+ROTATION_RULES = _KEY
 CONFIRM_RULES = {
     **_KEY,
     "top": "at most the number of distinct completed candidates",
@@ -143,6 +158,14 @@ MADE: dict[int | str, dict[str, Any]] = {
     200: {"description": "Created before with the same key", "model": SearchOut, **_MADE},
     201: {"description": "Queued", **_MADE},
 }
+KEY_MADE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Made before with the same Idempotency-Key", "model": MadeKey},
+    201: {"description": "Made; `key` is its secret"},
+}
+for _answer in KEY_MADE.values():
+    _answer["headers"] = {"Location": {"description": "the key", "required": True, "schema": {
+        "type": "string", "pattern": "^(/[A-Za-z0-9._~-]+)*/v1/keys/[0-9a-f]{12}$",
+    }}}  # fmt: skip
 SEARCH_FOUND: dict[int | str, dict[str, Any]] = {
     200: {"description": "The search", "links": _links()}
 }

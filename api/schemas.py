@@ -296,3 +296,36 @@ class AuditPage(_Out):
 
     items: list[AuditEntry]
     next: str | None = Field(description="cursor of the next page")
+
+
+class KeyOut(_Out):
+    """An API key, without its secret."""
+
+    id: str
+    tenant: str
+    name: str
+    scopes: list[str]
+    created_at: float
+    expires_at: float | None = Field(description="null for one that never expires")
+    revoked_at: float | None
+    used_at: float | None = Field(description="last use, to the hour")
+    rotated_from: str | None = Field(description="the key that it replaces")
+    created_by: str | None = Field(
+        description="the key that made it over REST; null for one of the command line"
+    )
+
+
+class KeyPage(_Out):
+    """Keys, newest first."""
+
+    items: list[KeyOut]
+    next: str | None = Field(description="cursor of the next page")
+
+
+class MadeKey(KeyOut):
+    """A key that was made just now, with its secret."""
+
+    key: str | None = Field(
+        description="the secret, which is not stored and cannot be read again; null where an "
+        "earlier request with the same Idempotency-Key had made the key"
+    )

@@ -143,6 +143,10 @@ def _best(client: Client | AsyncClient, data: dict[str, Any]) -> Answer:
     return answer
 
 
+def _key(key_id: str, act: str) -> str:
+    return f"/v1/keys/{quote(key_id, safe='')}/{act}"
+
+
 def _search(search_id: str) -> str:
     return f"/v1/searches/{quote(search_id, safe='')}"
 
@@ -559,6 +563,39 @@ class Client(_Connection[httpx.Client]):
         """Every task of the service."""
         return self.send(_get("/v1/tasks", _items))
 
+    def api_keys(self) -> Iterator[dict[str, Any]]:
+        """Every key of the tenant, newest first, without their secrets; needs scope keys."""
+        return self.iterate("/v1/keys")
+
+    def create_key(
+        self, name: str, /, *, idempotency_key: str | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Create a key of the tenant; `key` of what is returned is its secret, shown only now.
+
+        Parameters
+        ----------
+        name
+            Who uses it, or for what.
+        idempotency_key
+            Makes a repeated request return the first one's key, without its secret; a fresh key by
+            default.
+        fields
+            scopes, lifetime_seconds; see `nas.service.keys.NewKey`.
+        """
+        body = {"name": name, **fields}
+        return self.send(_post("/v1/keys", _plain, body, _once(idempotency_key)))
+
+    def rotate_key(
+        self, key_id: str, /, *, grace_seconds: float = 0.0, idempotency_key: str | None = None
+    ) -> dict[str, Any]:
+        """Replace a key, which stays valid for the grace; returns what `create_key` does."""
+        body, once = {"grace_seconds": grace_seconds}, _once(idempotency_key)
+        return self.send(_post(_key(key_id, "rotate"), _plain, body, once))
+
+    def revoke_key(self, key_id: str, /) -> dict[str, Any]:
+        """Revoke a key and the browser sessions that it opened, at once."""
+        return self.send(_post(_key(key_id, "revoke"), _plain))
+
     def iterate(self, path: str) -> Iterator[dict[str, Any]]:
         """The items of a paginated list."""
         cursor: str | None = None
@@ -685,6 +722,9 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
     best = _awaited(Client.best)
     structure = _awaited(Client.structure)
     tasks = _awaited(Client.tasks)
+    create_key = _awaited(Client.create_key)
+    rotate_key = _awaited(Client.rotate_key)
+    revoke_key = _awaited(Client.revoke_key)
     get = _awaited(Client.get)
     _become = _awaited_search(Client._become)
 
@@ -694,6 +734,10 @@ class AsyncClient(_Connection[httpx.AsyncClient]):
     def searches(self) -> AsyncIterator[dict[str, Any]]:
         """Every search, newest first."""
         return self.iterate("/v1/searches")
+
+    def api_keys(self) -> AsyncIterator[dict[str, Any]]:
+        """Every key of the tenant, newest first, without their secrets; needs scope keys."""
+        return self.iterate("/v1/keys")
 
     async def iterate(self, path: str) -> AsyncIterator[dict[str, Any]]:
         """The items of a paginated list."""

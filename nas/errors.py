@@ -78,6 +78,10 @@ class QuotaExceeded(EinsumNasError):
         self.quota, self.tenant = quota, tenant
 
 
+class NotPermitted(EinsumNasError):
+    """A change that its caller's key may not make; the message says what it may."""
+
+
 class LeaseLost(EinsumNasError):
     """A write refused because the writer's lease epoch is no longer the current one."""
 

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     ByteSize,
+    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -25,7 +27,7 @@ from nas.errors import InvalidInput
 #: Names the folder whose files give settings that are no one else's to read.
 SECRETS_DIR = "EINSUM_NAS_SECRETS_DIR"
 #: Settings whose values no message repeats.
-_SECRETS = ("database_url", "api_key", "checkpoints_url")
+_SECRETS = ("database_url", "api_key", "checkpoints_url", "oidc_client_secret")
 #: Kinds of URLs that pyarrow reaches by itself.
 _PYARROWS = ("s3", "gs", "gcs", "abfs", "abfss")
 #: Whose searches are that nobody was named for.
@@ -42,6 +44,22 @@ def _names(given: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+
+
+class Access(BaseModel):
+    """What those may do who sign in with one value of the provider's claim."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tenant: str = Field(pattern=TENANT)
+    scopes: frozenset[Literal["read", "submit", "admin"]] = frozenset(("read", "submit"))
+
+    @field_validator("scopes")
+    @classmethod
+    def _sees_something(cls, given: frozenset[str]) -> frozenset[str]:
+        if "read" not in given:
+            raise ValueError("scopes with read, which every page needs")
+        return given
 
 
 class Settings(BaseSettings):
@@ -102,6 +120,20 @@ class Settings(BaseSettings):
     """Greatest number of event streams open at once."""
     session_hours: float = Field(12.0, gt=0.0, le=8760.0)
     """Hours after which a browser has to sign in again."""
+    oidc_issuer: str | None = None
+    """OpenID Connect provider by which people sign in to the dashboard, `https://host[/path]` as it
+    names itself; needs the extra `oidc`. By default they sign in with keys only."""
+    oidc_client_id: str | None = None
+    """The service's client id at that provider."""
+    oidc_client_secret: SecretStr | None = None
+    """Secret of that client; none for a public client."""
+    oidc_scopes: Names = ("openid", "profile")
+    """Scopes that the provider is asked for; separated by commas."""
+    oidc_claim: str = "groups"
+    """Claim of the ID token that `oidc_access` is looked up by: a text or a list of texts."""
+    oidc_access: dict[str, Access] = {}
+    """Who may sign in, as JSON: `{"GROUP": {"tenant": "NAME", "scopes": ["read", "submit"]}}`. Of
+    several groups the first of this mapping decides the tenant; who is in none gets in nowhere."""
     audit_days: float = Field(400.0, ge=90.0)
     """Days for which the audit log is kept; 90 at least."""
     lease_seconds: float = Field(30.0, ge=1.0, le=3600.0)

@@ -15,7 +15,7 @@ from api.declared import PUBLIC, SIGNED_IN, Caller
 from api.limits.rates import Rates
 from api.middleware.prefix import root_of
 from nas.settings import Settings
-from nas.store.keys import Keys, digest_of
+from nas.store.keys import Key, Keys, digest_of
 
 router = APIRouter(include_in_schema=False)
 #: Bytes of the form.
@@ -48,11 +48,16 @@ def login_page(
 ) -> Response:
     if not request.app.state.access_control:  # there is nothing to sign in for
         return RedirectResponse(inside(target, root_of(request.scope)), 303)
-    return _page(request, target)
+    return page(request, target)
 
 
-def _page(request: Request, target: str, error: str | None = None, status: int = 200) -> Response:
-    shown = {"next": inside(target, root_of(request.scope)), "error": error}
+def page(request: Request, target: str, error: str | None = None, status: int = 200) -> Response:
+    """The page for signing in, which then leads to `target`."""
+    provider = request.app.state.provider
+    shown = {
+        "next": inside(target, root_of(request.scope)), "error": error,
+        "provider": None if provider is None else provider.host,
+    }  # fmt: skip
     return templates.TemplateResponse(request, "login.html", shown, status_code=status)
 
 
@@ -69,25 +74,30 @@ async def login(request: Request) -> Response:
         found = (await run_in_threadpool(keys.find, [digest]))[digest]
     # the secret of a session must not open another session
     if found is None or found.key is None or found.refusal is not None or found.key.parent:
-        return _page(request, target, _NO_KEY, 403)
+        return page(request, target, _NO_KEY, 403)
     rates: Rates = request.app.state.rates
     if rates.spend("sign_in", found.key.id) is not None:
-        return _page(request, target, "This key has signed in too often; try again later.", 429)
+        return page(request, target, "This key has signed in too often; try again later.", 429)
     admin = bool(fields.get("admin"))
     if "read" not in found.key.scopes:
-        return _page(request, target, "The dashboard needs a key with scope `read`.", 403)
+        return page(request, target, "The dashboard needs a key with scope `read`.", 403)
     if admin and "admin" not in found.key.scopes:
-        return _page(request, target, "This key has no scope `admin`: leave the box empty.", 403)
+        return page(request, target, "This key has no scope `admin`: leave the box empty.", 403)
     seconds = _SECONDS_PER_HOUR * settings.session_hours
     session, secret = await run_in_threadpool(keys.sign_in, found.key, seconds, admin=admin)
     response = RedirectResponse(inside(target, root_of(request.scope)), 303)
+    admit(request, response, session, secret)
+    return response
+
+
+def admit(request: Request, response: Response, session: Key, secret: str) -> None:
+    """Give the browser the cookie of a session that was opened just now."""
     response.set_cookie(
         COOKIE, secret, path=_cookie_path(request), httponly=True, samesite="strict",
         secure=request.url.scheme == "https",
         max_age=round((session.expires_at or session.created_at) - session.created_at),
     )  # fmt: skip
     request.state.signed_in = True  # the audit log has a record of that already
-    return response
 
 
 async def _form(request: Request) -> bytes:

@@ -113,6 +113,13 @@ def opened(server: str | None) -> Iterator[Local | Remote]:
         with local_store() as store:
             yield Local(store)
         return
+    with connected(server) as client:
+        yield client
+
+
+@contextmanager
+def connected(server: str) -> Iterator[Remote]:
+    """The service at a URL, with the key and the tenant of the settings."""
     from nas.cli.remote import Remote
 
     used = settings()

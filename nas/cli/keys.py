@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.common import Commands, Json, Limit, amount, count, local_store, print_json, show
+from nas.cli.common import (
+    Commands,
+    Json,
+    Limit,
+    Server,
+    amount,
+    connected,
+    count,
+    local_store,
+    print_json,
+    show,
+)
 from nas.cli.terminal import key_ends, show_audit, show_keys, show_tenants
 from nas.errors import InvalidInput
 from nas.settings import DEFAULT_TENANT, TENANT
 
 if TYPE_CHECKING:
+    from nas.client import Client
     from nas.store.keys import Key
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, help="API keys: create, list, rotate, revoke."
+    cls=Commands,
+    no_args_is_help=True,
+    help="API keys: create, list, rotate, revoke; accounts: list, revoke, restore.",
 )
+#: What is shown of a key besides its scopes.
+_SHOWN = (
+    "id", "tenant", "name", "created_at", "expires_at", "revoked_at", "used_at", "rotated_from",
+    "created_by",
+)  # fmt: skip
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 KeyId = Annotated[
     str, typer.Argument(metavar="ID", help="The key's id (not secret), as `keys list` shows it.")
@@ -48,27 +69,54 @@ def create(
         typer.Option(
             "--scope",
             help="What the key may do, repeatable. read: see searches | submit: create and change "
-            "searches | admin: see workers, metrics and the audit log of all tenants. By default "
-            "read and submit.",
+            "searches | admin: see workers, metrics and the audit log of all tenants | keys: "
+            "manage the tenant's keys over REST. By default read and submit.",
         ),
     ] = None,
     tenant: Annotated[
-        str, typer.Option(help="Tenant whose searches the key gives access to.")
-    ] = DEFAULT_TENANT,
+        str | None,
+        typer.Option(
+            help="Tenant whose searches the key gives access to; by default `default`, and with "
+            "--server that of the key which is sent."
+        ),
+    ] = None,
     expires: Annotated[
         float | None,
         _time(help="Time until the key expires, such as 90d or 12h; by default it never does."),
     ] = None,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Create a key and print it; it cannot be shown again."""
+    given = scopes or ["read", "submit"]
+    if server is not None:
+        with _remote(server, tenant) as client:
+            made = client.create_key(name, scopes=given, lifetime_seconds=expires)
+        _show_new(_key_of(made), made["key"], as_json)
+        return
     from nas.store.keys import Keys
 
     with local_store() as store:
-        key, secret = Keys(store).create(
-            tenant, name, scopes or ["read", "submit"], seconds=expires
-        )
+        key, secret = Keys(store).create(tenant or DEFAULT_TENANT, name, given, seconds=expires)
     _show_new(key, secret, as_json)
+
+
+@contextmanager
+def _remote(server: str, tenant: str | None = None) -> Iterator[Client]:
+    """A service whose keys are managed with the key of the settings."""
+    if tenant is not None:
+        accepted = "none with --server: a key manages the keys of its own tenant"
+        raise InvalidInput("tenant", tenant, accepted)
+    with connected(server) as client:
+        yield client
+
+
+def _key_of(data: dict[str, Any]) -> Key:
+    """A key as a service describes it."""
+    from nas.store.keys import Key
+
+    shown = {name: data[name] for name in _SHOWN}
+    return Key(**shown, scopes=tuple(data["scopes"]), parent=None)
 
 
 def _show_new(key: Key, secret: str, as_json: bool) -> None:
@@ -81,12 +129,16 @@ def _show_new(key: Key, secret: str, as_json: bool) -> None:
 
 
 @app.command(name="list")
-def list_keys(tenant: Tenant = None, as_json: Json = False) -> None:
+def list_keys(tenant: Tenant = None, server: Server = None, as_json: Json = False) -> None:
     """List keys, without their secrets, which are not stored."""
-    from nas.store.keys import Keys
+    if server is not None:
+        with _remote(server, tenant) as client:
+            found = [_key_of(data) for data in client.api_keys()][::-1]
+    else:
+        from nas.store.keys import Keys
 
-    with local_store() as store:
-        found = Keys(store).list(tenant)
+        with local_store() as store:
+            found = Keys(store).list(tenant)
     print_json([_plain(key) for key in found]) if as_json else show_keys(found)
 
 
@@ -97,9 +149,15 @@ def rotate(
         float,
         _time(help="Time for which the old key stays valid, such as 1h or 7d; by default none."),
     ] = 0.0,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Replace a key by a new one and print it; it cannot be shown again."""
+    if server is not None:
+        with _remote(server) as client:
+            made = client.rotate_key(key_id, grace_seconds=grace)
+        _show_new(_key_of(made), made["key"], as_json)
+        return
     from nas.store.keys import Keys
 
     with local_store() as store:
@@ -108,13 +166,27 @@ def rotate(
 
 
 @app.command()
-def revoke(key_id: KeyId) -> None:
+def revoke(key_id: KeyId, server: Server = None) -> None:
     """Revoke a key and the browser sessions that it opened, at once; this cannot be undone."""
+    if server is not None:
+        with _remote(server) as client:
+            key = _key_of(client.revoke_key(key_id))
+    else:
+        from nas.store.keys import Keys
+
+        with local_store() as store:
+            key = Keys(store).revoke(key_id)
+    print(f"key {key.id} ({key.name}) of tenant {key.tenant} is revoked")
+
+
+@app.command()
+def restore(key_id: KeyId) -> None:
+    """Let an account of the OpenID Connect provider, which was revoked, sign in again."""
     from nas.store.keys import Keys
 
     with local_store() as store:
-        key = Keys(store).revoke(key_id)
-    print(f"key {key.id} ({key.name}) of tenant {key.tenant} is revoked")
+        key = Keys(store).restore(key_id)
+    print(f"account {key.id} ({key.name}) of tenant {key.tenant} may sign in again")
 
 
 def tenants(
@@ -156,7 +228,5 @@ def audit(tenant: Tenant = None, limit: Limit = 50, as_json: Json = False) -> No
 
 
 def _plain(key: Key) -> dict[str, Any]:
-    shown = (
-        "id", "tenant", "name", "created_at", "expires_at", "revoked_at", "used_at", "rotated_from"
-    )  # fmt: skip
-    return {**{name: getattr(key, name) for name in shown}, "scopes": list(key.scopes)}
+    told = {name: getattr(key, name) for name in _SHOWN}
+    return {**told, "scopes": list(key.scopes), "account": key.subject is not None}

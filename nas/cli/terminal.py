@@ -465,7 +465,7 @@ def show_keys(found: Sequence[Key]) -> None:
         {
             "key": key.id,
             "tenant": key.tenant,
-            "name": escape(key.name),
+            "name": escape(key.name) + ("" if key.subject is None else " (account)"),
             "scopes": ", ".join(key.scopes),
             "ends": key_ends(key),
             "last used": "never" if key.used_at is None else _day(key.used_at),

@@ -13,20 +13,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from sqlalchemy import delete, inspect, or_, select, update
+from sqlalchemy import and_, delete, func, inspect, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from nas.errors import Conflict, InvalidInput, NotFound
+from nas.errors import Conflict, InvalidInput, NotFound, NotPermitted
 from nas.settings import TENANT
 from nas.store import rows
 from nas.store.audit import add_audit
-from nas.store.engine import reading, writing
+from nas.store.engine import one_at_a_time, reading, writing
 from nas.store.schema import KeyRow
 from nas.store.searches import Store
 
 #: read: see the tenant's searches | submit: create and change them | admin: see the service's own
-#: state, such as its workers, metrics and audit log, of all tenants.
-Scope = Literal["read", "submit", "admin"]
+#: state, such as its workers, metrics and audit log, of all tenants | keys: manage the tenant's
+#: keys, see `nas.store.delegation`.
+Scope = Literal["read", "submit", "admin", "keys"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 #: Why a secret is not valid.
 Refusal = Literal["unknown", "expired", "revoked"]
@@ -34,10 +35,18 @@ Refusal = Literal["unknown", "expired", "revoked"]
 PREFIX = "enas_"
 _SECRET_BYTES = 32
 _SECRET = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
-_NAME = re.compile(r"\w[\w .,@:+/()'-]{0,63}")
-_MOST_SECONDS = 3.2e9
+#: Names of keys.
+NAME = r"\w[\w .,@:+/()'-]{0,63}"
+NAME_ACCEPTED = "1 to 64 letters, digits, spaces and . , _ @ : + / ( ) ' -"
+_NAME = re.compile(NAME)
+#: Longest lifetime of a key, and grace of a rotation.
+MOST_SECONDS = 3.2e9
 #: Most sessions of one key.
 _SESSIONS = 100
+#: Of PostgreSQL's advisory lock, beside a digest of the account's subject.
+_LOCK = 4_270_004
+#: Neither sessions nor accounts.
+OF_PEOPLE = and_(KeyRow.parent.is_(None), KeyRow.subject.is_(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,10 @@ class Key:
     #: of a session: the key that opened it
     parent: str | None
     rotated_from: str | None
+    #: the key by which it was made over REST; None for one that the operator has made
+    created_by: str | None
+    #: of an account, which signs in by a provider of OpenID Connect; see `Keys.sign_in_account`
+    subject: str | None = None
 
     def refusal(self, at: float) -> Refusal | None:
         """Why the key is not valid at a time; None if it is."""
@@ -109,14 +122,12 @@ class Keys:
         """
         if re.fullmatch(TENANT, tenant) is None:
             raise InvalidInput("tenant", tenant, "1 to 64 letters, digits and . _ -")
-        if _NAME.fullmatch(name) is None:
-            accepted = "1 to 64 letters, digits, spaces and . , _ @ : + / ( ) ' -"
-            raise InvalidInput("name", name, accepted)
-        chosen = checked_scopes(scopes)
+        checked_name(name)
+        chosen, life = checked_scopes(scopes), checked_seconds(seconds)
         with writing(self._engine) as session:
-            life = checked_seconds(seconds)
-            made, secret = _add(session, chosen, life, tenant=tenant, name=name)
-            _note(session, "key created", made, scopes=" ".join(chosen))
+            ends = None if life is None else rows.now(session) + life
+            made, secret = add_key(session, chosen, ends, tenant=tenant, name=name)
+            note_key(session, "key created", made, scopes=" ".join(chosen))
             return made, secret
 
     def rotate(self, key_id: str, *, grace_seconds: float = 0.0) -> tuple[Key, str]:
@@ -132,20 +143,7 @@ class Keys:
         """
         grace = checked_seconds(grace_seconds, least=0.0) or 0.0
         with writing(self._engine) as session:
-            row, at = _row(session, key_id), rows.now(session)
-            old = _to_key(row)
-            if old.refusal(at) is not None:
-                raise Conflict(f"key {key_id} is {old.refusal(at)}; make a new one")
-            life = None if old.expires_at is None else old.expires_at - old.created_at
-            made, secret = _add(
-                session, old.scopes, life, tenant=old.tenant, name=old.name, rotated_from=old.id
-            )
-            if grace > 0:
-                row.expires_at = min(at + grace, row.expires_at or math.inf)
-            else:
-                row.revoked_at = at
-            _note(session, "key rotated", old, to=made.id, grace_seconds=f"{grace:g}")
-            return made, secret
+            return replace_key(session, _row(session, key_id), grace)
 
     def revoke(self, key_id: str) -> Key:
         """Revoke a key and the sessions that it opened; revoking it again changes nothing.
@@ -156,21 +154,15 @@ class Keys:
             No such key.
         """
         with writing(self._engine) as session:
-            row = _row(session, key_id)
-            if row.revoked_at is None:
-                row.revoked_at = rows.now(session)
-                what = "key revoked" if row.parent is None else "signed out"
-                _note(session, what, _to_key(row))
-            session.flush()
-            return _to_key(row)
+            return end_key(session, _row(session, key_id))
 
     def list(self, tenant: str | None = None) -> list[Key]:
-        """Keys without sessions, the newest last."""
+        """Keys and accounts without sessions, the newest last."""
         query = select(KeyRow).where(KeyRow.parent.is_(None)).order_by(KeyRow.created_at, KeyRow.id)
         if tenant is not None:
             query = query.where(KeyRow.tenant == tenant)
         with reading(self._engine) as session:
-            return [_to_key(r) for r in session.scalars(query)]
+            return [to_key(r) for r in session.scalars(query)]
 
     def any_usable(self) -> bool:
         """Whether any key is valid now; a database without a schema has none."""
@@ -181,7 +173,7 @@ class Keys:
             usable = (
                 select(KeyRow.id)
                 .where(
-                    KeyRow.parent.is_(None),
+                    OF_PEOPLE,
                     KeyRow.revoked_at.is_(None),
                     or_(KeyRow.expires_at.is_(None), KeyRow.expires_at > at),
                 )
@@ -201,10 +193,10 @@ class Keys:
         with reading(self._engine) as session:
             at = rows.now(session)
             for row, opener in session.execute(query):
-                key = _to_key(row)
+                key = to_key(row)
                 refusal = key.refusal(at)
                 if row.parent is not None and refusal is None:
-                    refusal = "revoked" if opener is None else _to_key(opener).refusal(at)
+                    refusal = "revoked" if opener is None else to_key(opener).refusal(at)
                 found[row.digest] = Found(key, refusal)
         return found
 
@@ -216,7 +208,7 @@ class Keys:
             session.execute(update(KeyRow).where(KeyRow.id.in_(ids)).values(**used))
 
     def sign_in(self, key: Key, seconds: float, *, admin: bool = False) -> tuple[Key, str]:
-        """Open a session with the key's scopes; return (session, its secret).
+        """Open a session with the key's scopes but for keys; return (session, its secret).
 
         Only the newest hundred sessions of a key are kept.
 
@@ -230,23 +222,94 @@ class Keys:
         InvalidInput
             The key lacks the scope read, which every page needs, or admin, which was asked for.
         """
-        for scope in ("read", *(["admin"] if admin else [])):
-            if scope not in key.scopes:
-                raise InvalidInput("key", ", ".join(key.scopes), f"a key with scope {scope}")
-        scopes = tuple(s for s in key.scopes if admin or s != "admin")
         with writing(self._engine) as session:
-            at = rows.now(session)
-            over = or_(KeyRow.expires_at <= at, KeyRow.revoked_at.is_not(None))
-            session.execute(delete(KeyRow).where(KeyRow.parent.is_not(None), over))
-            own = KeyRow.parent == key.id
-            newest = select(KeyRow.id).where(own).order_by(KeyRow.created_at.desc(), KeyRow.id)
-            kept = list(session.scalars(newest.limit(_SESSIONS - 1)))
-            session.execute(delete(KeyRow).where(own, KeyRow.id.not_in(kept)))
-            made, secret = _add(
-                session, scopes, seconds, tenant=key.tenant, name=key.name, parent=key.id
-            )
-            _note(session, "signed in", key, to=made.id)
-            return made, secret
+            return _open_session(session, key, seconds, admin=admin)
+
+    def sign_in_account(
+        self,
+        subject: str,
+        name: str,
+        tenant: str,
+        scopes: Iterable[str],
+        seconds: float,
+        *,
+        admin: bool = False,
+    ) -> tuple[Key, str]:
+        """Open a session of whom a provider vouches for; return (session, its secret).
+
+        Their account is kept as a key whose secret nobody has, and which the operator can revoke.
+        Where their tenant or scopes are other ones than before, earlier sessions end.
+
+        Parameters
+        ----------
+        subject
+            Who they are, in the words of the provider and with its own name.
+        name
+            As people know them; what no name of a key has is left out.
+
+        Raises
+        ------
+        NotPermitted
+            The operator has revoked the account.
+        InvalidInput
+            As of `sign_in`.
+        """
+        digest = hashlib.sha256(subject.encode()).hexdigest()
+        chosen = checked_scopes(scopes)
+        shown = re.sub(r"[^\w .,@:+/()'-]", "", name).lstrip(" .,@:+/()'-")[:64] or "no name"
+        with writing(self._engine) as session:
+            one_at_a_time(session, _LOCK, func.hashtext(digest))
+            row = session.scalar(select(KeyRow).where(KeyRow.subject == digest).with_for_update())
+            if row is None:
+                made, _ = add_key(session, chosen, None, tenant=tenant, name=shown, subject=digest)
+                note_key(session, "account created", made, scopes=" ".join(chosen))
+                row = session.get_one(KeyRow, made.id)
+            if row.revoked_at is not None:
+                raise NotPermitted(f"the operator has revoked account {row.id}")
+            row.name = shown
+            if (row.tenant, row.scopes) != (tenant, ",".join(chosen)):
+                row.tenant, row.scopes = tenant, ",".join(chosen)
+                session.execute(delete(KeyRow).where(KeyRow.parent == row.id))
+                note_key(session, "account changed", to_key(row), scopes=" ".join(chosen))
+            return _open_session(session, to_key(row), seconds, admin=admin)
+
+    def restore(self, key_id: str) -> Key:
+        """Let a revoked account sign in again.
+
+        Raises
+        ------
+        NotFound, Conflict
+            There is none; a key, which is not restored.
+        """
+        with writing(self._engine) as session:
+            row = _row(session, key_id)
+            if row.subject is None:
+                raise Conflict(f"{key_id} is no account; a key is made anew")
+            if row.revoked_at is not None:
+                row.revoked_at = None
+                session.execute(delete(KeyRow).where(KeyRow.parent == row.id))
+                note_key(session, "account restored", to_key(row))
+            session.flush()
+            return to_key(row)
+
+
+def _open_session(session: Session, key: Key, seconds: float, *, admin: bool) -> tuple[Key, str]:
+    for scope in ("read", *(["admin"] if admin else [])):
+        if scope not in key.scopes:
+            raise InvalidInput("key", ", ".join(key.scopes), f"a key with scope {scope}")
+    scopes = tuple(s for s in key.scopes if s != "keys" and (admin or s != "admin"))
+    at = rows.now(session)
+    over = or_(KeyRow.expires_at <= at, KeyRow.revoked_at.is_not(None))
+    session.execute(delete(KeyRow).where(KeyRow.parent.is_not(None), over))
+    own = KeyRow.parent == key.id
+    newest = select(KeyRow.id).where(own).order_by(KeyRow.created_at.desc(), KeyRow.id)
+    kept = list(session.scalars(newest.limit(_SESSIONS - 1)))
+    session.execute(delete(KeyRow).where(own, KeyRow.id.not_in(kept)))
+    made, secret = add_key(
+        session, scopes, at + seconds, tenant=key.tenant, name=key.name, parent=key.id
+    )
+    note_key(session, "signed in", key, to=made.id)
+    return made, secret
 
 
 def checked_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
@@ -260,24 +323,75 @@ def checked_scopes(scopes: Iterable[str]) -> tuple[Scope, ...]:
 
 def checked_seconds(seconds: float | None, *, least: float = 1.0) -> float | None:
     """The lifetime of a key; raises `InvalidInput` if it is out of range."""
-    if seconds is not None and not least <= seconds <= _MOST_SECONDS:
-        raise InvalidInput("seconds", seconds, f"a number from {least:g} to {_MOST_SECONDS:g}")
+    if seconds is not None and not least <= seconds <= MOST_SECONDS:
+        raise InvalidInput("seconds", seconds, f"a number from {least:g} to {MOST_SECONDS:g}")
     return seconds
 
 
-def _add(
-    session: Session, scopes: Iterable[Scope], seconds: float | None, **values: str
+def checked_name(name: str) -> str:
+    """The name of a key; raises `InvalidInput` if it is none."""
+    if _SECRET.search(name):  # pasted into the wrong field: it would be stored, and shown
+        raise InvalidInput("name", "the secret of a key", NAME_ACCEPTED)
+    if _NAME.fullmatch(name) is None:
+        raise InvalidInput("name", name, NAME_ACCEPTED)
+    return name
+
+
+def add_key(
+    session: Session, scopes: Iterable[Scope], expires_at: float | None, **values: str | None
 ) -> tuple[Key, str]:
-    """A new key that expires after so many seconds; `values` are its other columns."""
+    """A new key and its secret; `values` are its other columns."""
     secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
-    at = rows.now(session)
     row = KeyRow(
-        id=secrets.token_hex(6), digest=digest_of(secret), scopes=",".join(scopes), created_at=at,
-        expires_at=None if seconds is None else at + seconds, **values,
+        id=secrets.token_hex(6), digest=digest_of(secret), scopes=",".join(scopes),
+        created_at=rows.now(session), expires_at=expires_at, **values,
     )  # fmt: skip
     session.add(row)
     session.flush()
-    return _to_key(row), secret
+    return to_key(row), secret
+
+
+def replace_key(
+    session: Session, row: KeyRow, grace: float, *, until: float | None = None, **values: str | None
+) -> tuple[Key, str]:
+    """Replace a key as `Keys.rotate` does, by one that has ended at `until`; see `add_key`.
+
+    Raises
+    ------
+    Conflict
+        It is expired or revoked.
+    """
+    old, at = to_key(row), rows.now(session)
+    if row.subject is not None or row.parent is not None:
+        raise Conflict(
+            f"{old.id} is no key but an account or a session, which have no secrets to give"
+        )
+    if old.refusal(at) is not None:
+        raise Conflict(f"key {old.id} is {old.refusal(at)}; make a new one")
+    ends = until
+    if old.expires_at is not None:
+        ends = min(at + old.expires_at - old.created_at, math.inf if until is None else until)
+    made, secret = add_key(
+        session, old.scopes, ends, tenant=old.tenant, name=old.name, rotated_from=old.id, **values
+    )
+    if grace > 0:
+        row.expires_at = min(at + grace, row.expires_at or math.inf)
+    else:
+        row.revoked_at = at
+    note_key(
+        session, "key rotated", old, to=made.id, grace_seconds=f"{grace:g}", by=made.created_by
+    )
+    return made, secret
+
+
+def end_key(session: Session, row: KeyRow, *, by: str | None = None) -> Key:
+    """Revoke a key; one that is revoked stays as it is."""
+    if row.revoked_at is None:
+        row.revoked_at = rows.now(session)
+        what = "key revoked" if row.parent is None else "signed out"
+        note_key(session, what, to_key(row), by=by)
+    session.flush()
+    return to_key(row)
 
 
 def _row(session: Session, key_id: str) -> KeyRow:
@@ -287,13 +401,15 @@ def _row(session: Session, key_id: str) -> KeyRow:
     return row
 
 
-def _to_key(row: KeyRow) -> Key:
+def to_key(row: KeyRow) -> Key:
+    """A stored key."""
     values = {field.name: getattr(row, field.name) for field in fields(Key)}
     return Key(**{**values, "scopes": checked_scopes(row.scopes.split(","))})
 
 
-def _note(session: Session, action: str, key: Key, **more: str) -> None:
-    told = ", ".join(f"{name} {value}" for name, value in more.items())
+def note_key(session: Session, action: str, key: Key, **more: str | None) -> None:
+    """Record what was done to a key in the audit log; what is None is left out."""
+    told = ", ".join(f"{name} {value}" for name, value in more.items() if value is not None)
     add_audit(
         session, action, tenant=key.tenant, key_id=key.id, target=key.name, reason=told or None
     )

@@ -359,17 +359,28 @@ class KeyRow(Base):
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     tenant: Mapped[str] = mapped_column(String(64))
     name: Mapped[str] = mapped_column(String(64))
-    #: read, submit, admin; apart by commas
+    #: read, submit, admin, keys; apart by commas
     scopes: Mapped[str] = mapped_column(String(64))
     #: of a session: the key that opened it, and without which it is nothing; no foreign key, for
     #: a copy of the table brings its rows in any order
     parent: Mapped[str | None] = mapped_column(String(16))
     rotated_from: Mapped[str | None] = mapped_column(String(16))
+    #: of an account, whose secret nobody has: a digest of its provider and its name there
+    subject: Mapped[str | None] = mapped_column(String(64), unique=True)
+    #: the key by which it was made over REST; None for one that the operator has made
+    created_by: Mapped[str | None] = mapped_column(String(16))
+    #: of the request that made it: the same one makes no second key
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    request_digest: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[float] = mapped_column(Float)
     expires_at: Mapped[float | None] = mapped_column(Float)
     revoked_at: Mapped[float | None] = mapped_column(Float)
     #: last use, to the hour
     used_at: Mapped[float | None] = mapped_column(Float)
+
+    __table_args__ = (
+        UniqueConstraint("tenant", "idempotency_key", name="uq_api_keys_tenant_idempotency_key"),
+    )
 
 
 class TenantRow(Base):

@@ -81,6 +81,42 @@ def test_with_a_key_it_starts_and_asks_for_it(tmp_path: Path) -> None:
     assert secret[5:] not in told
 
 
+def test_keys_of_a_service(tmp_path: Path) -> None:
+    manager = new_key(tmp_path, "--tenant", "vision", "--scope", "read", "--scope", "keys")
+    with running(api(tmp_path, access_control="true")) as service:
+        there = {"api_key": manager}
+
+        def keys(*words: str, status: int = 0) -> Completed:
+            return command(
+                tmp_path, "keys", *words, "--server", service.url, status=status, **there
+            )
+
+        made = json.loads(
+            keys("create", "--name", "ci", "--scope", "read", "--expires", "1d", "--json").stdout
+        )
+        assert (made["tenant"], made["scopes"]) == ("vision", ["read"])
+        with Client(service.url, api_key=made["key"]) as client:
+            assert list(client.searches()) == []
+        rotated = keys("rotate", made["id"], "--grace", "1h")
+        assert "of tenant vision, expires" in rotated.stderr
+        with Client(service.url, api_key=manager) as client:
+            newest = next(client.api_keys())
+            assert newest["rotated_from"] == made["id"]
+            first, again = (
+                client.create_key("cd", scopes=["read"], idempotency_key="once") for _ in range(2)
+            )
+            assert (again["id"], again["key"]) == (first["id"], None)
+        said = keys("revoke", newest["id"]).stdout
+        assert said == f"key {newest['id']} (ci) of tenant vision is revoked\n"
+        with Client(service.url, api_key=rotated.stdout.strip()) as client:
+            with pytest.raises(NotAllowed, match="revoked"):
+                list(client.searches())
+        assert newest["id"] in keys("list").stdout
+        assert "may not give scope submit" in keys("create", "--name", "x", status=1).stderr
+        elsewhere = keys("create", "--name", "x", "--tenant", "default", status=2)
+        assert "a key manages the keys of its own tenant" in elsewhere.stderr
+
+
 def test_keys_tenants_and_the_audit_log(tmp_path: Path) -> None:
     assert "no key;" in command(tmp_path, "keys", "list").stdout
     made = command(
@@ -114,7 +150,7 @@ def test_keys_tenants_and_the_audit_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["keys", "create", "--name", "a", "--scope", "write"], "read, submit, admin"),
+        (["keys", "create", "--name", "a", "--scope", "write"], "read, submit, admin, keys"),
         (["keys", "create", "--name", "a", "--expires", "soon"], "90d, 12h"),
         (["keys", "create", "--name", ""], "name"),
         (["keys", "create", "--name", "a", "--tenant", "a/b"], "tenant"),

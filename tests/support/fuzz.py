@@ -45,7 +45,7 @@ _RULED = (
     "POST /v1/searches", "POST /v1/searches/preview", "POST /v1/searches/{search_id}/clone",
     "POST /v1/searches/{search_id}/confirm", "POST /v1/trials/{trial_id}/points",
     "GET /v1/searches", "GET /v1/best", "GET /v1/frontier",
-    "GET /v1/structures",
+    "GET /v1/structures", "GET /v1/keys", "POST /v1/keys", "POST /v1/keys/{key_id}/rotate",
 )  # fmt: skip
 
 
@@ -73,7 +73,10 @@ def furnish(home: Path) -> tuple[dict[str, str], Path]:
     store = open_store(Settings(home=home).resolved_database_url)
     keys = {
         tenant: Keys(store).create(tenant, tenant, scopes)[1]
-        for tenant, scopes in ((OWNER, ["read", "submit", "admin"]), (_OTHER, ["read", "submit"]))
+        for tenant, scopes in (
+            (OWNER, ["read", "submit", "admin", "keys"]),
+            (_OTHER, ["read", "submit"]),
+        )
     }
     runs = [
         PlantedRun(

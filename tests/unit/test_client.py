@@ -139,8 +139,9 @@ def _methods(kind: type) -> dict[str, Any]:
 def test_both_clients_have_the_same_methods(kind: type, other: type) -> None:
     methods, awaited = _methods(kind), _methods(other)
     assert set(awaited) == set(methods)
+    lists = ("searches", "api_keys", "iterate")
     for name, method in awaited.items():
-        assert inspect.iscoroutinefunction(method) or name in ("searches", "iterate"), name
+        assert inspect.iscoroutinefunction(method) or name in lists, name
         if name != "wait":  # a coroutine takes no call of its progress
             assert inspect.signature(method).parameters == (
                 inspect.signature(methods[name]).parameters
@@ -174,6 +175,9 @@ def test_every_call_is_the_same_from_both_clients() -> None:
         client.ask("s1", holder="h")
         client.tell(3, token="0" * 32, outcome="complete")
         assert client.tasks() == []
+        client.create_key("ci", scopes=["read"])
+        client.rotate_key("a/b", grace_seconds=60)
+        client.revoke_key("0123456789ab")
         found.confirm(top=2)
         found.refresh().cancel().pause().resume().retry().set_priority(3)
         found.set_labels(name="n").clone(trials=2)
@@ -195,6 +199,9 @@ def test_every_call_is_the_same_from_both_clients() -> None:
             await client.ask("s1", holder="h")
             await client.tell(3, token="0" * 32, outcome="complete")
             assert await client.tasks() == []
+            await client.create_key("ci", scopes=["read"])
+            await client.rotate_key("a/b", grace_seconds=60)
+            await client.revoke_key("0123456789ab")
             await found.confirm(top=2)
             found = await found.refresh()
             for change in (found.cancel, found.pause, found.resume, found.retry):
@@ -212,4 +219,4 @@ def test_every_call_is_the_same_from_both_clients() -> None:
 
     asyncio.run(ask())
     assert seen["sync"] == seen["async"]
-    assert len(seen["sync"]) == 19
+    assert len(seen["sync"]) == 22

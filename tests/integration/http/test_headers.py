@@ -220,6 +220,7 @@ def test_templates_have_no_scripts_and_no_styles_of_their_own() -> None:
         "reference",
         "refused",
         "search",
+        "signed_in",
         "space",
         "structure",
         "task",

@@ -27,6 +27,8 @@ from tests.support.services import running
 from tests.support.serving import edged
 from tests.support.tiers import only, thinned
 
+#: As the id of a key is.
+_KEY = "0" * 12
 _GOOD: dict[str, Any] = {"train_flops": 2e11, "trials": 2}
 _JSON = {"Content_Type": b"application/json"}
 _LARGE = 50_000_000
@@ -157,7 +159,12 @@ def test_what_is_no_json_object_of_one_meaning_is_refused(
         body_of = operation.get("requestBody")
         if body_of is None or (what == "empty" and not body_of["required"]):
             continue
-        target = path.replace("{search_id}", search).replace("{trial_id}", "1").encode()
+        target = (
+            path.replace("{search_id}", search)
+            .replace("{trial_id}", "1")
+            .replace("{key_id}", _KEY)
+            .encode()
+        )
         service.request("POST", target, body).refused((path, what), 413, 422)
     assert service.rows() == rows
 
@@ -196,7 +203,7 @@ def test_every_field_of_every_body(service: HostileService, search: str, every: 
             continue
         content = operation["requestBody"]["content"]["application/json"]
         example = next(iter(content["examples"].values()))["value"]
-        target = path.replace("{search_id}", search).encode()
+        target = path.replace("{search_id}", search).replace("{key_id}", _KEY).encode()
         for place in places(content["schema"]):
             turn += 1
             for body in bodies_with(example, place, _fragments()[turn % every :: every]):
@@ -244,7 +251,9 @@ def _targets(path: str, operation: dict[str, Any], search: str) -> tuple[str, di
         for p in operation.get("parameters", ())
         if p["in"] == "query" and p["required"]
     }
-    return path.replace("{search_id}", search).replace("{trial_id}", "1"), required
+    return path.replace("{search_id}", search).replace("{trial_id}", "1").replace(
+        "{key_id}", _KEY
+    ), required
 
 
 def _query(values: Iterable[tuple[str, bytes]]) -> bytes:
@@ -397,7 +406,12 @@ def test_what_is_no_request_is_refused_or_dropped(service: HostileService, what:
 
 def test_methods_that_a_path_does_not_have_are_named(service: HostileService, search: str) -> None:
     for path, of_path in service.document["paths"].items():
-        target = path.replace("{search_id}", search).replace("{trial_id}", "1").encode()
+        target = (
+            path.replace("{search_id}", search)
+            .replace("{trial_id}", "1")
+            .replace("{key_id}", _KEY)
+            .encode()
+        )
         allowed = {method.upper() for method in of_path}
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE", "HEAD"} - allowed:
             answer = service.request(method, target)

@@ -81,7 +81,7 @@ def test_every_object_of_a_body_is_closed_and_every_number_bounded(
     document: dict[str, Any],
 ) -> None:
     bodies = _bodies(document)
-    assert len(bodies) == 8
+    assert len(bodies) == 10
     for path, content in bodies.items():
         validator_for(content["schema"], Draft202012Validator).check_schema(content["schema"])
         for node in _schemas(content["schema"]):
@@ -107,9 +107,10 @@ def test_examples_are_what_their_schemas_say_and_the_service_takes(
         for name, example in content["examples"].items():
             Draft202012Validator(content["schema"]).validate(example["value"])
             target = path.replace("{search_id}", search).replace("{trial_id}", "1")
+            target = target.replace("{key_id}", "0" * 12)
             answer = client.post(target, json=example["value"])
-            # there is nothing to confirm, and no trial yet
-            ends = {"/confirm": (409,), "/points": (404,)}
+            # there is nothing to confirm, no trial yet, and no key to change keys with
+            ends = {"/confirm": (409,), "/points": (404,), "/keys": (403,), "/rotate": (403,)}
             expected = next((s for e, s in ends.items() if path.endswith(e)), (200, 201))
             assert answer.status_code in expected, (path, name, answer.text)
 

@@ -546,7 +546,7 @@ def test_migrations_make_the_schema_of_the_code(database_url: str) -> None:
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, Base.metadata) == []
-    assert store.schema_revision() == "0009"
+    assert store.schema_revision() == "0010"
     store.close()
 
 

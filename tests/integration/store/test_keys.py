@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
-from nas.errors import Conflict, InvalidInput, NotFound
+from nas.errors import Conflict, InvalidInput, NotFound, NotPermitted
 from nas.store import Store
 from nas.store.audit import Audit, add_audit
 from nas.store.engine import reading, writing
@@ -189,6 +189,37 @@ def test_use_is_noted_with_the_key_of_a_session(keys: Keys) -> None:
     noted = keys.list()[0].used_at
     assert noted is not None
     assert abs(noted - time.time()) < 120
+
+
+def test_an_account_is_no_key(store: Store, keys: Keys) -> None:
+    grace = "https://idp.example\n1234"
+    first, secret = keys.sign_in_account(grace, "Grace", "a", ["read"], 3600)
+    again, _ = keys.sign_in_account(grace, "Grace H.", "a", ["read"], 3600)
+    assert first.parent == again.parent
+    (account,) = keys.list()
+    assert (account.id, account.name) == (first.parent, "Grace H.")
+    assert not keys.any_usable()
+    assert found(keys, secret).refusal is None
+    for refused in (account, first):
+        with pytest.raises(Conflict, match="no key but an account or a session"):
+            keys.rotate(refused.id)
+    keys.revoke(account.id)
+    assert found(keys, secret).refusal == "revoked"
+    with pytest.raises(NotPermitted, match=f"has revoked account {account.id}"):
+        keys.sign_in_account(grace, "Grace", "a", ["read"], 3600)
+    keys.restore(account.id)
+    assert found(keys, secret).refusal == "unknown"  # the sessions of before do not come back
+    _, secret = keys.sign_in_account(grace, "Grace", "a", ["read"], 3600)
+    # another tenant or other scopes end what was opened before
+    other, _ = keys.sign_in_account(grace, "Grace", "b", ["read", "admin"], 3600, admin=True)
+    assert (other.tenant, other.scopes) == ("b", ("read", "admin"))
+    assert found(keys, secret).refusal == "unknown"
+    assert keys.sign_in_account("another\n1234", "Eve", "b", ["read"], 60)[0].parent != account.id
+    told = [e.action for e in Audit(store).entries()][::-1]
+    assert told == [
+        "account created", "signed in", "signed in", "key revoked", "account restored",
+        "signed in", "account changed", "signed in", "account created", "signed in",
+    ]  # fmt: skip
 
 
 # --- the audit log
