@@ -193,7 +193,7 @@ def test_tenants_are_told_apart_up_to_a_bound(tmp_path: Path) -> None:
     with serving(create_app(Settings(home=tmp_path, metrics_tenants=2))) as client:
         store: Store = client.app.state.store  # type: ignore[attr-defined]
         for tenant, trials in {"a": 4, "b": 2, "c": 3, "d": 1}.items():
-            store.view(tenant).create_search(SearchRequest(**BODY | {"trials": trials}))
+            store.view(tenant).create_search(SearchRequest(train_flops=2e11, trials=trials))
         found = samples(client)
     name = "einsum_nas_tenant_train_flops"
     flops = {dict(k[1])["tenant"]: v for k, v in found.items() if k[0] == name}
