@@ -255,9 +255,14 @@ def elsewhere(database: Database, folder: Path) -> Result:
         (name,) = remote.names()
         copied = torch.load(remote.folder / name, weights_only=True)["step"]
         trial = next(t for t in store.trials(search) if t.state == "running")
+
+        def reached() -> int:
+            return max((p.step for p in store.curve(trial.id)), default=0)
+
+        _await(store, [worker], [search], lambda: reached() > copied)
+        lost_at = reached()
         cluster.lose(first)
         cluster.add_node()
-        reached = max((p.step for p in store.curve(trial.id)), default=0)
         _await(
             store,
             [worker],
@@ -281,11 +286,12 @@ def elsewhere(database: Database, folder: Path) -> Result:
         broken.append(f"the trial went on from {resumed}, its copy was of step {copied}")
     return {
         "steps": trial.steps,
-        "last_step_told_before_the_loss": reached,
         "step_of_the_copy": copied,
+        # or a little later: evaluations tell it
+        "step_of_the_loss": lost_at,
         "resumed_at_step": resumed,
-        "steps_done_again": [max(0, reached - step) for step in resumed],
-        "steps_done_again_from_scratch": reached,
+        "steps_done_again": [max(0, lost_at - step) for step in resumed],
+        "steps_done_again_without_a_copy": lost_at,
         "nodes_share_folders": not cluster.isolated,
     }, broken
 
