@@ -350,6 +350,10 @@ def _tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([BIN / program, *rest], capture_output=True, text=True, check=False)
 
 
+_SCHEMA = ("check-jsonschema", "--builtin-schema", "vendor.github-workflows")
+_ZIZMOR = ("zizmor", "--offline", "--quiet")
+
+
 def workflow_faults(text: str) -> Iterator[str]:
     """Actions whose version moves, permissions for all jobs, and commands that do not exist."""
     document = yaml.safe_load(text)
@@ -370,11 +374,9 @@ def workflow_faults(text: str) -> Iterator[str]:
 
 def test_workflows() -> None:
     assert [file.name for file in WORKFLOWS] == ["ci.yml", "images.yml"]
-    found = _tool("actionlint", *WORKFLOWS)
-    assert (found.returncode, found.stdout) == (0, "")
-    found = _tool("zizmor", "--offline", "--quiet", "--persona", "auditor", ROOT / ".github")
+    found = _tool(*_ZIZMOR, "--persona", "auditor", ROOT / ".github")
     assert found.returncode == 0, found.stdout
-    found = _tool("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)
+    found = _tool(*_SCHEMA, *WORKFLOWS)
     assert found.returncode == 0, found.stdout
     for file in WORKFLOWS:
         assert list(workflow_faults(file.read_text())) == []
@@ -402,19 +404,17 @@ def test_images_are_those_of_the_dockerfile() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "tool", "fault"),
     [
-        ("runs-on: ubuntu-24.04", "runs-on: ubuntu-1", "actionlint", "ubuntu-1"),
-        ("${{ matrix.python }}", "${{ matrix.pyton }}", "actionlint", "pyton"),
-        ("run: make lint", "runs: make lint", "actionlint", "runs"),
-        ("{persist-credentials: false}", "{}", "zizmor", "artipacked"),
-        ("run: make lint", "run: echo ${{ github.head_ref }}", "zizmor", "template-injection"),
-        ("setup-python@v7", "setup-python@main", "", "pinned neither"),
-        ("make wheel", "make wheels", "", "there is no make wheels"),
-        ("contents: read", "contents: write", "", "permissions of all jobs"),
-        ("    timeout-minutes: 30\n", "", "", "lint may run for six hours"),
+        ("run: make lint", "runs: make lint", _SCHEMA, "runs"),
+        ("{persist-credentials: false}", "{}", _ZIZMOR, "artipacked"),
+        ("run: make lint", "run: echo ${{ github.head_ref }}", _ZIZMOR, "template-injection"),
+        ("setup-python@v7", "setup-python@main", (), "pinned neither"),
+        ("make wheel", "make wheels", (), "there is no make wheels"),
+        ("contents: read", "contents: write", (), "permissions of all jobs"),
+        ("    timeout-minutes: 30\n", "", (), "lint may run for six hours"),
     ],
 )
 def test_a_workflow_with_a_fault_is_found(
-    tmp_path: Path, old: str, new: str, tool: str, fault: str
+    tmp_path: Path, old: str, new: str, tool: tuple[str, ...], fault: str
 ) -> None:
     text = WORKFLOWS[0].read_text()
     assert old in text
@@ -422,8 +422,7 @@ def test_a_workflow_with_a_fault_is_found(
     wrong.parent.mkdir(parents=True)
     wrong.write_text(text.replace(old, new))
     if tool:
-        offline = ["--offline", "--quiet"] if tool == "zizmor" else []
-        found = _tool(tool, *offline, wrong)
+        found = _tool(*tool, wrong)
         assert found.returncode != 0
         assert fault in found.stdout
     else:

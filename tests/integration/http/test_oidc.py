@@ -138,7 +138,7 @@ def application(client: TestClient) -> FastAPI:
 
 def opened(settings: Settings, address: str = "10.0.0.9") -> TestClient:
     app = create_app(settings)
-    proxied, _ = behind_proxies(app, settings)
+    proxied = behind_proxies(app, settings)
     client = TestClient(
         proxied, "http://127.0.0.1", client=(address, 5000), follow_redirects=False
     )  # fmt: skip
