@@ -111,7 +111,7 @@ def spread(
         Of each rank; with a GPU, ranks talk through NCCL, else through gloo.
     config
         ``data`` (owner, see `workers.ray.cluster.Shared`), ``threads``, ``checkpoints`` (folder on
-        each node), ``checkpoints_url`` (where they are copied to, or None), ``memory`` (bytes or
+        each node), ``checkpoints_url`` (where they are copied to, if so), ``memory`` (bytes or
         None), and ``run``, JSON of the plan, recipe, seed and key.
     ended
         Set to where the run was trained and what its steps cost.
@@ -279,6 +279,6 @@ def _checkpoint_of(
     """The key of the run has its ranks."""
     versions = [version("einsum-nas"), torch.__version__]
     how = ["ranks", asdict(execution), config["threads"], plans, versions]
-    url = config["checkpoints_url"]
+    url = config.get("checkpoints_url")
     remote = None if url is None else RemoteFolder(url)
     return checkpoint_of(Path(config["checkpoints"]), run_key, how, remote)
