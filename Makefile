@@ -75,7 +75,7 @@ bench-answers: $(VENV)/.dev  ## fits, answers of known truth, and a million tria
 	$(BIN)/python -m benchmarks.science.answers
 	$(BIN)/python -m benchmarks.service.size
 
-bench-faults: $(VENV)/.dev  ## kills, outages, races, lost nodes, backups under load, a soak: two hours
+bench-faults: $(VENV)/.dev  ## kills, outages, races, lost nodes, backups under load, a soak: four hours
 	$(BIN)/python -m benchmarks.service.faults
 	$(BIN)/python -m benchmarks.service.cluster
 	$(BIN)/python -m benchmarks.service.backup
