@@ -31,7 +31,7 @@ from tests.support.tiers import FULL
 RECIPE = "mlp-regression-1"
 
 
-@pytest.fixture(params=["s3", pytest.param("ftp", marks=FULL), "file"])
+@pytest.fixture(params=["s3", *(pytest.param(kind, marks=FULL) for kind in ("ftp", "file"))])
 def remote(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Remote]:
@@ -162,6 +162,7 @@ def test_the_rules_of_age_and_size_hold_there_too(remote: Remote, tmp_path: Path
     assert step_of(checkpoint(tmp_path / "elsewhere", remote.url, run="new")) == 3
 
 
+@FULL
 def test_a_run_goes_on_while_the_store_is_down(
     served: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch, whole: list[Point],
@@ -195,6 +196,7 @@ def test_a_store_that_hangs_holds_nobody_up(
     prune(tmp_path / "missing", remote=RemoteFolder(served.url))
 
 
+@FULL
 def test_a_process_ends_while_its_store_hangs(served: Remote, tmp_path: Path) -> None:
     served.hang()
     program = (
@@ -207,6 +209,7 @@ def test_a_process_ends_while_its_store_hangs(served: Remote, tmp_path: Path) ->
     assert "no answer for 1 s" in done.stderr
 
 
+@FULL
 def test_the_doctor_tries_it(served: Remote) -> None:
     used = Settings(checkpoints_url=served.url)
     (check,) = doctor._checkpoints(used)

@@ -250,7 +250,7 @@ def test_a_search_that_another_worker_takes_over_stays_one_trace(
     assert {t.resource["process.pid"] for t in found["trial"]} == {victim.pid, heir.pid}
 
 
-@pytest.mark.parametrize("kind", ["refuses", "hangs"])
+@pytest.mark.parametrize("kind", [pytest.param("refuses", marks=FULL), "hangs"])
 def test_a_collector_that_takes_nothing_holds_nothing_up(
     kind: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
