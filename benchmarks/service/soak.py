@@ -165,15 +165,17 @@ class Soak:
                     path = path.replace("{id}", self.ids[turn % len(self.ids)])
                 started = time.perf_counter()
                 try:
-                    status = client.get(path).status_code
+                    answer = client.get(path)
                 except httpx.HTTPError as error:
                     self.errors[f"{path.partition('?')[0]}: {type(error).__name__}"] += 1
                     continue
                 self.milliseconds.append(1000 * (time.perf_counter() - started))
+                status = answer.status_code
                 self.statuses[status] += 1
                 # 404: of a task or a search on which nothing is measured yet
                 if status not in (200, 404):
-                    self.errors[f"{path.partition('?')[0]}: {status}"] += 1
+                    told = f"{path.partition('?')[0]}: {status} {answer.text}"
+                    self.errors[told[:300]] += 1
                 self.done.wait(0.05)
 
     def follow(self) -> None:
@@ -244,13 +246,11 @@ class Soak:
     ) -> tuple[dict[str, Any], list[str]]:
         """(figures, what should not have been)."""
         grown = {name: growth(found, minutes) for name, found in self.samples.items()}
-        said = Counter(
-            level
-            for log in self.logs.values()
+        lines = [line for log in self.logs.values() for line in log.read_text().splitlines()]
+        said = {
+            level: [line for line in lines if f"Z {level} " in line]
             for level in ("ERROR", "WARNING")
-            for line in log.read_text().splitlines()
-            if f"Z {level} " in line
-        )
+        }
         broken = [f"{what}: {n} times" for what, n in self.errors.items()]
         broken += [f"{name} ended with {s}" for name, s in statuses.items() if s not in (0, -15)]
         if ended["succeeded"] != len(self.ids):
@@ -260,8 +260,7 @@ class Soak:
             for name, found in grown.items()
             if name not in _DISK and found["percent_interval"][0] > 100 * _FLAT
         ]
-        if said["ERROR"]:
-            broken.append(f"{said['ERROR']} errors in the logs")
+        broken += [f"in a log: {line[:500]}" for line in said["ERROR"][:20]]
         figures = {
             "minutes": minutes,
             "searches": len(self.ids),
@@ -273,7 +272,8 @@ class Soak:
             "read_p99_milliseconds": float(np.percentile(self.milliseconds, 99)),
             "events_followed": self.events,
             "pruned": dict(self.pruned),
-            "lines_in_logs": dict(said),
+            "lines_in_logs": {level: len(found) for level, found in said.items()},
+            "warnings": Counter(line[28:200] for line in said["WARNING"]),
             "exit_statuses": statuses,
             "grown": grown,
         }
@@ -305,7 +305,7 @@ def growth(samples: list[tuple[float, float]], minutes: float) -> dict[str, Any]
     return {
         "mean": means.mean(),
         "greatest": values.max(),
-        "last": values[-1],
+        "parts": means.tolist(),
         "per_hour": fit.slope,
         "interval": [fit.slope - half, fit.slope + half],
         "percent_per_hour": fit.slope * share,
@@ -392,7 +392,7 @@ def main() -> int:
     figures = {d.kind: f for d, (f, _) in zip(databases, found, strict=True)}
     broken = [f"{d.kind}: {b}" for d, (_, bs) in zip(databases, found, strict=True) for b in bs]
     print(json.dumps({**figures, "broken": broken}, default=float))
-    names = [name for name in next(iter(figures.values())) if name != "grown"]
+    names = [n for n in next(iter(figures.values())) if n not in ("grown", "warnings")]
     show([{"figure": n, **{kind: f[n] for kind, f in figures.items()}} for n in names])
     show([_row(kind, name, g) for kind, f in figures.items() for name, g in f["grown"].items()])
     for what in broken:
