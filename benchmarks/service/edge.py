@@ -40,6 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ _REST = 0.01
 _SEARCHES = 5
 _PATIENCE = 60.0
 _PROCESSES = multiprocessing.get_context("spawn")
+
+
+@lru_cache
+def _trusting(certificate: str) -> ssl.SSLContext:
+    """One of a process: making one costs more than a handshake, and the load shares the machine."""
+    return ssl.create_default_context(cafile=certificate)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Target:
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(
             "127.0.0.1", self.port, local_addr=(_ELSEWHERE, 0), limit=2**20,
-            ssl=ssl.create_default_context(cafile=self.certificate), server_hostname="localhost",
+            ssl=_trusting(self.certificate), server_hostname="localhost",
         )  # fmt: skip
 
 

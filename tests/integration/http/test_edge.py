@@ -61,7 +61,7 @@ _ENDLESS = {
     "trailers": (_POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-Some: thing\r\n"),
 }
 #: Rates that leave a test's requests alone.
-_ANY_RATE = {"rate=100r/s": "rate=100000r/s"}
+_ANY_RATE = {"rate=50r/s": "rate=100000r/s"}
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ def test_a_client_that_went_away_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_flood_of_one_address_leaves_room_for_another(tmp_path: Path) -> None:
     """Requests sent ahead on many connections, for as long as the other client asks."""
-    slower = {"rate=100r/s": "rate=20r/s", "burst=200 delay=20": "burst=10 delay=5"}
+    slower = {"rate=50r/s": "rate=20r/s", "burst=200 delay=20": "burst=10 delay=5"}
     with (
         serving(tmp_path / "home", access_control="true", trusted_proxies="127.0.0.1") as service,
         edged(tmp_path / "edge", service, tls=False, changes=slower) as edge,

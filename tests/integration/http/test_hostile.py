@@ -46,7 +46,7 @@ def service(
     folder = tmp_path_factory.mktemp("edge")
     with (
         running(HostileService(home, text_folder.parent)) as found,
-        edged(folder, found, tls=False, changes={"rate=100r/s": "rate=100000r/s"}) as edge,
+        edged(folder, found, tls=False, changes={"rate=50r/s": "rate=100000r/s"}) as edge,
     ):
         found.ask_at(edge.port)
         yield found
