@@ -132,7 +132,7 @@ def test_a_search_is_queued_without_wait(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["state"] == "queued"
     (listed,) = json.loads(invoke(tmp_path, "searches", "--json").stdout)
     assert listed["request"]["replicates"] == 3
-    assert "schema at revision 0009" in invoke(tmp_path, "db", "upgrade").stdout
+    assert "schema at revision 0010" in invoke(tmp_path, "db", "upgrade").stdout
 
 
 def test_a_search_is_labelled_and_found_by_its_labels(tmp_path: Path) -> None:

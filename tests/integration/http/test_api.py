@@ -685,6 +685,7 @@ def test_the_openapi_document_describes_every_route(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/healthz", "/readyz", "/v1/best", "/v1/frontier", "/v1/searches", "/v1/searches/preview",
+        "/v1/keys", "/v1/keys/{key_id}", "/v1/keys/{key_id}/revoke", "/v1/keys/{key_id}/rotate",
         "/v1/searches/{search_id}", "/v1/searches/{search_id}/cancel",
         "/v1/searches/{search_id}/clone", "/v1/searches/{search_id}/confirm",
         "/v1/searches/{search_id}/delete", "/v1/searches/{search_id}/ask",

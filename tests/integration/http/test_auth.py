@@ -96,6 +96,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     Leases(store).release(theirs, "succeeded")
     with pytest.MonkeyPatch.context() as patch:  # a minute may pass while one test runs
         patch.setattr(rates, "_SIGN_INS", "30/year")
+        patch.setattr(rates, "_AUDIT_TOTAL", "1000000/minute")  # every refusal here is looked for
         app = create_app(settings)
     with TestClient(app, "http://127.0.0.1") as client:
         deadline = time.monotonic() + PATIENCE

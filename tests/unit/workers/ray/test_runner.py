@@ -130,7 +130,7 @@ def test_a_run_that_diverges_ends_alone(experiment: tuple[Store, SearchSession])
     tell(searcher, pack, seed_0=point(session, 0), seed_2=point(session, 2))
     cost = {"seconds_per_step": 0.5, "peak_memory_bytes": 7}
     where = {"0": {"device": "cpu"}, "2": {"device": "cpu", "router": {"gates": 1}}}
-    ended = {"environments": where, "cost": cost}
+    ended = {"environments": where, "cost": cost, "resumed_at": None}
     searcher.on_trial_complete("a", {"report": json.dumps({"ended": ended})})
     assert states(store, session) == [("complete", None), ("failed", "run"), ("complete", None)]
     first, failed, last = store.trials(session.search.id)[:3]
