@@ -77,7 +77,7 @@ PUBLIC = Depends(_Mark())
 #: What the route refuses is recorded in the audit log, although it needs no key.
 AUDITED = Depends(_Mark())
 #: Whatever supervises the service requests the route every few seconds: it is answered whatever
-#: the state of the database, waits in no queue, and is not in the access log.
+#: the state of the database, and is not in the access log.
 PROBE = Depends(_Mark())
 #: The route is answered whatever the state of the database.
 WITHOUT_STORE = Depends(_Mark())
